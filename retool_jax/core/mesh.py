@@ -1,0 +1,69 @@
+"""Meshes and logical axes: words on weights and activations, mapped to mesh axes by rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'tensor')
+LOGICAL = ('batch', 'seq', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab', 'layers')
+
+# Training: weights split over both axes, activations over the batch.
+TRAIN_RULES: dict[str, tuple[str, ...]] = {
+    'batch': ('data', 'fsdp'), 'embed': ('fsdp',), 'heads': ('tensor',), 'kv_heads': ('tensor',),
+    'mlp': ('tensor',), 'vocab': ('tensor',), 'seq': (), 'head_dim': (), 'layers': (),
+}
+# Sampling: weights split over tensor alone, so that no step gathers them.
+SAMPLE_RULES: dict[str, tuple[str, ...]] = TRAIN_RULES | {'embed': ()}
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `AXES`; at most one size may be -1, which takes what is left.
+
+    Errors: ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [int(shape[axis]) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if any(size < 1 for size in sizes) or math.prod(sizes) != len(devices):
+        asked = ' × '.join(f'{axis}={shape[axis]}' for axis in AXES)
+        raise ValueError(f'mesh: {asked} does not divide {len(devices)} device(s); '
+                         'set one axis to -1 to take what is left')
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(axes: Sequence[str | None], rules: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions carry the words `axes`.
+
+    Errors: ValueError for a word outside `LOGICAL`, or two dimensions on one mesh axis.
+    """
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for word in axes:
+        if word is not None and word not in LOGICAL:
+            raise ValueError(f'logical axis {word!r} is unknown; the words are {", ".join(LOGICAL)}')
+        names = rules[word] if word is not None else ()
+        if used & set(names):
+            raise ValueError(f'logical axes {tuple(axes)} put two dimensions on mesh axis {names}')
+        used |= set(names)
+        entries.append(names or None)
+    return PartitionSpec(*entries)
+
+
+def shardings(mesh: Mesh, axes_tree, rules: Mapping[str, tuple[str, ...]]):
+    """Maps a tree of word tuples to a tree of NamedShardings."""
+    is_axes = lambda x: isinstance(x, tuple)
+    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(axes, rules)), axes_tree, is_leaf=is_axes)
+
+
+def constrain(x: jax.Array, *axes: str | None, rules: Mapping[str, tuple[str, ...]] = TRAIN_RULES) -> jax.Array:
+    """`with_sharding_constraint` by words; without a mesh in scope (`jax.set_mesh`) it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, rules))

@@ -1,0 +1,70 @@
+"""Device-side records: the pytrees that cross a jit boundary.
+
+Read this second (after `records`). Axes: B batch row, T time, S cache slot, K KV heads, H head
+size, V vocabulary; L layers. Every field is described with its shape and dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Params = Any  # nested dict of arrays, named as in Hugging Face checkpoints
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every row, one array per layer (a stacked cache would be copied whole)."""
+
+    k: list[jax.Array]  # L × [B, K, S, H], rotated keys
+    v: list[jax.Array]  # L × [B, K, S, H]
+    length_B: jax.Array  # int32, tokens whose KV is stored
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampleState:
+    """Everything the sampler carries between calls; rows are slots of the engine."""
+
+    cache: KVCache
+    logits_BV: jax.Array  # f32, for the token after the cached ones
+    tag_B: jax.Array  # int32, state of the tag automaton
+    live_B: jax.Array  # bool, may sample
+    stop_B: jax.Array  # int32, why the row last stopped (rollout.sampler.STOP_*)
+    allowance_B: jax.Array  # int32, tokens the row may still sample before it is stopped
+    key_B: jax.Array  # PRNG keys, one per row: folded over (purpose, step, problem, sample)
+    temperature_B: jax.Array  # f32, 0 is greedy
+    top_p_B: jax.Array  # f32, 1 keeps everything
+    top_k_B: jax.Array  # int32, 0 keeps everything
+    min_p_B: jax.Array  # f32, 0 keeps everything
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed episodes: several episodes may share a row, told apart by `segment_ids_BT`.
+
+    Every [B, T] array is aligned to the token itself: `logprob[b, t]` is that of `tokens[b, t]`
+    given what stands before it in the same segment.
+    """
+
+    tokens_BT: jax.Array  # int32
+    segment_ids_BT: jax.Array  # int32, 1.. within a row, 0 is padding
+    positions_BT: jax.Array  # int32, from 0 within each segment
+    acted_BT: jax.Array  # f32, 1 where the policy wrote the token
+    sampler_logprob_BT: jax.Array  # f32, 0 where not acted
+    reward_BT: jax.Array  # f32, on the last acted token of each episode
+    episode_BT: jax.Array  # int32, index of the episode in the global batch, -1 is padding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters with their optimizer: one for the policy, one for a separate critic."""
+
+    step: jax.Array  # int32, optimizer steps taken
+    params: Params  # f32 master weights
+    opt_state: Any

@@ -1,0 +1,81 @@
+"""Attention over whole sequences (training) and over a KV cache (sampling)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a fully masked (padding) row stays free of NaN
+
+
+def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """Scaled dot products in f32, [B, K, G, T, S]."""
+    b, t, n, h = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    q = q_BTNH.reshape(b, t, kv_heads, n // kv_heads, h)
+    return jnp.einsum('BTKGH,BSKH->BKGTS', q, k_BSKH, preferred_element_type=jnp.float32) * h**-0.5
+
+
+def _mix(score_BKGTS: jax.Array, mask_BTS: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    """Softmax over the allowed positions, then the weighted values, [B, T, N, H]."""
+    probs = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], score_BKGTS, MASKED), axis=-1)
+    out = jnp.einsum('BKGTS,BSKH->BTKGH', probs.astype(v_BSKH.dtype), v_BSKH)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+def dense(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Causal attention within segments by a whole [T, T] score matrix: for short rows."""
+    t = q_BTNH.shape[1]
+    mask = jnp.tril(jnp.ones((t, t), bool)) & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    return _mix(_scores(q_BTNH, k_BTKH), mask, v_BTKH)
+
+
+def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array,
+            block: int = 512) -> jax.Array:
+    """The same, a block of queries at a time, recomputed in the backward pass: memory B·N·block·T."""
+    b, t, n, h = q_BTNH.shape
+    if t % block:
+        raise ValueError(f'sequence length {t} is not a multiple of the attention block {block}')
+    blocks = t // block
+    q_blocks = q_BTNH.reshape(b, blocks, block, n, h).swapaxes(0, 1)
+    segment_blocks = segment_ids_BT.reshape(b, blocks, block).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one(start, q_BCNH, segment_BC):
+        causal = (start + jnp.arange(block))[:, None] >= jnp.arange(t)[None, :]
+        mask = causal & (segment_BC[:, :, None] == segment_ids_BT[:, None, :])
+        return _mix(_scores(q_BCNH, k_BTKH), mask, v_BTKH)
+
+    _, out = jax.lax.scan(lambda carry, x: (carry, one(*x)), None,
+                          (jnp.arange(blocks) * block, q_blocks, segment_blocks))
+    return out.swapaxes(0, 1).reshape(b, t, n, h)
+
+
+def choose(implementation: str, length: int) -> Callable[..., jax.Array]:
+    """The function that attends over whole sequences: 'dense', 'blocked', or 'auto' by length."""
+    if implementation == 'auto':
+        implementation = 'dense' if length <= 1024 else 'blocked'
+    table = {'dense': dense, 'blocked': blocked}
+    if implementation not in table:
+        raise ValueError(f'model.attention: {implementation!r} is unknown; choose auto, {", ".join(table)}')
+    return table[implementation]
+
+
+def cached(q_BCNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BC: jax.Array) -> jax.Array:
+    """Attention over cache slots up to each query's own position, [B, C, N, H].
+
+    The cache already holds the queries' own keys; slots beyond are masked, so stale KV is harmless.
+    """
+    b, c, n, h = q_BCNH.shape
+    kv_heads, slots = k_BKSH.shape[1:3]
+    q = q_BCNH.reshape(b, c, kv_heads, n // kv_heads, h).transpose(0, 2, 1, 3, 4)
+    q = q.reshape(b, kv_heads, c * (n // kv_heads), h)  # one matmul a KV head: [C·G, H] × [H, S]
+    scores = jnp.einsum('BKXH,BKSH->BKXS', q, k_BKSH.astype(q.dtype), preferred_element_type=jnp.float32)
+    mask_BCS = jnp.arange(slots) <= positions_BC[:, :, None]
+    mask = jnp.repeat(mask_BCS, n // kv_heads, axis=1)[:, None]
+    probs = jax.nn.softmax(jnp.where(mask, scores * h**-0.5, MASKED), axis=-1)
+    out = jnp.einsum('BKXS,BKSH->BKXH', probs.astype(q.dtype), v_BKSH.astype(q.dtype))
+    out = out.reshape(b, kv_heads, c, n // kv_heads, h).transpose(0, 2, 1, 3, 4)
+    return out.reshape(b, c, n, h)

@@ -1,0 +1,125 @@
+"""What a Qwen checkpoint's config.json says, as one frozen record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+ARCHITECTURES = {'Qwen2ForCausalLM': 'qwen2', 'Qwen3ForCausalLM': 'qwen3'}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN context extension (arXiv 2309.00071) as Hugging Face's `rope_scaling` states it."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenConfig:
+    """Sizes of a Qwen2.5 or Qwen3 dense model; field names are Hugging Face's."""
+
+    model_type: str  # 'qwen2' (biased q, k, v) or 'qwen3' (normalised q, k)
+    vocab_size: int  # padded width of the logits, not the tokenizer's size
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: YarnScaling | None = None
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+
+    @property
+    def attention_bias(self) -> bool:
+        return self.model_type == 'qwen2'
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.model_type == 'qwen3'
+
+    def parameter_count(self) -> int:
+        """Number of weights, a tied head counted once."""
+        d, f, h = self.hidden_size, self.intermediate_size, self.head_dim
+        n, k = self.num_attention_heads, self.num_key_value_heads
+        layer = 2 * d + d * h * (2 * n + 2 * k) + 3 * d * f
+        layer += h * (n + 2 * k) if self.attention_bias else 0
+        layer += 2 * h if self.qk_norm else 0
+        return self.num_hidden_layers * layer + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+
+
+def from_hf(raw: dict, where: str = 'config.json') -> QwenConfig:
+    """Reads a Hugging Face config dict. Errors: ValueError naming what is not supported."""
+    names = raw.get('architectures') or [{'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}.get(
+        raw.get('model_type', ''), raw.get('model_type', 'none'))]
+    if names[0] not in ARCHITECTURES:
+        raise ValueError(f'{where}: architecture {names[0]} is not supported; '
+                         f'supported are {", ".join(ARCHITECTURES)}')
+    if raw.get('hidden_act', 'silu') != 'silu':
+        raise ValueError(f'{where}: hidden_act {raw["hidden_act"]} is not supported; Qwen uses silu')
+    if raw.get('use_sliding_window'):
+        raise ValueError(f'{where}: use_sliding_window is true; only full attention is supported')
+    missing = [key for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
+                               'num_attention_heads') if key not in raw]
+    if missing:
+        raise ValueError(f'{where}: field {missing[0]} is missing')
+    heads = raw['num_attention_heads']
+    rope = raw.get('rope_parameters') or {}
+    return QwenConfig(
+        model_type=ARCHITECTURES[names[0]],
+        vocab_size=raw['vocab_size'], hidden_size=raw['hidden_size'],
+        intermediate_size=raw['intermediate_size'], num_hidden_layers=raw['num_hidden_layers'],
+        num_attention_heads=heads, num_key_value_heads=raw.get('num_key_value_heads') or heads,
+        head_dim=raw.get('head_dim') or raw['hidden_size'] // heads,
+        rms_norm_eps=raw.get('rms_norm_eps', 1e-6),
+        rope_theta=float(rope.get('rope_theta') or raw.get('rope_theta') or 10000.0),
+        rope_scaling=_yarn(raw.get('rope_scaling') or rope, raw, where),
+        tie_word_embeddings=bool(raw.get('tie_word_embeddings', False)),
+        max_position_embeddings=raw.get('max_position_embeddings', 32768),
+        initializer_range=raw.get('initializer_range', 0.02))
+
+
+def _yarn(scaling: dict, raw: dict, where: str) -> YarnScaling | None:
+    kind = scaling.get('rope_type') or scaling.get('type') or 'default'
+    if kind == 'default':
+        return None
+    if kind != 'yarn':
+        raise ValueError(f'{where}: rope_scaling type {kind} is not supported; supported are default, yarn')
+    original = scaling.get('original_max_position_embeddings') or raw['max_position_embeddings']
+    return YarnScaling(factor=float(scaling['factor']), original_max_position_embeddings=int(original),
+                       beta_fast=float(scaling.get('beta_fast') or 32), beta_slow=float(scaling.get('beta_slow') or 1),
+                       attention_factor=scaling.get('attention_factor'))
+
+
+def to_hf(config: QwenConfig) -> dict:
+    """The config.json that transformers loads."""
+    raw = dataclasses.asdict(config)
+    kind = {v: k for k, v in ARCHITECTURES.items()}[config.model_type]
+    scaling = raw.pop('rope_scaling')
+    rope = {'rope_type': 'default'} if scaling is None else {'rope_type': 'yarn'} | scaling
+    return raw | {'architectures': [kind], 'hidden_act': 'silu', 'torch_dtype': 'float32',
+                  'rope_parameters': rope | {'rope_theta': config.rope_theta},
+                  'rope_scaling': None if scaling is None else rope, 'use_sliding_window': False}
+
+
+def load_config(directory: str | pathlib.Path) -> QwenConfig:
+    """Reads `directory/config.json`."""
+    path = pathlib.Path(directory) / 'config.json'
+    if not path.is_file():
+        raise ValueError(f'model.path: {directory} holds no config.json; '
+                         'give a Hugging Face model directory')
+    return from_hf(json.loads(path.read_text()), str(path))
+
+
+TINY = QwenConfig(model_type='qwen2', vocab_size=512, hidden_size=128, intermediate_size=384,
+                  num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                  rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=4096)

@@ -1,0 +1,135 @@
+"""The parts of a Qwen block: weights declared once with shape, words of their axes, initializer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retool_jax.model.config import QwenConfig
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH → BTNH
+
+
+def declare(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float = 0.0,
+            mean: float = 0.0) -> nnx.Param:
+    """A f32 weight N(mean, scale²) whose dimensions carry the words `axes` (core.mesh.LOGICAL)."""
+    value = jnp.full(shape, mean, jnp.float32)
+    if scale:
+        value += scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean x² + ε) · w, computed in f32 as the original does (bf16 squares lose the mean)."""
+
+    def __init__(self, size: int, axis: str, eps: float, rngs: nnx.Rngs):
+        self.weight = declare(rngs, (size,), (axis,), mean=1.0)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """A linear map; `weight` has the input axes first, whatever their number."""
+
+    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool, scale: float, rngs: nnx.Rngs):
+        shape = (*inputs.values(), *outputs.values())
+        self.weight = declare(rngs, shape, (*inputs, *outputs), scale)
+        self.bias = declare(rngs, tuple(outputs.values()), tuple(outputs)) if bias else nnx.data(None)
+        self.contracted = len(inputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dims = (tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted)))
+        y = jax.lax.dot_general(x, self.weight[...].astype(x.dtype), (dims, ((), ())))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; what is attended to is the caller's (`attend`), so one module serves
+    full forward and KV cache."""
+
+    def __init__(self, config: QwenConfig, rngs: nnx.Rngs):
+        d, n, k, h = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        scale = config.initializer_range
+        q_out, kv_out = {'heads': n, 'head_dim': h}, {'kv_heads': k, 'head_dim': h}
+        bias = config.attention_bias
+        self.q_proj = Projection({'embed': d}, q_out, bias=bias, scale=scale, rngs=rngs)
+        self.k_proj = Projection({'embed': d}, kv_out, bias=bias, scale=scale, rngs=rngs)
+        self.v_proj = Projection({'embed': d}, kv_out, bias=bias, scale=scale, rngs=rngs)
+        self.o_proj = Projection({'heads': n, 'head_dim': h}, {'embed': d}, bias=False, scale=scale, rngs=rngs)
+        norm = lambda: RMSNorm(h, 'head_dim', config.rms_norm_eps, rngs) if config.qk_norm else nnx.data(None)
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
+        q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.q_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        return self.o_proj(attend(rotate(q_BTNH, rope), rotate(k_BTKH, rope), v_BTKH))
+
+
+class MLP(nnx.Module):
+    """down(silu(gate x) · up x)."""
+
+    def __init__(self, config: QwenConfig, rngs: nnx.Rngs):
+        d, f = {'embed': config.hidden_size}, {'mlp': config.intermediate_size}
+        scale = config.initializer_range
+        self.gate_proj = Projection(d, f, bias=False, scale=scale, rngs=rngs)
+        self.up_proj = Projection(d, f, bias=False, scale=scale, rngs=rngs)
+        self.down_proj = Projection(f, d, bias=False, scale=scale, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: QwenConfig, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, 'embed', config.rms_norm_eps, rngs)
+        self.self_attn = Attention(config, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, 'embed', config.rms_norm_eps, rngs)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attend)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+def rope_table(config: QwenConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, f32 [B, T, H/2] (bf16 angles are wrong beyond a few hundred tokens)."""
+    half = config.head_dim // 2
+    inv_freq = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scale = 1.0
+    if config.rope_scaling is not None:
+        inv_freq, scale = _yarn_frequencies(config, inv_freq)
+    angle = positions_BT[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+
+def _yarn_frequencies(config: QwenConfig, inv_freq: jax.Array) -> tuple[jax.Array, float]:
+    """YaRN (arXiv 2309.00071): low frequencies are stretched, high ones kept, a ramp between."""
+    yarn, half = config.rope_scaling, config.head_dim // 2
+    def turns(rotations: float) -> float:  # the dimension that makes so many rotations in the original context
+        context = yarn.original_max_position_embeddings
+        return config.head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    low = max(math.floor(turns(yarn.beta_fast)), 0)
+    high = min(math.ceil(turns(yarn.beta_slow)), config.head_dim - 1)
+    ramp = jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / max(high - low, 0.001), 0, 1)
+    scale = yarn.attention_factor
+    if scale is None:
+        scale = 1.0 if yarn.factor <= 1 else 0.1 * math.log(yarn.factor) + 1.0
+    return inv_freq / yarn.factor * ramp + inv_freq * (1 - ramp), scale
+
+
+def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding, halves convention (dimension i pairs with i + H/2)."""
+    cos, sin = (t[:, :, None, :] for t in rope)
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)

@@ -1,0 +1,151 @@
+"""Qwen2.5 and Qwen3: one set of blocks for training (scanned) and sampling (unrolled, cached).
+
+Parameters live outside as nested dicts named as in Hugging Face checkpoints. The training layout
+stacks the layers on a leading axis; the sampling layout (`to_sampling`) keeps them apart and holds
+the output matrix as its own [D, V] array, tied or not (E.T costs five times a transposed copy at
+batch 1).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retool_jax.core.mesh import constrain
+from retool_jax.core.pytrees import KVCache, Params
+from retool_jax.model import attention, cache as kv_cache
+from retool_jax.model.config import QwenConfig
+from retool_jax.model.layers import Block, Projection, RMSNorm, declare, rope_table
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: QwenConfig, rngs: nnx.Rngs):
+        self.weight = declare(rngs, (config.vocab_size, config.hidden_size), ('vocab', 'embed'),
+                              config.initializer_range)
+
+
+class Qwen(nnx.Module):
+    """The training layout: `layers` is one Block whose weights have a leading layer axis."""
+
+    def __init__(self, config: QwenConfig, key: jax.Array):
+        layer_key, rest = jax.random.split(key)
+        rngs = nnx.Rngs(rest)
+        self.embed_tokens = Embedding(config, rngs)
+        keys = jax.random.split(layer_key, config.num_hidden_layers)
+        self.layers = jax.vmap(lambda k: Block(config, nnx.Rngs(k)))(keys)
+        self.norm = RMSNorm(config.hidden_size, 'embed', config.rms_norm_eps, rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Projection({'embed': config.hidden_size}, {'vocab': config.vocab_size}, bias=False,
+                                      scale=config.initializer_range, rngs=rngs)
+
+
+@functools.cache
+def _abstract(config: QwenConfig) -> Qwen:
+    return jax.eval_shape(lambda: Qwen(config, jax.random.key(0)))
+
+
+@functools.cache
+def _definition(config: QwenConfig, part: str):
+    """The static half of a module: 'layers' (a Block) or 'norm'."""
+    return nnx.split(getattr(_abstract(config), part))[0]
+
+
+def _bind(config: QwenConfig, part: str, params: Params):
+    return nnx.merge(_definition(config, part), nnx.State(params))
+
+
+def init(config: QwenConfig, key: jax.Array) -> Params:
+    """Random f32 parameters in the training layout."""
+    return nnx.to_pure_dict(nnx.state(Qwen(config, key)))
+
+
+def abstract_params(config: QwenConfig) -> Params:
+    """Shapes and dtypes of the training layout."""
+    return nnx.to_pure_dict(nnx.state(_abstract(config)))
+
+
+def logical_axes(config: QwenConfig) -> dict:
+    """The words of every weight's dimensions, in the shape of the training layout."""
+    def words(path, variable):
+        axes = variable.get_metadata('axes')
+        return ('layers', *axes) if path[0] == 'layers' else axes
+    return nnx.to_pure_dict(nnx.State.from_flat_path(
+        {path: words(path, v) for path, v in nnx.to_flat_state(nnx.state(_abstract(config)))}))
+
+
+def forward(config: QwenConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array,
+            segment_ids_BT: jax.Array, *, dtype=jnp.float32, attend: str = 'auto', remat: str = 'none') -> jax.Array:
+    """Hidden states after the final norm, [B, T, D] in `dtype`, by a scan over layers.
+
+    `remat`: 'none' keeps activations, 'full' recomputes each layer in the backward pass, 'dots'
+    keeps matmul results only.
+    """
+    x_BTD = params['embed_tokens']['weight'].astype(dtype)[tokens_BT]
+    x_BTD = constrain(x_BTD, 'batch', 'seq', None)
+    rope = rope_table(config, positions_BT)
+    attend_full = attention.choose(attend, tokens_BT.shape[1])
+    mix = lambda q, k, v: attend_full(q, k, v, segment_ids_BT)
+
+    def layer(x_BTD, layer_params):
+        x_BTD = _bind(config, 'layers', layer_params)(x_BTD, rope, mix)
+        return constrain(x_BTD, 'batch', 'seq', None), None
+
+    policies = {'full': jax.checkpoint_policies.nothing_saveable,
+                'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if remat != 'none':
+        if remat not in policies:
+            raise ValueError(f'model.remat: {remat!r} is unknown; choose none, {", ".join(policies)}')
+        layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+    x_BTD, _ = jax.lax.scan(layer, x_BTD, params['layers'])
+    return _bind(config, 'norm', params['norm'])(x_BTD)
+
+
+def head_weight(params: Params) -> jax.Array:
+    """The output matrix [D, V] of either layout."""
+    if 'lm_head' in params:
+        return params['lm_head']['weight']
+    return params['embed_tokens']['weight'].T
+
+
+def unembed(params: Params, x_BD: jax.Array) -> jax.Array:
+    """Logits in f32 for the last axis of `x`."""
+    w_DV = head_weight(params)
+    return jnp.matmul(x_BD, w_DV.astype(x_BD.dtype), preferred_element_type=jnp.float32)
+
+
+def to_sampling(config: QwenConfig, params: Params, dtype=jnp.float32) -> Params:
+    """Training layout → sampling layout, in `dtype`; a jit on the same devices."""
+    cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
+    layers = [jax.tree.map(lambda x: x[i].astype(dtype), params['layers'])  # noqa: B023
+              for i in range(config.num_hidden_layers)]
+    return {'embed_tokens': cast(params['embed_tokens']), 'layers': layers, 'norm': cast(params['norm']),
+            'lm_head': {'weight': head_weight(params).astype(dtype)}}
+
+
+def extend(config: QwenConfig, params: Params, cache: KVCache, tokens_BC: jax.Array, count_B: jax.Array,
+           bound: int) -> tuple[jax.Array, KVCache]:
+    """Runs a right-padded chunk per row through the cache; the sampling layout.
+
+    tokens_BC: int32 [B, C]; count_B: valid tokens in each row (0 leaves the row's cache untouched).
+    Reads cover the first `bound` slots, which must hold every row's length after the chunk.
+    Returns hidden states [B, C, D] (garbage beyond count) and the cache, longer by count.
+    """
+    chunk = tokens_BC.shape[1]
+    offset_C = jnp.arange(chunk)
+    positions_BC = cache.length_B[:, None] + offset_C
+    slots = cache.k[0].shape[2]
+    slot_BC = jnp.where(offset_C < count_B[:, None], positions_BC, slots)  # out of range: dropped
+    x_BCD = params['embed_tokens']['weight'][tokens_BC]
+    rope = rope_table(config, positions_BC)
+    keys, values = [], []
+    for layer_params, k_BKSH, v_BKSH in zip(params['layers'], cache.k, cache.v):
+        def attend(q, k, v):
+            keys.append(kv_cache.write(k_BKSH, k, slot_BC))  # noqa: B023
+            values.append(kv_cache.write(v_BKSH, v, slot_BC))  # noqa: B023
+            return attention.cached(q, keys[-1][:, :, :bound], values[-1][:, :, :bound], positions_BC)
+        x_BCD = _bind(config, 'layers', layer_params)(x_BCD, rope, attend)
+    x_BCD = _bind(config, 'norm', params['norm'])(x_BCD)
+    return x_BCD, KVCache(k=keys, v=values, length_B=cache.length_B + count_B)
