@@ -1,0 +1,1 @@
+"""Problems, their gold answers and the judge: readers, the embedded task, answer equality, the grader."""
