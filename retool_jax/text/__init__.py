@@ -1,0 +1,1 @@
+"""Text and ids: tokenizers, the tag automaton over tokens, prompts, snippets and feedback."""
