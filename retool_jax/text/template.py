@@ -1,0 +1,236 @@
+"""What the model reads and writes around its own words: prompt, snippet, feedback, answer.
+
+One record per model family, used alike by SFT, rollout and evaluation, so that all three see the
+same ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from retool_jax.core.records import Episode
+from retool_jax.text.tokenizer import Tokenizer
+
+# Prompt elements: P fig. 7. The words are ours.
+ANSWER_FORM = """\
+Close with the final answer, in a box, as the last thing you write:
+<answer>
+\\boxed{your final answer}
+</answer>
+
+Problem:
+{question}"""
+
+TOOL_INSTRUCTION = f"""\
+Work through the problem below one step at a time.
+
+You may write Python to compute or check something whenever that helps; you do not have to. \
+An external sandbox runs each script, and what it printed, or its error, comes back between \
+<interpreter> and </interpreter>; then go on reasoning from there. Every script starts in a fresh \
+process: it must be complete, with its imports and definitions, and it must print what you want to \
+see. Write it exactly like this:
+<code>
+```python
+import math
+print(math.comb(10, 3))
+```
+</code>
+
+{ANSWER_FORM}"""
+
+TEXT_INSTRUCTION = f"""\
+Work through the problem below one step at a time, in words and formulas.
+
+{ANSWER_FORM}"""
+
+FORMAT_FEEDBACK = 'Nothing was run: write one complete script in a python fence inside the code tags.'
+CAP_FEEDBACK = 'Nothing was run: no more scripts are allowed. Give the final answer now.'
+
+# A space after '<' in what a tool printed: visible, the same for every tokenizer, and done once
+# (the result no longer matches). Normal form C, which Qwen's tokenizer applies, keeps it.
+FOREIGN_TAG = re.compile(
+    r'<(?=/?(?:code|answer|interpreter|think|tool_call|tool_response|tools|s|bos|eos|unk|pad)>|[|｜][^<>\s]+[|｜]>)'
+)
+
+FENCE = re.compile(r'[ \t]*```[ \t]*([\w+.-]*)[ \t]*')
+PYTHON = ('', 'python', 'python3', 'py')
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How one model family is asked: the text before and after the question, special tokens inside."""
+
+    name: str
+    tools: bool  # False: the text-only version of the instruction
+    before: str  # from the first token of the context to the question
+    after: str  # from the question to the first token of the model's answer
+    turn_end: str  # the special token with which the model ends its answer
+    opens_think: bool = False  # the prompt ends inside an open <think>
+
+
+@dataclasses.dataclass(frozen=True)
+class Snippet:
+    """A script that the model asked to run, and where it stands in the turn's text."""
+
+    code: str
+    start: int  # characters before the code
+
+
+def make_template(name: str, tools: bool = True) -> Template:
+    """The record of a family: 'tiny', 'qwen2_5', 'qwen3' or 'r1_distill'. ValueError for any other name."""
+    if name not in _FAMILIES:
+        raise ValueError(f'template {name!r} is not known; use one of {", ".join(_FAMILIES)}')
+    before, after, turn_end = _FAMILIES[name]
+    opening, _, closing = _instruction(name, tools).partition('{question}')
+    return Template(name, tools, before + opening, closing + after, turn_end, after.endswith('<think>\n'))
+
+
+def prompt_ids(template: Template, tokenizer: Tokenizer, question: str) -> list[int]:
+    """Ids of the whole prompt; chat tokens come from the template alone, the question stays plain text.
+
+    Raises ValueError if the tokenizer lacks one of the template's special tokens.
+    """
+    pieces = [*_cut(template, tokenizer, template.before), question, *_cut(template, tokenizer, template.after)]
+    ids: list[int] = []
+    plain = ''  # runs between special tokens are encoded whole, as the chat template's text would be
+    for piece in (*pieces, None):
+        if isinstance(piece, str):
+            plain += piece
+            continue
+        ids += tokenizer.encode(plain)
+        plain = ''
+        if piece is not None:
+            ids.append(piece)
+    return ids
+
+
+def end_ids(template: Template, tokenizer: Tokenizer) -> list[int]:
+    """The one id with which the model ends its answer, for the last segment of an SFT trace."""
+    return _cut(template, tokenizer, template.turn_end)
+
+
+def wrap_snippet(code: str) -> str:
+    """The form in which the model writes a script (P fig. 7)."""
+    return f'<code>\n```python\n{code.strip("\n")}\n```\n</code>'
+
+
+def wrap_answer(answer: str) -> str:
+    """The form in which the model closes (P fig. 7)."""
+    return f'<answer>\n\\boxed{{{answer}}}\n</answer>'
+
+
+def extract_snippet(turn_text: str) -> Snippet | None:
+    """The script of a turn that ends at `</code>`, or None where nothing can be run.
+
+    Looks between the first `<code>` and the last `</code>` of the turn, and takes the last fence there
+    that is marked as Python or not marked. None: no `<code>`, no such fence, a fence left open, or
+    nothing but blanks in it.
+    """
+    end = turn_text.rfind('</code>')
+    begin = turn_text.find('<code>', 0, max(end, 0))
+    if begin < 0:
+        return None
+    found: Snippet | None = None
+    opened: int | None = None  # where the code of the open fence starts
+    language = ''
+    position = begin + len('<code>')
+    for line in re.findall(r'[^\n]*\n|[^\n]+', turn_text[position:end]):
+        fence = FENCE.fullmatch(line.rstrip('\r\n'))
+        if opened is None and fence:
+            opened, language = position + len(line), fence[1].lower()
+        elif fence and not fence[1]:
+            if language in PYTHON:
+                found = Snippet(turn_text[opened:position].rstrip('\r\n'), opened)
+            opened = None
+        position += len(line)
+    return found if opened is None and found and found.code.strip() else None
+
+
+def has_answer(turn_text: str) -> bool:
+    """Whether a turn answers: a closed answer element or a box."""
+    return '</answer>' in turn_text or '\\boxed{' in turn_text
+
+
+def is_void(turn_text: str) -> bool:
+    """Whether a turn holds neither a snippet that can be run nor an answer."""
+    return extract_snippet(turn_text) is None and not has_answer(turn_text)
+
+
+def neutralise(text: str) -> str:
+    """Takes the force out of tags and chat tokens in foreign text by a space after their `<`."""
+    return FOREIGN_TAG.sub('< ', text)
+
+
+def wrap_feedback(text: str, overshoot: str = '') -> str:
+    r"""What is appended after a snippet: `\n<interpreter>\n` text `\n</interpreter>\n\n` (O), neutralised.
+
+    `overshoot` is what the model's last token said after `</code>`; the part of the opening that it
+    already said is left out (after `</code>\n` comes `<interpreter>`, not a second newline).
+    """
+    opening, body = '\n<interpreter>\n', neutralise(text).rstrip('\r\n')
+    said = (head[k:] for head in (opening, opening[1:]) for k in range(1, len(head)) if overshoot.endswith(head[:k]))
+    rest = min(said, key=len, default=opening)
+    return f'{rest}{body}{"\n" if body else ""}</interpreter>\n\n'
+
+
+def final_text(episode: Episode, tokenizer: Tokenizer) -> str:
+    """The model's own text after the last fed-back token: what is graded. '' if it wrote nothing there.
+
+    Found by the author of each token, never by looking for tags, so nothing that a tool printed or
+    that the model wrote about tools can move it.
+    """
+    runs = episode.segments()
+    return tokenizer.decode(runs[-1][1]) if runs and runs[-1][0] else ''
+
+
+def split_trace(text: str) -> list[tuple[bool, str]]:
+    """Cuts a whole answer with inline tags into the segments of a rollout: [(acted, text), …].
+
+    Each `</code>` followed by an interpreter element ends an acted segment; the element is written
+    anew by `wrap_feedback`, so that training sees what rollout feeds back. Other text is the model's.
+    """
+    segments: list[tuple[bool, str]] = []
+    position = 0
+    for block in _INTERPRETER.finditer(text):
+        segments.append((True, text[position : block.start()]))
+        segments.append((False, wrap_feedback(block[1])))
+        position = block.end()
+    segments.append((True, text[position:]))
+    return [(acted, part) for acted, part in segments if part]
+
+
+_INTERPRETER = re.compile(r'(?<=</code>)\s*<interpreter>\n?(.*?)</interpreter>\n{0,2}', re.DOTALL)
+
+_CHATML = ('<|im_start|>user\n', '<|im_end|>\n<|im_start|>assistant\n', '<|im_end|>')
+
+# family → text before the instruction, text after it, end of turn; each as its chat template renders
+# one user turn with the generation prompt.
+_FAMILIES = {
+    'tiny': _CHATML,
+    'qwen2_5': (
+        '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n'
+        + _CHATML[0],
+        *_CHATML[1:],
+    ),
+    'qwen3': _CHATML,
+    'r1_distill': (
+        '<｜begin▁of▁sentence｜><｜User｜>',
+        '<｜Assistant｜><think>\n',
+        '<｜end▁of▁sentence｜>',
+    ),
+}
+
+
+def _instruction(name: str, tools: bool) -> str:
+    if name == 'tiny':  # a few hundred ids of context are worth more than words it cannot read
+        return '{question}'
+    return TOOL_INSTRUCTION if tools else TEXT_INSTRUCTION
+
+
+def _cut(template: Template, tokenizer: Tokenizer, text: str) -> list[str | int]:
+    pieces = tokenizer.split(text)
+    for name in re.findall(r'<[|｜][^<>\s]+[|｜]>', text):
+        if name not in tokenizer.special_ids:
+            raise ValueError(f'template {template.name!r} needs the special token {name}, which the tokenizer lacks')
+    return pieces
