@@ -123,5 +123,6 @@ def _byte_automaton(tags: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
             stop = next((spelled[read[k:]] for k in range(len(read)) if read[k:] in spelled), NONE)
             byte_stop[i, byte] = stop
             if stop == NONE:
-                byte_next[i, byte] = next(number[read[k:]] for k in range(len(read) + 1) if read[k:] in number)
+                suffixes = (read[k:] for k in range(len(read) + 1))
+                byte_next[i, byte] = next(number[s] for s in suffixes if s in number)
     return byte_next, byte_stop

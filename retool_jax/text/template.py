@@ -50,7 +50,8 @@ CAP_FEEDBACK = 'Nothing was run: no more scripts are allowed. Give the final ans
 # A space after '<' in what a tool printed: visible, the same for every tokenizer, and done once
 # (the result no longer matches). Normal form C, which Qwen's tokenizer applies, keeps it.
 FOREIGN_TAG = re.compile(
-    r'<(?=/?(?:code|answer|interpreter|think|tool_call|tool_response|tools|s|bos|eos|unk|pad)>|[|｜][^<>\s]+[|｜]>)'
+    r'<(?=/?(?:code|answer|interpreter|think|tool_call|tool_response|tools|s|bos|eos|unk|pad)>'
+    r'|[|｜][^<>\s]+[|｜]>)'
 )
 
 FENCE = re.compile(r'[ \t]*```[ \t]*([\w+.-]*)[ \t]*')
@@ -91,10 +92,10 @@ def prompt_ids(template: Template, tokenizer: Tokenizer, question: str) -> list[
 
     Raises ValueError if the tokenizer lacks one of the template's special tokens.
     """
-    pieces = [*_cut(template, tokenizer, template.before), question, *_cut(template, tokenizer, template.after)]
+    before, after = (_cut(template, tokenizer, text) for text in (template.before, template.after))
     ids: list[int] = []
     plain = ''  # runs between special tokens are encoded whole, as the chat template's text would be
-    for piece in (*pieces, None):
+    for piece in (*before, question, *after, None):
         if isinstance(piece, str):
             plain += piece
             continue
@@ -169,8 +170,8 @@ def wrap_feedback(text: str, overshoot: str = '') -> str:
     already said is left out (after `</code>\n` comes `<interpreter>`, not a second newline).
     """
     opening, body = '\n<interpreter>\n', neutralise(text).rstrip('\r\n')
-    said = (head[k:] for head in (opening, opening[1:]) for k in range(1, len(head)) if overshoot.endswith(head[:k]))
-    rest = min(said, key=len, default=opening)
+    heads = [(head[:k], head[k:]) for head in (opening, opening[1:]) for k in range(1, len(head))]
+    rest = min((left for said, left in heads if overshoot.endswith(said)), key=len, default=opening)
     return f'{rest}{body}{"\n" if body else ""}</interpreter>\n\n'
 
 
@@ -232,5 +233,8 @@ def _cut(template: Template, tokenizer: Tokenizer, text: str) -> list[str | int]
     pieces = tokenizer.split(text)
     for name in re.findall(r'<[|｜][^<>\s]+[|｜]>', text):
         if name not in tokenizer.special_ids:
-            raise ValueError(f'template {template.name!r} needs the special token {name}, which the tokenizer lacks')
+            raise ValueError(
+                f'template {template.name!r} needs the special token {name}, which the tokenizer lacks: '
+                'choose the template of the model\'s family'
+            )
     return pieces

@@ -109,7 +109,10 @@ def load(directory: str | pathlib.Path) -> Tokenizer:
         token_bytes, special_ids, encode_text = _open_sentencepiece(directory / 'tokenizer.model')
         remedy = SENTENCEPIECE_REMEDY
     else:
-        raise ValueError(f'tokenizer directory {str(directory)!r}: no tokenizer.json or tokenizer.model in it')
+        raise ValueError(
+            f'tokenizer directory {str(directory)!r} holds neither tokenizer.json nor tokenizer.model: '
+            'give the directory of a model or a tokenizer'
+        )
 
     eos_ids = _find_eos(directory, config, special_ids)
     if not eos_ids:
@@ -153,7 +156,7 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) ->
 
     specials = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
     if size < 256 + len(specials):
-        raise ValueError(f'tokenizer size {size} is too small: 256 bytes and {len(specials)} specials need 259')
+        raise ValueError(f'tokenizer size {size} is too small: use at least {256 + len(specials)}')
     # Digits stand alone, so that arithmetic sees aligned columns; a run of signs takes the newlines
     # after it, as in Qwen's vocabulary, so that small models meet the same merges at tag ends.
     pattern = tokenizers.Regex(r' ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+\n*|\s+')
@@ -273,7 +276,7 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def _byte_of_symbol() -> dict[str, int]:
-    """Byte-level BPE's alphabet: printable Latin-1 stands for itself, other bytes from U+0100 on, in order."""
+    """Byte-level BPE's alphabet: printable Latin-1 is itself, other bytes follow from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     symbols = {chr(b): b for b in printable}
     others = (b for b in range(256) if chr(b) not in symbols)
