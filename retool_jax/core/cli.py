@@ -1,0 +1,306 @@
+"""The one door of every binary: flags in, one line and exit 2 out where the user is at fault.
+
+A launch file ends in `cli.run(main)`. Flags are absl's, the configuration is an ml_collections file:
+`python launch/ppo.py --config=configs/ppo.py:tiny --config.ppo.clip=0.2`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import dis
+import errno
+import importlib.util
+import inspect
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_dict, config_flags
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+TRACEBACK = 'RETOOL_TRACEBACK'  # environment variable: 1 prints the traceback of a user's error too
+
+_OVERRIDE = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]+)(?:=(?P<value>.*))?$', re.DOTALL)
+_ASIDE = ('retool_jax', 'absl', 'ml_collections')  # modules whose flags --help leaves out
+# What the machine refuses because of what it was asked: files, disks and ports, not bugs.
+_OUTSIDE = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR,
+    errno.ENOTDIR, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+class UserError(ValueError):
+    """What the user can mend: the door prints its text as one line and exits 2."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised in the main thread; `except KeyboardInterrupt` takes it together with Ctrl-C."""
+
+
+def run(main: Callable[[ConfigDict], None], *, default_config: str | None = None) -> None:
+    """Parses the command line, calls `main(config)` and ends the process.
+
+    Exit status: 0; 1 with a traceback for a fault of ours; 2 with one line for a fault of the user
+    (see `explain`); 130 and 143 with one line after Ctrl-C and SIGTERM. `default_config` is
+    'configs/NAME.py:ARG', used where --config is not given.
+    """
+    _run(lambda argv: main(parse_config(argv, default_config)), main)
+
+
+def run_plain(main: Callable[[], None]) -> None:
+    """`run` for a binary with flags of its own and no configuration file."""
+    _run(lambda argv: (parse_flags(argv), main())[1], main)
+
+
+def command() -> str:
+    """The command line of this process, as one can paste it into a shell."""
+    script = Path(sys.argv[0])
+    if script.is_absolute() and script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    return shlex.join(['python', str(script), *sys.argv[1:]])
+
+
+def parse_config(argv: list[str], default_config: str | None = None) -> ConfigDict:
+    """Loads the file of `--config=PATH[:ARG]`, applies every `--config.key=value`, locks the result.
+
+    Args:
+      argv: the command line, program first. Other flags must have been defined with absl.
+      default_config: PATH[:ARG] where --config is absent; None makes the flag necessary.
+
+    Raises:
+      UserError: no such file, ARG, key, or a value of another type.
+    """
+    argv, given = _take_config(argv)
+    if given is None and default_config is None:
+        raise UserError(f'--config is missing; give --config=configs/NAME.py:ARG, one of: {_known_configs()}')
+    config = load_config(given or default_config)
+    keys = flatten(config)
+    for argument in argv[1:]:
+        if argument == '--':
+            break
+        if match := _OVERRIDE.match(argument):
+            _check_key(config, keys, match['key'])
+    for name in [n for n in flags.FLAGS if n == 'config' or n.startswith('config.')]:
+        delattr(flags.FLAGS, name)  # a second parse in one process starts afresh
+    config_flags.DEFINE_config_dict('config', config, sys_argv=argv)
+    parse_flags(argv, keys)
+    return config
+
+
+def parse_flags(argv: list[str], keys: dict[str, object] | None = None) -> None:
+    """Parses absl flags; what is unknown or of a wrong type is a UserError.
+
+    `keys` are the configuration's, as `flatten` gives them, to name the type that was expected.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.IllegalFlagValueError as error:
+        match = re.match(r'flag --config\.([\w.]+)=(.*?): ', str(error), re.DOTALL)
+        if match and keys and match[1] in keys:
+            kind = keys[match[1]].__name__
+            raise UserError(f'--config.{match[1]}={match[2]}: expected {_article(kind)}') from None
+        raise UserError(_one_line(error)) from None
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from None
+    if len(rest) > 1:
+        raise UserError(f'unexpected argument {rest[1]!r}; flags are written --name=value')
+
+
+def load_config(spec: str) -> ConfigDict:
+    """Returns the locked `get_config(ARG)` of 'PATH[:ARG]'; PATH is relative to here or to the repository."""
+    path, colon, arg = spec.partition(':')
+    file = _find(path)
+    # The files import `configs.base`; a script's sys.path holds launch/ alone.
+    if str(ROOT) not in sys.path:
+        sys.path.insert(1, str(ROOT))
+    loader = importlib.util.spec_from_file_location(f'{file.stem}_config', file)
+    module = importlib.util.module_from_spec(loader)
+    try:
+        loader.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f'config file {error.filename}:{error.lineno}: {error.msg}') from None
+    if not hasattr(module, 'get_config'):
+        raise UserError(f'config file {path} defines no get_config(arg)')
+    signature = inspect.signature(module.get_config)
+    try:
+        signature.bind(*([arg] if colon else []))
+    except TypeError:
+        remedy = 'takes no ARG: leave the colon out' if colon else f'needs an ARG: --config={path}:ARG'
+        raise UserError(f'config file {path} {remedy}') from None
+    try:
+        config = module.get_config(*([arg] if colon else []))
+    except ValueError as error:
+        raise UserError(f'--config={spec}: {error}') from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f'config file {path}: get_config returned {type(config).__name__}, not a ConfigDict')
+    config.lock()
+    return config
+
+
+def flatten(config: ConfigDict, prefix: str = '') -> dict[str, type]:
+    """Returns {dotted key: type} of every leaf."""
+    leaves = {}
+    for key in config:
+        kind = config.get_type(key)
+        if issubclass(kind, ConfigDict):
+            leaves |= flatten(config[key], f'{prefix}{key}.')
+        else:
+            leaves[f'{prefix}{key}'] = kind
+    return leaves
+
+
+def explain(error: BaseException) -> str | None:
+    """Returns the one line for an error that the user can mend, None for one of ours.
+
+    Theirs are: a UserError; a ValueError that code of this package *raised*, in words (one out of
+    numpy, JAX or `int()` is a fault of ours and keeps its traceback); an OSError about files, disks
+    and ports.
+    """
+    if isinstance(error, UserError):
+        return _one_line(error)
+    if isinstance(error, ValueError) and _raised_here(error):
+        return _one_line(error)
+    if isinstance(error, OSError) and error.errno in _OUTSIDE:
+        where = ' → '.join(repr(str(f)) for f in (error.filename, error.filename2) if f is not None)
+        return f'{where}: {error.strerror}' if where else _one_line(error)
+    return None
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Returns ' (did you mean X?)', or '' where nothing is near."""
+    words = list(words)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    if not close:  # a right last word below a wrong block
+        tail = word.rsplit('.', 1)[-1]
+        tails = {w.rsplit('.', 1)[-1]: w for w in reversed(words)}
+        close = [tails[t] for t in difflib.get_close_matches(tail, tails, n=1, cutoff=0.75)]
+    return f' (did you mean {close[0]}?)' if close else ''
+
+
+def _run(body: Callable[[list[str]], None], main: Callable) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        if any(a in ('-h', '--help', '--helpfull') for a in sys.argv[1:]):
+            _help(main)
+            sys.exit(0)
+        logging.use_absl_handler()
+        body(sys.argv)
+    except KeyboardInterrupt as stop:
+        by_term = isinstance(stop, Terminated)
+        _say(str(stop) or ('stopped by SIGTERM' if by_term else 'interrupted'))
+        sys.exit(143 if by_term else 130)
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        _say(f'error: {line}')
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _terminate(signum, frame) -> None:
+    raise Terminated
+
+
+def _say(line: str) -> None:
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())
+
+
+def _article(kind: str) -> str:
+    return f'an {kind}' if kind[0] in 'aeiou' else f'a {kind}'
+
+
+def _raised_here(error: BaseException) -> bool:
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    if tb is None:
+        return False
+    code = tb.tb_frame.f_code
+    if code.co_code[tb.tb_lasti] != dis.opmap['RAISE_VARARGS']:
+        return False
+    file = Path(code.co_filename).resolve()
+    return file.is_relative_to(PACKAGE) or file.is_relative_to(ROOT / 'launch')
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """Splits `--config=SPEC` or `--config SPEC` off; the last one counts."""
+    rest, given, i = [], None, 0
+    while i < len(argv):
+        if argv[i] == '--':
+            return rest + argv[i:], given
+        if argv[i] in ('--config', '-config'):
+            if i + 1 == len(argv):
+                raise UserError('--config needs a value: --config=configs/NAME.py:ARG')
+            given, i = argv[i + 1], i + 1
+        elif argv[i].startswith(('--config=', '-config=')):
+            given = argv[i].split('=', 1)[1]
+        else:
+            rest.append(argv[i])
+        i += 1
+    return rest, given
+
+
+def _find(path: str) -> Path:
+    for file in (Path(path), ROOT / path):
+        if file.is_file():
+            return file.resolve()
+    raise UserError(f'config file not found: {path!r}{nearest(path, _known_configs().split(", "))}')
+
+
+def _known_configs() -> str:
+    names = sorted(p.name for p in (ROOT / 'configs').glob('*.py') if p.name not in ('__init__.py', 'base.py'))
+    return ', '.join(f'configs/{n}' for n in names)
+
+
+def _check_key(config: ConfigDict, keys: dict[str, type], key: str) -> None:
+    if key in keys:
+        return
+    node = config
+    for part in key.split('.'):
+        node = node[part] if isinstance(node, ConfigDict) and part in node else None
+    if isinstance(node, ConfigDict):
+        raise UserError(f'--config.{key} is a block; set one of its keys: {", ".join(sorted(node))}')
+    raise UserError(f'unknown config key {key!r}{nearest(key, keys)}')
+
+
+def _help(main: Callable) -> None:
+    module = sys.modules[main.__module__]
+    print((module.__doc__ or '').strip() + '\n')
+    for name, own in sorted(flags.FLAGS.flags_by_module_dict().items()):
+        if name.split('.')[0] not in _ASIDE:
+            for flag in sorted(own, key=lambda f: f.name):
+                print(f'  --{flag.name}={flag.default}\n      {flag.help}')
+    _, given = _take_config(sys.argv)
+    if given is None:
+        if list(inspect.signature(main).parameters):
+            print(f'  --config=PATH:ARG, one of: {_known_configs()} (with --help it lists its keys)')
+        return
+    config = load_config(given)
+    print(f'  --config={given}')
+    for key, kind in flatten(config).items():
+        holder, _, leaf = key.rpartition('.')
+        block = config
+        for part in filter(None, holder.split('.')):
+            block = block[part]
+        try:
+            value = repr(block[leaf])
+        except config_dict.RequiredValueError:
+            value = '(must be given)'
+        print(f'  --config.{key}={value}  ({kind.__name__})')

@@ -1,0 +1,154 @@
+"""From configuration blocks to frozen dataclasses, and what differs between two configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict, config_dict
+
+from retool_jax.core.cli import nearest
+
+T = TypeVar('T')
+ABSENT = '(absent)'  # stands for the value of a key that one of two configurations lacks
+
+
+def build(kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '') -> T:
+    """Builds the dataclass `kind` from a block with exactly its fields, nested dataclasses included.
+
+    Types are checked, never guessed: an int is taken for a float, a list for a tuple, a string for
+    the Enum member of that value, and nothing else is converted. `name` is the block's dotted key,
+    for messages.
+
+    Raises:
+      ValueError: a key unknown or missing, a value of another type (the dotted key is named), or what
+        the dataclass's own __post_init__ refused.
+    """
+    if not isinstance(block, (ConfigDict, Mapping)):
+        raise ValueError(f'config key {name}: expected a block of keys, got {block!r}')
+    hints = typing.get_type_hints(kind)
+    fields = [f.name for f in dataclasses.fields(kind) if f.init]
+    for key in block:
+        if key not in fields:
+            raise ValueError(f'unknown config key {_join(name, key)!r}{nearest(key, fields)}')
+    values = {}
+    for key in fields:
+        if key not in block:
+            raise ValueError(f'config key {_join(name, key)!r} is missing')
+        try:
+            value = block[key]
+        except config_dict.RequiredValueError:
+            raise ValueError(f'{_join(name, key)} must be given: --config.{_join(name, key)}=VALUE') from None
+        values[key] = _convert(hints[key], value, _join(name, key))
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f'{name}: {error}' if name else str(error)) from error
+
+
+def to_json(config: Any) -> Any:
+    """Returns the same as plain dicts, lists, strings and numbers: ConfigDicts, dataclasses, tuples,
+    enums and paths have their plain form. Raises TypeError for anything else."""
+    if isinstance(config, enum.Enum):
+        return config.value
+    if config is None or isinstance(config, (bool, int, float, str)):
+        return config
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, ConfigDict):
+        config = config.to_dict()
+    if isinstance(config, Mapping):
+        return {str(k): to_json(v) for k, v in config.items()}
+    if isinstance(config, Sequence):
+        return [to_json(v) for v in config]
+    if isinstance(config, os.PathLike):
+        return os.fspath(config)
+    raise TypeError(f'{type(config).__name__} has no plain form: {config!r}')
+
+
+def differences(a: Any, b: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """Returns {dotted key: (in a, in b)} for every leaf that differs; ABSENT where one has no such key.
+
+    Both are configurations or what `to_json` made of them. `ignore` names keys, or blocks with all
+    that is below them.
+    """
+    a, b = dict(_leaves(to_json(a))), dict(_leaves(to_json(b)))
+    found = {}
+    for key in [*a, *(k for k in b if k not in a)]:
+        if any(key == i or key.startswith(f'{i}.') for i in ignore):
+            continue
+        left, right = a.get(key, ABSENT), b.get(key, ABSENT)
+        same = left == right and isinstance(left, bool) == isinstance(right, bool)
+        if not same and not (left != left and right != right):  # NaN equals NaN here
+            found[key] = (left, right)
+    return found
+
+
+def describe(found: Mapping[str, tuple[Any, Any]]) -> str:
+    """Writes `differences` on one line: 'key: left, now right; …'."""
+    return '; '.join(f'{key}: {left!r}, now {right!r}' for key, (left, right) in found.items())
+
+
+def _leaves(node: Any, prefix: str = ''):
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, _join(prefix, key))
+    else:
+        yield prefix, node
+
+
+def _join(name: str, key: str) -> str:
+    return f'{name}.{key}' if name else key
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(option, value, key)
+            except ValueError:
+                continue
+        return _convert(options[-1], value, key)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise ValueError(f'{key}={value!r}: expected one of {", ".join(map(repr, args))}')
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, key)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        try:
+            return kind(value)
+        except ValueError:
+            known = ', '.join(repr(m.value) for m in kind)
+            raise ValueError(f'{key}={value!r}: expected one of {known}') from None
+    if origin is tuple and isinstance(value, (tuple, list)):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], v, f'{key}[{i}]') for i, v in enumerate(value))
+        if len(args) == len(value):
+            return tuple(_convert(a, v, f'{key}[{i}]') for i, (a, v) in enumerate(zip(args, value)))
+        raise ValueError(f'{key}={value!r}: expected {len(args)} entries')
+    if origin in (dict, Mapping) and isinstance(value, (ConfigDict, Mapping)):
+        return {k: _convert(args[1], value[k], _join(key, k)) for k in value}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is tuple and isinstance(value, list):
+        return tuple(value)
+    plain = origin or kind
+    if isinstance(value, plain) and not (isinstance(value, bool) and plain in (int, float)):
+        return value
+    raise ValueError(f'{key}={value!r}: expected {_name(kind)}, got {type(value).__name__}')
+
+
+def _name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)

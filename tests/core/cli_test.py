@@ -1,0 +1,169 @@
+"""The door, through a real child process: what the user sees and the exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from retool_jax.core import cli
+
+CONFIG = """
+from ml_collections import ConfigDict, config_dict
+
+def get_config(arg='tiny'):
+    if arg not in ('tiny', 'large'):
+        raise ValueError(f'unknown ARG {arg!r}; one of tiny, large')
+    config = ConfigDict(dict(steps=3, problems=config_dict.placeholder(str),
+                             ppo=dict(clip=0.2, gamma=1.0, whiten=True, sizes=(1, 2))))
+    if arg == 'large':
+        config.steps = 1000
+    return config
+"""
+
+BINARY = """
+'''Tries the door.'''
+import sys, time
+from absl import flags
+from retool_jax.core import cli
+from retool_jax.core.records import Episode
+
+FLAG = flags.DEFINE_enum('act', 'show', ['show', 'bug', 'words', 'int', 'missing', 'wait'], 'what to do')
+
+def main(config):
+    if FLAG.value == 'bug':
+        raise KeyError('a fault of ours')
+    if FLAG.value == 'int':
+        int('x')
+    if FLAG.value == 'words':
+        Episode(None, 0, 0).append([1], acted=True)
+    if FLAG.value == 'missing':
+        open('no/such/file')
+    if FLAG.value == 'wait':
+        print('ready', flush=True)
+        time.sleep(60)
+    print(config.steps, config.problems, config.ppo.clip, config.ppo.whiten, config.ppo.sizes)
+
+if __name__ == '__main__':
+    cli.run(main, default_config='DEFAULT')
+"""
+
+
+@pytest.fixture
+def door(tmp_path):
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / 'some.py').write_text(CONFIG)
+    (tmp_path / 'binary.py').write_text(BINARY.replace('DEFAULT', str(tmp_path / 'configs' / 'some.py')))
+    env = {**os.environ, 'PYTHONPATH': str(cli.ROOT)}
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [sys.executable, 'binary.py', *arguments],
+            cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def call(*arguments):
+        child = start(*arguments)
+        out, err = child.communicate(timeout=60)
+        return child.returncode, out, err
+
+    call.start = start
+    return call
+
+
+def refused(door, *arguments):
+    code, out, err = door(*arguments)
+    assert (code, out) == (2, '')
+    assert err.startswith('error: ') and err.count('\n') == 1, err
+    return err
+
+
+def test_overrides_reach_main_with_their_types(door):
+    code, out, err = door(
+        '--config=configs/some.py:large', '--config.ppo.clip=1', '--config.problems=a=b.jsonl',
+        '--noconfig.ppo.whiten', '--config.ppo.sizes=(3,)',
+    )  # fmt: skip
+    assert (code, out, err) == (0, "1000 a=b.jsonl 1.0 False (3,)\n", '')
+
+
+def test_the_default_config_is_used_where_none_is_named(door):
+    assert door('--config.steps=7')[:2] == (0, '7 None 0.2 True (1, 2)\n')
+
+
+def test_overrides_may_precede_the_config_and_use_spaces(door):
+    assert door('--config.steps', '5', '--config', 'configs/some.py')[1].startswith('5 None')
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['--config=configs/sone.py'], ['config file not found', 'configs/sone.py']),
+        (['--config=configs/some.py:huge'], ["unknown ARG 'huge'", 'tiny, large']),
+        (['--config.ppo.clipp=1'], ["unknown config key 'ppo.clipp'", 'did you mean ppo.clip?']),
+        (['--config.gamma=1'], ["unknown config key 'gamma'", 'did you mean ppo.gamma?']),
+        (['--config.pppo.clip=1'], ['did you mean ppo.clip?']),
+        (['--config.ppo={}'], ['ppo is a block', 'clip, gamma']),
+        (['--config.steps=many'], ['--config.steps=many', 'expected an int']),
+        (['--config.steps=1.5'], ['--config.steps=1.5', 'expected an int']),
+        (['--config.ppo.clip=high'], ['--config.ppo.clip=high', 'expected a float']),
+        (['--config.ppo.whiten=maybe'], ['--config.ppo.whiten=maybe', 'expected a bool']),
+        (['--config.steps'], ['config.steps']),
+        (['--configg=1'], ['configg', 'config']),
+        (['--act=dance'], ['act=dance', 'show']),
+        (['stray'], ["unexpected argument 'stray'"]),
+        (['--act=words'], ['acted tokens carry one logprob each']),
+        (['--act=missing'], ["'no/such/file'", 'No such file']),
+    ],
+)  # fmt: skip
+def test_what_the_user_did_wrong_is_one_line_and_exit_2(door, arguments, words):
+    line = refused(door, *arguments)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize('act', ['bug', 'int'])
+def test_a_fault_of_ours_keeps_its_traceback(door, act):
+    code, _, err = door(f'--act={act}')
+    assert code == 1 and 'Traceback' in err and 'binary.py' in err
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_process_says_so_in_one_line(door, number, status):
+    child = door.start('--act=wait')
+    assert child.stdout.readline() == 'ready\n'
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == status and err.count('\n') == 1 and err.strip()
+
+
+def test_help_lists_every_key_with_its_default(door):
+    code, out, _ = door('--help', '--config=configs/some.py:large')
+    assert code == 0
+    for text in ('Tries the door.', '--act=show', '--config.steps=1000  (int)', '--config.ppo.clip=0.2  (float)'):
+        assert text in out
+
+
+def test_configs_are_found_from_any_directory_and_may_import_their_neighbours(tmp_path, monkeypatch):
+    repository = tmp_path / 'repository'
+    (repository / 'configs').mkdir(parents=True)
+    (repository / 'configs' / 'ppo.py').write_text(
+        textwrap.dedent("""
+        from ml_collections import ConfigDict
+        def get_config():
+            return ConfigDict(dict(steps=1))
+        """)
+    )
+    monkeypatch.setattr(cli, 'ROOT', repository)
+    monkeypatch.chdir(tmp_path)
+    assert cli.parse_config(['x', '--config=configs/ppo.py', '--config.steps=4']).steps == 4
+    assert cli.parse_config(['x', '--config=configs/ppo.py']).steps == 1
+    with pytest.raises(cli.UserError, match='takes no ARG'):
+        cli.parse_config(['x', '--config=configs/ppo.py:tiny'])
+    with pytest.raises(cli.UserError, match=r'did you mean configs/ppo.py\?'):
+        cli.parse_config(['x', '--config=configs/poo.py'])
+    with pytest.raises(cli.UserError, match='--config is missing.*configs/ppo.py'):
+        cli.parse_config(['x'])
