@@ -52,12 +52,14 @@ class Batch:
     """
 
     tokens_BT: jax.Array  # int32
-    segment_ids_BT: jax.Array  # int32, 1.. within a row, 0 is padding
+    segment_ids_BT: jax.Array  # int32, 1…N within a row, 0 is padding
     positions_BT: jax.Array  # int32, from 0 within each segment
-    acted_BT: jax.Array  # f32, 1 where the policy wrote the token
+    acted_BT: jax.Array  # bool, True where the policy wrote the token
     sampler_logprob_BT: jax.Array  # f32, 0 where not acted
-    reward_BT: jax.Array  # f32, on the last acted token of each episode
-    episode_BT: jax.Array  # int32, index of the episode in the global batch, -1 is padding
+    reward_BN: jax.Array  # f32, entry n belongs to segment n + 1 of the row
+    group_BN: jax.Array  # int32, episodes of one problem share a group; -1 is no episode
+    baseline_BN: jax.Array  # bool, episodes that count in their group's baseline
+    update_BN: jax.Array  # bool, episodes that are trained on
 
 
 @jax.tree_util.register_dataclass

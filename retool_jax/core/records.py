@@ -71,6 +71,7 @@ class Stop(enum.StrEnum):
     EOS = 'eos'
     LENGTH = 'length'  # token budget, or feedback that would overflow it
     TURNS = 'turns'  # turn budget or call cap
+    FAULT = 'fault'  # the sandbox itself failed, after retries: the episode leaves the update
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,56 @@
+"""Tool results on disk, keyed by who asked: a replay reads them and needs no sandbox."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+from retool_jax.core.records import Episode, ExecResult, Verdict
+
+
+def call_key(episode: Episode, code: str) -> str:
+    """Names a call by (step, problem, sample, turn, code): what decides its result in a replay."""
+    digest = hashlib.sha256(code.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
+    return f'{episode.step}/{episode.problem.id}/{episode.sample}/{episode.turns}/{digest}'
+
+
+class Journal:
+    """An append-only JSONL file of results; a torn last line (killed run) is cut off on opening."""
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = pathlib.Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.results: dict[str, ExecResult] = {}
+        whole = 0
+        if self.path.exists():
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b'\n'):
+                    break
+                entry = json.loads(line)
+                entry['result']['verdict'] = Verdict(entry['result']['verdict'])
+                self.results[entry['key']] = ExecResult(**entry['result'])
+                whole += len(line)
+        self._file = self.path.open('r+b' if self.path.exists() else 'w+b')
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    def get(self, key: str) -> ExecResult | None:
+        return self.results.get(key)
+
+    def put(self, key: str, result: ExecResult) -> None:
+        """Records a result before anything acts on it."""
+        self.results[key] = result
+        line = json.dumps({'key': key, 'result': dataclasses.asdict(result)}, ensure_ascii=True)
+        self._file.write(line.encode() + b'\n')
+        self._file.flush()
+
+    def clear(self) -> None:
+        """Forgets everything: the step that it belongs to is committed."""
+        self.results.clear()
+        self._file.truncate(0)
+        self._file.seek(0)
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,68 @@
+"""Episodes to arrays: several episodes share a row, told apart by segment ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from retool_jax.core.pytrees import Batch
+from retool_jax.core.records import Episode
+
+
+def place(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """First fit, longest first: rows of episode indices whose lengths add up to at most `width`.
+
+    The same lengths give the same rows in every process. Errors: ValueError for an episode that is
+    longer than a row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > width:
+            raise ValueError(f'pack: an episode has {lengths[i]} tokens, a row holds {width}; raise the row width')
+        row = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
+        if row is None:
+            rows.append([])
+            room.append(width)
+            row = len(rows) - 1
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+def pack(episodes: Sequence[Episode], *, width: int, multiple: int, segments: int, groups: Sequence[int] | None = None,
+         baseline: Sequence[bool] | None = None, update: Sequence[bool] | None = None) -> Batch:
+    """The batch of these episodes, numpy arrays of rows × `width`.
+
+    multiple: the number of rows is rounded up to it (empty rows at the end).
+    segments: N, the most episodes a row may hold; rows with more are split.
+    groups: one id per episode, equal for samples of one problem; default: each its own.
+    baseline, update: which episodes count in their group's baseline, and which are trained on;
+      default: all.
+    An episode without a reward counts as 0 (supervised traces have none).
+    """
+    rows = [part[i:i + segments] for part in place([len(e.tokens) for e in episodes], width)
+            for i in range(0, len(part), segments)]
+    count = max(multiple, -(-len(rows) // multiple) * multiple)
+    ints = lambda *shape: np.zeros(shape, np.int32)
+    batch = Batch(
+        tokens_BT=ints(count, width), segment_ids_BT=ints(count, width), positions_BT=ints(count, width),
+        acted_BT=np.zeros((count, width), bool), sampler_logprob_BT=np.zeros((count, width), np.float32),
+        reward_BN=np.zeros((count, segments), np.float32), group_BN=np.full((count, segments), -1, np.int32),
+        baseline_BN=np.zeros((count, segments), bool), update_BN=np.zeros((count, segments), bool))
+    for r, members in enumerate(rows):
+        start = 0
+        for n, i in enumerate(members):
+            episode, end = episodes[i], start + len(episodes[i].tokens)
+            batch.tokens_BT[r, start:end] = episode.tokens
+            batch.segment_ids_BT[r, start:end] = n + 1
+            batch.positions_BT[r, start:end] = np.arange(end - start)
+            batch.acted_BT[r, start:end] = episode.acted
+            batch.sampler_logprob_BT[r, start:end] = episode.logprobs
+            batch.reward_BN[r, n] = episode.reward.value if episode.reward else 0.0
+            batch.group_BN[r, n] = groups[i] if groups is not None else i
+            batch.baseline_BN[r, n] = baseline[i] if baseline is not None else True
+            batch.update_BN[r, n] = update[i] if update is not None else True
+            start = end
+    return batch

@@ -1,0 +1,95 @@
+"""Optimizer and training state: f32 master weights, AdamW, one state for the policy and its critic."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from retool_jax.core.pytrees import Params, TrainState
+from retool_jax.model import qwen
+from retool_jax.model.config import QwenConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW with a schedule."""
+
+    lr: float
+    schedule: str  # after warm-up: 'constant', 'cosine' or 'linear' to 0
+    warmup_steps: int
+    b1: float
+    b2: float
+    weight_decay: float  # on matrices only
+    grad_clip: float  # global norm
+
+
+def make_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
+    """Learning rate over `steps` optimizer steps."""
+    s = settings
+    rest = max(steps - s.warmup_steps, 1)
+    after = {'constant': lambda: optax.constant_schedule(s.lr),
+             'cosine': lambda: optax.cosine_decay_schedule(s.lr, rest),
+             'linear': lambda: optax.linear_schedule(s.lr, 0.0, rest)}
+    if s.schedule not in after:
+        raise ValueError(f'optimizer.schedule: {s.schedule!r} is unknown; choose {", ".join(after)}')
+    warmup = optax.linear_schedule(0.0, s.lr, max(s.warmup_steps, 1))
+    return optax.join_schedules([warmup, after[s.schedule]()], [s.warmup_steps])
+
+
+def make_optimizer(policy: OptimizerSettings, steps: int, critic: OptimizerSettings | None = None,
+                   critic_warmup_steps: int = 0) -> optax.GradientTransformation:
+    """AdamW for the tree {'policy', 'critic'}, each part clipped and scheduled on its own.
+
+    The policy's learning rate is 0 for the first `critic_warmup_steps` optimizer steps.
+    """
+    parts = {'policy': _adamw(policy, steps, hold=critic_warmup_steps)}
+    if critic is not None:
+        parts['critic'] = _adamw(critic, steps)
+    return optax.partition(parts, lambda params: {
+        name: jax.tree.map(lambda _: name, part) for name, part in params.items()})  # noqa: B023
+
+
+def _adamw(settings: OptimizerSettings, steps: int, hold: int = 0) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW; biases and norms are not decayed."""
+    schedule = make_schedule(settings, steps - hold)
+    if hold:
+        schedule = optax.join_schedules([optax.constant_schedule(0.0), schedule], [hold])
+    matrices = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, x: path[-1].key == 'weight' and 'norm' not in jax.tree_util.keystr(path), params)
+    return optax.chain(
+        optax.clip_by_global_norm(settings.grad_clip),
+        optax.adamw(schedule, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay, mask=matrices))
+
+
+def init_value_head(config: QwenConfig) -> Params:
+    """A zero linear head: the first value estimates are 0, in the middle of ±1 rewards."""
+    return {'weight': jnp.zeros((config.hidden_size, 1), jnp.float32), 'bias': jnp.zeros((1,), jnp.float32)}
+
+
+def add_critic(config: QwenConfig, policy: Params, kind: str) -> Params:
+    """The trained tree: {'policy', 'critic'}; the critic is a 'head' on the policy's trunk, its own
+    'backbone' that starts from the policy's weights, or 'none'."""
+    if kind == 'none':
+        return {'policy': policy}
+    if kind == 'head':
+        return {'policy': policy, 'critic': {'head': init_value_head(config)}}
+    if kind == 'backbone':
+        trunk = {name: jax.tree.map(jnp.copy, policy[name]) for name in ('embed_tokens', 'layers', 'norm')}
+        return {'policy': policy, 'critic': {'head': init_value_head(config), 'backbone': trunk}}
+    raise ValueError(f'critic.kind: {kind!r} is unknown; choose none, head, backbone')
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state at step 0."""
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+
+
+def load_policy(config: QwenConfig, directory: str | None, seed: int) -> Params:
+    """Weights from a Hugging Face directory, or random ones from `seed` where none is given."""
+    if directory is None:
+        return jax.jit(lambda key: qwen.init(config, key))(jax.random.key(seed))
+    from retool_jax.model import hf
+    return hf.load(directory, config)

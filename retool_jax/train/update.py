@@ -1,0 +1,206 @@
+"""The update: forward, loss and gradient of a micro-batch, sums over micro-batches, one AdamW step.
+
+A mini-batch is cut into micro-batches of fixed shape whose gradients add up in f32. Denominators
+come from the whole mini-batch, so any cut gives the same gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from retool_jax.algo import losses, segments, tallies
+from retool_jax.algo.advantages import AdvantageSettings, advantages, reward_on_last_acted
+from retool_jax.core.pytrees import Batch, Params, TrainState
+from retool_jax.model import qwen
+from retool_jax.model.config import QwenConfig
+from retool_jax.model.logprobs import token_logprobs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardSettings:
+    """How a training forward pass is computed."""
+
+    dtype: str  # of activations
+    attention: str  # model.attention.choose
+    remat: str  # model.qwen.forward
+    logprob_chunk: int  # positions of a row projected to the vocabulary at a time
+    micro_rows: int  # rows per micro-batch
+    row_width: int  # tokens per row
+    row_segments: int  # episodes per row, at most
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the update needs beside the batch, computed once before it. All f32 [B, T]."""
+
+    logprob_BT: jax.Array  # ℓₒ
+    reference_logprob_BT: jax.Array  # ℓᵣ, zeros where there is no reference
+    value_BT: jax.Array  # V_old, zeros where there is no critic
+    advantage_BT: jax.Array
+    return_BT: jax.Array
+
+
+class Learner:
+    """Owns the compiled programs of training; states and batches are passed in."""
+
+    def __init__(self, config: QwenConfig, forward: ForwardSettings, optimizer: optax.GradientTransformation,
+                 mesh: jax.sharding.Mesh, *, loss: losses.LossSettings | None = None,
+                 advantage: AdvantageSettings | None = None, temperature: float = 1.0):
+        """loss and advantage are None for supervised training; temperature is the sampler's."""
+        self.config, self.forward, self.optimizer, self.mesh = config, forward, optimizer, mesh
+        self.loss, self.advantage, self.temperature = loss, advantage, temperature
+        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
+        self._sft = jax.jit(self._add_sft, donate_argnames=('gradients',))
+        self._ppo = jax.jit(self._add_ppo, donate_argnames=('gradients',))
+        self._apply = jax.jit(self._apply_gradients, donate_argnames=('state', 'gradients'))
+        self._score = jax.jit(self._evaluate)
+        self._advantages = jax.jit(self._estimate, static_argnames=('num_groups',))
+        self._denominators = jax.jit(self._count)
+
+    def sft_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step of −mean log p over the acted tokens of `batch` (numpy)."""
+        batch = self.put(batch)
+        denominator = self._denominators(batch)[0]
+        gradients, found = self._zeros(state.params), []
+        for micro in self._micro(batch):
+            gradients, metrics = self._sft(params=state.params, gradients=gradients, micro=micro, denominator=denominator)
+            found.append(metrics)
+        state, norms = self._apply(state=state, gradients=gradients)
+        return state, _merge(found) | norms
+
+    def sft_loss(self, params: Params, batch: Batch) -> float:
+        """Mean −log p over the acted tokens of `batch`, without a step."""
+        batch, total, count = self.put(batch), 0.0, 0.0
+        for micro in self._micro(batch):
+            logprob_BT, _, _ = self._score(params, micro)
+            total -= float(jnp.where(micro.acted_BT, logprob_BT, 0.0).sum())
+            count += float(micro.acted_BT.sum())
+        return total / max(count, 1.0)
+
+    def score(self, params: Params, batch: Batch, reference: Params | None, num_groups: int) -> Scores:
+        """Old logprobs, values, advantages and returns of the whole global batch (on device)."""
+        parts = [self._score(params, micro) for micro in self._micro(batch)]
+        logprob_BT, _, value_BT = (jnp.concatenate(x) for x in zip(*parts))
+        reference_BT = jnp.zeros_like(logprob_BT)
+        if self.loss.needs_reference:
+            if reference is None:
+                raise ValueError(f'loss.kl_coef is {self.loss.kl_coef} but there is no reference policy')
+            reference_BT = jnp.concatenate([self._score({'policy': reference}, m)[0] for m in self._micro(batch)])
+        advantage_BT, return_BT = self._advantages(batch, logprob_BT, reference_BT, value_BT, num_groups=num_groups)
+        return Scores(logprob_BT=logprob_BT, reference_logprob_BT=reference_BT, value_BT=value_BT,
+                      advantage_BT=advantage_BT, return_BT=return_BT)
+
+    def ppo_step(self, state: TrainState, batch: Batch, scores: Scores) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step over one mini-batch (rows of a scored batch)."""
+        denominators = self._denominators(batch)
+        gradients, found = self._zeros(state.params), []
+        for micro in self._micro((batch, scores)):
+            gradients, metrics = self._ppo(params=state.params, gradients=gradients, micro=micro[0],
+                                           scores=micro[1], denominators=denominators)
+            found.append(metrics)
+        state, norms = self._apply(state=state, gradients=gradients)
+        return state, _merge(found) | norms
+
+    def put(self, tree):
+        """Moves host arrays with a leading batch axis onto the mesh."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp'))))
+
+    def _micro(self, tree) -> Iterator:
+        rows, size = jax.tree.leaves(tree)[0].shape[0], self.forward.micro_rows
+        for start in range(0, rows, size):
+            yield jax.tree.map(lambda x: x[start:start + size], tree)  # noqa: B023
+
+    def _evaluate(self, params: Params, micro: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """logprob, entropy and value of every token, [B, T] each."""
+        f = self.forward
+        run = lambda weights: qwen.forward(
+            self.config, weights, micro.tokens_BT, micro.positions_BT, micro.segment_ids_BT,
+            dtype=jnp.dtype(f.dtype), attend=f.attention, remat=f.remat)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            hidden_BTD = run(params['policy'])
+            logprob_BT, entropy_BT = token_logprobs(params['policy'], hidden_BTD, micro.tokens_BT,
+                                                    temperature=self.temperature, chunk=f.logprob_chunk)
+            value_BT = jnp.zeros_like(logprob_BT)
+            if 'critic' in params:
+                critic = params['critic']
+                if 'backbone' in critic:
+                    hidden_BTD = run(critic['backbone'])
+                value_BT = (hidden_BTD.astype(jnp.float32) @ critic['head']['weight'] + critic['head']['bias'])[..., 0]
+                value_BT = jnp.pad(value_BT[:, :-1], ((0, 0), (1, 0)))  # V(state before token t)
+        return logprob_BT, entropy_BT, value_BT
+
+    def _estimate(self, batch: Batch, logprob_BT, reference_BT, value_BT, num_groups: int):
+        reward_BT = reward_on_last_acted(batch.reward_BN, batch.acted_BT, batch.segment_ids_BT)
+        reward_BT = losses.reward_less_kl(self.loss, reward_BT, logprob_BT, reference_BT, batch.acted_BT)
+        return advantages(self.advantage, reward_BT, batch.acted_BT, batch.segment_ids_BT, baseline_BN=batch.baseline_BN,
+                          update_BN=batch.update_BN, value_BT=value_BT, group_BN=batch.group_BN, num_groups=num_groups)
+
+    def _mask(self, batch: Batch) -> jax.Array:
+        return segments.in_update(batch.acted_BT, batch.update_BN, batch.segment_ids_BT)
+
+    def _count(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Denominators of the mini-batch: of the policy loss, and acted tokens (supervised and value loss)."""
+        mask_BT, n = self._mask(batch), self.forward.row_segments
+        tokens = losses.denominator('token-mean', mask_BT, batch.segment_ids_BT, n)
+        if self.loss is None:
+            return tokens, tokens
+        return losses.denominator(self.loss.aggregation, mask_BT, batch.segment_ids_BT, n,
+                                  self.loss.aggregation_constant), tokens
+
+    def _add_sft(self, params, gradients, micro: Batch, denominator):
+        def objective(params):
+            logprob_BT, entropy_BT, _ = self._evaluate(params, micro)
+            mask_BT = self._mask(micro)
+            loss = -jnp.where(mask_BT, logprob_BT, 0.0).sum() / jnp.maximum(denominator, 1.0)
+            return loss, {'sft/loss': tallies.mean_over(-logprob_BT, mask_BT),
+                          'sft/entropy': tallies.mean_over(entropy_BT, mask_BT)}
+        found, metrics = jax.grad(objective, has_aux=True)(params)
+        return jax.tree.map(jnp.add, gradients, found), metrics
+
+    def _add_ppo(self, params, gradients, micro: Batch, scores: Scores, denominators):
+        policy_denominator, token_denominator = denominators
+        mask_BT, n = self._mask(micro), self.forward.row_segments
+
+        def objective(params):
+            logprob_BT, entropy_BT, value_BT = self._evaluate(params, micro)
+            loss, metrics = losses.actor_loss(
+                self.loss, logprob_BT=logprob_BT, entropy_BT=entropy_BT, old_logprob_BT=scores.logprob_BT,
+                sampler_logprob_BT=micro.sampler_logprob_BT, advantage_BT=scores.advantage_BT, mask_BT=mask_BT,
+                segment_ids_BT=micro.segment_ids_BT, num_segments=n, denominator=policy_denominator,
+                reference_logprob_BT=scores.reference_logprob_BT)
+            if 'critic' in params:
+                value_loss, more = losses.value_loss(self.loss, value_BT, scores.value_BT, scores.return_BT, mask_BT,
+                                                     token_denominator)
+                loss, metrics = loss + self.loss.value_coef * value_loss, metrics | more
+            return loss, metrics
+        found, metrics = jax.grad(objective, has_aux=True)(params)
+        return jax.tree.map(jnp.add, gradients, found), metrics
+
+    def _apply_gradients(self, state: TrainState, gradients: Params):
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        names = {'policy': 'actor/grad_norm', 'critic': 'critic/grad_norm'}
+        norms = {names[part]: optax.global_norm(g) for part, g in gradients.items()}
+        return TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates),
+                          opt_state=opt_state), norms
+
+
+def _merge(found: list) -> dict[str, jax.Array]:
+    total = found[0]
+    for metrics in found[1:]:
+        total = tallies.merge(total, metrics)
+    return tallies.results(total)
+
+
+def mean_metrics(steps: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Fetches the metrics of several optimizer steps: their mean; the maximum for names ending in _max."""
+    host = jax.device_get(steps)
+    reduce = lambda name: np.max if name.endswith('_max') else np.mean
+    return {name: float(reduce(name)([m[name] for m in host])) for name in (host[0] if host else {})}
