@@ -1,0 +1,1 @@
+"""The science of the update: pure functions from arrays to arrays."""
