@@ -1,0 +1,217 @@
+"""Tokenizers: byte-exactness, special ids, refusals."""
+
+import io
+import json
+import pathlib
+import random
+import unicodedata
+
+import pytest
+import sentencepiece
+
+from retool_jax.text import tokenizer as tokenizer_lib
+from tests import fakes
+
+QWEN = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/qwen2_5_tokenizer'
+TRACES = [
+    f'What is {a} * {b}?\n<code>\n```python\nprint({a} * {b})\n```\n</code>\n<interpreter>\n{a * b}\n'
+    f'</interpreter>\n\n<answer>\n\\boxed{{{a * b}}}\n</answer>'
+    for a in range(11, 41) for b in range(3, 9)
+]
+EXACT = dict(
+    normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, byte_fallback=True
+)
+
+
+def train_sentencepiece(directory: pathlib.Path, **settings) -> pathlib.Path:
+    """A small SentencePiece model trained on the traces and saved as tokenizer.model."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TRACES), model_writer=model, model_type='bpe', minloglevel=2,
+        control_symbols=['<|im_end|>'], user_defined_symbols=['<|user|>'], vocab_size=400,
+        split_by_unicode_script=False, split_by_whitespace=False, **settings,
+    )  # fmt: skip
+    (directory / 'tokenizer.model').write_bytes(model.getvalue())
+    return directory
+
+
+@pytest.fixture(scope='module', params=['tiny', 'sentencepiece', 'qwen', 'bytes'])
+def tokenizer(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    if request.param == 'tiny':
+        return tokenizer_lib.train_bpe(TRACES, 512, directory)
+    if request.param == 'sentencepiece':
+        return tokenizer_lib.load(train_sentencepiece(directory, **EXACT))
+    if request.param == 'bytes':
+        return fakes.byte_tokenizer()
+    if not QWEN.is_dir():
+        pytest.skip('the real Qwen2.5 tokenizer is not here')
+    return tokenizer_lib.load(QWEN)
+
+
+def test_ids_spell_the_text_they_encode(tokenizer):
+    rng = random.Random(0)
+    alphabet = [chr(c) for c in (*range(128), 0xE9, 0x4E2D, 0x1F642, 0x2028, 0xFEFF)]
+    for _ in range(200):
+        text = unicodedata.normalize('NFC', ''.join(rng.choices(alphabet, k=rng.randint(0, 40))))
+        ids = tokenizer.encode(text)
+        assert tokenizer.spell(ids) == text.encode()
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= i < tokenizer.size for i in ids)
+
+
+def test_the_string_of_a_special_token_in_a_text_stays_text(tokenizer):
+    names = list(tokenizer.special_ids)
+    assert names
+    specials = set(tokenizer.special_ids.values())
+    for name in names:
+        text = f'x{name} {name}{name}\n'
+        assert not specials.intersection(tokenizer.encode(text))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_templates_may_write_special_tokens(tokenizer):
+    name, i = max(tokenizer.special_ids.items(), key=lambda item: item[1])
+    ids = tokenizer.encode(f'a{name}\nb', specials=True)
+    assert ids == tokenizer.encode('a') + [i] + tokenizer.encode('\nb')
+    assert tokenizer.decode(ids) == 'a\nb'
+    assert tokenizer.decode(ids, specials=True) == f'a{name}\nb'
+
+
+def test_special_ids_and_ids_of_the_padded_vocabulary_spell_nothing(tokenizer):
+    outside = [*tokenizer.special_ids.values(), tokenizer.size, tokenizer.size + 300]
+    assert tokenizer.spell(outside) == b''
+    assert set(tokenizer.eos_ids) <= set(tokenizer.special_ids.values())
+    assert tokenizer.pad_id in tokenizer.special_ids.values()
+
+
+def test_bytes_that_are_no_text_decode_to_the_replacement_mark(tokenizer):
+    spell = {b: i for i, b in enumerate(tokenizer.token_bytes)}
+    if b'\xf0' in spell and b'\x9f' in spell:
+        assert tokenizer.decode([spell[b'\xf0'], spell[b'\x9f']]) == '\ufffd'
+    assert tokenizer.decode([]) == ''
+
+
+@pytest.mark.skipif(not QWEN.is_dir(), reason='the real Qwen2.5 tokenizer is not here')
+def test_qwen_ids_are_those_of_transformers():
+    from transformers import PreTrainedTokenizerFast
+
+    ours, theirs = tokenizer_lib.load(QWEN), PreTrainedTokenizerFast.from_pretrained(QWEN)
+    assert ours.size == 151_665
+    assert ours.eos_ids == tuple(theirs.convert_tokens_to_ids(['<|im_end|>', '<|endoftext|>']))
+    assert ours.pad_id == theirs.convert_tokens_to_ids('<|endoftext|>')
+    assert ours.special_ids['<|fim_pad|>'] == theirs.convert_tokens_to_ids('<|fim_pad|>')  # unflagged there
+    for text in (*tokenizer_lib.PROBES[:-1], *TRACES[:5], 'e\u0301 <tool_call> 123 </code><answer>'):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_a_trained_bpe_holds_every_byte_and_splits_digits(tmp_path):
+    tokenizer = tokenizer_lib.train_bpe(TRACES, 400, tmp_path)
+    assert tokenizer.size <= 400
+    assert {bytes([b]) for b in range(256)} <= set(tokenizer.token_bytes)
+    assert [tokenizer.token_bytes[i] for i in tokenizer.encode('1234')] == [b'1', b'2', b'3', b'4']
+    assert not any(len(t) > 1 and any(c in b'0123456789' for c in t) for t in tokenizer.token_bytes)
+    assert len(tokenizer.encode(TRACES[0])) < len(TRACES[0]) / 2
+    assert set(tokenizer.special_ids) == {'<|endoftext|>', '<|im_start|>', '<|im_end|>'}
+    assert tokenizer.eos_ids[0] == tokenizer.special_ids['<|im_end|>']
+    assert tokenizer.pad_id == tokenizer.special_ids['<|endoftext|>']
+
+
+def test_training_a_bpe_twice_gives_the_same_files(tmp_path):
+    for name in ('a', 'b'):
+        tokenizer_lib.train_bpe(iter(TRACES), 400, tmp_path / name)
+    for file in ('tokenizer.json', 'tokenizer_config.json'):
+        assert (tmp_path / 'a' / file).read_bytes() == (tmp_path / 'b' / file).read_bytes()
+
+
+def test_transformers_reads_a_trained_bpe(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    ours = tokenizer_lib.train_bpe(TRACES, 400, tmp_path)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == ours.eos_ids[0] and theirs.pad_token_id == ours.pad_id
+    assert theirs.encode(TRACES[7]) == ours.encode(TRACES[7])
+    assert theirs.decode(ours.encode(TRACES[7])) == TRACES[7]
+
+
+def test_a_bpe_smaller_than_the_bytes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='size 200 is too small: use at least 259'):
+        tokenizer_lib.train_bpe(TRACES, 200, tmp_path)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='neither tokenizer.json nor tokenizer.model'):
+        tokenizer_lib.load(tmp_path)
+
+
+@pytest.mark.parametrize('file', ['tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'])
+def test_an_unreadable_file_is_named_in_one_line(tmp_path, file):
+    (tmp_path / file).write_text('{"not": ')
+    with pytest.raises(ValueError, match=f'{file}.*cannot be read') as caught:
+        tokenizer_lib.load(tmp_path)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_tokenizer_in_which_nothing_ends_a_turn_is_refused(tmp_path):
+    tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    text = (tmp_path / 'tokenizer.json').read_text()
+    (tmp_path / 'tokenizer.json').write_text(text.replace('im_end', 'im_mid').replace('endoftext', 'midoftext'))
+    with pytest.raises(ValueError, match='no end-of-turn token'):
+        tokenizer_lib.load(tmp_path)
+
+
+def test_end_of_turn_is_also_read_from_generation_config(tmp_path):
+    tokenizer = tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    start = tokenizer.special_ids['<|im_start|>']
+    (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': [start, 70]}))
+    assert tokenizer_lib.load(tmp_path).eos_ids == (*tokenizer.eos_ids, start)
+
+
+def test_an_eos_token_may_be_a_record(tmp_path):
+    tokenizer = tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+    config['eos_token'] = {'content': '<|im_start|>', 'special': True}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+    assert tokenizer_lib.load(tmp_path).eos_ids[0] == tokenizer.special_ids['<|im_start|>']
+
+
+def test_a_tokenizer_that_lowercases_is_refused(tmp_path):
+    tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    data = json.loads((tmp_path / 'tokenizer.json').read_text())
+    data['normalizer'] = {'type': 'Lowercase'}
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(data))
+    with pytest.raises(ValueError, match='not byte-exact'):
+        tokenizer_lib.load(tmp_path)
+
+
+@pytest.mark.parametrize('setting, value', [
+    ('normalization_rule_name', 'nmt_nfkc'),
+    ('add_dummy_prefix', True),
+    ('remove_extra_whitespaces', True),
+    ('byte_fallback', False),
+])  # fmt: skip
+def test_a_sentencepiece_model_with_a_lossy_setting_is_refused_and_the_settings_named(tmp_path, setting, value):
+    settings = EXACT | {setting: value}
+    if setting == 'byte_fallback':
+        settings['hard_vocab_limit'] = False
+    train_sentencepiece(tmp_path, **settings)
+    with pytest.raises(ValueError, match='not byte-exact.*identity.*add_dummy_prefix=false') as caught:
+        tokenizer_lib.load(tmp_path)
+    assert '\n' not in str(caught.value)
+
+
+def test_chat_marks_shipped_without_the_special_flag_are_still_special(tmp_path):
+    # As in DeepSeek-R1-Distill's files: <｜User｜> is an added token, not flagged special; <think> is a word.
+    tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    data = json.loads((tmp_path / 'tokenizer.json').read_text())
+    size = max(data['model']['vocab'].values()) + 1
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+    data['added_tokens'] += [
+        {'id': size + n, 'content': name, **plain} for n, name in enumerate(['<｜User｜>', '<｜Assistant｜>', '<think>'])
+    ]
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(data))
+    tokenizer = tokenizer_lib.load(tmp_path)
+    assert tokenizer.special_ids['<｜User｜>'] == size and '<think>' not in tokenizer.special_ids
+    assert size not in tokenizer.encode('<｜User｜>') and tokenizer.decode(tokenizer.encode('<｜User｜>')) == '<｜User｜>'
+    assert tokenizer.encode('<think>\n')[0] == size + 2
+    assert tokenizer.token_bytes[size + 2] == b'<think>'
