@@ -153,7 +153,7 @@ def whiten(
 def explained_variance(
     value_BT: Float[Array, 'B T'], return_BT: Float[Array, 'B T'], mask_BT: Bool[Array, 'B T']
 ) -> Float[Array, '']:
-    """Measures how much of the returns the critic foresaw, 1 − Var(G − V)/Var(G); 0 where the returns are equal."""
+    """Measures how much of the returns the critic foresaw: 1 − Var(G − V)/Var(G), 0 where all G are equal."""
     missed, whole = moments(return_BT - value_BT, mask_BT), moments(return_BT, mask_BT)
     spread = whole.deviation > 0
     return jnp.where(spread, 1.0 - missed.deviation / jnp.where(spread, whole.deviation, 1.0), 0.0)
@@ -192,13 +192,15 @@ def advantages(
     mask_BT = segments.in_update(acted_BT, update_BN, segment_ids_BT)
     if settings.needs_values:
         if value_BT is None:
-            raise ValueError(f'advantage.kind={settings.kind!r} needs value_BT; score the batch with the critic')
+            raise ValueError('advantage.kind=gae needs value_BT; score the batch with the critic')
         advantage_BT, return_BT = gae(
             reward_BT, value_BT, acted_BT, settings.gamma, settings.lam, segment_ids_BT
         )
     else:  # reward-to-go is GAE without a critic
-        return_BT, _ = gae(reward_BT, jnp.zeros_like(reward_BT), acted_BT, settings.gamma, 1.0, segment_ids_BT)
-        advantage_BT = return_BT
+        no_value_BT = jnp.zeros_like(reward_BT)
+        advantage_BT, return_BT = gae(
+            reward_BT, no_value_BT, acted_BT, settings.gamma, 1.0, segment_ids_BT
+        )
     if settings.needs_groups:
         if group_BN is None or num_groups is None:
             raise ValueError(f'advantage.kind={settings.kind!r} needs group_BN and num_groups')

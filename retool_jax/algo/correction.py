@@ -43,7 +43,8 @@ def correction(
       weight_BT without gradient (0 outside the mask), and tallies: mismatch/logprob_abs_max, mismatch/kl
       (k1, ℓₛ − ℓₒ, over sampled tokens), mismatch/weight, mismatch/truncated, mismatch/rejected.
     """
-    gap_BT = jax.lax.stop_gradient(jnp.where(mask_BT, old_logprob_BT - sampler_logprob_BT, 0.0).astype(jnp.float32))
+    gap_BT = old_logprob_BT.astype(jnp.float32) - sampler_logprob_BT.astype(jnp.float32)
+    gap_BT = jax.lax.stop_gradient(jnp.where(mask_BT, gap_BT, 0.0))
     kept_BT, log_weight_BT = mask_BT, gap_BT
     if settings.correction == 'none':
         log_weight_BT = jnp.zeros_like(gap_BT)

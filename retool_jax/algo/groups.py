@@ -131,7 +131,7 @@ def overlong_penalty(
       buffer: L_c; 0 turns the penalty off.
     """
     if not 0 <= buffer <= acted_budget:
-        raise ValueError(f'overlong buffer {buffer} must lie between 0 (off) and the acted budget {acted_budget}')
+        raise ValueError(f'overlong buffer {buffer} must lie in [0, {acted_budget}], the acted budget; 0 is off')
     over = (jnp.asarray(acted_count) - (acted_budget - buffer)).astype(jnp.float32)
     return -jnp.clip(over / buffer, 0.0, 1.0) if buffer else jnp.zeros_like(over)
 

@@ -95,7 +95,10 @@ def policy_loss(
 
 
 def kl(
-    kind: str, logprob_BT: Float[Array, 'B T'], other_logprob_BT: Float[Array, 'B T'], mask_BT: Bool[Array, 'B T']
+    kind: str,
+    logprob_BT: Float[Array, 'B T'],
+    other_logprob_BT: Float[Array, 'B T'],
+    mask_BT: Bool[Array, 'B T'],
 ) -> Float[Array, 'B T']:
     """Estimates KL(current ‖ other) at each sampled token from d = ℓ − ℓᵣ, clamped to ±20.
 
@@ -123,7 +126,7 @@ def reward_less_kl(
     reference_logprob_BT: Float[Array, 'B T'],
     acted_BT: Bool[Array, 'B T'],
 ) -> Float[Array, 'B T']:
-    """Takes the KL penalty off the rewards of acted tokens, R − β·KL(old ‖ reference), where settings say so."""
+    """Takes the KL penalty off the rewards of acted tokens, R − β·KL(old ‖ reference), where it belongs there."""
     if settings.kl_in != 'reward' or not settings.needs_reference:
         return reward_BT
     return reward_BT - settings.kl_coef * kl(settings.kl_kind, old_logprob_BT, reference_logprob_BT, acted_BT)
@@ -143,7 +146,7 @@ def actor_loss(
     denominator: Float[Array, ''],
     reference_logprob_BT: Float[Array, 'B T'] | None = None,
 ) -> tuple[Float[Array, ''], Tallies]:
-    """Sums everything the policy is trained on: w·L − entropy_coef·H + kl_coef·KL, each by the one aggregation.
+    """Sums what the policy is trained on: w·L − entropy_coef·H + kl_coef·KL, each by the one aggregation.
 
     Args:
       denominator: of the *global* mini-batch, by `denominator(settings.aggregation, …)`.
@@ -167,7 +170,7 @@ def actor_loss(
         total_BT = total_BT - settings.entropy_coef * jnp.where(mask_BT, entropy_BT, 0.0)
     if settings.needs_reference:
         if reference_logprob_BT is None:
-            raise ValueError(f'loss.kl_coef={settings.kl_coef} needs reference_logprob_BT; score the batch, or set it 0')
+            raise ValueError(f'loss.kl_coef={settings.kl_coef} needs reference_logprob_BT; or set it to 0')
         kl_BT = kl(settings.kl_kind, logprob_BT, jax.lax.stop_gradient(reference_logprob_BT), mask_BT)
         tallies['actor/kl'] = mean_over(kl_BT, mask_BT)
         if settings.kl_in == 'loss':
@@ -183,7 +186,7 @@ def value_loss(
     mask_BT: Bool[Array, 'B T'],
     clip: float | None,
 ) -> tuple[Float[Array, 'B T'], Tallies]:
-    """Computes the critic's loss of every token: ½·max((V−G)², (clip(V, V_old ± c)−G)²), or ½(V−G)² without c.
+    """Computes the critic's loss per token: ½·max((V−G)², (clip(V, V_old ± c)−G)²), or ½(V−G)² without c.
 
     verl's form, ½ included; TRL's PPO has it too and weights it 0.1.
 
@@ -224,7 +227,7 @@ def critic_loss(
     """Sums what the critic is trained on: value_coef · the mean of `value_loss` over tokens.
 
     Args:
-      denominator: of the *global* mini-batch, by `denominator('token-mean', …)` whatever the policy's mean is.
+      denominator: of the *global* mini-batch, by `denominator('token-mean', …)` whatever the policy's is.
       others: as in `value_loss`.
 
     Returns:

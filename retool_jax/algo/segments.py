@@ -69,7 +69,10 @@ def in_update(
 
 
 def sequence_mean(
-    x_BT: Float[Array, 'B T'], mask_BT: Bool[Array, 'B T'], segment_ids_BT: Int[Array, 'B T'], num_segments: int
+    x_BT: Float[Array, 'B T'],
+    mask_BT: Bool[Array, 'B T'],
+    segment_ids_BT: Int[Array, 'B T'],
+    num_segments: int,
 ) -> Float[Array, 'B T']:
     """Gives every token the mean of its segment's masked tokens, 0 where there are none. [B, T] → [B, T]."""
     total_BN = per_segment(jnp.where(mask_BT, x_BT, 0.0), segment_ids_BT, num_segments)

@@ -32,13 +32,14 @@ class AdvantageSettings:
 
     def __post_init__(self):
         if self.kind not in ADVANTAGE_KINDS:
-            raise ValueError(f'advantage.kind={self.kind!r} is unknown; choose one of {", ".join(ADVANTAGE_KINDS)}')
+            choices = ', '.join(ADVANTAGE_KINDS)
+            raise ValueError(f'advantage.kind={self.kind!r} is unknown; choose one of {choices}')
         for name in ('gamma', 'lam'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'advantage.{name}={getattr(self, name)} must lie in [0, 1]')
         if self.kind.startswith('reinforce_pp') and not self.whiten:
             raise ValueError(
-                f'advantage.whiten=False contradicts advantage.kind={self.kind!r}, which is defined by whitening; '
+                f'advantage.whiten=False contradicts advantage.kind={self.kind!r}, which whitens by definition; '
                 'set advantage.whiten=True, or advantage.kind=dr_grpo for an unwhitened group baseline'
             )
 
@@ -86,14 +87,15 @@ class LossSettings:
     def __post_init__(self):
         for name, choices in LOSS_CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f'loss.{name}={getattr(self, name)!r} is unknown; choose one of {", ".join(choices)}')
+                value = getattr(self, name)
+                raise ValueError(f'loss.{name}={value!r} is unknown; choose one of {", ".join(choices)}')
         bounds = {
             'clip_low': (0 <= self.clip_low <= 1, 'must lie in [0, 1]'),
             'clip_high': (self.clip_high >= 0, 'must not be negative'),
-            'dual_clip': (self.dual_clip is None or self.dual_clip > 1, 'must exceed 1, or be None for none'),
+            'dual_clip': (self.dual_clip is None or self.dual_clip > 1, 'must exceed 1, or be None'),
             'kl_coef': (self.kl_coef >= 0, 'must not be negative'),
             'value_coef': (self.value_coef >= 0, 'must not be negative'),
-            'value_clip': (self.value_clip is None or self.value_clip > 0, 'must be positive, or None for none'),
+            'value_clip': (self.value_clip is None or self.value_clip > 0, 'must be positive, or None'),
             'correction_cap': (self.correction_cap >= 1, 'must be at least 1: equal policies have weight 1'),
             'correction_low': (0 <= self.correction_low <= 1, 'must lie in [0, 1]'),
             'correction_high': (self.correction_high >= 1, 'must be at least 1'),
@@ -103,13 +105,13 @@ class LossSettings:
                 raise ValueError(f'loss.{name}={getattr(self, name)} {remedy}')
         if self.aggregation == 'seq-mean-token-sum' and not (self.aggregation_constant or 0) > 0:
             raise ValueError(
-                f'loss.aggregation_constant={self.aggregation_constant}: loss.aggregation=seq-mean-token-sum divides '
-                'by it; set it to the number of tokens that the policy may write'
+                f'loss.aggregation_constant={self.aggregation_constant} must be positive, since '
+                'loss.aggregation=seq-mean-token-sum divides by it; set it to the tokens the policy may write'
             )
         if self.kind == 'gspo' and self.aggregation != 'seq-mean-token-mean':
             raise ValueError(
-                f'loss.aggregation={self.aggregation!r} would weight the one ratio of a GSPO sequence by its length; '
-                'set loss.aggregation=seq-mean-token-mean'
+                f'loss.aggregation={self.aggregation!r} would weight the one ratio of a GSPO sequence by its '
+                'length; set loss.aggregation=seq-mean-token-mean'
             )
 
     @property

@@ -59,7 +59,7 @@ def empty(tallies: _Tree) -> _Tree:
 
 
 def results(tallies: Tallies) -> dict[str, jax.Array]:
-    """Ends the tally: total ÷ count (0 where nothing was counted), or the maximum (0 where nothing was seen)."""
+    """Ends the tally: total ÷ count, or the maximum; 0 where nothing was counted."""
 
     def end(x):
         if isinstance(x, Max):
