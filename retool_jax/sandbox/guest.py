@@ -1,0 +1,230 @@
+"""The guest's root: an interpreter of its own with pinned packages, copied once and keyed by hash.
+
+The project's environment is never shown to model-written code: it may sit below a private home
+(which nsjail cannot bind) and holds the trainer's packages. `python -m retool_jax.sandbox.guest`
+builds the root and prints where it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+
+_FORMAT = 3  # raise when the layout below changes
+_GUEST_FILES = ('runner.py', 'seccomp.py', 'zygote.py')  # what runs inside the jail
+_STDLIB_LEFT_OUT = frozenset({
+    'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'tkinter', 'turtledemo', 'ensurepip',
+    'lib2to3', 'pydoc_data', '__pycache__'})
+DEVICES = ('null', 'zero', 'full', 'random', 'urandom')
+
+
+@dataclasses.dataclass(frozen=True)
+class Guest:
+    """Where the guest lives on the host: its root directory and the directory of the runner's files."""
+
+    root: pathlib.Path
+    code: pathlib.Path
+
+
+def home() -> pathlib.Path:
+    """Directory that holds guest roots: RETOOL_GUEST_ROOT, or a world-readable place outside any home."""
+    if override := os.environ.get('RETOOL_GUEST_ROOT'):
+        return pathlib.Path(override)
+    if os.geteuid() == 0:
+        return pathlib.Path('/var/cache/retool_jax')
+    return pathlib.Path(f'/var/tmp/retool_jax-{os.geteuid()}')
+
+
+def closure(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of `packages` and of what they require, as installed here: the guest gets the same."""
+    versions: dict[str, str] = {}
+    todo = list(packages)
+    while todo:
+        name = re.sub(r'[-_.]+', '-', todo.pop()).lower()
+        if name in versions:
+            continue
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(f'sandbox.packages: {name!r} is not installed here; install it or leave it out') from None
+        versions[name] = distribution.version
+        for requirement in distribution.requires or []:
+            if ';' not in requirement:  # markers are extras or other platforms
+                todo.append(re.match(r'[\w.-]+', requirement).group())
+    return dict(sorted(versions.items()))
+
+
+def key(packages: tuple[str, ...]) -> str:
+    """Hash of all that the root's content depends on: interpreter, C library, packages, layout."""
+    facts = [_FORMAT, sys.version, platform.machine(), platform.libc_ver(), os.path.realpath(sys._base_executable),
+             closure(packages)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def ensure(packages: tuple[str, ...], progress: Callable[[str], None] | None = None) -> Guest:
+    """Returns the guest for `packages`, building it where it is missing; safe between processes."""
+    base = home()
+    _make_public(base)
+    code = _ensure_code(base)
+    root = base / 'guest' / key(packages)
+    if (root / 'complete').exists():
+        return Guest(root, code)
+    _make_public(root.parent)
+    with _lock(root.with_name(f'.{root.name}.lock')):
+        if not (root / 'complete').exists():
+            shutil.rmtree(root, ignore_errors=True)
+            temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{root.name}.', dir=root.parent))
+            try:
+                _build(temporary, packages, progress or (lambda line: None))
+                os.rename(temporary, root)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    return Guest(root, code)
+
+
+def _make_public(path: pathlib.Path) -> None:
+    """Creates `path` and makes sure that the jail's users can walk to it."""
+    path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if path.stat().st_uid == os.geteuid():
+        path.chmod(0o755)
+    for parent in [path, *path.resolve().parents]:
+        if not parent.stat().st_mode & 0o001:
+            raise ValueError(f'RETOOL_GUEST_ROOT={path}: {parent} is closed to other users (nsjail cannot bind '
+                             'below it); choose a path whose every directory has mode 0755')
+
+
+@contextlib.contextmanager
+def _lock(path: pathlib.Path):
+    with open(path, 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _ensure_code(base: pathlib.Path) -> pathlib.Path:
+    """Copies the runner's files to a directory named after their content."""
+    source = pathlib.Path(__file__).parent
+    texts = {name: (source / name).read_bytes() for name in _GUEST_FILES}
+    digest = hashlib.sha256(b'\0'.join(texts.values())).hexdigest()[:16]
+    target = base / 'runner' / digest
+    if not target.exists():
+        _make_public(target.parent)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{digest}.', dir=target.parent))
+        for name, text in texts.items():
+            (temporary / name).write_bytes(text)
+            (temporary / name).chmod(0o644)
+        temporary.chmod(0o755)
+        try:
+            os.rename(temporary, target)
+        except OSError:  # another process was faster
+            shutil.rmtree(temporary)
+    return target
+
+
+def _build(root: pathlib.Path, packages: tuple[str, ...], progress: Callable[[str], None]) -> None:
+    python = root / 'python'
+    version = f'python{sys.version_info.major}.{sys.version_info.minor}'
+    library = python / 'lib' / version
+    progress('1/5 interpreter and standard library')
+    (python / 'bin').mkdir(parents=True)
+    shutil.copy2(os.path.realpath(sys._base_executable), python / 'bin' / 'python3')
+    (python / 'bin' / 'python').symlink_to('python3')
+    stdlib = pathlib.Path(sysconfig.get_path('stdlib'))
+    shutil.copytree(stdlib, library, ignore=_left_out_of_stdlib, symlinks=False)
+    dynload = pathlib.Path(sysconfig.get_config_var('DESTSHARED') or stdlib / 'lib-dynload')
+    if not (library / 'lib-dynload').exists() and dynload.exists():
+        shutil.copytree(dynload, library / 'lib-dynload')
+    progress('2/5 packages: ' + ', '.join(f'{n} {v}' for n, v in closure(packages).items()))
+    for name in closure(packages):
+        _copy_distribution(name, library / 'site-packages')
+    progress('3/5 shared libraries')
+    _copy_libraries(root, python)
+    progress('4/5 byte code')
+    subprocess.run([sys.executable, '-m', 'compileall', '-q', '-j', '2', '-s', str(root), '-p', '/',
+                    '--invalidation-mode', 'unchecked-hash', str(library)],
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)  # odd files may not compile
+    progress('5/5 mount points')
+    for name in ('box', 'dev', 'runner', 'proc'):
+        (root / name).mkdir()
+    for name in DEVICES:
+        (root / 'dev' / name).touch()
+    (root / 'tmp').symlink_to('/box')
+    (root / 'dev' / 'shm').symlink_to('/box')
+    for directory, _, files in os.walk(root):
+        os.chmod(directory, 0o755)
+        for name in files:
+            path = os.path.join(directory, name)
+            if not os.path.islink(path):
+                os.chmod(path, 0o755 if os.access(path, os.X_OK) else 0o644)
+    (root / 'complete').touch()
+
+
+def _left_out_of_stdlib(directory: str, names: list[str]) -> list[str]:
+    return [n for n in names if n in _STDLIB_LEFT_OUT or n.startswith(('config-', '_tkinter', '_test', '_xxtest'))]
+
+
+def _copy_distribution(name: str, target: pathlib.Path) -> None:
+    distribution = importlib.metadata.distribution(name)
+    if not distribution.files:
+        raise ValueError(f'sandbox.packages: {name!r} has no list of files (an editable install?); install its wheel')
+    for file in distribution.files:
+        parts = file.parts
+        # numpy.testing imports from numpy's tests; the others' tests are dead weight.
+        if '..' in parts or file.suffix == '.pyc' or ('tests' in parts and name != 'numpy'):
+            continue
+        destination = target / file
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file.locate(), destination)
+
+
+def _copy_libraries(root: pathlib.Path, python: pathlib.Path) -> None:
+    """Copies the closure of shared libraries that `ldd` names and that the tree does not hold."""
+    objects = [str(p) for p in python.rglob('*.so*') if p.is_file()]
+    environment = {**os.environ, 'LD_LIBRARY_PATH': os.path.join(sys.base_prefix, 'lib')}
+    output = subprocess.run(['ldd', str(python / 'bin' / 'python3'), *objects], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
+    needed = set(re.findall(r'=> (/\S+) \(0x', output))
+    loaders = set(re.findall(r'^\s(/\S*ld-\S+) \(0x', output, re.M)) | set(re.findall(r'=> (/\S*/ld-linux\S+)', output))
+    if not loaders:
+        raise ValueError('sandbox: ldd names no dynamic loader; the guest needs a glibc build of Python')
+    for path in list(needed):  # opened by glibc when a thread ends, named by no ldd line
+        if os.path.basename(path) == 'libc.so.6':
+            needed.add(os.path.join(os.path.dirname(path), 'libgcc_s.so.1'))
+    for loader in loaders:
+        destination = root / loader.lstrip('/')
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(os.path.realpath(loader), destination)
+    for path in needed:
+        destination = python / 'lib' / os.path.basename(path)
+        inside = pathlib.Path(path).is_relative_to(root)
+        if not inside and not destination.exists() and os.path.exists(path):
+            shutil.copy2(os.path.realpath(path), destination)
+
+
+def main(argv: list[str]) -> int:
+    """Builds the guest root for the packages named on the command line (default: the settings')."""
+    from retool_jax.sandbox.pool import SandboxSettings
+    start = time.monotonic()
+    packages = tuple(argv) or SandboxSettings().packages
+    guest = ensure(packages, lambda line: print(f'guest root: {line} ({time.monotonic() - start:.0f} s)', flush=True))
+    print(f'guest root: {guest.root} ready')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

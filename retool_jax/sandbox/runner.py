@@ -1,0 +1,177 @@
+"""Runs one snippet inside the jail and ends the process as the interpreter would have ended.
+
+Standard library alone. Both paths use it: the warm one in a sealed fork of the zygote, the cold
+one in an interpreter of its own. What it reads from `channel` comes from the supervisor; nothing
+it writes decides a verdict.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import builtins
+import gc
+import importlib
+import io
+import json
+import linecache
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import threading
+import traceback
+import types
+
+CELL = '<cell>'
+
+
+def preload(names: list[str]) -> None:
+    """Imports what snippets find ready; the same in both paths, so that they start from one state."""
+    for name in names:
+        importlib.import_module(name)
+    if 'numpy' in names:
+        import numpy.linalg  # noqa: F401
+        import numpy.random  # noqa: F401
+    gc.collect()
+    gc.freeze()  # keeps the collector's hands off pages shared with the zygote
+
+
+def receive(channel: socket.socket) -> dict:
+    """Says that this process is ready, waits for the one request, closes the channel."""
+    box = os.open('/box', os.O_RDONLY | os.O_DIRECTORY)
+    socket.send_fds(channel, [b'R'], [box])  # the supervisor fetches files through it, after the end
+    os.close(box)
+    with channel, channel.makefile('rb') as stream:
+        request = json.loads(stream.readline())
+        request['code'] = stream.read(request['code'])
+        request['stdin'] = stream.read(request['stdin'])
+        request['files'] = {name: stream.read(size) for name, size in request['files']}
+    return request
+
+
+def execute(request: dict) -> None:
+    """Executes the request's code as `__main__` and never returns."""
+    _open_streams(request['stdin'], request['files'])
+    resource.setrlimit(resource.RLIMIT_AS, (request['address_bytes'],) * 2)
+    # A backstop for a single process; the whole snippet's CPU time is billed from outside.
+    resource.setrlimit(resource.RLIMIT_CPU, (int(request['cpu_s']) + 2,) * 2)
+    _seed(request['seed'])
+    status = 0
+    try:
+        _run(request.pop('code'), request['echo'])
+    except SystemExit as exit_:
+        status = _exit_status(exit_.code)
+    except BaseException as error:
+        status = 1
+        _show(error)
+    _finish(status)
+
+
+def _open_streams(stdin: bytes, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        path = os.path.normpath(os.path.join('/box', name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'wb') as file:
+            file.write(content)
+    if stdin:
+        with open('/box/.stdin', 'wb+') as file:
+            file.write(stdin)
+            file.seek(0)
+            os.dup2(file.fileno(), 0)
+        os.unlink('/box/.stdin')
+    sys.stdin = sys.__stdin__ = open(0, encoding='utf-8', errors='surrogateescape', closefd=False)
+    # One write per line: a killed snippet keeps what it printed.
+    sys.stdout = sys.__stdout__ = _writer(1, 'strict')
+    sys.stderr = sys.__stderr__ = _writer(2, 'backslashreplace')
+
+
+def _writer(descriptor: int, errors: str) -> io.TextIOWrapper:
+    return open(descriptor, 'w', buffering=1, encoding='utf-8', errors=errors, closefd=False)
+
+
+def _seed(seed: int) -> None:
+    """Seeds every generator that the preload may have made: forks would share their state."""
+    random.seed(seed)
+    if 'numpy' in sys.modules:
+        sys.modules['numpy'].random.seed(seed % 2**32)
+    if 'sympy' in sys.modules:
+        sys.modules['sympy.core.random'].seed(seed)
+
+
+def _run(code: bytes, echo: bool) -> None:
+    text = code.decode('utf-8', 'surrogatepass').removeprefix('\ufeff')
+    lines = text.splitlines(keepends=True)
+    linecache.cache[CELL] = (len(text), None, lines, CELL)
+    main = types.ModuleType('__main__')
+    main.__builtins__ = builtins
+    sys.modules['__main__'] = main
+    sys.argv = [CELL]
+    sys.path[:] = ['/box', *(p for p in sys.path if p not in ('', '/box', '/runner'))]
+    last = None
+    if echo:
+        tree = ast.parse(text, CELL)
+        if tree.body and isinstance(tree.body[-1], ast.Expr):
+            last = compile(ast.Expression(tree.body.pop().value), CELL, 'eval', dont_inherit=True)
+        program = compile(tree, CELL, 'exec', dont_inherit=True)
+    else:
+        program = compile(text, CELL, 'exec', dont_inherit=True)
+    exec(program, main.__dict__)
+    if last is not None:
+        value = eval(last, main.__dict__)
+        if value is not None:
+            print(repr(value))
+
+
+def _exit_status(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF if -2**63 <= code < 2**63 else 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _show(error: BaseException) -> None:
+    """Prints the traceback without this file's frames, through the snippet's own hook if it set one."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals is globals():
+        frames = frames.tb_next
+    try:
+        if sys.excepthook is not sys.__excepthook__:
+            sys.excepthook(type(error), error.with_traceback(frames), frames)
+        else:
+            traceback.print_exception(type(error), error.with_traceback(frames), frames)
+    except BaseException as second:  # the snippet broke its hook, its stderr or its own exception
+        try:
+            os.write(2, f'{type(error).__name__} (its traceback failed: {type(second).__name__})\n'.encode())
+        except OSError:
+            pass
+
+
+def _finish(status: int) -> None:
+    """What the interpreter does on its way out, without the slow teardown of modules."""
+    try:
+        threading._shutdown()  # waits for threads that are no daemons
+    except BaseException as error:
+        _show(error)
+    try:
+        atexit._run_exitfuncs()
+    except BaseException:
+        pass
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except BaseException:
+            status = status or 120  # CPython's own status for output it could not write
+    os._exit(status)
+
+
+def run_cold(descriptor: int, names: list[str]) -> None:
+    """The cold path's whole program: nsjail has set the limits, one snippet, the end."""
+    preload(names)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    execute(receive(socket.socket(fileno=descriptor)))
