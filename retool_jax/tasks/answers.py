@@ -1,0 +1,83 @@
+r"""Where an answer is in a text, and when two answers are the same string or the same integer.
+
+Anything beyond that (fractions, sets, radicals…) is for `grader`'s child process to decide.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+INTERPRETER_END = '</interpreter>'
+
+_TOKEN = re.compile(r'\\boxed\s*\{|\\.|[{}]', re.DOTALL)  # `\{` and `\\` are one unit each
+_INTEGER = re.compile(r'[+-]?[0-9]+')
+_SPACING = re.compile(r'\\[!,;:> ]|\\q?quad\b|~|\s+')
+_DELIMITERS = (('$$', '$$'), ('$', '$'), (r'\(', r'\)'), (r'\[', r'\]'))
+
+
+def last_box(text: str) -> str | None:
+    r"""Contents of the last complete `\boxed{…}`, braces matched; None without one. Linear in the text."""
+    open_braces: list[int] = []  # start of the contents for a box, -1 for any other brace
+    best = (-1, -1)
+    for match in _TOKEN.finditer(text):
+        unit = match[0]
+        if unit.startswith(r'\boxed'):
+            open_braces.append(match.end())
+        elif unit == '{':
+            open_braces.append(-1)
+        elif unit == '}' and open_braces:
+            start = open_braces.pop()
+            if start > best[0]:
+                best = (start, match.start())
+    return text[best[0] : best[1]] if best[0] >= 0 else None
+
+
+def own_text(text: str) -> str:
+    """What follows the last interpreter block of a text; of an episode, `template.final_text` is surer."""
+    return text.rpartition(INTERPRETER_END)[2]
+
+
+def last_integer(text: str) -> str | None:
+    """The last integer of the last line that is not blank."""
+    lines = text.rstrip().splitlines()
+    found = _INTEGER.findall(lines[-1]) if lines else []
+    return found[-1] if found else None
+
+
+def normalise(answer: str) -> str:
+    r"""One spelling for answers that differ only in typesetting.
+
+    Outer dollar signs, spacing, `\left` and `\right`, the final full stop, and the size of a fraction
+    (`\dfrac`) carry no meaning; the typographic minus is a minus.
+    """
+    answer = answer.strip()
+    for left, right in _DELIMITERS:
+        if len(answer) > len(left + right) and answer.startswith(left) and answer.endswith(right):
+            answer = answer[len(left) : -len(right)]
+    answer = re.sub(r'\\[dt]frac\b', r'\\frac', answer)
+    answer = re.sub(r'\\(?:left|right)(?![a-zA-Z])', '', answer)
+    answer = _SPACING.sub(' ', answer).replace('\N{MINUS SIGN}', '-')
+    # A space matters only between two letters or after a command: `\pi r` is not `\pir`.
+    answer = re.sub(r'(?<![a-zA-Z]) | (?![a-zA-Z])', '', answer)
+    return answer[:-1] if answer.endswith('.') else answer
+
+
+def integer(answer: str) -> str | None:
+    """Canonical digits of a plain integer ('+025' is '25'); None for anything else."""
+    answer = normalise(answer)
+    if not _INTEGER.fullmatch(answer):
+        return None
+    # Digits stay a string: int() refuses more than 4,300 of them.
+    digits = answer.lstrip('+-').lstrip('0') or '0'
+    return '-' + digits if answer[0] == '-' and digits != '0' else digits
+
+
+def equal_at_sight(answer: str, gold: str) -> bool | None:
+    """True or False where strings or plain integers decide; None where mathematics has to."""
+    if normalise(answer) == normalise(gold):
+        return True
+    a, b = integer(answer), integer(gold)
+    if a is not None and b is not None:
+        return a == b
+    return None if answer.strip() else False

@@ -1,0 +1,216 @@
+r"""Rewards: the model's own last box against the gold answer, mathematics judged in killable children.
+
+Strings and plain integers are compared here; everything else goes to `judge`, one process per worker,
+started when first needed. It ends what is late by itself; should the whole process hang or die, it is
+killed and started anew from here.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import queue
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+from retool_jax.core.records import Reward
+from retool_jax.tasks import answers
+
+
+STYLES = ('paper', 'verl')
+START_LIMIT_S = 120.0  # importing sympy on a loaded machine; after that the installation is broken
+GRACE_S = 2.0  # beyond the time limit, for a reply of the child that its own alarm should have made
+CACHE_SIZE = 100_000
+
+
+class Grader:
+    """Judges answers; owns `workers` child processes. Safe to share between threads.
+
+    An answer that takes longer than `time_limit_s`, needs more than `memory_mb` or is longer than
+    `max_length` characters is not equal to the gold answer (unless it is the same string).
+    """
+
+    def __init__(
+        self,
+        style: str = 'paper',
+        time_limit_s: float = 5.0,
+        memory_mb: int = 1024,
+        workers: int = 1,
+        max_length: int = 2000,
+    ):
+        if style not in STYLES:
+            raise ValueError(f'reward style is {style!r}: take one of {", ".join(STYLES)}')
+        if not (time_limit_s > 0 and memory_mb >= 256 and workers >= 1):
+            raise ValueError(
+                f'grader: time_limit_s={time_limit_s} must be > 0, memory_mb={memory_mb} >= 256, '
+                f'workers={workers} >= 1'
+            )
+        self.style, self.time_limit_s, self.max_length = style, time_limit_s, max_length
+        self.timeouts = self.deaths = 0  # answers that were late, and answers that killed their judge
+        self._workers = workers
+        self._children = [_Child(memory_mb, time_limit_s) for _ in range(workers)]
+        self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
+        for child in self._children:
+            self._idle.put(child)
+        self._cache: dict[tuple[str, str], bool] = {}
+
+    def grade(self, episode_text: str, gold: str, calls: int = 0) -> Reward:
+        """The reward of an episode's text; `calls` (tool calls made) matters to style 'verl' only."""
+        text = answers.own_text(episode_text)
+        box = answers.last_box(text)
+        correct = box is not None and self.equal(box, gold)
+        lenient = correct
+        if box is None and (found := answers.last_integer(text)) is not None:
+            lenient = self.equal(found, gold)
+        exact = box is not None and answers.normalise(box) == answers.normalise(gold)
+        return Reward(shape(correct, self.style, calls), correct, exact, lenient, box or '')
+
+    def grade_many(
+        self, texts: Sequence[str], golds: Sequence[str], calls: Iterable[int] | None = None
+    ) -> list[Reward]:
+        """The same for a batch, over all workers; order kept."""
+        calls = [0] * len(texts) if calls is None else list(calls)
+        if not len(texts) == len(golds) == len(calls):
+            raise ValueError(f'grade_many got {len(texts)} texts, {len(golds)} golds, {len(calls)} calls')
+        with concurrent.futures.ThreadPoolExecutor(self._workers) as threads:
+            return list(threads.map(self.grade, texts, golds, calls))
+
+    def equal(self, answer: str, gold: str) -> bool:
+        """Whether two bare answers are mathematically the same; never raises on what a model wrote."""
+        at_sight = answers.equal_at_sight(answer, gold)
+        if at_sight is not None:
+            return at_sight
+        if len(answer) > self.max_length:
+            return False
+        key = (answer, gold)
+        if key not in self._cache:
+            if len(self._cache) >= CACHE_SIZE:
+                self._cache.clear()
+            self._cache[key] = bool(self._ask(answer, gold).get('equal'))
+        return self._cache[key]
+
+    def parses(self, gold: str) -> bool:
+        """Whether a gold answer can be read as mathematics at all (one that cannot equals only itself)."""
+        return answers.integer(gold) is not None or bool(self._ask(gold, gold).get('parsed'))
+
+    def _ask(self, answer: str, gold: str) -> dict:
+        child = self._idle.get()
+        try:
+            reply = child.ask({'answer': answer, 'gold': gold})
+        except TimeoutError:
+            reply = {'late': True}
+        except EOFError:
+            reply = {'died': True}
+        finally:
+            self._idle.put(child)
+        self.timeouts += 'late' in reply
+        self.deaths += 'died' in reply
+        return reply
+
+    def close(self) -> None:
+        """Ends the children; the grader may be used again."""
+        for child in self._children:
+            child.kill()
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def shape(correct: bool, style: str, calls: int = 0) -> float:
+    """Reward value: 'paper' ±1 (ReTool eq. 2); 'verl' lifts a wrong answer by 0.1 a call, at most to −0.6."""
+    if correct:
+        return 1.0
+    return -1.0 if style == 'paper' else min(-0.6, -1.0 + 0.1 * calls)
+
+
+class _Child:
+    """One judge process."""
+
+    def __init__(self, memory_mb: int, time_limit_s: float):
+        self.memory_mb, self.time_limit_s = memory_mb, time_limit_s
+        self.process: subprocess.Popen | None = None
+        self.buffer, self.ready = b'', False
+
+    def ask(self, message: dict) -> dict:
+        """One question, one reply; a late or dead child is replaced, raising TimeoutError or EOFError."""
+        if self.process is None:
+            self.start()
+        self.await_ready()
+        try:
+            deadline = time.monotonic() + self.time_limit_s + GRACE_S
+            self.send((json.dumps(message) + '\n').encode(), deadline)
+            return self.receive(deadline)
+        except (TimeoutError, EOFError):
+            self.kill()
+            self.start()  # its imports run while the caller goes on
+            raise
+
+    def start(self) -> None:
+        root = str(pathlib.Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get('PYTHONPATH')]))
+        command = [sys.executable, '-m', 'retool_jax.tasks.judge']
+        command += [str(self.memory_mb), str(self.time_limit_s)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, 'PYTHONPATH': path, 'OPENBLAS_NUM_THREADS': '1'},
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C is the trainer's; and the whole group can be killed
+        )
+        os.set_blocking(self.process.stdin.fileno(), False)
+        self.buffer, self.ready = b'', False
+
+    def await_ready(self) -> None:
+        if self.ready:
+            return
+        try:
+            self.receive(time.monotonic() + START_LIMIT_S)
+        except (TimeoutError, EOFError) as e:
+            self.kill()
+            raise RuntimeError(
+                'the grading process does not start: run `python -m retool_jax.tasks.judge 1024 5` to see why'
+            ) from e
+        self.ready = True
+
+    def send(self, data: bytes, deadline: float) -> None:
+        fd = self.process.stdin.fileno()
+        while data:
+            if not select.select([], [fd], [], max(0.0, deadline - time.monotonic()))[1]:
+                raise TimeoutError
+            try:
+                data = data[os.write(fd, data) :]
+            except BrokenPipeError as e:
+                raise EOFError from e
+
+    def receive(self, deadline: float) -> dict:
+        fd = self.process.stdout.fileno()
+        while b'\n' not in self.buffer:
+            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError
+            chunk = os.read(fd, 65536)
+            if not chunk:
+                raise EOFError
+            self.buffer += chunk
+        line, _, self.buffer = self.buffer.partition(b'\n')
+        return json.loads(line)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # the process and its worker
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process = None

@@ -1,0 +1,78 @@
+r"""The grader's child process: pairs of answers in as JSON lines, verdicts out as JSON lines.
+
+It parses what a model wrote, which may hang, exhaust memory or crash. So the process imports sympy
+once and forks a worker that answers; the kernel's alarm ends a worker that is late, whatever it is
+doing (an exception from a signal handler would not end one long C call), and the next worker is
+forked within milliseconds. Run as `python -m retool_jax.tasks.judge MEMORY_MB TIME_LIMIT_S`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+
+
+def main() -> None:
+    """Answers {'answer', 'gold'} with {'equal', 'parsed'} or {'late'} or {'died'}; says {'ready'} first."""
+    memory_mb, time_limit_s = int(sys.argv[1]), float(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Libraries may print: the protocol has the real standard output to itself.
+    replies = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    logging.disable(logging.CRITICAL)
+
+    import math_verify
+
+    # The parser's tables are built at its first use: build them before the fork.
+    verify(math_verify, {'answer': r'\frac{1}{2}', 'gold': '0.5'})
+    _reply(replies, {'ready': True})
+    while True:
+        worker = os.fork()
+        if worker == 0:
+            _serve(math_verify, replies, time_limit_s)
+            os._exit(0)
+        _, status = os.waitpid(worker, 0)
+        if status == 0:
+            return
+        _reply(replies, {'late' if os.WTERMSIG(status) == signal.SIGALRM else 'died': True})
+
+
+def verify(math_verify, pair: dict) -> dict:
+    """Whether the two answers of a pair are equal, and whether the gold one could be read."""
+    formats = [
+        math_verify.LatexExtractionConfig(boxed_match_priority=0),
+        math_verify.ExprExtractionConfig(),
+    ]
+
+    def read(answer: str) -> list:
+        # Boxed, because a bare answer is often not found at all (108 of 500 MATH answers).
+        boxed = f'\\boxed{{{answer}}}'
+        return math_verify.parse(boxed, formats, fallback_mode='no_fallback', parsing_timeout=None)
+
+    gold = read(pair['gold'])
+    equal = bool(gold) and math_verify.verify(gold, read(pair['answer']), timeout_seconds=None)
+    return {'equal': bool(equal), 'parsed': bool(gold)}
+
+
+def _serve(math_verify, replies: int, time_limit_s: float) -> None:
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, time_limit_s)  # SIGALRM's default action ends the process
+        try:
+            reply = verify(math_verify, json.loads(line))
+        except Exception as e:  # MemoryError and RecursionError among them
+            reply = {'equal': False, 'parsed': False, 'error': type(e).__name__}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _reply(replies, reply)
+
+
+def _reply(replies: int, message: dict) -> None:
+    os.write(replies, (json.dumps(message) + '\n').encode())
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,135 @@
+"""The judge's verdicts, its limits, and the rewards made of them."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from retool_jax.tasks.grader import GRACE_S, Grader, shape
+
+from .answer_pairs import EQUAL, KNOWN_MISSES, PAIRS, UNEQUAL
+
+
+MATH500 = pathlib.Path(__file__).parents[3] / 'shared/data/math500.jsonl'
+
+
+@pytest.fixture(scope='module')
+def grader():
+    with Grader(time_limit_s=20) as g:  # the machine may be busy: slowness is not what is tested
+        yield g
+
+
+@pytest.fixture(scope='module')
+def impatient():
+    with Grader(time_limit_s=1.5) as g:
+        assert g.equal('0.5', r'\frac{1}{2}')  # the child is up
+        yield g
+
+
+def _text(answer):
+    return f'first \\boxed{{0}}</code>\n<interpreter>\n\\boxed{{1}}\n</interpreter>\n\n\\boxed{{{answer}}}'
+
+
+def test_a_hundred_pairs_half_of_them_unequal_are_judged_right(grader):
+    assert len(EQUAL) == len(UNEQUAL) == 50
+    rewards = grader.grade_many([_text(a) for a, _, _ in PAIRS], [b for _, b, _ in PAIRS])
+    wrong = [pair for pair, reward in zip(PAIRS, rewards) if reward.correct != pair[2]]
+    assert not wrong
+    assert not any(grader.equal(a, b) for a, b in KNOWN_MISSES)
+
+
+@pytest.mark.skipif(not MATH500.is_file(), reason='no MATH-500 file')
+def test_all_500_math_answers_equal_themselves_through_the_whole_path_and_in_the_child(grader):
+    golds = [json.loads(line)['answer'] for line in MATH500.read_text().splitlines()]
+    assert len(golds) == 500
+    assert all(r.correct and r.exact and r.lenient for r in grader.grade_many(list(map(_text, golds)), golds))
+    assert all(grader.parses(gold) for gold in golds)
+
+
+@pytest.mark.parametrize(
+    'answer',
+    [
+        '9^{9^{9^9}}', '10000000!', r'\frac{1}{2}' + r'+\frac{1}{x}' * 90_000, '{' * 1000, '{{' * 300 + '}}' * 300,
+        '\U0001d54f\u202e\ud7ff中文🙂' * 50, r'\sqrt{' * 150 + '2' + '}' * 150, '\x00\x1b', '(x+1)^{100000000}',
+        '٣', r'\text{' + 'a' * 900 + '}',
+    ],
+    ids=lambda a: ascii(a[:12]),
+)  # fmt: skip
+def test_hostile_answers_are_answered_within_the_limit_and_the_next_one_is_right(impatient, answer):
+    start = time.monotonic()
+    assert not impatient.equal(answer, r'\sqrt{7}')
+    assert time.monotonic() - start < impatient.time_limit_s + GRACE_S + 1
+    assert impatient._ask('0.25', r'\frac{1}{4}')['equal']
+
+
+def test_a_megabyte_of_latex_reaches_the_child_and_is_cut_off_where_no_length_is_set(impatient):
+    long = r'\frac{1}{2}+' * 90_000
+    before = impatient.timeouts
+    assert not impatient._ask(long, r'\sqrt{7}').get('equal')
+    assert impatient.timeouts == before + 1
+    assert impatient._ask('0.25', r'\frac{1}{4}')['equal']
+
+
+def test_an_answer_that_needs_too_much_memory_is_wrong_and_the_judge_lives_on():
+    with Grader(time_limit_s=60, memory_mb=256) as grader:
+        assert grader._ask('(x+1)^{1000000}', r'\sqrt{7}')['error'] == 'MemoryError'
+        assert grader.equal('0.25', r'\frac{1}{4}')
+
+
+def test_a_killed_judge_is_replaced():
+    with Grader(time_limit_s=20) as grader:
+        assert grader.equal('0.5', r'\frac{1}{2}')
+        os.killpg(grader._children[0].process.pid, signal.SIGKILL)
+        grader.equal('0.125', r'\frac{1}{8}')
+        assert grader.deaths == 1
+        assert grader.equal('0.25', r'\frac{1}{4}')
+
+
+def test_integers_need_no_child():
+    with Grader() as grader:
+        assert grader.grade(_text('025'), '25').correct and not grader.grade(_text('26'), '25').correct
+        assert grader._children[0].process is None
+
+
+def test_exact_and_lenient_are_reported_beside_the_verdict(grader):
+    half = grader.grade(_text('0.5'), r'\frac{1}{2}')
+    assert half.correct and not half.exact and half.lenient and half.answer == '0.5'
+    unboxed = grader.grade('</interpreter>\n\nThe answer is 25.', '25')
+    assert not unboxed.correct and unboxed.lenient and unboxed.value == -1.0
+    assert not grader.grade('25 is it\nnot sure', '25').lenient
+    assert not grader.grade('\\boxed{25}</code>\n<interpreter>\n25\n</interpreter>\n\n', '25').lenient
+
+
+@pytest.mark.parametrize(
+    'correct, style, calls, value',
+    [
+        (True, 'paper', 0, 1.0), (False, 'paper', 9, -1.0), (True, 'verl', 0, 1.0), (False, 'verl', 0, -1.0),
+        (False, 'verl', 2, -0.8), (False, 'verl', 9, -0.6),
+    ],
+)  # fmt: skip
+def test_reward_styles(correct, style, calls, value):
+    assert shape(correct, style, calls) == pytest.approx(value)
+
+
+def test_bad_settings_are_refused_by_name():
+    with pytest.raises(ValueError, match="reward style is 'soft'"):
+        Grader('soft')
+    with pytest.raises(ValueError, match='time_limit_s=0'):
+        Grader(time_limit_s=0)
+    with pytest.raises(ValueError, match='2 texts, 1 golds'):
+        Grader().grade_many(['a', 'b'], ['c'])
+
+
+def test_neither_the_grader_nor_its_child_imports_heavy_libraries():
+    script = (
+        'import sys, retool_jax.tasks.grader, retool_jax.tasks.judge, math_verify\n'
+        'from retool_jax.tasks.judge import verify\n'
+        'assert verify(math_verify, {"answer": "1/2", "gold": "0.5"})["equal"]\n'
+        'assert not {"jax", "transformers", "matplotlib", "torch"} & set(sys.modules)'
+    )
+    subprocess.run([sys.executable, '-c', script], check=True, cwd=pathlib.Path(__file__).parents[2])
