@@ -33,6 +33,7 @@ PROBES = (
     'éüß ﬁ ² ½ Ⅷ ™ ａｂ 中文 日本語 한국어 العربية 🙂 𝔸 e',
     '\x00\x01\x1b\x7f\x80\xa0\u200b\u200d\ufeff\ufffd',
     '<|im_end|><s></s>',
+    '▁ ▁▁',  # SentencePiece's own sign for a space
 )
 
 SENTENCEPIECE_REMEDY = (
@@ -216,7 +217,11 @@ def _open_huggingface(path: pathlib.Path):
     special_ids = {token.content: vocabulary[token.content] for token in control}
     for i in special_ids.values():
         token_bytes[i] = b''
-    return token_bytes, special_ids, lambda text: fast.encode(text, add_special_tokens=False).ids
+
+    def encode_text(text: str) -> list[int]:
+        return fast.encode(text, add_special_tokens=False).ids
+
+    return token_bytes, special_ids, encode_text if byte_level else _keep_block(encode_text, token_bytes)
 
 
 def _open_sentencepiece(path: pathlib.Path):
@@ -243,7 +248,21 @@ def _open_sentencepiece(path: pathlib.Path):
 
     cuts = '|'.join(f'(?<={re.escape(piece[0])})(?={re.escape(piece[1:])})' for piece in matched)
     cut = re.compile(cuts) if cuts else None
-    return token_bytes, special_ids, encode_text
+    return token_bytes, special_ids, _keep_block(encode_text, token_bytes)
+
+
+def _keep_block(encode_text: Callable[[str], list[int]], token_bytes: list[bytes]) -> Callable[[str], list[int]]:
+    """SentencePiece writes a space as U+2581 and so cannot tell the two apart: that sign goes in as its bytes."""
+    block = '▁'.encode()
+    if not all(bytes([b]) in token_bytes for b in block):
+        return encode_text
+    ids = [token_bytes.index(bytes([b])) for b in block]
+
+    def encode(text: str) -> list[int]:
+        first, *rest = text.split('▁')
+        return encode_text(first) + [i for part in rest for i in (*ids, *encode_text(part))]
+
+    return encode
 
 
 def _find_eos(directory: pathlib.Path, config: dict, special_ids: Mapping[str, int]) -> tuple[int, ...]:

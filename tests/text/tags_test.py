@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from retool_jax.text import tags, tokenizer as tokenizer_lib
+from retool_jax.text import tags
+from retool_jax.text import tokenizer as tokenizer_lib
 from tests import fakes
-from tests.text.tokenizer_test import EXACT, QWEN, TRACES, train_sentencepiece
+from tests.text.corpus import EXACT, QWEN, TRACES, train_sentencepiece
 
 SEARCH = re.compile(rb'</code>|</answer>')
 STOP = {b'</code>': tags.CODE, b'</answer>': tags.ANSWER}

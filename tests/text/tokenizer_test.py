@@ -1,39 +1,14 @@
 """Tokenizers: byte-exactness, special ids, refusals."""
 
-import io
 import json
-import pathlib
 import random
 import unicodedata
 
 import pytest
-import sentencepiece
 
 from retool_jax.text import tokenizer as tokenizer_lib
 from tests import fakes
-
-QWEN = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/qwen2_5_tokenizer'
-TRACES = [
-    f'What is {a} * {b}?\n<code>\n```python\nprint({a} * {b})\n```\n</code>\n<interpreter>\n{a * b}\n'
-    f'</interpreter>\n\n<answer>\n\\boxed{{{a * b}}}\n</answer>'
-    for a in range(11, 41) for b in range(3, 9)
-]
-EXACT = dict(
-    normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, byte_fallback=True
-)
-
-
-def train_sentencepiece(directory: pathlib.Path, **settings) -> pathlib.Path:
-    """A small SentencePiece model trained on the traces and saved as tokenizer.model."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TRACES), model_writer=model, model_type='bpe', minloglevel=2,
-        control_symbols=['<|im_end|>'], user_defined_symbols=['<|user|>'], vocab_size=400,
-        split_by_unicode_script=False, split_by_whitespace=False, **settings,
-    )  # fmt: skip
-    (directory / 'tokenizer.model').write_bytes(model.getvalue())
-    return directory
-
+from tests.text.corpus import EXACT, QWEN, TRACES, train_sentencepiece
 
 @pytest.fixture(scope='module', params=['tiny', 'sentencepiece', 'qwen', 'bytes'])
 def tokenizer(request, tmp_path_factory):
@@ -51,7 +26,7 @@ def tokenizer(request, tmp_path_factory):
 
 def test_ids_spell_the_text_they_encode(tokenizer):
     rng = random.Random(0)
-    alphabet = [chr(c) for c in (*range(128), 0xE9, 0x4E2D, 0x1F642, 0x2028, 0xFEFF)]
+    alphabet = [chr(c) for c in (*range(128), 0xE9, 0x4E2D, 0x1F642, 0x2028, 0x2581, 0xFEFF)]
     for _ in range(200):
         text = unicodedata.normalize('NFC', ''.join(rng.choices(alphabet, k=rng.randint(0, 40))))
         ids = tokenizer.encode(text)
@@ -101,7 +76,7 @@ def test_qwen_ids_are_those_of_transformers():
     assert ours.eos_ids == tuple(theirs.convert_tokens_to_ids(['<|im_end|>', '<|endoftext|>']))
     assert ours.pad_id == theirs.convert_tokens_to_ids('<|endoftext|>')
     assert ours.special_ids['<|fim_pad|>'] == theirs.convert_tokens_to_ids('<|fim_pad|>')  # unflagged there
-    for text in (*tokenizer_lib.PROBES[:-1], *TRACES[:5], 'e\u0301 <tool_call> 123 </code><answer>'):
+    for text in (*(p for p in tokenizer_lib.PROBES if '<|im_end|>' not in p), *TRACES[:5], 'e\u0301 <tool_call> 123 </code><answer>'):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
 
 
