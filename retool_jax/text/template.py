@@ -235,6 +235,6 @@ def _cut(template: Template, tokenizer: Tokenizer, text: str) -> list[str | int]
         if name not in tokenizer.special_ids:
             raise ValueError(
                 f'template {template.name!r} needs the special token {name}, which the tokenizer lacks: '
-                'choose the template of the model\'s family'
+                "choose the template of the model's family"
             )
     return pieces

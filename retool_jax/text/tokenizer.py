@@ -162,10 +162,12 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) ->
     # after it, as in Qwen's vocabulary, so that small models meet the same merges at tag ends.
     pattern = tokenizers.Regex(r' ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+\n*|\s+')
     bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(pattern, behavior='isolated'),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, behavior='isolated'),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -251,8 +253,10 @@ def _open_sentencepiece(path: pathlib.Path):
     return token_bytes, special_ids, _keep_block(encode_text, token_bytes)
 
 
-def _keep_block(encode_text: Callable[[str], list[int]], token_bytes: list[bytes]) -> Callable[[str], list[int]]:
-    """SentencePiece writes a space as U+2581 and so cannot tell the two apart: that sign goes in as its bytes."""
+def _keep_block(
+    encode_text: Callable[[str], list[int]], token_bytes: list[bytes]
+) -> Callable[[str], list[int]]:
+    """SentencePiece writes a space as U+2581, so that sign itself goes in as its three bytes."""
     block = '▁'.encode()
     if not all(bytes([b]) in token_bytes for b in block):
         return encode_text

@@ -10,6 +10,7 @@ from retool_jax.text import tokenizer as tokenizer_lib
 from tests import fakes
 from tests.text.corpus import EXACT, QWEN, TRACES, train_sentencepiece
 
+
 @pytest.fixture(scope='module', params=['tiny', 'sentencepiece', 'qwen', 'bytes'])
 def tokenizer(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
@@ -48,7 +49,7 @@ def test_the_string_of_a_special_token_in_a_text_stays_text(tokenizer):
 def test_templates_may_write_special_tokens(tokenizer):
     name, i = max(tokenizer.special_ids.items(), key=lambda item: item[1])
     ids = tokenizer.encode(f'a{name}\nb', specials=True)
-    assert ids == tokenizer.encode('a') + [i] + tokenizer.encode('\nb')
+    assert ids == [*tokenizer.encode('a'), i, *tokenizer.encode('\nb')]
     assert tokenizer.decode(ids) == 'a\nb'
     assert tokenizer.decode(ids, specials=True) == f'a{name}\nb'
 
@@ -76,7 +77,11 @@ def test_qwen_ids_are_those_of_transformers():
     assert ours.eos_ids == tuple(theirs.convert_tokens_to_ids(['<|im_end|>', '<|endoftext|>']))
     assert ours.pad_id == theirs.convert_tokens_to_ids('<|endoftext|>')
     assert ours.special_ids['<|fim_pad|>'] == theirs.convert_tokens_to_ids('<|fim_pad|>')  # unflagged there
-    for text in (*(p for p in tokenizer_lib.PROBES if '<|im_end|>' not in p), *TRACES[:5], 'e\u0301 <tool_call> 123 </code><answer>'):
+    for text in (
+        *(p for p in tokenizer_lib.PROBES if '<|im_end|>' not in p),
+        *TRACES[:5],
+        'e\u0301 <tool_call> 123 </code><answer>',
+    ):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
 
 
@@ -115,7 +120,7 @@ def test_a_bpe_smaller_than_the_bytes_is_refused(tmp_path):
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='neither tokenizer.json nor tokenizer.model'):
+    with pytest.raises(ValueError, match=r'neither tokenizer\.json nor tokenizer.model'):
         tokenizer_lib.load(tmp_path)
 
 
@@ -130,7 +135,9 @@ def test_an_unreadable_file_is_named_in_one_line(tmp_path, file):
 def test_a_tokenizer_in_which_nothing_ends_a_turn_is_refused(tmp_path):
     tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
     text = (tmp_path / 'tokenizer.json').read_text()
-    (tmp_path / 'tokenizer.json').write_text(text.replace('im_end', 'im_mid').replace('endoftext', 'midoftext'))
+    (tmp_path / 'tokenizer.json').write_text(
+        text.replace('im_end', 'im_mid').replace('endoftext', 'midoftext')
+    )
     with pytest.raises(ValueError, match='no end-of-turn token'):
         tokenizer_lib.load(tmp_path)
 
@@ -165,12 +172,14 @@ def test_a_tokenizer_that_lowercases_is_refused(tmp_path):
     ('remove_extra_whitespaces', True),
     ('byte_fallback', False),
 ])  # fmt: skip
-def test_a_sentencepiece_model_with_a_lossy_setting_is_refused_and_the_settings_named(tmp_path, setting, value):
+def test_a_sentencepiece_model_with_a_lossy_setting_is_refused_and_the_settings_named(
+    tmp_path, setting, value
+):
     settings = EXACT | {setting: value}
     if setting == 'byte_fallback':
         settings['hard_vocab_limit'] = False
     train_sentencepiece(tmp_path, **settings)
-    with pytest.raises(ValueError, match='not byte-exact.*identity.*add_dummy_prefix=false') as caught:
+    with pytest.raises(ValueError, match=r'not byte-exact.*identity.*add_dummy_prefix=false') as caught:
         tokenizer_lib.load(tmp_path)
     assert '\n' not in str(caught.value)
 
@@ -182,11 +191,15 @@ def test_chat_marks_shipped_without_the_special_flag_are_still_special(tmp_path)
     size = max(data['model']['vocab'].values()) + 1
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
     data['added_tokens'] += [
-        {'id': size + n, 'content': name, **plain} for n, name in enumerate(['<｜User｜>', '<｜Assistant｜>', '<think>'])
+        {'id': size + n, 'content': name, **plain}
+        for n, name in enumerate(['<｜User｜>', '<｜Assistant｜>', '<think>'])
     ]
     (tmp_path / 'tokenizer.json').write_text(json.dumps(data))
     tokenizer = tokenizer_lib.load(tmp_path)
     assert tokenizer.special_ids['<｜User｜>'] == size and '<think>' not in tokenizer.special_ids
-    assert size not in tokenizer.encode('<｜User｜>') and tokenizer.decode(tokenizer.encode('<｜User｜>')) == '<｜User｜>'
+    assert (
+        size not in tokenizer.encode('<｜User｜>')
+        and tokenizer.decode(tokenizer.encode('<｜User｜>')) == '<｜User｜>'
+    )
     assert tokenizer.encode('<think>\n')[0] == size + 2
     assert tokenizer.token_bytes[size + 2] == b'<think>'
