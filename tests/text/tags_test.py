@@ -104,7 +104,8 @@ def test_automaton_and_text_search_agree_on_random_streams(token_bytes, table):
     specials = [i for i, token in enumerate(token_bytes) if not token] + [len(token_bytes) + 5]
     pieces = [
         b'</code>', b'</answer>', b'</co', b'</', b'<', b'>', b'</code', b'</answer', b'\n', b'e>',
-        b'</code></code>', b'</co</code>', b'<</answer>', b'</answ</code>er>', '中'.encode(), b'\xe4\xb8', b'code', b'nswer>',
+        b'</code></code>', b'</co</code>', b'<</answer>', b'</answ</code>er>',
+        '中'.encode(), b'\xe4\xb8', b'code', b'nswer>',
     ]  # fmt: skip
     seen = 0
     for _ in range(150):
