@@ -81,10 +81,13 @@ def zygote(guest: guest_lib.Guest, descriptor: int, settings: str) -> NsJailConf
     return config
 
 
-def cold(guest: guest_lib.Guest, descriptor: int, log: int, settings) -> NsJailConfig:
-    """A jail for one snippet, every limit set by nsjail itself; it logs how the snippet ended to `log`."""
-    config = _base(guest, [_BOOT + 'import runner; runner.run_cold(int(sys.argv[1]), sys.argv[2].split())',
-                           str(descriptor), ' '.join(settings.preload)], [descriptor])
+def cold(guest: guest_lib.Guest, descriptors: tuple[int, int, int], log: int, settings) -> NsJailConfig:
+    """A jail for one snippet, every limit set by nsjail itself; it logs how the snippet ended to `log`.
+
+    `descriptors` are the control channel and the two ends for what the snippet prints.
+    """
+    config = _base(guest, [_BOOT + 'import runner; runner.run_cold(*map(int, sys.argv[1:4]), sys.argv[4].split())',
+                           *map(str, descriptors), ' '.join(settings.preload)], list(descriptors))
     config.log_fd = log
     outside = (os.geteuid(), os.getegid()) if single_uid() else (UID_BASE + COLD_UID,) * 2
     config.uidmap = [IdMap(str(COLD_UID), str(outside[0]), 1)]

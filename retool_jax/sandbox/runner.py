@@ -170,8 +170,14 @@ def _finish(status: int) -> None:
     os._exit(status)
 
 
-def run_cold(descriptor: int, names: list[str]) -> None:
-    """The cold path's whole program: nsjail has set the limits, one snippet, the end."""
+def run_cold(descriptor: int, out: int, err: int, names: list[str]) -> None:
+    """The cold path's whole program: nsjail has set the limits, one snippet, the end.
+
+    `out` and `err` become 1 and 2 here: until now those were nsjail's, and the dynamic loader's.
+    """
+    for given, standard in ((out, 1), (err, 2)):
+        os.dup2(given, standard)
+        os.close(given)
     preload(names)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     execute(receive(socket.socket(fileno=descriptor)))

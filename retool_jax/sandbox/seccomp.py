@@ -98,26 +98,21 @@ def _by_use() -> list[int]:
 
 
 def kafel() -> str:
-    """The same allowlist in kafel, nsjail's policy language (the cold path)."""
-    allow = ['umount2' if name == 'umount' else name for name in ALLOWED]
-    allow.append(f'clone(flags) {{ (flags & {NAMESPACES:#x}) == 0 }}')
+    """The same allowlist in kafel, nsjail's policy language (the cold path); by number: its names are its own."""
+    allow = [f'SYSCALL[{number}]' for number in _by_use()]
+    allow.append(f'SYSCALL[{_CLONE}](flags) {{ (flags & {NAMESPACES:#x}) == 0 }}')
     errors: dict[int, list[str]] = {}
-    for name, (_, argument, values, error) in BY_ARGUMENT.items():
+    for number, argument, values, error in BY_ARGUMENT.values():
         names = ', '.join('abcdef'[:argument + 1])
         test = ' || '.join(f'({"abcdef"[argument]} & 0xffffffff) == {value:#x}' for value in values)
-        allow.append(f'{name}({names}) {{ {test} }}')
+        allow.append(f'SYSCALL[{number}]({names}) {{ {test} }}')
         if error != EPERM:
-            errors.setdefault(error, []).append(name)
-    for name, (number, error) in REFUSED.items():
-        errors.setdefault(error, []).append(f'SYSCALL[{number}]' if number > 400 else name)
-    groups = [f'ALLOW {{ {", ".join(_known_to_kafel(n) for n in allow)} }}']
+            errors.setdefault(error, []).append(f'SYSCALL[{number}]')
+    for number, error in REFUSED.values():
+        errors.setdefault(error, []).append(f'SYSCALL[{number}]')
+    groups = [f'ALLOW {{ {", ".join(allow)} }}']
     groups += [f'ERRNO({error}) {{ {", ".join(names)} }}' for error, names in errors.items()]
     return 'POLICY snippet { ' + ', '.join(groups) + f' }} USE snippet DEFAULT ERRNO({EPERM})'
-
-
-def _known_to_kafel(name: str) -> str:
-    number = ALLOWED.get(name, 0)
-    return f'SYSCALL[{number}]' if number > 400 else name
 
 
 def install(libc: ctypes.CDLL) -> None:

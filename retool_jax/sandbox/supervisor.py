@@ -179,11 +179,12 @@ class Cold:
         err, err_write = os.pipe()
         log, log_write = os.pipe()
         os.set_blocking(log, False)
-        config = jail.cold(supervisor.guest, theirs.fileno(), log_write, supervisor.settings)
+        config = jail.cold(supervisor.guest, (theirs.fileno(), out_write, err_write), log_write,
+                           supervisor.settings)
         argv, descriptor = jail.command(supervisor.nsjail, config)
         self.process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=out_write, stderr=err_write, preexec_fn=_die_with_parent,
-            pass_fds=[theirs.fileno(), descriptor, log_write], start_new_session=True)
+            argv, stdin=subprocess.DEVNULL, stdout=log_write, stderr=log_write, preexec_fn=_die_with_parent,
+            pass_fds=[theirs.fileno(), out_write, err_write, descriptor, log_write], start_new_session=True)
         for unneeded in (descriptor, out_write, err_write, log_write):
             os.close(unneeded)
         theirs.close()
