@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 
-
 INTERPRETER_END = '</interpreter>'
 
 _TOKEN = re.compile(r'\\boxed\s*\{|\\.|[{}]', re.DOTALL)  # `\{` and `\\` are one unit each

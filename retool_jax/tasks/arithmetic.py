@@ -14,7 +14,6 @@ import zlib
 from retool_jax.core.records import Problem
 from retool_jax.tasks.families import FAMILIES, Family, Operands
 
-
 SPLITS = ('train', 'new_operands', 'new_wording', 'larger_range')
 TRACE_KINDS = ('mental', 'code', 'repair')
 

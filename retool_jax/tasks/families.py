@@ -14,7 +14,6 @@ import math
 import random
 from collections.abc import Callable
 
-
 Operands = tuple[int, ...]
 
 

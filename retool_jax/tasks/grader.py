@@ -23,7 +23,6 @@ from collections.abc import Iterable, Sequence
 from retool_jax.core.records import Reward
 from retool_jax.tasks import answers
 
-
 STYLES = ('paper', 'verl')
 START_LIMIT_S = 120.0  # importing sympy on a loaded machine; after that the installation is broken
 GRACE_S = 2.0  # beyond the time limit, for a reply of the child that its own alarm should have made

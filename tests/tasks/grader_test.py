@@ -14,7 +14,6 @@ from retool_jax.tasks.grader import GRACE_S, Grader, shape
 
 from .answer_pairs import EQUAL, KNOWN_MISSES, PAIRS, UNEQUAL
 
-
 MATH500 = pathlib.Path(__file__).parents[3] / 'shared/data/math500.jsonl'
 
 

@@ -1,0 +1,272 @@
+r"""Cold start: traces in which every snippet was really run, as episodes to fine-tune on.
+
+The paper's four steps (ReTool §2.2): text traces, rewritten into code-augmented ones, verified in
+format, verified in answer. Here every snippet is executed besides, and what it really printed becomes
+the interpreter block. Episodes are made by the very turn rules of a rollout, so that their segments,
+masks and feedback ids are those that rollout would produce.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from retool_jax.core.records import Episode, ExecResult, Problem, Stop, Verdict
+from retool_jax.rollout.sampler import STOP_CODE, STOP_EOS
+from retool_jax.rollout.turns import Feed, Rules, Run, TurnSettings
+from retool_jax.sandbox.feedback import FeedbackSettings, render
+from retool_jax.sandbox.pool import Pool
+from retool_jax.tasks import answers, arithmetic
+from retool_jax.text import tags
+from retool_jax.text.template import (
+    Template,
+    end_ids,
+    extract_snippet,
+    prompt_ids,
+    split_trace,
+    wrap_feedback,
+    wrap_snippet,
+)
+from retool_jax.text.tokenizer import Tokenizer
+
+REASONS = ('kept', 'format', 'execution', 'answer', 'length')
+IN_FLIGHT = 256  # snippets handed to the pool at once: enough to keep it busy, far from its queue's end
+
+_TAG = re.compile(r'</?(?:code|interpreter|answer)>')
+_CONCLUSION = re.compile(r'<answer>\s*\\boxed\{.*\}\s*</answer>\s*\Z', re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Shares of trace kinds ('mental', 'code', 'repair'), for easy families and for those that need the tool."""
+
+    easy: Mapping[str, float]
+    needy: Mapping[str, float]
+
+    def __post_init__(self):
+        for name in ('easy', 'needy'):
+            shares = getattr(self, name)
+            unknown = set(shares) - set(arithmetic.TRACE_KINDS)
+            if unknown:
+                raise ValueError(
+                    f'mix.{name}: no trace kind {sorted(unknown)[0]!r}; use {", ".join(arithmetic.TRACE_KINDS)}'
+                )
+            if min(shares.values(), default=0) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+                raise ValueError(f'mix.{name}={dict(shares)}: shares must be at least 0 and add up to 1')
+
+
+TEXT_ONLY = Mix(easy={'mental': 1.0}, needy={'mental': 1.0})
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A trace before its snippets are run: the policy's turns, all but the last ending in `</code>`."""
+
+    problem: Problem
+    turns: tuple[str, ...]
+    printed: tuple[str | None, ...]  # what each snippet is said to have printed; None where nothing is said
+
+
+def build(
+    problems: Sequence[Problem],
+    mix: Mix,
+    pool: Pool | None,
+    feedback: FeedbackSettings,
+    template: Template,
+    tokenizer: Tokenizer,
+    seed: int,
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> tuple[list[Episode], dict[str, int]]:
+    """Episodes of the embedded task and how many traces were kept or dropped, by reason.
+
+    Kinds are drawn per problem from `mix`. A trace longer than `max_tokens`, prompt included, is
+    dropped as 'length'. `pool` may be None where the mix is mental only.
+    """
+    rng = random.Random(f'cold start/{seed}')
+    drafts = []
+    for problem in problems:
+        shares = mix.easy if arithmetic.BY_NAME[problem.family].mental else mix.needy
+        kind = rng.choices(list(shares), list(shares.values()))[0]
+        drafts.append(draft(problem, arithmetic.trace(problem, kind, seed)))
+    return run(drafts, pool, feedback, template, tokenizer, answers.equal_at_sight, max_tokens, progress)
+
+
+def verify(
+    rewritten: Iterable[tuple[Problem, str]],
+    pool: Pool,
+    feedback: FeedbackSettings,
+    template: Template,
+    tokenizer: Tokenizer,
+    equal: Callable[[str, str], bool | None],
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> tuple[list[Episode], dict[str, int]]:
+    """The general path: whole rewritten answers with inline tags, verified by running every snippet.
+
+    `equal(answer, gold)` judges the last box (`Grader.equal`). A trace whose interpreter blocks claim
+    what its snippets do not print is dropped as 'execution', since its words follow from the claim.
+    """
+    drafts = [read_draft(problem, text) for problem, text in rewritten]
+    return run(drafts, pool, feedback, template, tokenizer, equal, max_tokens, progress)
+
+
+def draft(problem: Problem, trace: arithmetic.Trace) -> Draft:
+    """A trace of the embedded task as turns."""
+    turns = ['']
+    for kind, text in trace.parts:
+        turns[-1] += wrap_snippet(text) if kind == 'code' else text
+        if kind == 'code':
+            turns.append('')
+    return Draft(problem, tuple(turns), (None,) * (len(turns) - 1))
+
+
+def read_draft(problem: Problem, text: str) -> Draft:
+    """An answer with inline tags as turns; an element around the whole (the rewriter's marker) is dropped."""
+    text = text.strip()
+    marker = re.fullmatch(r'<([\w-]+)>\s*(.*?)\s*</\1>', text, re.DOTALL)
+    if marker and marker[1] not in ('code', 'answer', 'interpreter'):
+        text = marker[2]
+    segments = split_trace(text)
+    turns = tuple(part for acted, part in segments if acted)
+    printed = tuple(part for acted, part in segments if not acted)
+    return Draft(problem, turns, printed)
+
+
+def misformed(draft: Draft) -> bool:
+    """Whether tags, their order or a fence are not as the rollout needs them to detect a call and an answer."""
+    if len(draft.printed) != len(draft.turns) - 1:
+        return True
+    *calls, last = draft.turns
+    for turn in calls:
+        if _TAG.findall(turn) != ['<code>', '</code>'] or not turn.endswith('</code>'):
+            return True
+        if turn.count('```') != 2 or extract_snippet(turn) is None:
+            return True
+    return _TAG.findall(last) != ['<answer>', '</answer>'] or not _CONCLUSION.search(last)
+
+
+def run(
+    drafts: Sequence[Draft],
+    pool: Pool | None,
+    feedback: FeedbackSettings,
+    template: Template,
+    tokenizer: Tokenizer,
+    equal: Callable[[str, str], bool | None],
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> tuple[list[Episode], dict[str, int]]:
+    """Verifies drafts, runs their snippets and makes episodes; counts what was kept and what was dropped."""
+    counts = dict.fromkeys(REASONS, 0)
+    formed = []
+    for item in drafts:
+        if misformed(item):
+            counts['format'] += 1
+        else:
+            formed.append(item)
+    codes = [extract_snippet(turn).code for item in formed for turn in item.turns[:-1]]
+    results = execute(codes, pool, progress)
+
+    limit = max_tokens or 2**30
+    # Nothing but the length may stop a trace: the rules are used for what they append.
+    budget = TurnSettings(
+        tools=True, max_tokens=limit, max_turn_tokens=limit, max_turns=2**30, max_calls=2**30, on_cap='end',
+        on_answer='eos',
+    )  # fmt: skip
+    table = tags.build_table(tokenizer.token_bytes, tokenizer.size)
+    rules = Rules(budget, tokenizer, table, lambda result: render(result, feedback))
+    end = end_ids(template, tokenizer)
+    samples: collections.Counter[str] = collections.Counter()
+    episodes = []
+    for item in formed:
+        reason = fault(item, results, rules, equal)
+        if reason == 'kept':
+            prompt = prompt_ids(template, tokenizer, item.problem.question)
+            episode = assemble(item, results, rules, prompt, end, samples[item.problem.id])
+            if episode is None or len(episode.tokens) > limit:
+                reason = 'length'
+            else:
+                samples[item.problem.id] += 1
+                episodes.append(episode)
+        counts[reason] += 1
+    return episodes, counts
+
+
+def execute(codes: Iterable[str], pool: Pool | None, progress: bool = True) -> dict[str, ExecResult]:
+    """Runs every different snippet once, many at a time, under a progress bar."""
+    unique = list(dict.fromkeys(codes))
+    if unique and pool is None:
+        raise ValueError('the mix has snippets to run: give a sandbox pool, or a mix of mental traces only')
+    from rich.progress import track
+
+    results: dict[str, ExecResult] = {}
+    waiting: collections.deque = collections.deque()
+    for code in track(unique, 'running snippets', disable=not progress or not unique):
+        if len(waiting) == IN_FLIGHT:
+            done, future = waiting.popleft()
+            results[done] = future.result()
+        waiting.append((code, pool.submit(code)))
+    results.update((code, future.result()) for code, future in waiting)
+    return results
+
+
+def fault(
+    draft: Draft, results: Mapping[str, ExecResult], rules: Rules, equal: Callable[[str, str], bool | None]
+) -> str:
+    """Why a well-formed trace is dropped: 'execution' or 'answer', or 'kept'.
+
+    Snippets may fail on the way, as a correction needs; the last one must run. Where the trace does
+    not say what its snippets print, its answer must be what the last one printed last.
+    """
+    ran = [results[extract_snippet(turn).code] for turn in draft.turns[:-1]]
+    if any(result.verdict == Verdict.SANDBOX_ERROR for result in ran):
+        return 'execution'
+    if ran and ran[-1].verdict != Verdict.OK:
+        return 'execution'
+    box = answers.last_box(draft.turns[-1])
+    if box is None or not equal(box, draft.problem.answer):
+        return 'answer'
+    for result, claim in zip(ran, draft.printed):
+        if claim is not None and not _bears_out(result, claim, rules):
+            return 'execution'
+    if ran and draft.printed[-1] is None:
+        lines = ran[-1].stdout.split()
+        if not lines or not equal(lines[-1], draft.problem.answer):
+            return 'answer'
+    return 'kept'
+
+
+def assemble(
+    draft: Draft,
+    results: Mapping[str, ExecResult],
+    rules: Rules,
+    prompt: Sequence[int],
+    end: Sequence[int],
+    sample: int = 0,
+) -> Episode | None:
+    """The episode that a policy writing these turns would have had; None where the budget stops it."""
+    episode = Episode(draft.problem, sample, step=0)
+    episode.append(prompt, acted=False)
+    episode.prompt_length = len(prompt)
+    for i, turn in enumerate(draft.turns):
+        last = i == len(draft.turns) - 1
+        ids = rules.tokenizer.encode(turn) + (list(end) if last else [])
+        step = rules.advance(episode, ids, [0.0] * len(ids), STOP_EOS if last else STOP_CODE, version=0)
+        if isinstance(step, Run):
+            step = rules.resume(episode, step.code, results[step.code])
+        if not last and not isinstance(step, Feed):
+            return None
+    episode.stop = Stop.EOS
+    return episode
+
+
+def _bears_out(result: ExecResult, claim: str, rules: Rules) -> bool:
+    """Whether a run says what was claimed, spacing aside; of an error only the last line, styles differ."""
+    pair = [re.sub(r'\s*</?interpreter>\s*', '', text) for text in (wrap_feedback(rules.render(result)), claim)]
+    if result.verdict != Verdict.OK:
+        pair = [text.splitlines()[-1] if text else '' for text in pair]
+    ours, theirs = (re.sub(r'\s+', '', text) for text in pair)
+    return ours == theirs
