@@ -41,7 +41,7 @@ _CONCLUSION = re.compile(r'<answer>\s*\\boxed\{.*\}\s*</answer>\s*\Z', re.DOTALL
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Shares of trace kinds ('mental', 'code', 'repair'), for easy families and for those that need the tool."""
+    """Shares of trace kinds ('mental', 'code', 'repair') in easy families and in those that need the tool."""
 
     easy: Mapping[str, float]
     needy: Mapping[str, float]
@@ -51,9 +51,8 @@ class Mix:
             shares = getattr(self, name)
             unknown = set(shares) - set(arithmetic.TRACE_KINDS)
             if unknown:
-                raise ValueError(
-                    f'mix.{name}: no trace kind {sorted(unknown)[0]!r}; use {", ".join(arithmetic.TRACE_KINDS)}'
-                )
+                known = ', '.join(arithmetic.TRACE_KINDS)
+                raise ValueError(f'mix.{name}: no trace kind {sorted(unknown)[0]!r}; use {known}')
             if min(shares.values(), default=0) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
                 raise ValueError(f'mix.{name}={dict(shares)}: shares must be at least 0 and add up to 1')
 
@@ -137,7 +136,7 @@ def read_draft(problem: Problem, text: str) -> Draft:
 
 
 def misformed(draft: Draft) -> bool:
-    """Whether tags, their order or a fence are not as the rollout needs them to detect a call and an answer."""
+    """Whether tags, their order or a fence are not as rollout needs them to detect a call and an answer."""
     if len(draft.printed) != len(draft.turns) - 1:
         return True
     *calls, last = draft.turns
@@ -265,7 +264,8 @@ def assemble(
 
 def _bears_out(result: ExecResult, claim: str, rules: Rules) -> bool:
     """Whether a run says what was claimed, spacing aside; of an error only the last line, styles differ."""
-    pair = [re.sub(r'\s*</?interpreter>\s*', '', text) for text in (wrap_feedback(rules.render(result)), claim)]
+    pair = [wrap_feedback(rules.render(result)), claim]
+    pair = [re.sub(r'\s*</?interpreter>\s*', '', text) for text in pair]
     if result.verdict != Verdict.OK:
         pair = [text.splitlines()[-1] if text else '' for text in pair]
     ours, theirs = (re.sub(r'\s+', '', text) for text in pair)

@@ -89,7 +89,7 @@ def test_worked_steps_are_compact_and_every_equation_in_them_holds(split):
         assert len(steps) <= 200
         assert trace.parts[-1][1] == f'<answer>\n\\boxed{{{problem.answer}}}\n</answer>'
         if problem.family == 'power':  # its equations hold modulo c
-            a, _, c = arithmetic.operands_of(problem)
+            *_, c = arithmetic.operands_of(problem)
             for left, right in re.findall(r'([\d*^]+)=(\d+)', steps):
                 assert eval(left.replace('^', '**')) % c == int(right), steps
             continue
@@ -110,8 +110,9 @@ def test_snippets_print_the_answer_and_slips_fail(tmp_path):
             for i, code in enumerate(codes):
                 cases.append((problem.answer if i == len(codes) - 1 else None, code))
     script.append(f'for code in {[c for _, c in cases]!r}:')
-    script += ['    b = io.StringIO()', '    try:', '        with contextlib.redirect_stdout(b): exec(code, {})']
-    script += ['        out.append(b.getvalue())', '    except Exception: out.append(None)', 'print(json.dumps(out))']
+    script += ['    b = io.StringIO()', '    try:']
+    script += ['        with contextlib.redirect_stdout(b): exec(code, {})', '        out.append(b.getvalue())']
+    script += ['    except Exception: out.append(None)', 'print(json.dumps(out))']
     path = tmp_path / 'run.py'
     path.write_text('\n'.join(script))
     run = subprocess.run([sys.executable, '-W', 'ignore', path], capture_output=True, text=True, check=True)

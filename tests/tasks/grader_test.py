@@ -53,8 +53,9 @@ def test_all_500_math_answers_equal_themselves_through_the_whole_path_and_in_the
 @pytest.mark.parametrize(
     'answer',
     [
-        '9^{9^{9^9}}', '10000000!', r'\frac{1}{2}' + r'+\frac{1}{x}' * 90_000, '{' * 1000, '{{' * 300 + '}}' * 300,
-        '\U0001d54f\u202e\ud7ff中文🙂' * 50, r'\sqrt{' * 150 + '2' + '}' * 150, '\x00\x1b', '(x+1)^{100000000}',
+        '9^{9^{9^9}}', '10000000!', r'\frac{1}{2}' + r'+\frac{1}{x}' * 90_000, '{' * 1000,
+        '{{' * 300 + '}}' * 300, '\U0001d54f\u202e\ud7ff中文🙂' * 50, r'\sqrt{' * 150 + '2' + '}' * 150,
+        '\x00\x1b', '(x+1)^{100000000}',
         '٣', r'\text{' + 'a' * 900 + '}',
     ],
     ids=lambda a: ascii(a[:12]),

@@ -17,7 +17,6 @@ TOKENIZER = byte_tokenizer()
 TINY = make_template('tiny')
 FEEDBACK = FeedbackSettings(style='official')
 MIX = Mix(easy={'code': 0.4, 'mental': 0.5, 'repair': 0.1}, needy={'code': 0.5, 'mental': 0.3, 'repair': 0.2})
-SUM = Problem('s', 'What is 1 + 1?', '2', 'test', '')
 
 
 @pytest.fixture(scope='module')
@@ -166,7 +165,8 @@ def test_an_answer_that_is_not_what_the_snippet_printed_is_dropped():
 
 def test_faults_of_the_sandbox_never_become_traces():
     fault = ExecResult(Verdict.SANDBOX_ERROR, '', 'ours')
-    assert _verify(f'{GOOD}\n<interpreter>\n2\n</interpreter>\n\n{ANSWER}', {'print(1+1)': fault}) == 'execution'
+    text = f'{GOOD}\n<interpreter>\n2\n</interpreter>\n\n{ANSWER}'
+    assert _verify(text, {'print(1+1)': fault}) == 'execution'
 
 
 @pytest.mark.parametrize('max_tokens', [20, 90])
