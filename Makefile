@@ -1,0 +1,43 @@
+# Every target sets the machine up first (launch/setup.sh; nothing to do after the first time).
+PY := .venv/bin/python
+ARGS ?=
+
+.PHONY: help setup demo test test-all soak bench baselines lint lock
+
+help:
+	@echo 'make demo       cold start, SFT, RL with tools, the text baseline, evaluation: a run folder and a report'
+	@echo 'make test       the quick tests        make test-all   every test but the soak'
+	@echo 'make soak       minutes of steady load  make bench      sandbox, rollout, update: one JSON line each'
+	@echo 'make baselines  side environments with the peers that benchmarks compare with'
+	@echo 'make lint       ruff                    make lock       pin the newest packages in requirements.lock'
+
+setup:
+	@bash launch/setup.sh
+
+demo: setup
+	@$(PY) launch/demo.py $(ARGS)
+
+test: setup
+	@$(PY) -m pytest $(ARGS)
+
+test-all: setup
+	@$(PY) -m pytest -m 'not soak' $(ARGS)
+
+soak: setup
+	@$(PY) -m pytest -m soak $(ARGS)
+
+bench: setup
+	@$(PY) launch/bench_sandbox.py $(ARGS)
+	@$(PY) launch/bench_rollout.py $(ARGS)
+	@$(PY) launch/bench_update.py $(ARGS)
+
+baselines: setup
+	@bash launch/baselines.sh
+
+lint: setup
+	@$(PY) -m ruff check .
+
+lock:
+	@.venv/bin/uv pip compile setup.py --extra dev --extra server --universal --python-version 3.12 \
+	    --upgrade --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
+	    -q -o requirements.lock
