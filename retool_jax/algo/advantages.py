@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # names of annotations only: accelerator machines need not ha
 
 
 def reward_on_last_acted(
-    reward_BN: Float[Array, 'B N'] | Float[Array, 'B'],
+    reward_BN: Float[Array, 'B N'] | Float[Array, ' B'],
     acted_BT: Bool[Array, 'B T'],
     segment_ids_BT: Int[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T']:
@@ -41,7 +41,7 @@ def reward_on_last_acted(
         segment_ids_BT = segments.whole_rows(acted_BT)
     reward_BN = reward_BN.reshape(acted_BT.shape[0], -1).astype(jnp.float32)
     last_BN = segments.last_acted(acted_BT, segment_ids_BT, reward_BN.shape[1])
-    here_BT = acted_BT & (jnp.arange(acted_BT.shape[1]) == segments.per_token(last_BN, segment_ids_BT))
+    here_BT = acted_BT & (jnp.arange(acted_BT.shape[1])[None] == segments.per_token(last_BN, segment_ids_BT))
     return jnp.where(here_BT, segments.per_token(reward_BN, segment_ids_BT), 0.0)
 
 

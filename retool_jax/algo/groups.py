@@ -28,13 +28,13 @@ class _Groups(NamedTuple):
 def _groups(reward_E: jax.Array, group_E: jax.Array, valid_E: jax.Array, num_groups: int) -> _Groups:
     # The same shift by the smallest member as in `moments`, and for the same reason: GRPO divides by
     # a deviation that may be nothing but rounding (three rewards of 0.1 would give advantages of 7e-3).
-    member_EP = valid_E[:, None] & (group_E[:, None] == jnp.arange(num_groups))
+    member_EP = valid_E[:, None] & (group_E[:, None] == jnp.arange(num_groups)[None])
 
     def total(x_E):
         return jnp.sum(jnp.where(member_EP, x_E[:, None], 0.0), axis=0)
 
     def back(x_P):
-        return jnp.sum(jnp.where(member_EP, x_P, 0.0), axis=1)
+        return jnp.sum(jnp.where(member_EP, x_P[None], 0.0), axis=1)
 
     reward_E = jnp.where(valid_E, reward_E, 0.0).astype(jnp.float32)
     count_P = jnp.sum(member_EP, axis=0).astype(jnp.float32)
@@ -46,11 +46,11 @@ def _groups(reward_E: jax.Array, group_E: jax.Array, valid_E: jax.Array, num_gro
 
 def group_advantages(
     kind: str,
-    reward_E: Float[Array, 'E'],
-    group_E: Int[Array, 'E'],
-    valid_E: Bool[Array, 'E'],
+    reward_E: Float[Array, ' E'],
+    group_E: Int[Array, ' E'],
+    valid_E: Bool[Array, ' E'],
     num_groups: int,
-) -> Float[Array, 'E']:
+) -> Float[Array, ' E']:
     """Compares an episode's reward with those of the other samples of its problem.
 
       grpo                                 (R − mean)/(std + 1e-6), std unbiased
@@ -131,7 +131,7 @@ def overlong_penalty(
       buffer: L_c; 0 turns the penalty off.
     """
     if not 0 <= buffer <= acted_budget:
-        raise ValueError(f'overlong buffer {buffer} must lie in [0, {acted_budget}], the acted budget; 0 is off')
+        raise ValueError(f'overlong buffer {buffer} must lie in [0, {acted_budget}], the acted budget')
     over = (jnp.asarray(acted_count) - (acted_budget - buffer)).astype(jnp.float32)
     return -jnp.clip(over / buffer, 0.0, 1.0) if buffer else jnp.zeros_like(over)
 

@@ -126,7 +126,7 @@ def reward_less_kl(
     reference_logprob_BT: Float[Array, 'B T'],
     acted_BT: Bool[Array, 'B T'],
 ) -> Float[Array, 'B T']:
-    """Takes the KL penalty off the rewards of acted tokens, R − β·KL(old ‖ reference), where it belongs there."""
+    """Takes the KL penalty off the rewards of acted tokens, R − β·KL(old ‖ reference), if it goes there."""
     if settings.kl_in != 'reward' or not settings.needs_reference:
         return reward_BT
     return reward_BT - settings.kl_coef * kl(settings.kl_kind, old_logprob_BT, reference_logprob_BT, acted_BT)

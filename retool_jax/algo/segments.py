@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # names of annotations only: accelerator machines need not ha
 
 
 def _membership(segment_ids_BT: jax.Array, num_segments: int) -> jax.Array:
-    return segment_ids_BT[..., None] == jnp.arange(1, num_segments + 1)
+    return segment_ids_BT[:, :, None] == jnp.arange(1, num_segments + 1)[None, None]
 
 
 def whole_rows(acted_BT: Bool[Array, 'B T']) -> Int[Array, 'B T']:
@@ -35,26 +35,26 @@ def per_segment(
 ) -> Num[Array, 'B N']:
     """Sums x over the tokens of every segment. [B, T] → [B, N]; counts where x is boolean."""
     x_BT = x_BT.astype(jnp.int32) if x_BT.dtype == bool else x_BT
-    return jnp.sum(jnp.where(_membership(segment_ids_BT, num_segments), x_BT[..., None], 0), axis=-2)
+    return jnp.sum(jnp.where(_membership(segment_ids_BT, num_segments), x_BT[:, :, None], 0), axis=1)
 
 
 def last_acted(
     acted_BT: Bool[Array, 'B T'], segment_ids_BT: Int[Array, 'B T'], num_segments: int
 ) -> Int[Array, 'B N']:
     """Finds the position of each segment's last acted token, −1 where it has none."""
-    position = jnp.arange(acted_BT.shape[-1])[:, None]
-    hit = _membership(segment_ids_BT, num_segments) & acted_BT[..., None]
-    return jnp.max(jnp.where(hit, position, -1), axis=-2)
+    position = jnp.arange(acted_BT.shape[1])[None, :, None]
+    hit = _membership(segment_ids_BT, num_segments) & acted_BT[:, :, None]
+    return jnp.max(jnp.where(hit, position, -1), axis=1)
 
 
 def per_token(
     x_BN: Num[Array, 'B N'] | Bool[Array, 'B N'], segment_ids_BT: Int[Array, 'B T']
 ) -> Num[Array, 'B T'] | Bool[Array, 'B T']:
     """Gives every token the value of its segment, 0 (False) on padding. [B, N] → [B, T]."""
-    member = _membership(segment_ids_BT, x_BN.shape[-1])
+    member = _membership(segment_ids_BT, x_BN.shape[1])
     if x_BN.dtype == bool:
-        return jnp.any(member & x_BN[..., None, :], axis=-1)
-    return jnp.sum(jnp.where(member, x_BN[..., None, :], 0), axis=-1)
+        return jnp.any(member & x_BN[:, None, :], axis=-1)
+    return jnp.sum(jnp.where(member, x_BN[:, None, :], 0), axis=-1)
 
 
 def in_update(

@@ -39,7 +39,7 @@ class AdvantageSettings:
                 raise ValueError(f'advantage.{name}={getattr(self, name)} must lie in [0, 1]')
         if self.kind.startswith('reinforce_pp') and not self.whiten:
             raise ValueError(
-                f'advantage.whiten=False contradicts advantage.kind={self.kind!r}, which whitens by definition; '
+                f'advantage.whiten=False contradicts advantage.kind={self.kind!r}, which always whitens; '
                 'set advantage.whiten=True, or advantage.kind=dr_grpo for an unwhitened group baseline'
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ class Max(NamedTuple):
 
 
 Tallies = dict[str, Mean | Max]
-_Tree = TypeVar('_Tree')
 
 
 def _is_tally(x) -> bool:
@@ -39,7 +38,7 @@ def max_over(x_BT: jax.Array, mask_BT: jax.Array) -> Max:
     return Max(jnp.max(jnp.where(mask_BT, x_BT, -jnp.inf)))
 
 
-def merge(a: _Tree, b: _Tree) -> _Tree:
+def merge[Tree](a: Tree, b: Tree) -> Tree:
     """Joins the tallies of two parts of a batch: two pytrees of equal structure."""
 
     def join(x, y):
@@ -48,7 +47,7 @@ def merge(a: _Tree, b: _Tree) -> _Tree:
     return jax.tree.map(join, a, b, is_leaf=_is_tally)
 
 
-def empty(tallies: _Tree) -> _Tree:
+def empty[Tree](tallies: Tree) -> Tree:
     """Makes the neutral element of `merge` for tallies (or their shapes, as `jax.eval_shape` gives them)."""
 
     def neutral(x):
