@@ -77,11 +77,13 @@ def logical_axes(config: QwenConfig) -> dict:
 
 
 def forward(config: QwenConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array,
-            segment_ids_BT: jax.Array, *, dtype=jnp.float32, attend: str = 'auto', remat: str = 'none') -> jax.Array:
+            segment_ids_BT: jax.Array, *, dtype=jnp.float32, attend: str = 'auto', remat: str = 'none',
+            unroll: int = 1) -> jax.Array:
     """Hidden states after the final norm, [B, T, D] in `dtype`, by a scan over layers.
 
     `remat`: 'none' keeps activations, 'full' recomputes each layer in the backward pass, 'dots'
-    keeps matmul results only.
+    keeps matmul results only. `unroll`: layers per step of the scan (on CPU a fully unrolled tiny
+    model trains a quarter faster and compiles four times slower).
     """
     x_BTD = params['embed_tokens']['weight'].astype(dtype)[tokens_BT]
     x_BTD = constrain(x_BTD, 'batch', 'seq', None)
@@ -99,7 +101,7 @@ def forward(config: QwenConfig, params: Params, tokens_BT: jax.Array, positions_
         if remat not in policies:
             raise ValueError(f'model.remat: {remat!r} is unknown; choose none, {", ".join(policies)}')
         layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
-    x_BTD, _ = jax.lax.scan(layer, x_BTD, params['layers'])
+    x_BTD, _ = jax.lax.scan(layer, x_BTD, params['layers'], unroll=unroll)
     return _bind(config, 'norm', params['norm'])(x_BTD)
 
 

@@ -31,27 +31,27 @@ def place(lengths: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
-def pack(episodes: Sequence[Episode], *, width: int, multiple: int, segments: int, groups: Sequence[int] | None = None,
+def pack(episodes: Sequence[Episode], *, width: int, rows: int, segments: int, groups: Sequence[int] | None = None,
          baseline: Sequence[bool] | None = None, update: Sequence[bool] | None = None) -> Batch:
     """The batch of these episodes, numpy arrays of rows × `width`.
 
-    multiple: the number of rows is rounded up to it (empty rows at the end).
+    rows: a micro-batch; the number of rows is rounded up to a multiple of it.
     segments: N, the most episodes a row may hold; rows with more are split.
     groups: one id per episode, equal for samples of one problem; default: each its own.
     baseline, update: which episodes count in their group's baseline, and which are trained on;
       default: all.
     An episode without a reward counts as 0 (supervised traces have none).
     """
-    rows = [part[i:i + segments] for part in place([len(e.tokens) for e in episodes], width)
-            for i in range(0, len(part), segments)]
-    count = max(multiple, -(-len(rows) // multiple) * multiple)
+    placed = [part[i:i + segments] for part in place([len(e.tokens) for e in episodes], width)
+              for i in range(0, len(part), segments)]
+    count = max(rows, -(-len(placed) // rows) * rows)
     ints = lambda *shape: np.zeros(shape, np.int32)
     batch = Batch(
         tokens_BT=ints(count, width), segment_ids_BT=ints(count, width), positions_BT=ints(count, width),
         acted_BT=np.zeros((count, width), bool), sampler_logprob_BT=np.zeros((count, width), np.float32),
         reward_BN=np.zeros((count, segments), np.float32), group_BN=np.full((count, segments), -1, np.int32),
         baseline_BN=np.zeros((count, segments), bool), update_BN=np.zeros((count, segments), bool))
-    for r, members in enumerate(rows):
+    for r, members in enumerate(placed):
         start = 0
         for n, i in enumerate(members):
             episode, end = episodes[i], start + len(episodes[i].tokens)
@@ -66,3 +66,17 @@ def pack(episodes: Sequence[Episode], *, width: int, multiple: int, segments: in
             batch.update_BN[r, n] = update[i] if update is not None else True
             start = end
     return batch
+
+
+def join(batches: Sequence[Batch]) -> tuple[Batch, list[tuple[int, int]]]:
+    """One batch of all rows, filled up with empty rows to a power of two (so that few shapes
+    are ever compiled), and the (first, last + 1) rows of each part."""
+    ends = np.cumsum([len(b.tokens_BT) for b in batches]).tolist()
+    total = 1
+    while total < ends[-1]:
+        total *= 2
+    empty = pack([], width=batches[0].tokens_BT.shape[1], rows=total - ends[-1] or 1,
+                 segments=batches[0].reward_BN.shape[1])
+    parts = [*batches, empty] if total > ends[-1] else list(batches)
+    fields = {f: np.concatenate([getattr(b, f) for b in parts]) for f in batches[0].__dataclass_fields__}
+    return Batch(**fields), list(zip([0, *ends[:-1]], ends))

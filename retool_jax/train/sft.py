@@ -41,7 +41,7 @@ def batches(episodes: Sequence[Episode], settings: SFTSettings, forward: Forward
             chosen.append(episodes[order.pop()])
             tokens += length
         if step >= start:
-            yield pack(chosen, width=forward.row_width, multiple=forward.micro_rows, segments=forward.row_segments)
+            yield pack(chosen, width=forward.row_width, rows=forward.micro_rows, segments=forward.row_segments)
 
 
 def train(learner: Learner, state: TrainState, episodes: Sequence[Episode], settings: SFTSettings, seed: int,

@@ -15,12 +15,14 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from retool_jax.algo import losses, segments, tallies
-from retool_jax.algo.advantages import AdvantageSettings, advantages, reward_on_last_acted
+from retool_jax.algo import aggregation, losses, segments, tallies
+from retool_jax.algo.advantages import advantages, explained_variance, reward_on_last_acted
+from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.pytrees import Batch, Params, TrainState
 from retool_jax.model import qwen
 from retool_jax.model.config import QwenConfig
 from retool_jax.model.logprobs import token_logprobs
+from retool_jax.rollout.pack import join
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class ForwardSettings:
     dtype: str  # of activations
     attention: str  # model.attention.choose
     remat: str  # model.qwen.forward
+    unroll: int  # layers per step of the scan over layers
     logprob_chunk: int  # positions of a row projected to the vocabulary at a time
     micro_rows: int  # rows per micro-batch
     row_width: int  # tokens per row
@@ -52,11 +55,13 @@ class Learner:
     """Owns the compiled programs of training; states and batches are passed in."""
 
     def __init__(self, config: QwenConfig, forward: ForwardSettings, optimizer: optax.GradientTransformation,
-                 mesh: jax.sharding.Mesh, *, loss: losses.LossSettings | None = None,
+                 mesh: jax.sharding.Mesh, *, loss: LossSettings | None = None,
                  advantage: AdvantageSettings | None = None, temperature: float = 1.0):
         """loss and advantage are None for supervised training; temperature is the sampler's."""
         self.config, self.forward, self.optimizer, self.mesh = config, forward, optimizer, mesh
         self.loss, self.advantage, self.temperature = loss, advantage, temperature
+        self._cut = jax.jit(lambda tree, row: jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, row, forward.micro_rows), tree))
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
         self._sft = jax.jit(self._add_sft, donate_argnames=('gradients',))
         self._ppo = jax.jit(self._add_ppo, donate_argnames=('gradients',))
@@ -67,10 +72,10 @@ class Learner:
 
     def sft_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step of −mean log p over the acted tokens of `batch` (numpy)."""
-        batch = self.put(batch)
-        denominator = self._denominators(batch)[0]
+        stop, batch = len(batch.tokens_BT), self.put(join([batch])[0])
+        denominator = self._denominators(batch, 0, stop)[0]
         gradients, found = self._zeros(state.params), []
-        for micro in self._micro(batch):
+        for micro in self._micro(batch, 0, stop):
             gradients, metrics = self._sft(params=state.params, gradients=gradients, micro=micro, denominator=denominator)
             found.append(metrics)
         state, norms = self._apply(state=state, gradients=gradients)
@@ -78,33 +83,37 @@ class Learner:
 
     def sft_loss(self, params: Params, batch: Batch) -> float:
         """Mean −log p over the acted tokens of `batch`, without a step."""
-        batch, total, count = self.put(batch), 0.0, 0.0
-        for micro in self._micro(batch):
+        stop, total, count = len(batch.tokens_BT), 0.0, 0.0
+        for micro in self._micro(self.put(join([batch])[0]), 0, stop):
             logprob_BT, _, _ = self._score(params, micro)
             total -= float(jnp.where(micro.acted_BT, logprob_BT, 0.0).sum())
             count += float(micro.acted_BT.sum())
         return total / max(count, 1.0)
 
-    def score(self, params: Params, batch: Batch, reference: Params | None, num_groups: int) -> Scores:
-        """Old logprobs, values, advantages and returns of the whole global batch (on device)."""
-        parts = [self._score(params, micro) for micro in self._micro(batch)]
-        logprob_BT, _, value_BT = (jnp.concatenate(x) for x in zip(*parts))
+    def score(self, params: Params, batch: Batch, rows: int, reference: Params | None, num_groups: int) -> Scores:
+        """Old logprobs, values, advantages and returns of the first `rows` rows of the global batch, which
+        `put` has moved to the devices. num_groups is static: give it the same number every step."""
+        parts = [self._score(params, micro) for micro in self._micro(batch, 0, rows)]
+        total = batch.tokens_BT.shape[0]
+        join_rows = lambda xs: jnp.pad(jnp.concatenate(xs), ((0, total - rows), (0, 0)))
+        logprob_BT, _, value_BT = (join_rows(x) for x in zip(*parts))
         reference_BT = jnp.zeros_like(logprob_BT)
         if self.loss.needs_reference:
             if reference is None:
                 raise ValueError(f'loss.kl_coef is {self.loss.kl_coef} but there is no reference policy')
-            reference_BT = jnp.concatenate([self._score({'policy': reference}, m)[0] for m in self._micro(batch)])
+            reference_BT = join_rows([self._score({'policy': reference}, m)[0] for m in self._micro(batch, 0, rows)])
         advantage_BT, return_BT = self._advantages(batch, logprob_BT, reference_BT, value_BT, num_groups=num_groups)
         return Scores(logprob_BT=logprob_BT, reference_logprob_BT=reference_BT, value_BT=value_BT,
                       advantage_BT=advantage_BT, return_BT=return_BT)
 
-    def ppo_step(self, state: TrainState, batch: Batch, scores: Scores) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer step over one mini-batch (rows of a scored batch)."""
-        denominators = self._denominators(batch)
+    def ppo_step(self, state: TrainState, batch: Batch, scores: Scores,
+                 rows: tuple[int, int]) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step over one mini-batch: rows first … last + 1 of a scored batch."""
+        denominators = self._denominators(batch, *rows)
         gradients, found = self._zeros(state.params), []
-        for micro in self._micro((batch, scores)):
-            gradients, metrics = self._ppo(params=state.params, gradients=gradients, micro=micro[0],
-                                           scores=micro[1], denominators=denominators)
+        for micro, scored in self._micro((batch, scores), *rows):
+            gradients, metrics = self._ppo(params=state.params, gradients=gradients, micro=micro, scores=scored,
+                                           denominators=denominators)
             found.append(metrics)
         state, norms = self._apply(state=state, gradients=gradients)
         return state, _merge(found) | norms
@@ -113,17 +122,16 @@ class Learner:
         """Moves host arrays with a leading batch axis onto the mesh."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp'))))
 
-    def _micro(self, tree) -> Iterator:
-        rows, size = jax.tree.leaves(tree)[0].shape[0], self.forward.micro_rows
-        for start in range(0, rows, size):
-            yield jax.tree.map(lambda x: x[start:start + size], tree)  # noqa: B023
+    def _micro(self, tree, start: int, stop: int) -> Iterator:
+        for row in range(start, stop, self.forward.micro_rows):
+            yield self._cut(tree, jnp.int32(row))
 
     def _evaluate(self, params: Params, micro: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """logprob, entropy and value of every token, [B, T] each."""
         f = self.forward
         run = lambda weights: qwen.forward(
             self.config, weights, micro.tokens_BT, micro.positions_BT, micro.segment_ids_BT,
-            dtype=jnp.dtype(f.dtype), attend=f.attention, remat=f.remat)
+            dtype=jnp.dtype(f.dtype), attend=f.attention, remat=f.remat, unroll=f.unroll)
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             hidden_BTD = run(params['policy'])
             logprob_BT, entropy_BT = token_logprobs(params['policy'], hidden_BTD, micro.tokens_BT,
@@ -146,13 +154,14 @@ class Learner:
     def _mask(self, batch: Batch) -> jax.Array:
         return segments.in_update(batch.acted_BT, batch.update_BN, batch.segment_ids_BT)
 
-    def _count(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def _count(self, batch: Batch, start, stop) -> tuple[jax.Array, jax.Array]:
         """Denominators of the mini-batch: of the policy loss, and acted tokens (supervised and value loss)."""
-        mask_BT, n = self._mask(batch), self.forward.row_segments
-        tokens = losses.denominator('token-mean', mask_BT, batch.segment_ids_BT, n)
+        row = jnp.arange(batch.tokens_BT.shape[0])[:, None]
+        mask_BT, n = self._mask(batch) & (row >= start) & (row < stop), self.forward.row_segments
+        tokens = aggregation.denominator('token-mean', mask_BT, batch.segment_ids_BT, n)
         if self.loss is None:
             return tokens, tokens
-        return losses.denominator(self.loss.aggregation, mask_BT, batch.segment_ids_BT, n,
+        return aggregation.denominator(self.loss.aggregation, mask_BT, batch.segment_ids_BT, n,
                                   self.loss.aggregation_constant), tokens
 
     def _add_sft(self, params, gradients, micro: Batch, denominator):
@@ -177,9 +186,10 @@ class Learner:
                 segment_ids_BT=micro.segment_ids_BT, num_segments=n, denominator=policy_denominator,
                 reference_logprob_BT=scores.reference_logprob_BT)
             if 'critic' in params:
-                value_loss, more = losses.value_loss(self.loss, value_BT, scores.value_BT, scores.return_BT, mask_BT,
-                                                     token_denominator)
-                loss, metrics = loss + self.loss.value_coef * value_loss, metrics | more
+                value_loss, more = losses.critic_loss(
+                    self.loss, value_BT=value_BT, old_value_BT=scores.value_BT, return_BT=scores.return_BT,
+                    mask_BT=mask_BT, denominator=token_denominator)
+                loss, metrics = loss + value_loss, metrics | more
             return loss, metrics
         found, metrics = jax.grad(objective, has_aux=True)(params)
         return jax.tree.map(jnp.add, gradients, found), metrics

@@ -1,0 +1,191 @@
+"""Every block of a configuration with its defaults and where each comes from.
+
+Sources: P the ReTool paper (arXiv 2504.11536), O its authors' evaluation code, R public
+reproductions (verl's recipe), H this project's choice. Sizes belong to the model named by ARG.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+# ARG → (template family, tensor parallelism when sampling, sizes live in the checkpoint's config.json)
+MODELS = {
+    'tiny': 'tiny',
+    'qwen2_5_0_5b': 'qwen2_5', 'qwen2_5_1_5b': 'qwen2_5', 'qwen2_5_7b': 'qwen2_5', 'qwen2_5_14b': 'qwen2_5',
+    'qwen2_5_32b': 'qwen2_5', 'r1_distill_qwen_32b': 'r1_distill',
+    'qwen3_0_6b': 'qwen3', 'qwen3_4b': 'qwen3', 'qwen3_8b': 'qwen3', 'qwen3_32b': 'qwen3',
+}
+
+
+def check(arg: str) -> str:
+    """Refuses an ARG that names no model."""
+    if arg not in MODELS:
+        raise ValueError(f'ARG {arg!r} is unknown; choose one of {", ".join(MODELS)}')
+    return arg
+
+
+def is_tiny(arg: str) -> bool:
+    return check(arg) == 'tiny'
+
+
+def run(arg: str, name: str) -> ConfigDict:
+    """Where a run writes, and its seed."""
+    return ConfigDict({'dir': f'runs/{name}_{arg}', 'seed': 0})
+
+
+def model(arg: str) -> ConfigDict:
+    return ConfigDict({
+        # A Hugging Face directory: config.json, safetensors, tokenizer. tiny: random weights of the
+        # embedded size and a tokenizer made on the spot when none is given.
+        'path': config_dict.placeholder(str),
+        'template': MODELS[check(arg)],
+        'tools': True,  # False: the text-only baseline (P §3.2)
+    })
+
+
+def mesh() -> ConfigDict:
+    # -1 takes the devices that are left.
+    return ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 1})
+
+
+def forward(arg: str) -> ConfigDict:
+    tiny = is_tiny(arg)
+    return ConfigDict({
+        'dtype': 'float32' if tiny else 'bfloat16',
+        'attention': 'dense' if tiny else 'auto',
+        'remat': 'none' if tiny else 'full',
+        'unroll': 4 if tiny else 1,
+        'logprob_chunk': 200 if tiny else 512,
+        'micro_rows': 8 if tiny else 4,
+        'row_width': 200 if tiny else 18432,  # prompt 2,048 + response 16,384 (R)
+        'row_segments': 8 if tiny else 16,
+    })
+
+
+def sampler(arg: str) -> ConfigDict:
+    tiny = is_tiny(arg)
+    return ConfigDict({
+        'rows': 64,
+        'slots': 256 if tiny else 18432,  # prompt 2,048 + response 16,384 (R)
+        'chunk': 64 if tiny else 256,
+        'group': 8,
+        'quota': 16 if tiny else 64,
+        'min_bound': 64 if tiny else 256,
+        'dtype': 'float32' if tiny else 'bfloat16',
+        'cache_dtype': 'float32' if tiny else 'bfloat16',
+    })
+
+
+def turns(arg: str) -> ConfigDict:
+    tiny = is_tiny(arg)
+    return ConfigDict({
+        'tools': True,
+        'max_tokens': 200 if tiny else 18432,  # P: 16,384 of response; R: 2,048 of prompt
+        'max_turn_tokens': 200 if tiny else 16384,
+        'max_turns': 4 if tiny else 8,  # ? in P; R: at most 8 assistant turns
+        'max_calls': 3 if tiny else 7,  # ? in P; leaves the last turn for the answer
+        'on_cap': 'answer',  # ? in P
+        'on_answer': 'end',  # ? in P; 'eos' lets the model go on after </answer>
+    })
+
+
+def sampling(training: bool) -> ConfigDict:
+    return ConfigDict({
+        'temperature': 1.0,  # P for evaluation; R for training
+        'top_p': 1.0 if training else 0.7,  # training R (top-p would renormalise one side only); evaluation P
+        'top_k': 0,
+        'min_p': 0.0,
+    })
+
+
+def sandbox(arg: str) -> ConfigDict:
+    return ConfigDict({
+        'path': 'warm',
+        'zygotes': 2,
+        'spares': 3,
+        'concurrency': 0,  # 0: two per core
+        'recycle': 2000,
+        'cpu_s': 5.0,  # O: 5 s
+        'wall_s': 15.0,  # three times the CPU time: a loaded host must not change rewards
+        'memory_mb': 256 if is_tiny(arg) else 1024,  # R: 1 GiB
+        'processes': 64,
+        'files': 256,
+        'scratch_mb': 64,
+        'scratch_inodes': 4096,
+        'output_bytes': 262144,
+        'preload': ('numpy', 'sympy'),
+        'packages': ('numpy', 'scipy', 'sympy'),
+        'echo': False,  # O prints what is printed, no more
+        'retries': 3,
+        'queue': 16384,
+        'require_groups': False,
+    })
+
+
+def reward() -> ConfigDict:
+    return ConfigDict({
+        'style': 'paper',  # P eq. 2: +1 or −1; 'verl' adds R's shaping
+        'time_limit_s': 5.0,
+        'memory_mb': 1024,
+        'workers': 1,
+    })
+
+
+def optimizer(lr: float, *, schedule: str = 'constant', warmup_steps: int = 0, weight_decay: float = 0.01,
+              b2: float = 0.999) -> ConfigDict:
+    return ConfigDict({
+        'lr': lr, 'schedule': schedule, 'warmup_steps': warmup_steps,
+        'b1': 0.9, 'b2': b2,
+        'weight_decay': weight_decay,  # R: 0.01
+        'grad_clip': 1.0,  # R
+    })
+
+
+def advantage() -> ConfigDict:
+    return ConfigDict({
+        'kind': 'gae',  # P: PPO
+        'gamma': 1.0,  # ? in P; R
+        'lam': 1.0,  # ? in P; R
+        'whiten': True,  # R
+    })
+
+
+def loss() -> ConfigDict:
+    return ConfigDict({
+        'kind': 'ppo',  # P
+        'clip_low': 0.2,  # ? in P; R
+        'clip_high': 0.28,  # ? in P; R
+        'dual_clip': 10.0,  # ? in P; R
+        'aggregation': 'token-mean',  # R
+        'aggregation_constant': config_dict.placeholder(float),
+        'entropy_coef': 0.0,  # R
+        'kl_coef': 0.0,  # P: 0
+        'kl_kind': 'k3', 'kl_in': 'loss',
+        'value_coef': 0.5,
+        'value_clip': config_dict.placeholder(float),
+        'correction': 'token',  # H: sampler and trainer differ in bf16
+        'correction_cap': 2.0,
+        'correction_low': 0.5, 'correction_high': 2.0,
+    })
+
+
+def ppo(arg: str) -> ConfigDict:
+    tiny = is_tiny(arg)
+    return ConfigDict({
+        'steps': 30 if tiny else 400,  # P: 400
+        'problems_per_step': 64 if tiny else 1024,  # ? in P; R: 1,024 × 1 for PPO
+        'samples': 4 if tiny else 1,
+        'minibatches': 2,  # P: mini-batch 512
+        'epochs': 1,  # R
+        'critic': 'head' if tiny else 'backbone',  # ? in P
+        'critic_warmup_steps': 0 if tiny else 20,  # R
+        'drop_void': False,  # SimpleTIR's filter (2509.02479)
+        'mask_truncated': False,
+        'overlong_buffer': 0,  # DAPO's shaping (2503.14476)
+    })
+
+
+def feedback(arg: str) -> ConfigDict:
+    return ConfigDict({
+        'style': 'official' if is_tiny(arg) else 'paper',  # P fig. 8 shows a whole traceback; O its last line
+        'max_chars': 60 if is_tiny(arg) else 400,  # O: over 400, the first and last 200
+        'max_frames': 6,
+    })

@@ -1,0 +1,48 @@
+"""The whole story on one CPU machine: cold start, SFT, RL with and without the interpreter.
+
+    make demo        (python launch/demo.py --config=configs/demo.py)
+
+Hardware: 2 CPU cores, 6 GiB. Time: about 13 minutes. Expected: see the table in README.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    arg = 'tiny'
+    turns = base.turns(arg)
+    ppo = base.ppo(arg)
+    return ConfigDict({
+        'run': base.run(arg, 'demo'),
+        'mesh': base.mesh(),
+        'forward': base.forward(arg),
+        'sampler': base.sampler(arg),
+        'turns': turns,
+        'train_sampling': base.sampling(training=True),
+        'evaluate_sampling': base.sampling(training=False),
+        'sandbox': base.sandbox(arg),
+        'feedback': base.feedback(arg),
+        'reward': base.reward(),
+        'sft_optimizer': base.optimizer(3e-3, schedule='cosine', warmup_steps=20, weight_decay=0.1, b2=0.95),
+        'optimizer': base.optimizer(3e-4, warmup_steps=2, weight_decay=0.0, b2=0.95),
+        'critic_optimizer': base.optimizer(1e-3, warmup_steps=2, weight_decay=0.0, b2=0.95),
+        'advantage': base.advantage(),
+        'loss': base.loss(),
+        'ppo': ppo,
+        'recipe': {
+            'vocab_size': 512,  # BPE entries of the tokenizer, special tokens among them
+            'traces': 8000,
+            # Shares of trace kinds. The tool model sees both ways of working, so that RL has to
+            # learn when to call; the text-only baseline sees worked steps alone.
+            'easy_code': 0.4,  # families that mental arithmetic can do
+            'needy_code': 0.5,
+            'needy_repair': 0.1,
+            'sft_steps': 300,
+            'sft_batch_tokens': 8000,
+            'problems': 240,  # held out: new operands
+            'apart_problems': 96,  # of each of the sets scored apart
+            'samples': 8,
+        },
+    })

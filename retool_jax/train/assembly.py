@@ -1,0 +1,113 @@
+"""From configuration blocks to the parts of a run: model, rules, engine, executor."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from retool_jax.core import mesh as meshes
+from retool_jax.core import settings
+from retool_jax.model import config as model_config
+from retool_jax.model.config import QwenConfig
+from retool_jax.rollout.engine import Engine, Executor, SamplingSettings
+from retool_jax.rollout.sampler import Sampler, SamplerSettings
+from retool_jax.rollout.turns import Rules, TurnSettings
+from retool_jax.sandbox.feedback import FeedbackSettings, render
+from retool_jax.sandbox.pool import Pool, SandboxSettings
+from retool_jax.tasks.grader import Grader
+from retool_jax.text import tags, tokenizer as tokenizers
+from retool_jax.text.template import Template, make_template
+from retool_jax.text.tokenizer import Tokenizer
+
+# Purposes: streams of randomness that must never meet under one seed.
+TRAINING, EVALUATION = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """A model's sizes and how it is spoken to."""
+
+    config: QwenConfig
+    tokenizer: Tokenizer
+    template: Template
+
+
+def load_language(path: str | pathlib.Path, template: str, tools: bool) -> Language:
+    """Reads config.json and the tokenizer of a model directory; the weights are loaded apart."""
+    if not pathlib.Path(path).is_dir():
+        raise ValueError(f'model.path={str(path)!r} is no directory; give a Hugging Face model directory')
+    config = model_config.load_config(path)
+    tokenizer = tokenizers.load(path)
+    if tokenizer.size > config.vocab_size:
+        raise ValueError(f'model.path={str(path)!r}: the tokenizer has {tokenizer.size} ids, the model only '
+                         f'{config.vocab_size} logits')
+    return Language(config, tokenizer, make_template(template, tools))
+
+
+def make_sampler(language: Language, config: ConfigDict, tools: bool) -> Sampler:
+    """The compiled half of rollout, from blocks `sampler` and (for `</answer>`) `turns`."""
+    sampler = settings.build(SamplerSettings, config.sampler, 'sampler')
+    table = make_table(language, tools, config.turns.on_answer)
+    return Sampler(language.config, sampler, table.next_state, table.stops, language.tokenizer.eos_ids)
+
+
+@functools.lru_cache(maxsize=4)
+def _table(tokenizer: Tokenizer, width: int, tools: bool, answer_ends: bool) -> tags.TagTable:
+    stops = {tag: stop for tag, stop in tags.TAGS.items()
+             if (stop == tags.CODE and tools) or (stop == tags.ANSWER and answer_ends)}
+    table = tags.build_table(tokenizer.token_bytes, width, stops or tags.TAGS)
+    return table if stops else dataclasses.replace(table, stops=np.zeros_like(table.stops))
+
+
+def make_table(language: Language, tools: bool, on_answer: str) -> tags.TagTable:
+    """The tag automaton: `</code>` where there are tools, `</answer>` where it ends the episode."""
+    if on_answer not in ('end', 'eos'):
+        raise ValueError(f"turns.on_answer={on_answer!r}: choose 'end' or 'eos'")
+    return _table(language.tokenizer, language.config.vocab_size, tools, on_answer == 'end')
+
+
+def make_engine(language: Language, sampler: Sampler, config: ConfigDict, sampling: ConfigDict, tools: bool,
+                executor: Executor | None, seed: int, purpose: int) -> Engine:
+    """The engine of one purpose; engines may share a sampler."""
+    turns = dataclasses.replace(settings.build(TurnSettings, config.turns, 'turns'), tools=tools)
+    feedback = settings.build(FeedbackSettings, config.feedback, 'feedback')
+    rules = Rules(turns, language.tokenizer, make_table(language, tools, turns.on_answer),
+                  lambda result: render(result, feedback))
+    return Engine(sampler, rules, settings.build(SamplingSettings, sampling, 'sampling'), executor, seed, purpose)
+
+
+@contextlib.contextmanager
+def open_sandbox(config: ConfigDict) -> Iterator[Pool]:
+    """A started pool from block `sandbox`."""
+    pool = Pool(settings.build(SandboxSettings, config, 'sandbox'))
+    try:
+        pool.start()
+    except RuntimeError as error:
+        raise ValueError(f'sandbox: {error}') from error
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@contextlib.contextmanager
+def open_grader(config: ConfigDict) -> Iterator[Grader]:
+    """A grader from block `reward`."""
+    grader = Grader(style=config.style, time_limit_s=config.time_limit_s, memory_mb=config.memory_mb,
+                    workers=config.workers)
+    try:
+        yield grader
+    finally:
+        grader.close()
+
+
+def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The training mesh from block `mesh`."""
+    return meshes.make_mesh(config.to_dict())

@@ -1,0 +1,229 @@
+"""The demo's whole story on the embedded task, from nothing to a model that knows when to run Python.
+
+Two models of the same size learn the same problems with the same number of steps and episodes: one
+may call the interpreter, one may not. `run` reads from top to bottom.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import random
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from retool_jax.algo.settings import AdvantageSettings, LossSettings
+from retool_jax.core import episodes as episode_files
+from retool_jax.core import metrics as console
+from retool_jax.core import settings
+from retool_jax.core.checkpoint import Checkpoints
+from retool_jax.core.pytrees import Params, TrainState
+from retool_jax.core.records import Episode
+from retool_jax.model import config as model_config
+from retool_jax.model import qwen
+from retool_jax.rollout.engine import Engine, Executor
+from retool_jax.sandbox.feedback import FeedbackSettings
+from retool_jax.tasks import arithmetic
+from retool_jax.tasks.grader import Grader
+from retool_jax.text import tokenizer as tokenizers
+from retool_jax.text.template import wrap_feedback, wrap_snippet
+from retool_jax.train import assembly, cold_start, evaluate, ppo, sft
+from retool_jax.train.assembly import Language
+from retool_jax.train.ppo import PPOSettings
+from retool_jax.train.sft import SFTSettings
+from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
+from retool_jax.train.update import ForwardSettings, Learner
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeSettings:
+    """Sizes of the demo."""
+
+    vocab_size: int
+    traces: int  # cold-start traces per model
+    easy_code: float  # share of code-augmented traces in families that mental arithmetic can do
+    needy_code: float  # the same in families that need the tool
+    needy_repair: float  # share of traces with a failing snippet and its correction
+    sft_steps: int
+    sft_batch_tokens: int
+    problems: int  # held-out problems of the headline score
+    apart_problems: int  # of each set scored apart
+    samples: int  # per problem, in evaluation
+
+    @property
+    def mix(self) -> cold_start.Mix:
+        return cold_start.Mix(
+            easy={'code': self.easy_code, 'mental': 1 - self.easy_code},
+            needy={'code': self.needy_code, 'repair': self.needy_repair,
+                   'mental': 1 - self.needy_code - self.needy_repair})
+
+
+HELD_OUT = 'new_operands'  # the headline set; the others are scored apart
+APART = ('new_wording', 'larger_range')
+
+
+def make_language(config: ConfigDict, recipe: RecipeSettings, directory: pathlib.Path) -> Language:
+    """Trains the tokenizer on the task's own traces and writes a model directory (no weights)."""
+    rng = random.Random('corpus')
+    corpus = ['user\n', 'assistant\n'] * 200
+    for problem in arithmetic.problems('train', 1500, seed=recipe.traces):
+        trace = arithmetic.trace(problem, rng.choice(arithmetic.TRACE_KINDS), seed=0)
+        corpus.append(problem.question + '\n' + ''.join(
+            text if kind == 'text' else wrap_snippet(text) + wrap_feedback(problem.answer)
+            for kind, text in trace.parts))
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizers.train_bpe(corpus, recipe.vocab_size, directory)
+    sizes = dataclasses.replace(model_config.TINY, vocab_size=recipe.vocab_size)
+    (directory / 'config.json').write_text(json.dumps(model_config.to_hf(sizes), indent=2))
+    return assembly.load_language(directory, 'tiny', tools=True)
+
+
+class Story:
+    """One run of the recipe: what both models share."""
+
+    def __init__(self, config: ConfigDict, executor: Executor, grader: Grader, writer: console.Metrics):
+        self.config, self.executor, self.grader, self.writer = config, executor, grader, writer
+        self.recipe = settings.build(RecipeSettings, config.recipe, 'recipe')
+        self.ppo = settings.build(PPOSettings, config.ppo, 'ppo')
+        self.forward = settings.build(ForwardSettings, config.forward, 'forward')
+        self.feedback = settings.build(FeedbackSettings, config.feedback, 'feedback')
+        self.directory = pathlib.Path(config.run.dir)
+        self.seed = config.run.seed
+        self.mesh = assembly.make_mesh(config.mesh)
+        self.language = make_language(config, self.recipe, self.directory / 'model')
+        self.clock = 0  # metrics lines written
+
+    def engine(self, tools: bool, training: bool) -> Engine:
+        sampler = self.samplers[tools]
+        block = self.config.train_sampling if training else self.config.evaluate_sampling
+        return assembly.make_engine(self.language, sampler, self.config, block, tools, self.executor if tools else None,
+                                    self.seed, assembly.TRAINING if training else assembly.EVALUATION)
+
+    @property
+    def samplers(self):
+        """One compiled sampler per kind of model."""
+        if not hasattr(self, '_samplers'):
+            self._samplers = {tools: assembly.make_sampler(self.language, self.config, tools)
+                              for tools in (True, False)}
+        return self._samplers
+
+    def log(self, name: str, step: int, metrics: dict[str, float]) -> None:
+        self.writer.write(self.clock, {'phase': name, 'phase_step': step} | metrics)
+        self.clock += 1
+
+    def traces(self, tools: bool) -> list[Episode]:
+        """The cold start of one model; what verification dropped is printed."""
+        mix = self.recipe.mix if tools else cold_start.TEXT_ONLY
+        made, counts = cold_start.build(
+            arithmetic.problems('train', self.recipe.traces, seed=self.seed), mix, self.executor if tools else None,
+            self.feedback, self.language.template, self.language.tokenizer, self.seed,
+            max_tokens=min(self.config.turns.max_tokens, self.forward.row_width))
+        console.say(f'cold start ({_kind(tools)}): ' + ', '.join(f'{n} {reason}' for reason, n in counts.items()))
+        return made
+
+    def sft(self, tools: bool, traces: Sequence[Episode], params: Params) -> Params:
+        """Supervised fine-tuning from `params`."""
+        optimizer = make_optimizer(settings.build(OptimizerSettings, self.config.sft_optimizer, 'sft_optimizer'),
+                                   self.recipe.sft_steps)
+        learner = Learner(self.language.config, self.forward, optimizer, self.mesh)
+        sizes = SFTSettings(steps=self.recipe.sft_steps, batch_tokens=self.recipe.sft_batch_tokens)
+        with console.progress(f'SFT ({_kind(tools)})', sizes.steps) as advance:
+            def log(step, metrics):
+                self.log(f'sft_{_kind(tools)}', step, metrics)
+                advance(f'loss {metrics["sft/loss"]:.3f}')
+            state = sft.train(learner, init_state({'policy': params}, optimizer), traces, sizes, self.seed, log)
+        return state.params['policy']
+
+    def reinforce(self, tools: bool, params: Params) -> Params:
+        """PPO from `params`."""
+        block = lambda name: settings.build(OptimizerSettings, self.config[name], name)
+        tree = add_critic(self.language.config, params, self.ppo.critic)
+        optimizer = make_optimizer(block('optimizer'), self.ppo.steps * self.ppo.minibatches * self.ppo.epochs,
+                                   block('critic_optimizer') if 'critic' in tree else None)
+        learner = Learner(self.language.config, self.forward, optimizer, self.mesh,
+                          loss=settings.build(LossSettings, self.config.loss, 'loss'),
+                          advantage=settings.build(AdvantageSettings, self.config.advantage, 'advantage'),
+                          temperature=self.config.train_sampling.temperature)
+        count = self.ppo.problems_per_step
+        stream = arithmetic.problems('train', count * self.ppo.steps, seed=self.seed + 1_000_003)
+        with console.progress(f'PPO ({_kind(tools)})', self.ppo.steps) as advance:
+            def report(result: ppo.StepResult, state: TrainState):
+                m = result.metrics
+                self.log(f'ppo_{_kind(tools)}', result.step, m)
+                episode_files.write(self.directory / 'episodes', f'{_kind(tools)}_{result.step:05d}', result.episodes,
+                                    self.language.tokenizer.decode)
+                advance(f'correct {m["rewards/correct"]:.2f} code {m["tools/code_ratio"]:.2f}')
+            state = ppo.train(self.engine(tools, training=True), learner, init_state(tree, optimizer), self.ppo,
+                              problems=lambda step: stream[step * count:(step + 1) * count],
+                              template=self.language.template, tokenizer=self.language.tokenizer,
+                              grader=self.grader, seed=self.seed, report=report)
+        return state.params['policy']
+
+    def score(self, name: str, tools: bool, params: Params, apart: bool = True) -> dict:
+        """avg@k on the held-out sets; the episodes are kept."""
+        engine, weights = self.engine(tools, training=False), self.samplers[tools].sync(params)
+        sets = {HELD_OUT: self.recipe.problems} | ({s: self.recipe.apart_problems for s in APART} if apart else {})
+        found = {}
+        with console.progress(f'evaluate {name}', sum(sets.values()) * self.recipe.samples) as advance:
+            for split, count in sets.items():
+                made = evaluate.run(engine, weights, 0, arithmetic.problems(split, count, seed=self.seed + 7),
+                                    self.recipe.samples, self.language.template, self.language.tokenizer, self.grader,
+                                    finished=lambda episode: advance())
+                found[split] = evaluate.summarise(made) | {'code_ratio_needy': needy_code_ratio(made)}
+                episode_files.write(self.directory / 'episodes', f'val_{name}_{split}', made,
+                                    self.language.tokenizer.decode)
+        self.log(f'val_{name}', 0, {f'val/{split}/avg@{self.recipe.samples}': s['avg'] for split, s in found.items()})
+        return found[HELD_OUT] | {'apart': {split: found[split] for split in found if split != HELD_OUT}}
+
+
+def needy_code_ratio(episodes: Sequence[Episode]) -> float:
+    """Share of episodes that ran code, among the families that need it."""
+    asked = [any(call.code for call in e.calls) for e in episodes
+             if not arithmetic.BY_NAME[e.problem.family].mental]
+    return float(np.mean(asked)) if asked else 0.0
+
+
+def run(config: ConfigDict) -> dict:
+    """The whole story; returns what summary.json holds."""
+    began = time.perf_counter()
+    directory = pathlib.Path(config.run.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / 'config.json').write_text(json.dumps(settings.to_json(config), indent=2))
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(assembly.open_sandbox(config.sandbox))
+        grader = stack.enter_context(assembly.open_grader(config.reward))
+        writer = stack.enter_context(console.Metrics(directory))
+        story = Story(config, pool, grader, writer)
+        console.banner(model=f'Qwen2.5 architecture, {story.language.config.parameter_count():,} parameters',
+                       mesh=dict(story.mesh.shape), sandbox=pool, run=directory)
+
+        # One random model; two cold starts from it.
+        base = jax.jit(lambda key: qwen.init(story.language.config, key))(jax.random.key(story.seed))
+        scores = {'base': story.score('base', True, base, apart=False)}
+        tool = story.sft(True, story.traces(True), base)
+        scores['sft'] = story.score('sft', True, tool)
+        tool = story.reinforce(True, tool)
+        scores['tool_rl'] = story.score('tool_rl', True, tool)
+        text = story.sft(False, story.traces(False), base)
+        scores['text_sft'] = story.score('text_sft', False, text, apart=False)
+        text = story.reinforce(False, text)
+        scores['text_rl'] = story.score('text_rl', False, text)
+
+        checkpoints = Checkpoints(directory / 'checkpoints', keep_last=1)
+        checkpoints.save(story.ppo.steps, {'tool': tool, 'text': text}, {'steps': story.ppo.steps}, wait=True)
+        checkpoints.close()
+    summary = scores | {
+        'code_ratio': {'before': scores['sft']['code_ratio_needy'], 'after': scores['tool_rl']['code_ratio_needy']},
+        'steps': story.ppo.steps, 'seconds': time.perf_counter() - began, 'seed': story.seed}
+    (directory / 'summary.json').write_text(json.dumps(summary, indent=2))
+    return summary
+
+
+def _kind(tools: bool) -> str:
+    return 'tool' if tools else 'text'
