@@ -1,0 +1,203 @@
+"""The rooms keep to their table of imports, light children stay light, and files stay short."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / 'retool_jax'
+
+_BELOW_TRAIN = {'core', 'sandbox', 'text', 'algo', 'model', 'tasks', 'rollout'}
+ROOMS = {  # what a room may import besides itself: rooms, or single modules of a room
+    'core': set(),
+    'sandbox': {'core.records'},  # its children start light
+    'text': {'core'},
+    'algo': {'core'},
+    'model': {'core'},
+    'tasks': {'core', 'text'},
+    'rollout': {'core', 'text', 'sandbox', 'model'},
+    'train': _BELOW_TRAIN,
+    'report': _BELOW_TRAIN | {'train'},
+    'plan': _BELOW_TRAIN | {'train'},
+    'bench': _BELOW_TRAIN | {'train'},
+}
+# Machines with accelerators may have little else; these rooms run there.
+LEAN_ROOMS = ('algo', 'model', 'rollout', 'bench')
+LEAN_LIBRARIES = {'jax', 'flax', 'optax', 'numpy', 'absl', 'ml_collections'}
+LEAN_EXCEPTIONS = {('model', 'hf', 'safetensors')}  # the module that reads checkpoint files
+HEAVY = ('jax', 'jaxlib', 'flax', 'transformers', 'torch', 'matplotlib')
+DYNAMIC = ('__import__', 'import_module', 'importlib.import_module')
+LONGEST_FILE, LONGEST_BINARY = 420, 60
+
+
+def imports(tree: ast.Module, module: str, *, at_load: bool = False) -> Iterator[tuple[int, str]]:
+    """Yields (line, dotted name) of everything a module imports.
+
+    Names for the type checker alone do not count. `at_load` leaves out what functions import when called.
+    """
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith('TYPE_CHECKING'):
+            pending.extend(node.orelse)
+            continue
+        if at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split('.')[: -node.level] if node.level else []
+            source = '.'.join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f'{source}.{alias.name}') for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            if ast.unparse(node.func) in DYNAMIC:
+                yield node.lineno, str(node.args[0].value)
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def sources(folder: Path) -> list[tuple[Path, str, ast.Module]]:
+    """(path, dotted module name, syntax tree) of every Python file below a folder."""
+    found = []
+    for path in sorted(folder.rglob('*.py')):
+        name = '.'.join(path.relative_to(folder.parent).with_suffix('').parts)
+        found.append((path, name, ast.parse(path.read_text(encoding='utf-8'), str(path))))
+    return found
+
+
+def trespasses(package: Path) -> list[str]:
+    """Imports of other rooms that the table does not allow, one line each."""
+    found = []
+    for path, module, tree in sources(package):
+        room = path.relative_to(package).parts[0]
+        if room.endswith('.py'):  # the package's own __init__ is loaded before every room
+            found += [f'{path.name}:{n} imports {x}' for n, x in imports(tree, module) if x != '__future__']
+            continue
+        for line, name in imports(tree, module):
+            parts = name.split('.')
+            if parts[0] != 'retool_jax':
+                if parts[0] == 'configs':
+                    found.append(f'{path.relative_to(package)}:{line} {room} may not import {name}')
+                continue
+            inside = '.'.join(parts[1:])
+            allowed = ROOMS.get(room, set()) | {room}
+            if inside and not any(inside == x or inside.startswith(f'{x}.') for x in allowed):
+                found.append(f'{path.relative_to(package)}:{line} {room} may not import {name}')
+    return found
+
+
+def test_every_room_imports_only_what_its_line_of_the_table_allows():
+    assert len(sources(PACKAGE)) > 20
+    assert trespasses(PACKAGE) == []
+
+
+def test_every_folder_of_the_package_has_its_line_in_the_table():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.rglob('*.py'))}
+    assert folders <= set(ROOMS)
+
+
+@pytest.mark.parametrize(
+    'room, line',
+    [
+        ('algo', 'from retool_jax.model import qwen'),
+        ('algo', 'from retool_jax import text'),
+        ('algo', 'from ..text import tags'),
+        ('sandbox', 'from retool_jax.core import cli'),
+        ('sandbox', 'import retool_jax.core.settings as s'),
+        ('model', 'def f():\n    from retool_jax.algo import losses'),
+        ('model', 'import importlib\nimportlib.import_module("retool_jax.train.ppo")'),
+        ('rollout', 'import retool_jax.tasks.grader'),
+        ('train', 'from configs import demo'),
+        ('core', 'from retool_jax.text.tags import x'),
+        ('bench', 'from retool_jax.report import plots'),
+    ],
+)
+def test_a_trespass_is_seen_however_it_is_written(tmp_path, room, line):
+    folder = tmp_path / 'retool_jax' / room
+    folder.mkdir(parents=True)
+    (folder / 'culprit.py').write_text(line)
+    assert len(trespasses(tmp_path / 'retool_jax')) == 1
+
+
+@pytest.mark.parametrize(
+    'room, line',
+    [
+        ('sandbox', 'from retool_jax.core.records import Verdict'),
+        ('sandbox', 'from retool_jax.core import records'),
+        ('algo', 'from retool_jax.algo import segments\nfrom . import groups'),
+        ('algo', 'import typing\nif typing.TYPE_CHECKING:\n    from retool_jax.model import qwen'),
+        ('train', 'import retool_jax.sandbox.pool\nfrom retool_jax import algo'),
+    ],
+)
+def test_what_the_table_allows_passes(tmp_path, room, line):
+    folder = tmp_path / 'retool_jax' / room
+    folder.mkdir(parents=True)
+    (folder / 'neighbour.py').write_text(line)
+    assert trespasses(tmp_path / 'retool_jax') == []
+
+
+def test_configurations_import_nothing_but_ml_collections_and_their_base():
+    found = []
+    configs = sources(ROOT / 'configs')
+    assert configs
+    for path, module, tree in configs:
+        for line, name in imports(tree, module):
+            top = name.split('.')[0]
+            known = top in sys.stdlib_module_names | {'ml_collections'} or name.startswith('configs.base')
+            if not known:
+                found.append(f'configs/{path.name}:{line} may not import {name}')
+    assert found == []
+
+
+@pytest.mark.parametrize('room', LEAN_ROOMS)
+def test_rooms_that_run_on_accelerators_load_with_few_libraries(room):
+    found = []
+    for path, module, tree in sources(PACKAGE):
+        if path.relative_to(PACKAGE).parts[0] != room:
+            continue
+        for line, name in imports(tree, module, at_load=True):
+            top = name.split('.')[0]
+            known = top in sys.stdlib_module_names | LEAN_LIBRARIES | {'retool_jax'}
+            if not known and (room, path.stem, top) not in LEAN_EXCEPTIONS:
+                found.append(f'{path.relative_to(PACKAGE)}:{line} imports {name} when it is loaded')
+    assert found == []
+
+
+def test_records_need_the_standard_library_alone():
+    (tree,) = [tree for _, module, tree in sources(PACKAGE) if module == 'retool_jax.core.records']
+    tops = {name.split('.')[0] for _, name in imports(tree, 'retool_jax.core.records')}
+    assert tops and tops <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize('module', ['retool_jax.sandbox.pool', 'retool_jax.tasks.grader'])
+def test_light_children_load_without_the_heavy_libraries(module):
+    program = f'import sys, {module}; print(*sorted(set({HEAVY}) & set(sys.modules)))'
+    child = subprocess.run(
+        [sys.executable, '-c', program], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True, text=True, timeout=60,
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.split() == []
+
+
+def lengths(*folders: str) -> dict[str, int]:
+    """Lines of every Python and shell file below the folders."""
+    paths = [p for folder in folders for p in (ROOT / folder).rglob('*') if p.suffix in ('.py', '.sh')]
+    assert paths
+    return {str(p.relative_to(ROOT)): len(p.read_text(encoding='utf-8').splitlines()) for p in paths}
+
+
+def test_files_are_short_enough_to_read_in_one_sitting():
+    long = {name: n for name, n in lengths('retool_jax', 'launch', 'configs').items() if n > LONGEST_FILE}
+    assert long == {}
+
+
+def test_binaries_are_doors_not_rooms():
+    long = {name: n for name, n in lengths('launch').items() if name.endswith('.py') and n > LONGEST_BINARY}
+    assert long == {}
