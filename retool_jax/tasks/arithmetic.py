@@ -13,6 +13,7 @@ import zlib
 
 from retool_jax.core.records import Problem
 from retool_jax.tasks.families import FAMILIES, Family, Operands
+from retool_jax.text.template import wrap_answer
 
 SPLITS = ('train', 'new_operands', 'new_wording', 'larger_range')
 TRACE_KINDS = ('mental', 'code', 'repair')
@@ -85,7 +86,7 @@ def trace(problem: Problem, kind: str, seed: int) -> Trace:
         (
             ('text', family.lead + '\n'),
             ('text', family.worked(*operands) + '\n'),
-            ('text', boxed(problem.answer)),
+            ('text', wrap_answer(problem.answer)),
         ),
     )
     if kind == 'mental':
@@ -105,8 +106,3 @@ def rewrite(text_trace: Trace, problem: Problem) -> Trace:
     """The cold start's rewriting step: the manual calculation gives way to a snippet, all else stays."""
     (lead, _manual, conclusion), family = text_trace.parts, BY_NAME[problem.family]
     return Trace('code', (lead, ('code', family.code(*operands_of(problem))), conclusion))
-
-
-def boxed(answer: str) -> str:
-    """The last part of every solution."""
-    return f'<answer>\n\\boxed{{{answer}}}\n</answer>'

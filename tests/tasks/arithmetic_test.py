@@ -102,16 +102,17 @@ def test_worked_steps_are_compact_and_every_equation_in_them_holds(split):
 
 def test_snippets_print_the_answer_and_slips_fail(tmp_path):
     # One child runs what these families wrote: nothing here was written by a model.
-    cases, script = [], ['import contextlib, io, json', 'out = []']
+    cases: list[tuple[str | None, str]] = []
     for problem in _everything('train', 1200) + _everything('larger_range', 240):
         for kind in ('code', 'repair'):
             codes = [c for k, c in arithmetic.trace(problem, kind, 1).parts if k == 'code']
             assert len(codes) == (1 if kind == 'code' else 2)
             for i, code in enumerate(codes):
                 cases.append((problem.answer if i == len(codes) - 1 else None, code))
-    script.append(f'for code in {[c for _, c in cases]!r}:')
+    script = ['import contextlib, io, json', 'out = []', f'for code in {[c for _, c in cases]!r}:']
     script += ['    b = io.StringIO()', '    try:']
-    script += ['        with contextlib.redirect_stdout(b): exec(code, {})', '        out.append(b.getvalue())']
+    script += ['        with contextlib.redirect_stdout(b): exec(code, {})']
+    script += ['        out.append(b.getvalue())']
     script += ['    except Exception: out.append(None)', 'print(json.dumps(out))']
     path = tmp_path / 'run.py'
     path.write_text('\n'.join(script))

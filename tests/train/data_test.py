@@ -1,0 +1,85 @@
+"""The stream of problems: its state is one integer, and hosts share one global batch."""
+
+import pytest
+
+from retool_jax.tasks import arithmetic, problems
+from retool_jax.train import data
+
+A = arithmetic.problems('train', 60, 0)
+B = arithmetic.problems('new_wording', 24, 0)
+
+
+@pytest.fixture
+def path(tmp_path):
+    problems.write_array_record(tmp_path / 'a.array_record', A)
+    return tmp_path / 'a.array_record'
+
+
+def test_every_epoch_holds_each_problem_once_in_a_new_order():
+    dataset = data.stream([A], None, 3)
+    epochs = []
+    for epoch in range(3):
+        batch, cursor = data.next_batch(dataset, epoch * len(A), len(A))
+        assert sorted(p.id for p in batch) == sorted(p.id for p in A) and cursor == (epoch + 1) * len(A)
+        epochs.append([p.id for p in batch])
+    assert len({tuple(e) for e in epochs}) == 3
+
+
+def test_a_resumed_stream_goes_on_from_its_cursor(path):
+    whole, _ = data.next_batch(data.stream([path, B], [3, 1], 5), 0, 200)
+    first, cursor = data.next_batch(data.stream([path, B], [3, 1], 5), 0, 96)
+    rest, _ = data.next_batch(data.stream([path, B], [3, 1], 5), cursor, 104)
+    assert first + rest == whole
+    assert data.next_batch(data.stream([path, B], [3, 1], 6), 0, 200)[0] != whole
+
+
+@pytest.mark.parametrize('hosts', [1, 2, 4, 8])
+def test_hosts_share_one_global_batch_whatever_their_number(hosts):
+    dataset = data.stream([A, B], [1, 1], 0)
+    whole, _ = data.next_batch(dataset, 40, 16)
+    shares = [data.next_batch(dataset, 40, 16, host, hosts)[0] for host in range(hosts)]
+    assert [shares[i % hosts][i // hosts] for i in range(16)] == whole
+
+
+def test_mixtures_follow_their_weights_and_default_to_equal_shares_of_problems():
+    def share(weights):
+        batch, _ = data.next_batch(data.stream([A, B], weights, 0), 0, 840)
+        return sum(p.source == 'arithmetic/train' for p in batch) / 840
+
+    assert abs(share([3, 1]) - 0.75) < 0.01
+    assert abs(share(None) - 60 / 84) < 0.01
+
+
+def test_array_record_files_and_lists_give_the_same_stream(path, tmp_path):
+    lists, files = data.stream([A], None, 1), data.stream([path], None, 1)
+    assert data.next_batch(lists, 0, 30)[0] == data.next_batch(files, 0, 30)[0]
+
+
+def test_array_record_files_of_other_schemas_are_read_too(tmp_path):
+    import json
+
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(tmp_path / 'b.array_record'), 'group_size:1')
+    for i in range(4):
+        writer.write(json.dumps({'problem': f'Q{i}', 'answer': i}).encode())
+    writer.close()
+    batch, _ = data.next_batch(data.stream([tmp_path / 'b.array_record'], None, 0), 0, 4)
+    assert sorted(p.answer for p in batch) == ['0', '1', '2', '3']
+
+
+@pytest.mark.parametrize(
+    'call, words',
+    [
+        (lambda: data.stream([], None, 0), 'no source'),
+        (lambda: data.stream([[]], None, 0), 'without problems'),
+        (lambda: data.stream([A, B], [1], 0), r'weights \[1\]'),
+        (lambda: data.stream([A, B], [1, 0], 0), r'weights \[1, 0\]'),
+        (lambda: data.stream(['no/such.jsonl'], None, 0), 'does not exist'),
+        (lambda: data.next_batch(data.stream([A], None, 0), 0, 10, 0, 4), 'batch of 10 .* of 4'),
+        (lambda: data.next_batch(data.stream([A], None, 0), -1, 10), 'cursor -1'),
+    ],
+)
+def test_bad_input_names_the_value(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
