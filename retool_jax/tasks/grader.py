@@ -52,7 +52,7 @@ class Grader:
                 f'workers={workers} >= 1'
             )
         self.style, self.time_limit_s, self.max_length = style, time_limit_s, max_length
-        self.timeouts = self.deaths = 0  # answers that were late, and answers that killed their judge
+        self.timeouts = self.deaths = 0  # answers that were late, and judges that died
         self._workers = workers
         self._children = [_Child(memory_mb, time_limit_s) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
@@ -102,15 +102,13 @@ class Grader:
     def _ask(self, answer: str, gold: str) -> dict:
         child = self._idle.get()
         try:
-            reply = child.ask({'answer': answer, 'gold': gold})
-        except TimeoutError:
-            reply = {'late': True}
-        except EOFError:
-            reply = {'died': True}
+            reply = child.ask(answer, gold)
+            if 'died' in reply:  # of this answer, or of something that has nothing to do with it
+                self.deaths += 1
+                reply = child.ask(answer, gold)
         finally:
             self._idle.put(child)
         self.timeouts += 'late' in reply
-        self.deaths += 'died' in reply
         return reply
 
     def close(self) -> None:
@@ -140,19 +138,19 @@ class _Child:
         self.process: subprocess.Popen | None = None
         self.buffer, self.ready = b'', False
 
-    def ask(self, message: dict) -> dict:
-        """One question, one reply; a late or dead child is replaced, raising TimeoutError or EOFError."""
+    def ask(self, answer: str, gold: str) -> dict:
+        """The judge's reply; {'late': True} or {'died': True} where it had to be replaced."""
         if self.process is None:
             self.start()
         self.await_ready()
         try:
             deadline = time.monotonic() + self.time_limit_s + GRACE_S
-            self.send((json.dumps(message) + '\n').encode(), deadline)
+            self.send((json.dumps({'answer': answer, 'gold': gold}) + '\n').encode(), deadline)
             return self.receive(deadline)
-        except (TimeoutError, EOFError):
+        except (TimeoutError, EOFError) as error:
             self.kill()
             self.start()  # its imports run while the caller goes on
-            raise
+            return {'late' if isinstance(error, TimeoutError) else 'died': True}
 
     def start(self) -> None:
         root = str(pathlib.Path(__file__).parents[2])

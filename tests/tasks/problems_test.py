@@ -73,7 +73,8 @@ def test_every_format_gives_the_same_problems(tmp_path, suffix):
 def test_dapo_and_sft_rows_survive_every_format(tmp_path, suffix):
     (one,) = problems.read(write(tmp_path / f'd{suffix}', [dapo('What is 1+1?', '2')]))
     assert (one.id, one.question, one.answer, one.source) == ('u0', 'What is 1+1?', '2', 'math_dapo')
-    ((one, text),) = problems.read_traces(write(tmp_path / f's{suffix}', [retool('1+1?', r'It is \boxed{2}')]))
+    sft = write(tmp_path / f's{suffix}', [retool('1+1?', r'It is \boxed{2}')])
+    ((one, text),) = problems.read_traces(sft)
     assert (one.question, one.answer, text) == ('1+1?', '2', r'It is \boxed{2}')
 
 
