@@ -55,13 +55,14 @@ def closure(packages: tuple[str, ...]) -> dict[str, str]:
     versions: dict[str, str] = {}
     todo = list(packages)
     while todo:
-        name = re.sub(r'[-_.]+', '-', todo.pop()).lower()
+        given = todo.pop()
+        name = re.sub(r'[-_.]+', '-', given).lower()
         if name in versions:
             continue
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            raise ValueError(f'sandbox.packages: {name!r} is not installed here; install it or leave it out') from None
+            raise ValueError(f'sandbox.packages: {given!r} is not installed here; install it or leave it out') from None
         versions[name] = distribution.version
         for requirement in distribution.requires or []:
             if ';' not in requirement:  # markers are extras or other platforms

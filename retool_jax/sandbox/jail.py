@@ -69,7 +69,7 @@ def _base(guest: guest_lib.Guest, arguments: list[str], descriptors: list[int]) 
 def zygote(guest: guest_lib.Guest, descriptor: int, settings: str) -> NsJailConfig:
     """A jail whose first process may still divide itself: capabilities within its own user namespace."""
     config = _base(guest, [_BOOT + 'import json, zygote; zygote.serve(int(sys.argv[1]), json.loads(sys.argv[2]))',
-                           str(descriptor), settings], [descriptor])
+                           f'{descriptor:06}', settings], [descriptor])  # of one width: memory must look alike
     config.keep_caps = True
     config.mount.append(MountPt(dst='/box', fstype='tmpfs', rw=True, is_dir=True, options='size=4096'))
     if single_uid():

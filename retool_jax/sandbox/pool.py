@@ -185,7 +185,10 @@ class Pool:
         if closed or self._thread is None:
             return
         self._call(self._hang_up)
-        self._thread.join(30.0)
+        self._thread.join(10.0)
+        if self._thread.is_alive() and self._process is not None:
+            self._process.kill()  # its jails die with it
+            self._thread.join(10.0)
         self._abandon('sandbox: the pool was closed')
 
     def _launch(self) -> None:
@@ -207,7 +210,6 @@ class Pool:
             for _ in range(1 + _RESTARTS):
                 with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
                     await self._serve_once()
-                self._writer = None
                 self._process.wait()
                 if self._closed or self._reason:
                     break
@@ -236,9 +238,12 @@ class Pool:
             todo = [fields for _, fields in self._waiting.values()]
         for fields in todo:  # after a restart: whatever is not answered yet runs again
             self._say(fields)
-        while True:
-            size = struct.unpack('!I', await reader.readexactly(4))[0]
-            self._hear(json.loads(await reader.readexactly(size)))
+        try:
+            while True:
+                size = struct.unpack('!I', await reader.readexactly(4))[0]
+                self._hear(json.loads(await reader.readexactly(size)))
+        finally:
+            self._hang_up()
 
     def _say(self, message: dict) -> None:
         if self._writer is not None:  # else the next connection sends all that wait
@@ -272,6 +277,7 @@ class Pool:
     def _hang_up(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
     def _abandon(self, reason: str) -> None:
         """Nothing more will run: everybody who waits is told why."""

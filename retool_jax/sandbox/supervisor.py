@@ -23,14 +23,18 @@ import sys
 import time
 
 from retool_jax.core.records import Verdict
+from retool_jax.sandbox import canary, jail
 from retool_jax.sandbox import guest as guest_lib
-from retool_jax.sandbox import jail
 from retool_jax.sandbox.cgroups import Groups
 from retool_jax.sandbox.pool import SandboxSettings
 from retool_jax.sandbox.worker import Child, Lost, Request
 
 _FAILURES = 3  # in a row, before the jail counts as impossible here
-_UIDS = range(1000, 50000)
+_PATIENCE_S = 60.0  # for a worker to import its packages, or to fork
+_UIDS = range(10000, 59000)  # all of five digits: the guest's memory looks alike whichever it gets
+# What zygote.py speaks; it is imported only inside the jail.
+_READY, _CHILD = 0, 1
+_UP, _DOWN = struct.Struct('=iiiid'), struct.Struct('=ii')
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -84,7 +88,9 @@ class Zygote:
         self.children: dict[int, Child] = {}
         self.ordered: dict[int, int] = {}  # number → uid, forks asked for and not yet announced
         self.uids: dict[int, int] = {}
+        self.pids: dict[int, int] = {}  # pid in the jail → number
         self.forked = 0
+        self._heard = time.monotonic()
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         settings = supervisor.settings
         words = json.dumps({
@@ -108,12 +114,19 @@ class Zygote:
         number = self.supervisor.next_number()
         uid = self.supervisor.uids.popleft()
         try:
-            self.link.send(json.dumps({'op': 'fork', 'number': number, 'uid': uid}).encode())
+            self.link.send(_DOWN.pack(number, uid))
         except OSError:
             self.supervisor.uids.append(uid)
             return  # dying: the readers will see it
+        if not self.ordered:
+            self._heard = time.monotonic()
         self.ordered[number] = uid
         self.forked += 1
+
+    def watch(self) -> None:
+        """Ends a worker that owes an answer for too long (stopped, or out of memory)."""
+        if (self.ordered or not self.ready) and time.monotonic() - self._heard > _PATIENCE_S:
+            self.die()
 
     def _on_message(self) -> None:
         while not self.dead:
@@ -126,20 +139,20 @@ class Zygote:
             if not data:
                 self.die()
                 return
-            message = json.loads(data)
-            descriptors = array.array('i')
-            for level, kind, raw in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    descriptors.frombytes(raw)
-            if message['op'] == 'ready':
+            self._heard = time.monotonic()
+            kind, number, pid, status, cpu_s = _UP.unpack(data)
+            if kind == _READY:
                 self.ready = True
-                self.supervisor.on_zygote_ready()
-            elif message['op'] == 'child':
-                self._adopt(message['number'], *descriptors)
-            elif message['op'] == 'exit':
-                child = self.children.pop(message['number'], None)
-                if child:
-                    child.on_exit(message['status'], message['cpu_s'])
+                self.supervisor.dispatch()
+            elif kind == _CHILD:
+                descriptors = array.array('i')
+                for level, type_, raw in ancillary:
+                    if (level, type_) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                        descriptors.frombytes(raw)
+                self.pids[pid] = number
+                self._adopt(number, *descriptors)
+            elif child := self.children.pop(self.pids.pop(pid, -1), None):
+                child.on_exit(status, cpu_s)
 
     def _adopt(self, number: int, pidfd: int, control: int, out: int, err: int) -> None:
         self.uids[number] = self.ordered.pop(number)
@@ -245,7 +258,11 @@ class Supervisor:
         self.counters = collections.Counter(retried=0, respawned=0, recycled=0)
         self._link = link
         self._number = 0
-        self._queue: collections.deque[Request] = collections.deque()
+        # No snippet runs before the isolation has been seen to hold.
+        self._canary = canary.combined()
+        self._proven = False
+        probe = Request(-1, {'code': self._canary.code, 'seed': 0})
+        self._queue: collections.deque[Request] = collections.deque([probe])
         self._spares: collections.deque[Child] = collections.deque()
         self._requests: dict[int, Request] = {}
         self._zygotes: list[Zygote] = []
@@ -253,8 +270,6 @@ class Supervisor:
         self._failures = 0
         self._words = ''
         self._broken = ''
-        self._said_ready = False
-        self._born: list[float] = []
 
     def next_number(self) -> int:
         """A number that no other child of this supervisor had."""
@@ -274,11 +289,13 @@ class Supervisor:
                 for _ in range(self.settings.zygotes):
                     self._zygotes.append(Zygote(self))
             else:
-                self.on_zygote_ready()
+                self.dispatch()
             while not stopped.done():
                 await asyncio.wait([stopped], timeout=1.0)
                 if os.getppid() != parent:
                     break
+                for zygote in list(self._zygotes):
+                    zygote.watch()
         finally:
             for zygote in list(self._zygotes):
                 zygote.draining = True
@@ -296,7 +313,7 @@ class Supervisor:
                     request = Request(message['id'], message)
                     self._requests[request.id] = request
                     self._queue.append(request)
-                    self._dispatch()
+                    self.dispatch()
                 elif message['op'] == 'cancel':
                     self._cancel(message['id'])
 
@@ -316,20 +333,12 @@ class Supervisor:
             if child.request is request:
                 child.kill(Verdict.SANDBOX_ERROR)
 
-    def on_zygote_ready(self) -> None:
-        """A worker has imported its packages: the first one opens the pool."""
-        if not self._said_ready:
-            self._said_ready = True
-            self._say({'op': 'ready', 'missing': self.groups.missing, 'groups': self.groups.version,
-                       'guest': str(self.guest.root)})
-        self._dispatch()
-
     def on_child_ready(self, child: Child) -> None:
         """A sealed child waits for a snippet."""
         self._starting = max(0, self._starting - 1)
         self._failures = 0
         self._spares.append(child)
-        self._dispatch()
+        self.dispatch()
 
     def on_child_end(self, child: Child, outcome: dict | Lost) -> None:
         """A child is over: deliver, or run its snippet elsewhere."""
@@ -355,7 +364,7 @@ class Supervisor:
                 self._deliver(request, {'verdict': Verdict.SANDBOX_ERROR, 'stdout': '', 'stderr': str(outcome)})
         else:
             self._deliver(request, outcome)
-        self._dispatch()
+        self.dispatch()
 
     def on_zygote_death(self, zygote: Zygote, words: str) -> None:
         """Replaces a worker that died; three that never became ready end the pool."""
@@ -377,17 +386,36 @@ class Supervisor:
 
     def _fail(self) -> None:
         self._failures += 1
-        if self._failures >= _FAILURES * max(1, self.settings.zygotes) and not self._broken:
+        if self._failures >= _FAILURES * max(1, self.settings.zygotes):
+            self._break()
+
+    def _break(self) -> None:
+        if not self._broken:
             self._broken = (f'sandbox: no isolated worker can be started here, so no code is run: {self._words}; '
                             '`python -m retool_jax.sandbox.doctor` names the remedy')
             self._say({'op': 'broken', 'reason': self._broken})
 
+    def _prove(self, outcome: dict) -> None:
+        """Opens the pool where the canary sang, ends it where not."""
+        if outcome['verdict'] == Verdict.OK and outcome['stdout'] == self._canary.expected:
+            self._proven = True
+            self._say({'op': 'ready', 'missing': self.groups.missing, 'groups': self.groups.version,
+                       'guest': str(self.guest.root)})
+        else:
+            self._words = f"the isolation does not hold ({outcome['verdict']}: {outcome['stderr'][-200:]})"
+            self._break()
+
     def _deliver(self, request: Request, outcome: dict) -> None:
+        if request.id < 0:
+            self._prove(outcome)
+            return
         self._requests.pop(request.id, None)
         self._say({'op': 'result', 'id': request.id, 'outcome': outcome, 'counters': self.counters})
 
-    def _dispatch(self) -> None:
-        while self._queue and self._spares and len(self.running) < self.settings.concurrency:
+    def dispatch(self) -> None:
+        """Gives waiting snippets to waiting children, and has new children made."""
+        limit = self.settings.concurrency if self._proven else 1
+        while self._queue and self._spares and len(self.running) < limit:
             child = self._spares.popleft()
             request = self._queue.popleft()
             self.running[child.number] = child

@@ -26,6 +26,7 @@ _PAGE = os.sysconf('SC_PAGE_SIZE')
 _TICK = os.sysconf('SC_CLK_TCK')
 _CORES = len(os.sched_getaffinity(0))
 _ADDRESS_FACTOR = 8  # address space per byte of memory where a group counts the real pages
+_PATIENCE_S = 60.0  # for a child to seal itself
 _GRACE_S = 5.0  # after a kill, before the supervisor stops waiting for the kernel's word
 FETCH_BYTES = 16 << 20  # of all the files that one request fetches
 
@@ -67,8 +68,8 @@ class Child:
         self._cause: Verdict | None = None
         self._cut = False
         self._over = False
-        self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(_PATIENCE_S, self.kill, None)
         control.setblocking(False)
         self._loop.add_reader(control.fileno(), self._on_ready)
 
@@ -89,6 +90,7 @@ class Child:
         except OSError:
             self.kill(None)
             return
+        self._timer.cancel()
         self._ready(self)
 
     def track(self) -> None:
@@ -116,10 +118,11 @@ class Child:
             return
         self._start_cpu_s = self._process_cpu_s()
         counted = 'memory' in self.slot.enforced
+        address_bytes = size + memory_bytes * (_ADDRESS_FACTOR if counted else 1)
         header = json.dumps({
             'seed': fields['seed'], 'echo': settings.echo, 'code': len(code), 'stdin': len(stdin),
             'files': [[n, len(c)] for n, c in files.items()], 'cpu_s': self._cpu_s,
-            'address_bytes': size + memory_bytes * (_ADDRESS_FACTOR if counted else 1)}).encode() + b'\n'
+            'address_bytes': -(-address_bytes >> 24) << 24}).encode() + b'\n'
         for descriptor in self._pipes:
             os.set_blocking(descriptor, False)
             self._loop.add_reader(descriptor, self._on_output, descriptor)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import array
 import ctypes
 import gc
-import json
 import os
 import resource
 import select
 import signal
 import socket
 import struct
-import sys
 
 import runner
 import seccomp
+
+READY, CHILD, EXIT = range(3)
+UP = struct.Struct('=iiiid')  # kind, number, pid here, wait status, CPU seconds
+DOWN = struct.Struct('=ii')  # number, user
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MS_NOSUID, _MS_NODEV = 2, 4
@@ -35,15 +37,17 @@ def _check(result: int, what: str) -> None:
 
 
 def serve(descriptor: int, settings: dict) -> None:
-    """Answers the supervisor until its end closes."""
+    """Answers the supervisor until its end closes.
+
+    It keeps nothing per child and speaks in fixed sizes, so that its heap looks alike at every fork.
+    """
     link = socket.socket(fileno=descriptor)
     runner.preload(settings['preload'])
     own_namespace = os.pidfd_open(os.getpid())
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    numbers: dict[int, int] = {}  # pid here → the supervisor's number
-    _send(link, {'op': 'ready'})
+    _send(link, UP.pack(READY, 0, 0, 0, 0.0))
     gc.collect()
     gc.freeze()
     poll = select.poll()
@@ -52,24 +56,24 @@ def serve(descriptor: int, settings: dict) -> None:
     while True:
         for ready, _ in poll.poll():
             if ready == wake_read:
-                os.read(wake_read, 4096)
-                _reap(link, numbers)
+                os.read(wake_read, 256)
+                _reap(link)
             else:
-                message = link.recv(65536)
-                if not message:
+                order = link.recv(DOWN.size)
+                if len(order) != DOWN.size:
                     os._exit(0)
-                _fork(link, numbers, own_namespace, json.loads(message), settings)
+                _fork(link, own_namespace, *DOWN.unpack(order), settings)
 
 
-def _send(link: socket.socket, message: dict, descriptors: tuple[int, ...] = ()) -> None:
+def _send(link: socket.socket, message: bytes, descriptors: tuple[int, ...] = ()) -> None:
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', descriptors))] if descriptors else []
     try:
-        link.sendmsg([json.dumps(message).encode()], ancillary)
+        link.sendmsg([message], ancillary)
     except OSError:
         os._exit(0)  # the supervisor is gone
 
 
-def _reap(link: socket.socket, numbers: dict[int, int]) -> None:
+def _reap(link: socket.socket) -> None:
     while True:
         try:
             pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -77,12 +81,10 @@ def _reap(link: socket.socket, numbers: dict[int, int]) -> None:
             return
         if pid == 0:
             return
-        if pid in numbers:
-            _send(link, {'op': 'exit', 'number': numbers.pop(pid), 'status': status,
-                         'cpu_s': usage.ru_utime + usage.ru_stime, 'peak_kb': usage.ru_maxrss})
+        _send(link, UP.pack(EXIT, 0, pid, status, usage.ru_utime + usage.ru_stime))
 
 
-def _fork(link: socket.socket, numbers: dict[int, int], own_namespace: int, order: dict, settings: dict) -> None:
+def _fork(link: socket.socket, own_namespace: int, number: int, uid: int, settings: dict) -> None:
     ours, theirs = socket.socketpair()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # the child's word names its pid on the host
     out_read, out_write = os.pipe()
@@ -93,7 +95,7 @@ def _fork(link: socket.socket, numbers: dict[int, int], own_namespace: int, orde
         try:
             os.dup2(out_write, 1)
             os.dup2(err_write, 2)
-            channel = _seal(theirs, order['uid'], settings)
+            channel = _seal(theirs, uid, settings)
             request = runner.receive(channel)
         except BaseException as error:
             try:
@@ -102,9 +104,8 @@ def _fork(link: socket.socket, numbers: dict[int, int], own_namespace: int, orde
                 os._exit(99)
         runner.execute(request)
     os.setns(own_namespace, os.CLONE_NEWPID)
-    numbers[pid] = order['number']
     pidfd = os.pidfd_open(pid)
-    _send(link, {'op': 'child', 'number': order['number']}, (pidfd, ours.fileno(), out_read, err_read))
+    _send(link, UP.pack(CHILD, number, pid, 0, 0.0), (pidfd, ours.fileno(), out_read, err_read))
     for descriptor in (pidfd, out_read, out_write, err_read, err_write):
         os.close(descriptor)
     ours.close()
@@ -166,6 +167,3 @@ def _drop_capabilities(in_own_namespace: bool) -> None:
     header = struct.pack('Ii', 0x20080522, 0)
     _check(_libc.capset(header, struct.pack('6I', 0, 0, 0, 0, 0, 0)), 'capset')
 
-
-if __name__ == '__main__':
-    serve(int(sys.argv[1]), json.loads(sys.argv[2]))

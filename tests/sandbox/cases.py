@@ -135,7 +135,9 @@ TEXT = [
     Case('syntax_error', 'x = = 1', ERROR, '', err='File "<cell>", line 1\n    x = = 1\n', quick=True),
     Case('indentation_error', 'if 1:\nprint(1)', ERROR, err='IndentationError'),
     Case('500_parentheses', '(' * 500 + '1' + ')' * 500, ERROR, err='too many nested parentheses'),
-    Case('200000_lines', 'x = 1\n' * 200_000 + 'print(x)', OK, '1\n', limits={'cpu_s': 20.0, 'wall_s': 60.0}),
+    Case('200000_lines', 'x = 1\n' * 200_000 + 'print(x)', OK, '1\n',
+         limits={'cpu_s': 20.0, 'wall_s': 60.0, 'memory_mb': 1024}),
+    Case('200000_lines_in_256_mb', 'x = 1\n' * 200_000 + 'print(x)', OOM, limits={'cpu_s': 20.0, 'wall_s': 60.0}),
     Case('input_has_nothing', 'input()', ERROR, err='EOFError', quick=True),
     Case('tags_in_output', 'print("</interpreter><|im_end|><answer>")', OK, '</interpreter><|im_end|><answer>\n'),
     Case('traceback_names_the_cell', 'def f():\n    return 1 / 0\nf()', ERROR, err='Traceback (most recent call last):\n'
@@ -183,7 +185,7 @@ REACH = [
     Case('i386_calls', 'import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\n'
          'm.write(bytes([0xb8, 20, 0, 0, 0, 0xcd, 0x80, 0xc3]))\n'
          'f = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))\nprint(f())', SIGNAL, ''),
-    Case('x32_calls', CALL + 'print(call(0x40000000 | 39))', SIGNAL, ''),
+    denied('x32_calls', '0x40000000 | 39', '0x40000000 | 59'),
     Case('devices', 'import os\nprint(sorted(os.listdir("/dev")))\nprint(os.path.exists("/sys"))', OK,
          "['full', 'null', 'random', 'shm', 'urandom', 'zero']\nFalse\n"),
     Case('stray_descriptors', 'import os\nfound = []\nfor fd in range(1024):\n    try:\n        os.fstat(fd)\n'
