@@ -56,9 +56,8 @@ def imports(tree: ast.Module, module: str, *, at_load: bool = False) -> Iterator
             base = module.split('.')[: -node.level] if node.level else []
             source = '.'.join([*base, *([node.module] if node.module else [])])
             yield from ((node.lineno, f'{source}.{alias.name}') for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            if ast.unparse(node.func) in DYNAMIC:
-                yield node.lineno, str(node.args[0].value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in DYNAMIC:
+            yield from ((node.lineno, str(x.value)) for x in node.args[:1] if isinstance(x, ast.Constant))
         pending.extend(ast.iter_child_nodes(node))
 
 

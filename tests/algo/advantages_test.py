@@ -139,6 +139,12 @@ def test_whitening_gives_unbiased_variance_one_over_the_mask_and_zero_outside():
     np.testing.assert_array_equal(found, spoiled)
 
 
+def test_whitening_adds_one_hundred_millionth_to_the_variance():
+    x = np.float32([[-1e-4, 0, 1e-4]])  # variance 1e-8
+    found = advantages.whiten(x, np.ones((1, 3), bool))
+    np.testing.assert_allclose(found, [[-1 / np.sqrt(2), 0, 1 / np.sqrt(2)]], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize('value', [0.0, 0.1, -1.0, 1e6, 1 / 3])
 @pytest.mark.parametrize('count', [0, 1, 3, 36])
 def test_whitening_equal_numbers_gives_exactly_zero(value, count):

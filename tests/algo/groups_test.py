@@ -26,6 +26,10 @@ def test_four_samples_with_one_right_answer_give_the_textbook_numbers():
     assert of_one_group('rloo', rewards) == pytest.approx([2.0, -2 / 3, -2 / 3, -2 / 3])
 
 
+def test_grpo_adds_one_millionth_to_the_deviation():
+    assert of_one_group('grpo', [-1e-6, 0.0, 1e-6]) == pytest.approx([-0.5, 0, 0.5], rel=1e-5)  # std is 1e-6
+
+
 @pytest.mark.parametrize('kind', groups.KINDS)
 def test_group_advantages_equal_the_slow_reference_in_any_order(kind):
     rng = np.random.default_rng(0)
