@@ -1,0 +1,175 @@
+"""A run's `episodes/` folder: for people and tools a JSONL file, for exact numbers an npz beside it.
+
+`NAME.jsonl` begins with {"schema": 1, "step": S, "episodes": N}; each further line is one episode: problem,
+text of each segment, calls with verdicts, reward, stop. `NAME.npz` holds ids, acted, logprobs and
+versions of all its episodes end to end with their offsets (as JSON they would be ten times as large).
+A part exists once its JSONL does: the npz is renamed into place first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retool_jax.core.records import Episode, Problem, Reward, Stop, ToolCall, Verdict
+
+SCHEMA = 1
+
+
+def write(
+    directory: str | os.PathLike, name: str, episodes: Sequence[Episode], decode: Callable[[list[int]], str]
+) -> Path:
+    """Writes one part and returns its JSONL file; a part of that name is replaced.
+
+    Args:
+      directory: the run's `episodes` folder, made where it is missing.
+      name: of the part, e.g. 'step_00012'.
+      decode: ids to text, for the segments' texts.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    counts = [len(e.tokens) for e in episodes]
+    for episode, count in zip(episodes, counts):
+        if not count == len(episode.acted) == len(episode.logprobs) == len(episode.versions):
+            raise ValueError(f'{episode.problem.id}: tokens, acted, logprobs and versions differ in length')
+    arrays = {
+        'offsets': np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
+        'tokens': _join([e.tokens for e in episodes], np.int32),
+        'acted': _join([e.acted for e in episodes], np.bool_),
+        'logprobs': _narrow(_join([e.logprobs for e in episodes], np.float64)),
+        'versions': _join([e.versions for e in episodes], np.int32),
+    }
+    step = max((e.step for e in episodes), default=0)
+    lines = [{'schema': SCHEMA, 'step': step, 'episodes': len(episodes)}]
+    lines += [_to_json(episode, decode) for episode in episodes]
+    text = ''.join(json.dumps(line, ensure_ascii=True) + '\n' for line in lines)
+
+    target = directory / f'{name}.jsonl'
+    target.unlink(missing_ok=True)  # from here to the last rename the part does not exist
+    with _replacing(directory / f'{name}.npz') as file:
+        np.savez(file, **arrays)
+    with _replacing(target) as file:
+        file.write(text.encode())
+    return target
+
+
+def names(directory: str | os.PathLike) -> list[str]:
+    """Names of the parts of a folder, in order."""
+    return sorted(p.stem for p in Path(directory).glob('*.jsonl'))
+
+
+def read(directory: str | os.PathLike, name: str | None = None) -> list[Episode]:
+    """The episodes of one part, or of all in order of their names, equal to what was written.
+
+    Raises ValueError naming the file where it is of another schema or damaged.
+    """
+    if name is None:
+        return [episode for part in names(directory) for episode in read(directory, part)]
+    path = Path(directory) / f'{name}.jsonl'
+    header, *lines = _lines(path)
+    if header.get('schema') != SCHEMA:
+        raise ValueError(f'{path}: schema {header.get("schema")!r}; this version reads {SCHEMA}')
+    if header['episodes'] != len(lines):
+        raise ValueError(f'{path}: {len(lines)} episodes of {header["episodes"]}: the file was cut short')
+    with np.load(path.with_suffix('.npz'), allow_pickle=False) as arrays:
+        offsets = arrays['offsets'].tolist()
+        columns = {key: arrays[key] for key in ('tokens', 'acted', 'logprobs', 'versions')}
+    if len(offsets) != len(lines) + 1 or any(len(c) != offsets[-1] for c in columns.values()):
+        raise ValueError(f'{path.with_suffix(".npz")}: does not belong to {path.name}')
+    return [
+        _from_json(line, {key: column[start:end].tolist() for key, column in columns.items()})
+        for line, start, end in zip(lines, offsets, offsets[1:])
+    ]
+
+
+def rewind(directory: str | os.PathLike, step: int) -> None:
+    """Removes every part with an episode of a later step, and what a killed run left half written."""
+    directory = Path(directory)
+    for path in directory.glob('.*.new'):
+        path.unlink()
+    for path in directory.glob('*.jsonl'):
+        with open(path) as file:
+            if json.loads(file.readline())['step'] > step:
+                path.unlink()
+                path.with_suffix('.npz').unlink(missing_ok=True)
+    for path in directory.glob('*.npz'):
+        if not path.with_suffix('.jsonl').exists():
+            path.unlink()
+
+
+class _replacing:
+    """A binary file that takes its name when it is whole."""
+
+    def __init__(self, target: Path):
+        self._target, self._new = target, target.with_name(f'.{target.name}.new')
+
+    def __enter__(self):
+        self._file = open(self._new, 'wb')
+        return self._file
+
+    def __exit__(self, kind, *unused) -> None:
+        self._file.close()
+        if kind is None:
+            os.replace(self._new, self._target)
+        else:
+            self._new.unlink(missing_ok=True)
+
+
+def _join(rows: list[list[Any]], dtype: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.zeros(0, dtype)
+
+
+def _narrow(x: np.ndarray) -> np.ndarray:
+    narrow = x.astype(np.float32)  # what a sampler computed in f32 loses nothing
+    return narrow if np.array_equal(narrow, x, equal_nan=True) else x
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise ValueError(f'{path}:{number}: not a line of episodes: {line[:60]!r}') from None
+
+
+def _to_json(episode: Episode, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    segments, length = [], 0
+    for acted, ids in episode.segments():
+        kind = 'prompt' if length < episode.prompt_length else 'model' if acted else 'tool'
+        segments.append({'kind': kind, 'tokens': len(ids), 'text': decode(ids)})
+        length += len(ids)
+    return {
+        'problem': dataclasses.asdict(episode.problem),
+        'sample': episode.sample,
+        'step': episode.step,
+        'prompt_length': episode.prompt_length,
+        'turns': episode.turns,
+        'stop': episode.stop,
+        'void': episode.void,
+        'reward': None if episode.reward is None else dataclasses.asdict(episode.reward),
+        'segments': segments,
+        'calls': [dataclasses.asdict(call) for call in episode.calls],
+    }
+
+
+def _from_json(line: dict[str, Any], columns: dict[str, list]) -> Episode:
+    calls = [ToolCall(**call | {'verdict': Verdict(call['verdict'])}) for call in line['calls']]
+    return Episode(
+        problem=Problem(**line['problem']),
+        sample=line['sample'],
+        step=line['step'],
+        **columns,
+        prompt_length=line['prompt_length'],
+        calls=calls,
+        turns=line['turns'],
+        stop=None if line['stop'] is None else Stop(line['stop']),
+        void=line['void'],
+        reward=None if line['reward'] is None else Reward(**line['reward']),
+    )
