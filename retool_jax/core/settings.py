@@ -8,17 +8,16 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from retool_jax.core.cli import nearest
 
-T = TypeVar('T')
 ABSENT = '(absent)'  # stands for the value of a key that one of two configurations lacks
 
 
-def build(kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '') -> T:
+def build[T](kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '') -> T:
     """Builds the dataclass `kind` from a block with exactly its fields, nested dataclasses included.
 
     Types are checked, never guessed: an int is taken for a float, a list for a tuple, a string for
