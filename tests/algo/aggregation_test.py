@@ -83,3 +83,11 @@ def test_segments_sum_count_and_hand_back_by_id():
     np.testing.assert_array_equal(flags, [[1, 1, 1, 0, 0], [0, 0, 1, 1, 0]])
     means = segments.sequence_mean(LOSS, MASK, PACKED, 2)
     np.testing.assert_array_equal(means, [[1.5, 1.5, 1.5, 4, 4], [3, 3, 0, 0, 0]])
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_losses_at_masked_places_are_never_read(mode):
+    spoiled = jnp.where(MASK, LOSS, jnp.nan)
+    total = jnp.float32(4)
+    a, b = (aggregation.aggregate(x, MASK, PACKED, 2, mode, total) for x in (LOSS, spoiled))
+    assert float(a) == float(b)
