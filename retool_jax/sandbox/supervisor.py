@@ -30,12 +30,29 @@ from retool_jax.sandbox.pool import SandboxSettings
 from retool_jax.sandbox.worker import Child, Lost, Request
 
 _FAILURES = 3  # in a row, before the jail counts as impossible here
+_PR_SET_CHILD_SUBREAPER = 36
 _PATIENCE_S = 60.0  # for a worker to import its packages, or to fork
 _UIDS = range(10000, 59000)  # all of five digits: the guest's memory looks alike whichever it gets
 # What zygote.py speaks; it is imported only inside the jail.
 _READY, _CHILD = 0, 1
 _UP, _DOWN = struct.Struct('=iiiid'), struct.Struct('=ii')
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _reap_orphans(known: set[int]) -> None:
+    """Collects what died below a killed nsjail: this process is made the reaper of its descendants."""
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and found.si_pid not in known:
+            os.waitpid(found.si_pid, 0)
+
+
+def _reap_all(seconds: float) -> None:
+    """Waits until no child is left, or for so long."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.005)
 
 
 def _die_with_parent() -> None:
@@ -204,6 +221,7 @@ class Cold:
         self._log = log
         with contextlib.suppress(OSError):
             supervisor.groups.adopt(self.process.pid, 'cold')
+        supervisor.cold_pids.add(self.process.pid)
         self._pidfd = os.pidfd_open(self.process.pid)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._pidfd, self._on_exit)
@@ -220,6 +238,7 @@ class Cold:
     def _on_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
         self.process.wait()
+        self.supervisor.cold_pids.discard(self.process.pid)
         words = b''
         with contextlib.suppress(OSError):
             words = os.read(self._log, 1 << 20)
@@ -255,6 +274,7 @@ class Supervisor:
         self.guest = guest_lib.ensure(settings.packages, lambda line: print(f'guest root: {line}', file=sys.stderr))
         self.uids = collections.deque(_UIDS)
         self.running: dict[int, Child] = {}
+        self.cold_pids: set[int] = set()
         self.counters = collections.Counter(retried=0, respawned=0, recycled=0)
         self._link = link
         self._number = 0
@@ -284,6 +304,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.cancel)
         parent = os.getppid()
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         try:
             if self.settings.path == 'warm':
                 for _ in range(self.settings.zygotes):
@@ -296,6 +317,7 @@ class Supervisor:
                     break
                 for zygote in list(self._zygotes):
                     zygote.watch()
+                _reap_orphans({z.jail.process.pid for z in self._zygotes} | self.cold_pids)
         finally:
             for zygote in list(self._zygotes):
                 zygote.draining = True
@@ -303,6 +325,7 @@ class Supervisor:
             for child in list(self.running.values()):
                 child.kill(Verdict.SANDBOX_ERROR)
             self.groups.remove()
+            _reap_all(5.0)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
