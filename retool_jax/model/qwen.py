@@ -9,6 +9,8 @@ batch 1).
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,8 @@ from flax import nnx
 
 from retool_jax.core.mesh import constrain
 from retool_jax.core.pytrees import KVCache, Params
-from retool_jax.model import attention, cache as kv_cache
+from retool_jax.model import attention
+from retool_jax.model import cache as kv_cache
 from retool_jax.model.config import QwenConfig
 from retool_jax.model.layers import Block, Projection, RMSNorm, declare, rope_table
 
@@ -69,11 +72,35 @@ def abstract_params(config: QwenConfig) -> Params:
 
 def logical_axes(config: QwenConfig) -> dict:
     """The words of every weight's dimensions, in the shape of the training layout."""
-    def words(path, variable):
+    tree: dict = {}
+    for path, variable in nnx.to_flat_state(nnx.state(_abstract(config))):
+        node = tree
+        for word in path[:-1]:
+            node = node.setdefault(word, {})
         axes = variable.get_metadata('axes')
-        return ('layers', *axes) if path[0] == 'layers' else axes
-    return nnx.to_pure_dict(nnx.State.from_flat_path(
-        {path: words(path, v) for path, v in nnx.to_flat_state(nnx.state(_abstract(config)))}))
+        node[path[-1]] = ('layers', *axes) if path[0] == 'layers' else axes
+    return tree
+
+
+def fit_rules(config: QwenConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]],
+              ) -> dict[str, tuple[str, ...]]:
+    """The rules by which this model lies on this mesh: KV heads that do not divide are replicated.
+
+    Errors: ValueError naming the size of config.json that does not divide, and the mesh axes.
+    """
+    sizes = {'embed': 'hidden_size', 'heads': 'num_attention_heads', 'kv_heads': 'num_key_value_heads',
+             'mlp': 'intermediate_size', 'vocab': 'vocab_size'}
+    fitted = dict(rules)
+    for word, field in sizes.items():
+        ways = math.prod(mesh.shape[axis] for axis in rules[word])
+        if getattr(config, field) % ways == 0:
+            continue
+        if word != 'kv_heads':
+            raise ValueError(f'mesh: {field}={getattr(config, field)} does not divide over '
+                             f'{" × ".join(f"{axis}={mesh.shape[axis]}" for axis in rules[word])}; '
+                             f'choose a divisor')
+        fitted[word] = ()
+    return fitted
 
 
 def forward(config: QwenConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array,

@@ -1,0 +1,362 @@
+"""Hugging Face checkpoints: one table of names, streamed in and out a tensor at a time.
+
+The safetensors format (8 bytes with the length of a JSON header, the header, raw data) is read and
+written here: each device's part is cut straight out of the mapped file, so that loading holds one
+tensor beside the parameters, and a broken file is named before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import mmap
+import os
+import pathlib
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from retool_jax.core.pytrees import Params
+from retool_jax.model import config as model_config
+from retool_jax.model import qwen
+from retool_jax.model.config import QwenConfig
+
+# Our path: its name in the checkpoint ({} is the layer), and how many leading axes of ours are inputs.
+# A checkpoint holds a matrix as [outputs, inputs], each flattened; None: the same shape in both.
+TABLE: dict[str, tuple[str, int | None]] = {
+    'embed_tokens.weight': ('model.embed_tokens.weight', None),
+    'layers.input_layernorm.weight': ('model.layers.{}.input_layernorm.weight', None),
+    'layers.self_attn.q_proj.weight': ('model.layers.{}.self_attn.q_proj.weight', 1),
+    'layers.self_attn.q_proj.bias': ('model.layers.{}.self_attn.q_proj.bias', 0),
+    'layers.self_attn.k_proj.weight': ('model.layers.{}.self_attn.k_proj.weight', 1),
+    'layers.self_attn.k_proj.bias': ('model.layers.{}.self_attn.k_proj.bias', 0),
+    'layers.self_attn.v_proj.weight': ('model.layers.{}.self_attn.v_proj.weight', 1),
+    'layers.self_attn.v_proj.bias': ('model.layers.{}.self_attn.v_proj.bias', 0),
+    'layers.self_attn.o_proj.weight': ('model.layers.{}.self_attn.o_proj.weight', 2),
+    'layers.self_attn.q_norm.weight': ('model.layers.{}.self_attn.q_norm.weight', None),
+    'layers.self_attn.k_norm.weight': ('model.layers.{}.self_attn.k_norm.weight', None),
+    'layers.post_attention_layernorm.weight': ('model.layers.{}.post_attention_layernorm.weight', None),
+    'layers.mlp.gate_proj.weight': ('model.layers.{}.mlp.gate_proj.weight', 1),
+    'layers.mlp.up_proj.weight': ('model.layers.{}.mlp.up_proj.weight', 1),
+    'layers.mlp.down_proj.weight': ('model.layers.{}.mlp.down_proj.weight', 1),
+    'norm.weight': ('model.norm.weight', None),
+    'lm_head.weight': ('lm_head.weight', 1),
+}
+DTYPES = {'BF16': jnp.bfloat16, 'F16': np.float16, 'F32': np.float32}
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'vocab.json', 'merges.txt',
+                   'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'generation_config.json')
+SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+BLOCK = 64 << 20  # bytes copied out of a mapped file before its pages are let go
+# Facts of a run, not of the weights: a run may read the same weights with another context.
+FREE_FIELDS = ('rope_scaling', 'max_position_embeddings', 'initializer_range')
+
+Progress = Callable[[int, int], None]  # tensors done, of how many
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One weight of ours and the tensors of the checkpoint that hold it."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]  # of one layer
+    names: tuple[str, ...]  # one a layer, or one
+    inputs: int | None
+
+    @property
+    def stacked(self) -> bool:
+        return self.path[0] == 'layers'
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes of ours in the checkpoint's order."""
+        inputs = self.inputs or 0
+        return (*range(inputs, len(self.shape)), *range(inputs))
+
+    @property
+    def theirs(self) -> tuple[int, ...]:
+        """The shape in the checkpoint."""
+        if self.inputs is None:
+            return self.shape
+        outputs, inputs = math.prod(self.shape[self.inputs:]), math.prod(self.shape[:self.inputs])
+        return (outputs, inputs) if self.inputs else (outputs,)
+
+
+def leaves(config: QwenConfig) -> list[Leaf]:
+    """Every weight of the training layout, in the order of the checkpoint's layers."""
+    found = []
+    for path, abstract in jax.tree_util.tree_flatten_with_path(qwen.abstract_params(config))[0]:
+        words = tuple(entry.key for entry in path)
+        name, inputs = TABLE['.'.join(words)]
+        count = config.num_hidden_layers if words[0] == 'layers' else 0
+        found.append(Leaf(words, abstract.shape[1:] if count else abstract.shape,
+                          tuple(name.format(i) for i in range(count)) if count else (name,), inputs))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies in which file."""
+
+    file: pathlib.Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def load(directory: str | os.PathLike, config: QwenConfig, shardings=None, dtype=jnp.float32,
+         progress: Progress | None = None) -> Params:
+    """Reads a Hugging Face directory into the training layout, straight onto the devices.
+
+    shardings: a tree like the parameters (`core.mesh.shardings`), None for the default device. Every
+    process reads its own parts alone. Peak host memory: the largest tensor + 64 MiB.
+
+    Errors: ValueError naming a missing or truncated file, a field of config.json that differs, or
+    the tensors that are missing, extra or of another shape.
+    """
+    directory = pathlib.Path(directory)
+    _compare_configs(model_config.load_config(directory), config, directory)
+    tensors = read_headers(directory)
+    wanted = leaves(config)
+    _compare_tensors(tensors, wanted, config, directory)
+    placed = {} if shardings is None else {
+        tuple(e.key for e in path): s for path, s in jax.tree_util.tree_flatten_with_path(shardings)[0]}
+    tick = _counter(progress, sum(len(leaf.names) for leaf in wanted))
+    params: Params = {}
+    for leaf in wanted:
+        node = params
+        for word in leaf.path[:-1]:
+            node = node.setdefault(word, {})
+        node[leaf.path[-1]] = _load_leaf(leaf, tensors, placed.get(leaf.path), jnp.dtype(dtype), tick)
+    return params
+
+
+def _load_leaf(leaf: Leaf, tensors: dict[str, Tensor], sharding, dtype: np.dtype, tick: Callable[[], None]):
+    inverse = tuple(np.argsort(leaf.order))
+    ours = lambda x: x.transpose(inverse).astype(dtype)  # on the device: a host transposes ten times slower
+    part_sharding = _reordered(sharding, leaf)
+    fetch = lambda name: _put(tensors[name], [leaf.shape[axis] for axis in leaf.order], part_sharding, dtype)
+    placement = {} if sharding is None else {'out_shardings': sharding}
+    if not leaf.stacked:
+        array = jax.block_until_ready(jax.jit(ours, **placement)(fetch(leaf.names[0])))
+        tick()
+        return array
+    shape = (len(leaf.names), *leaf.shape)
+    array = jax.jit(lambda: jnp.zeros(shape, dtype), **placement)()
+    insert = jax.jit(lambda whole, part, i: jax.lax.dynamic_update_index_in_dim(whole, ours(part), i, 0),
+                     donate_argnums=0, **placement)
+    for i, name in enumerate(leaf.names):
+        array = jax.block_until_ready(insert(array, fetch(name), jnp.int32(i)))  # one tensor in flight
+        tick()
+    return array
+
+
+def _reordered(sharding, leaf: Leaf):
+    """The sharding of one layer with its axes in the checkpoint's order."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    entries = [*sharding.spec, *[None] * (len(leaf.shape) + leaf.stacked - len(sharding.spec))]
+    entries = entries[1:] if leaf.stacked else entries
+    return NamedSharding(sharding.mesh, PartitionSpec(*(entries[axis] for axis in leaf.order)))
+
+
+def _put(tensor: Tensor, shape: list[int], sharding, dtype: np.dtype) -> jax.Array:
+    """A tensor of a file as a device array, of the narrower of both dtypes."""
+    stored = jnp.dtype(DTYPES[tensor.dtype])
+    dtype = min(stored, dtype, key=lambda d: d.itemsize)
+    with open(tensor.file, 'rb') as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    flat = np.frombuffer(mapped, stored, math.prod(tensor.shape), tensor.offset)
+    view, parts = flat.reshape(shape), {}
+
+    def cut(index: tuple[slice, ...]) -> np.ndarray:
+        if index not in parts:  # replicas share one
+            source = view[index]
+            parts[index] = part = np.empty(source.shape, dtype)
+            rows = max(1, BLOCK // (view.strides[0] or 1))
+            for start in range(0, len(source), rows):
+                part[start:start + rows] = source[start:start + rows]
+                mapped.madvise(mmap.MADV_DONTNEED)
+        return parts[index]
+
+    if sharding is None:
+        return jax.device_put(cut((slice(None),) * len(shape)))
+    where = sharding.addressable_devices_indices_map(tuple(shape))
+    arrays = [jax.device_put(cut(index), device) for device, index in where.items()]
+    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, arrays)
+
+
+def read_headers(directory: pathlib.Path) -> dict[str, Tensor]:
+    """{name: where it lies} of every tensor below a directory; the data stay on disk."""
+    if (directory / SINGLE).is_file():
+        return _read_header(directory / SINGLE)
+    if not (directory / INDEX).is_file():
+        raise ValueError(f'model.path: {directory} holds neither {SINGLE} nor {INDEX}; download the weights '
+                         '(other formats must be converted to safetensors)')
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(json.loads((directory / INDEX).read_text())['weight_map'].values())):
+        if not (directory / name).is_file():
+            raise ValueError(f'model.path: {directory / name} is missing, {INDEX} lists it; download it again')
+        tensors |= _read_header(directory / name)
+    return tensors
+
+
+def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
+    size = file.stat().st_size
+    with file.open('rb') as f:
+        length = struct.unpack('<Q', f.read(8))[0] if size >= 8 else size
+        if 8 + length > size:
+            raise ValueError(f'model.path: {file} is truncated: {size} bytes, fewer than its header needs; '
+                             'download it again')
+        try:
+            header = json.loads(f.read(length))
+        except ValueError:
+            raise ValueError(f'model.path: {file} is not a safetensors file; download it again') from None
+    header.pop('__metadata__', None)
+    end = 8 + length + max((entry['data_offsets'][1] for entry in header.values()), default=0)
+    if size < end:
+        raise ValueError(f'model.path: {file} is truncated: {size} bytes of {end}; download it again')
+    return {name: Tensor(file, 8 + length + entry['data_offsets'][0], entry['dtype'], tuple(entry['shape']))
+            for name, entry in header.items()}
+
+
+def _compare_configs(found: QwenConfig, config: QwenConfig, directory: pathlib.Path) -> None:
+    for field in dataclasses.fields(QwenConfig):
+        theirs, ours = getattr(found, field.name), getattr(config, field.name)
+        if theirs != ours and field.name not in FREE_FIELDS:
+            raise ValueError(f'model.path: {directory / "config.json"} has {field.name}={theirs}, '
+                             f'this run is set up for {ours}')
+
+
+def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: QwenConfig,
+                     directory: pathlib.Path) -> None:
+    shapes = {name: leaf.theirs for leaf in wanted for name in leaf.names}
+    extra = {name for name in tensors if name not in shapes and not name.endswith('.rotary_emb.inv_freq')}
+    if config.tie_word_embeddings:
+        extra.discard('lm_head.weight')  # some exports store the tied matrix twice
+    wrong = [f'{name} is missing' for name in shapes if name not in tensors]
+    wrong += [f'{name} is not part of this architecture' for name in sorted(extra)]
+    for name in shapes.keys() & tensors.keys():
+        tensor = tensors[name]
+        if tensor.shape != shapes[name]:
+            wrong.append(f'{name} is {list(tensor.shape)}, config.json makes it {list(shapes[name])}')
+        elif tensor.dtype not in DTYPES:
+            wrong.append(f'{name} is stored as {tensor.dtype}; supported are {", ".join(DTYPES)}')
+    if wrong:
+        more = f' (and {len(wrong) - 3} more)' if len(wrong) > 3 else ''
+        raise ValueError(f'model.path: weights of {directory} do not fit: {"; ".join(wrong[:3])}{more}')
+
+
+def save(directory: str | os.PathLike, config: QwenConfig, params: Params, dtype=jnp.bfloat16,
+         tokenizer_dir: str | os.PathLike | None = None, *, file_bytes: int = 5_000_000_000,
+         progress: Progress | None = None) -> None:
+    """Writes the training layout as a directory that transformers loads; called by every process.
+
+    It appears under its name when it is complete. tokenizer_dir: where the tokenizer's files and the
+    ids of its special tokens are copied from. Files hold at most `file_bytes`, or one tensor.
+
+    Errors: ValueError where something is in the way, or there is no tokenizer.
+    """
+    directory, name = pathlib.Path(directory).absolute(), jnp.dtype(dtype).name
+    kinds = {jnp.dtype(kind).name: code for code, kind in DTYPES.items()}
+    if name not in kinds:
+        raise ValueError(f'dtype {name} is not supported; choose {", ".join(kinds)}')
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f'{directory} already exists and is never overwritten; give another directory')
+    tokenizer_files, special = _tokenizer(tokenizer_dir)
+    # In the checkpoint's own order, layer by layer, so that a file holds whole layers.
+    wanted = leaves(config)
+    order = [(leaf, None) for leaf in wanted if leaf.path[0] == 'embed_tokens']
+    order += [(leaf, i) for i in range(config.num_hidden_layers) for leaf in wanted if leaf.stacked]
+    order += [(leaf, None) for leaf in wanted if leaf.path[0] not in ('embed_tokens', 'layers')]
+    files = _split(order, jnp.dtype(dtype).itemsize, file_bytes)
+    writes, tick = jax.process_index() == 0, _counter(progress, len(order))
+    partial = directory.with_name(directory.name + '.partial')
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    weight_map = {}
+    for number, part in enumerate(files, 1):
+        file = SINGLE if len(files) == 1 else f'model-{number:05}-of-{len(files):05}.safetensors'
+        weight_map |= {leaf.names[i or 0]: file for leaf, i in part}
+        with open(partial / file if writes else os.devnull, 'wb') as f:
+            f.write(_header(part, kinds[name], jnp.dtype(dtype).itemsize))
+            for leaf, i in part:
+                host = _fetch(params, leaf, i, dtype)
+                f.write(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
+                tick()
+    if not writes:
+        return
+    if len(files) > 1:
+        total = sum(math.prod(leaf.shape) for leaf, _ in order) * jnp.dtype(dtype).itemsize
+        index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+        (partial / INDEX).write_text(json.dumps(index, indent=2))
+    raw = model_config.to_hf(config) | special | {'torch_dtype': name}
+    (partial / 'config.json').write_text(json.dumps(raw, indent=2))
+    for source in tokenizer_files:
+        shutil.copyfile(source, partial / source.name)
+    if directory.exists():
+        directory.rmdir()
+    partial.rename(directory)
+
+
+def _tokenizer(directory: str | os.PathLike | None) -> tuple[list[pathlib.Path], dict]:
+    """The tokenizer's files, and the special ids of the config.json beside them."""
+    if directory is None:
+        return [], {}
+    directory = pathlib.Path(directory)
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not {'tokenizer.json', 'tokenizer.model', 'vocab.json'} & {file.name for file in files}:
+        raise ValueError(f'{directory} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)')
+    config = directory / 'config.json'
+    raw = json.loads(config.read_text()) if config.is_file() else {}
+    return files, {key: raw[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id') if key in raw}
+
+
+def _split(order: list, itemsize: int, file_bytes: int) -> list[list]:
+    files, used = [[]], 0
+    for leaf, i in order:
+        size = math.prod(leaf.shape) * itemsize
+        if files[-1] and used + size > file_bytes:
+            files, used = [*files, []], 0
+        files[-1].append((leaf, i))
+        used += size
+    return files
+
+
+def _header(part: list, code: str, itemsize: int) -> bytes:
+    header, offset = {'__metadata__': {'format': 'pt'}}, 0
+    for leaf, i in part:
+        stop = offset + math.prod(leaf.shape) * itemsize
+        header[leaf.names[i or 0]] = {'dtype': code, 'shape': leaf.theirs, 'data_offsets': [offset, stop]}
+        offset = stop
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)  # the data start aligned
+    return struct.pack('<Q', len(text)) + text
+
+
+def _fetch(params: Params, leaf: Leaf, i: int | None, dtype) -> np.ndarray:
+    """One tensor of the checkpoint on the host of every process."""
+    array = params
+    for word in leaf.path:
+        array = array[word]
+    part = _take(array, jnp.int32(i or 0), leaf.stacked, leaf.order, leaf.theirs, jnp.dtype(dtype))
+    return np.asarray(part if part.is_fully_addressable else multihost_utils.process_allgather(part, tiled=True))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _take(array, i, stacked: bool, order: tuple[int, ...], shape: tuple[int, ...], dtype):
+    part = jax.lax.dynamic_index_in_dim(array, i, keepdims=False) if stacked else array
+    return part.transpose(order).reshape(shape).astype(dtype)
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    steps: Iterator[int] = iter(range(1, total + 1))
+    return lambda: progress(next(steps), total) if progress else None
