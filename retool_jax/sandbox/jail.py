@@ -100,8 +100,8 @@ def cold(guest: guest_lib.Guest, descriptors: tuple[int, int, int], log: int, se
                         ('stack', 8), ('msgqueue', 0), ('rtprio', 0)]:
         setattr(config, f'rlimit_{name}', value)
         setattr(config, f'rlimit_{name}_type', RLimitType.VALUE)
-    # Counted per user: as an ordinary user everything else of that user counts too, so the cap is left to groups.
-    if not single_uid():
+    # Since Linux 5.14 counted per user and namespace; before, all else that an ordinary user runs would count.
+    if not single_uid() or tuple(map(int, platform.release().split('.')[:2])) >= (5, 14):
         config.rlimit_nproc, config.rlimit_nproc_type = settings.processes, RLimitType.VALUE
     config.seccomp_string = [seccomp.kafel()]
     return config
