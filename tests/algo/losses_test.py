@@ -186,6 +186,15 @@ def test_cispo_counts_ratios_outside_its_range_as_clipped():
     assert metrics['actor/pg_clipfrac'] == pytest.approx(1 / 4)
 
 
+@pytest.mark.parametrize('kind', ['ppo', 'gspo', 'cispo'])
+def test_the_loss_of_a_masked_token_is_zero_even_where_everything_there_is_nan(kind):
+    settings = choose(kind=kind, dual_clip=3.0, aggregation='seq-mean-token-mean')
+    mask = np.array([[True, False, True]])
+    x = np.where(mask, np.float32(-0.5), np.nan)
+    loss, _ = losses.policy_loss(settings, x, 2 * x, x, mask, segments.whole_rows(mask), 1)
+    assert float(loss[0, 1]) == 0 and np.all(np.isfinite(loss))
+
+
 def test_absurd_log_ratios_stay_finite():
     for kind in ('ppo', 'gspo', 'cispo'):
         settings = choose(kind=kind, aggregation='seq-mean-token-mean')
