@@ -19,6 +19,7 @@ core = [
     'jaxtyping>=0.3',
     'safetensors>=0.5',
     'transformers>=5.0',
+    'tokenizers>=0.21',
     'sentencepiece>=0.2',
     'tensorflow-datasets>=4.9.10',
     'grain>=0.2.18',
@@ -38,7 +39,7 @@ extras = {
     # The TPU compiler alone, for launch/plan.py on a machine without TPUs: the libtpu of jax[tpu] 0.12.0.
     'plan': ['libtpu==0.0.50.*; sys_platform == "linux"'],
     'server': ['starlette>=0.45', 'uvicorn>=0.34', 'pydantic>=2.10', 'prometheus-client>=0.21', 'httpx>=0.28'],
-    'dev': ['pytest>=8.4', 'ruff>=0.9', 'jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6.29'],
+    'dev': ['pytest>=8.4', 'ruff>=0.9', 'jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6.29', 'beartype>=0.20'],
 }
 
 setup(
