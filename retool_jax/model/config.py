@@ -72,14 +72,18 @@ def from_hf(raw: dict, where: str = 'config.json') -> QwenConfig:
                                'num_attention_heads') if key not in raw]
     if missing:
         raise ValueError(f'{where}: field {missing[0]} is missing')
+    kind = ARCHITECTURES[names[0]]
+    if raw.get('attention_bias', kind == 'qwen2') != (kind == 'qwen2'):
+        raise ValueError(f'{where}: attention_bias {raw["attention_bias"]} is not supported for {names[0]}')
     heads = raw['num_attention_heads']
+    width = 128 if kind == 'qwen3' else raw['hidden_size'] // heads  # the original's defaults
     rope = raw.get('rope_parameters') or {}
     return QwenConfig(
-        model_type=ARCHITECTURES[names[0]],
+        model_type=kind,
         vocab_size=raw['vocab_size'], hidden_size=raw['hidden_size'],
         intermediate_size=raw['intermediate_size'], num_hidden_layers=raw['num_hidden_layers'],
         num_attention_heads=heads, num_key_value_heads=raw.get('num_key_value_heads') or heads,
-        head_dim=raw.get('head_dim') or raw['hidden_size'] // heads,
+        head_dim=raw.get('head_dim') or width,
         rms_norm_eps=raw.get('rms_norm_eps', 1e-6),
         rope_theta=float(rope.get('rope_theta') or raw.get('rope_theta') or 10000.0),
         rope_scaling=_yarn(raw.get('rope_scaling') or rope, raw, where),
@@ -90,12 +94,18 @@ def from_hf(raw: dict, where: str = 'config.json') -> QwenConfig:
 
 def _yarn(scaling: dict, raw: dict, where: str) -> YarnScaling | None:
     kind = scaling.get('rope_type') or scaling.get('type') or 'default'
+    plain = {'partial_rotary_factor': 1.0, 'truncate': True, 'mscale': None, 'mscale_all_dim': None}
+    for key, value in plain.items():
+        if scaling.get(key, value) != value:
+            raise ValueError(f'{where}: rope_scaling {key}={scaling[key]} is not supported')
     if kind == 'default':
         return None
     if kind != 'yarn':
         raise ValueError(f'{where}: rope_scaling type {kind} is not supported; supported are default, yarn')
-    original = scaling.get('original_max_position_embeddings') or raw['max_position_embeddings']
-    return YarnScaling(factor=float(scaling['factor']), original_max_position_embeddings=int(original),
+    longest = raw.get('max_position_embeddings', 32768)
+    original = scaling.get('original_max_position_embeddings') or longest
+    return YarnScaling(factor=float(scaling.get('factor') or longest / original),
+                       original_max_position_embeddings=int(original),
                        beta_fast=float(scaling.get('beta_fast') or 32), beta_slow=float(scaling.get('beta_slow') or 1),
                        attention_factor=scaling.get('attention_factor'))
 

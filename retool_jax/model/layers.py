@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from retool_jax.model.config import QwenConfig
@@ -104,16 +105,25 @@ class Block(nnx.Module):
 
 def rope_table(config: QwenConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary angles, f32 [B, T, H/2] (bf16 angles are wrong beyond a few hundred tokens)."""
-    half = config.head_dim // 2
-    inv_freq = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    scale = 1.0
-    if config.rope_scaling is not None:
-        inv_freq, scale = _yarn_frequencies(config, inv_freq)
+    inv_freq, scale = inverse_frequencies(config)
     angle = positions_BT[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def _yarn_frequencies(config: QwenConfig, inv_freq: jax.Array) -> tuple[jax.Array, float]:
+def inverse_frequencies(config: QwenConfig) -> tuple[np.ndarray, float]:
+    """Radians per position of each rotary pair, f32 [H/2], and the factor on cos and sin.
+
+    A constant made on the host, rounded as the original rounds it: at position 32,768 one unit in the
+    last place is 0.002 rad, and an accelerator's power function is off by more.
+    """
+    exponent = np.arange(0, config.head_dim, 2) / config.head_dim
+    period = (config.rope_theta ** exponent).astype(np.float32)
+    if config.rope_scaling is None:
+        return 1 / period, 1.0
+    return _stretch(config, period)
+
+
+def _stretch(config: QwenConfig, period: np.ndarray) -> tuple[np.ndarray, float]:
     """YaRN (arXiv 2309.00071): low frequencies are stretched, high ones kept, a ramp between."""
     yarn, half = config.rope_scaling, config.head_dim // 2
     def turns(rotations: float) -> float:  # the dimension that makes so many rotations in the original context
@@ -121,11 +131,12 @@ def _yarn_frequencies(config: QwenConfig, inv_freq: jax.Array) -> tuple[jax.Arra
         return config.head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
     low = max(math.floor(turns(yarn.beta_fast)), 0)
     high = min(math.ceil(turns(yarn.beta_slow)), config.head_dim - 1)
-    ramp = jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / max(high - low, 0.001), 0, 1)
+    width = high - low or 0.001
+    kept = 1 - np.clip((np.arange(half, dtype=np.float32) - low) / np.float32(width), 0, 1)
     scale = yarn.attention_factor
     if scale is None:
         scale = 1.0 if yarn.factor <= 1 else 0.1 * math.log(yarn.factor) + 1.0
-    return inv_freq / yarn.factor * ramp + inv_freq * (1 - ramp), scale
+    return 1 / (np.float32(yarn.factor) * period) * (1 - kept) + 1 / period * kept, scale
 
 
 def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

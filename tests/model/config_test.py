@@ -1,0 +1,86 @@
+"""config.json in and out: real sizes are read, what is not supported is refused by name."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import pytest
+
+from retool_jax.model import config as model_config
+from retool_jax.model import qwen
+from tests.model.sizes import make_config
+
+BASE = {'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'use_sliding_window': False, 'rope_theta': 1000000.0}
+
+
+def raw(kind: str, vocab, width, mlp, layers, heads, kv_heads, **more) -> dict:
+    return BASE | {
+        'architectures': [f'{kind}ForCausalLM'], 'model_type': kind.lower(), 'vocab_size': vocab, 'hidden_size': width,
+        'intermediate_size': mlp, 'num_hidden_layers': layers, 'num_attention_heads': heads,
+        'num_key_value_heads': kv_heads} | more
+
+
+# Published sizes with their published numbers of parameters, in units of 10⁹.
+PUBLISHED = {
+    'Qwen2.5-0.5B': (raw('Qwen2', 151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True), 0.494),
+    'Qwen2.5-7B': (raw('Qwen2', 152064, 3584, 18944, 28, 28, 4), 7.616),
+    'Qwen2.5-32B': (raw('Qwen2', 152064, 5120, 27648, 64, 40, 8), 32.76),
+    'Qwen2.5-72B': (raw('Qwen2', 152064, 8192, 29568, 80, 64, 8), 72.71),
+    'DeepSeek-R1-Distill-Qwen-1.5B': (raw('Qwen2', 151936, 1536, 8960, 28, 12, 2, use_mrope=False), 1.777),
+    'Qwen3-0.6B': (raw('Qwen3', 151936, 1024, 3072, 28, 16, 8, head_dim=128, attention_bias=False,
+                       tie_word_embeddings=True), 0.596),
+    'Qwen3-32B': (raw('Qwen3', 151936, 5120, 25600, 64, 64, 8, head_dim=128, attention_bias=False), 32.76),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_sizes_have_their_published_number_of_parameters(name):
+    source, billions = PUBLISHED[name]
+    config = model_config.from_hf(source)
+    assert config.parameter_count() / 1e9 == pytest.approx(billions, rel=2e-3)
+    shapes = jax.tree.leaves(qwen.abstract_params(config))
+    assert sum(math.prod(s.shape) for s in shapes) == config.parameter_count()
+
+
+@pytest.mark.parametrize('change', [{}, {'rope_scaling': model_config.YarnScaling(
+    factor=4.0, original_max_position_embeddings=64, attention_factor=1.1)}, {'tie_word_embeddings': True}])
+@pytest.mark.parametrize('kind', ['qwen2', 'qwen3'])
+def test_a_config_survives_the_way_out_and_back(kind, change):
+    config = make_config(kind, **change)
+    assert model_config.from_hf(model_config.to_hf(config)) == config
+
+
+def test_both_spellings_of_yarn_are_read():
+    old = raw('Qwen2', 100, 32, 48, 2, 4, 2, max_position_embeddings=131072, rope_scaling={
+        'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768})
+    new = {k: v for k, v in old.items() if k not in ('rope_scaling', 'rope_theta')} | {'rope_parameters': {
+        'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768, 'rope_theta': 1000000.0}}
+    config = model_config.from_hf(old)
+    assert config == model_config.from_hf(new)
+    assert config.rope_scaling == model_config.YarnScaling(factor=4.0, original_max_position_embeddings=32768)
+
+
+GOOD = raw('Qwen2', 100, 32, 48, 2, 4, 2)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'architectures': ['LlamaForCausalLM']}, 'architecture LlamaForCausalLM is not supported'),
+    ({'architectures': ['Qwen3MoeForCausalLM']}, 'architecture Qwen3MoeForCausalLM is not supported'),
+    ({'architectures': None, 'model_type': 'gemma3'}, 'architecture gemma3 is not supported'),
+    ({'hidden_act': 'gelu'}, 'hidden_act gelu is not supported'),
+    ({'use_sliding_window': True}, 'use_sliding_window is true'),
+    ({'attention_bias': False}, 'attention_bias False is not supported for Qwen2ForCausalLM'),
+    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'rope_scaling type linear is not supported'),
+    ({'rope_scaling': {'type': 'yarn', 'factor': 2.0, 'mscale': 0.7}}, 'rope_scaling mscale=0.7 is not supported'),
+])
+def test_what_is_not_supported_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=f'^model/config.json: .*{message}'):
+        model_config.from_hf(GOOD | change, 'model/config.json')
+
+
+def test_a_missing_field_and_a_missing_file_are_named(tmp_path):
+    with pytest.raises(ValueError, match='field hidden_size is missing'):
+        model_config.from_hf({k: v for k, v in GOOD.items() if k != 'hidden_size'})
+    with pytest.raises(ValueError, match='holds no config.json; give a Hugging Face model directory'):
+        model_config.load_config(tmp_path)

@@ -1,0 +1,147 @@
+"""The model is the real Qwen: logits of transformers' own Qwen2 and Qwen3, full and cached."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retool_jax.model import cache as kv_cache
+from retool_jax.model import config as model_config
+from retool_jax.model import hf, qwen
+from tests.model.sizes import make_config, make_params
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = Path(__file__).parent / 'fixtures'
+MAKE = Path(__file__).parent / 'make_fixtures.py'
+CASES = ('qwen2_grouped', 'qwen2_tied', 'qwen2_yarn', 'qwen3_grouped', 'qwen3_tied', 'qwen3_yarn')
+TOLERANCE = 1e-4  # of the largest logit
+
+
+def full_logits(config, params, tokens_BT, lengths_B):
+    valid_BT = (np.arange(tokens_BT.shape[1]) < lengths_B[:, None]).astype(np.int32)
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+    hidden_BTD = jax.jit(functools.partial(qwen.forward, config))(params, tokens_BT, positions_BT, valid_BT)
+    return np.asarray(qwen.unembed(params, hidden_BTD))
+
+
+def cached_logits(config, params, tokens_BT, lengths_B, chunks):
+    """The same through the KV cache, `chunks` tokens at a time; rows end at their own lengths."""
+    rows, width = tokens_BT.shape
+    slots = 32
+    cache = kv_cache.empty(config, rows, slots)
+    params = qwen.to_sampling(config, params)
+    step = jax.jit(functools.partial(qwen.extend, config), static_argnums=(4,))
+    found, start = [], 0
+    for chunk in chunks:
+        count_B = np.clip(lengths_B - start, 0, chunk).astype(np.int32)
+        hidden_BCD, cache = step(params, cache, jnp.asarray(tokens_BT[:, start:start + chunk]), count_B, slots)
+        found.append(qwen.unembed(params, hidden_BCD))
+        start += chunk
+    assert start == width
+    np.testing.assert_array_equal(cache.length_B, lengths_B)
+    return np.concatenate(found, axis=1)
+
+
+def assert_close(logits_BTV, golden):
+    valid = np.arange(golden['tokens'].shape[1]) < golden['lengths'][:, None]
+    error = np.abs(logits_BTV - golden['logits'])[valid].max() / np.abs(golden['logits']).max()
+    assert error <= TOLERANCE
+    # A model that ignores its weights or its context would not come near.
+    assert np.abs(golden['logits'][valid] - golden['logits'][valid].mean(axis=0)).max() > 0.3
+
+
+def check(directory: Path) -> None:
+    config = model_config.load_config(directory)
+    params = hf.load(directory, config)
+    golden = np.load(directory / 'golden.npz')
+    tokens, lengths = golden['tokens'], golden['lengths']
+    assert_close(full_logits(config, params, tokens, lengths), golden)
+    assert_close(cached_logits(config, params, tokens, lengths, [16] + [1] * 12), golden)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_logits_are_those_of_transformers_in_full_and_incrementally(case):
+    check(FIXTURES / case)
+
+
+def test_fixtures_hold_what_their_names_say():
+    configs = {case: model_config.load_config(FIXTURES / case) for case in CASES}
+    assert {case for case, c in configs.items() if c.rope_scaling is not None} == {'qwen2_yarn', 'qwen3_yarn'}
+    assert {case for case, c in configs.items() if c.model_type == 'qwen3'} == {c for c in CASES if '3' in c}
+    assert {c.tie_word_embeddings for c in configs.values()} == {True, False}
+    groups = {c.num_attention_heads // c.num_key_value_heads for c in configs.values()}
+    assert groups == {1, 2, 4, 7}
+
+
+@pytest.mark.parametrize('case', ['qwen2_grouped', 'qwen3_grouped', 'qwen2_yarn'])
+def test_parity_would_notice_a_bias_a_norm_a_head_or_a_rotation_left_out(case):
+    config = model_config.load_config(FIXTURES / case)
+    params, golden = hf.load(FIXTURES / case, config), np.load(FIXTURES / case / 'golden.npz')
+    attention = params['layers']['self_attn']
+    part = attention['k_norm'] if config.qk_norm else attention['v_proj']
+    name = 'weight' if config.qk_norm else 'bias'
+    broken = [params | {'layers': params['layers'] | {'self_attn': attention | {
+        'k_norm' if config.qk_norm else 'v_proj': part | {name: part[name] * 0.9}}}}]
+    o_LNHD = attention['o_proj']['weight']
+    broken.append(params | {'layers': params['layers'] | {'self_attn': attention | {
+        'o_proj': {'weight': o_LNHD[:, ::-1]}}}})
+    for changed in broken:
+        with pytest.raises(AssertionError):
+            assert_close(full_logits(config, changed, golden['tokens'], golden['lengths']), golden)
+    moved = np.array(golden['tokens'])
+    moved[:, :2] = moved[:, 1::-1]
+    with pytest.raises(AssertionError):
+        assert_close(full_logits(config, params, moved, golden['lengths']), golden)
+
+
+def peer() -> str | None:
+    """A Python that has torch and transformers: this one, or that of `make baselines`."""
+    if importlib.util.find_spec('torch'):
+        return sys.executable
+    side = ROOT / '.baselines' / 'torch' / 'bin' / 'python'
+    return str(side) if side.exists() else None
+
+
+def run_peer(*arguments) -> None:
+    if peer() is None:
+        pytest.skip('needs torch and transformers: make baselines')
+    child = subprocess.run([peer(), str(MAKE), *map(str, arguments)], capture_output=True, text=True, timeout=300,
+                           env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
+    assert child.returncode == 0, child.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_logits_are_those_of_the_transformers_that_is_installed(tmp_path):
+    for scale, seed in ((1, 100), (2, 200)):
+        folder = tmp_path / str(scale)
+        run_peer(folder, '--seed', seed, '--scale', scale)
+        for case in CASES:
+            check(folder / case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', CASES)
+def test_what_is_exported_transformers_loads_with_the_same_logits(tmp_path, case):
+    config = model_config.load_config(FIXTURES / case)
+    params = make_params(config, seed=3)
+    hf.save(tmp_path / 'model', config, params, 'float32', file_bytes=10_000)
+    assert (tmp_path / 'model' / hf.INDEX).is_file()
+    run_peer(tmp_path / 'model', '--read')
+    check(tmp_path / 'model')
+
+
+@pytest.mark.slow
+def test_a_bfloat16_export_means_the_same_to_transformers(tmp_path):
+    config = make_config('qwen3', tie_word_embeddings=True)
+    hf.save(tmp_path / 'model', config, make_params(config), 'bfloat16')
+    run_peer(tmp_path / 'model', '--read')
+    check(tmp_path / 'model')
