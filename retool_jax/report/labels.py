@@ -1,0 +1,48 @@
+"""Titles and colours of models, kinds of episodes and their parts; colours are classes k-NAME of page.css."""
+
+from __future__ import annotations
+
+from retool_jax.report.runs import Part
+
+# Models of a demo as summary.json names them, in the order of the story.
+MODELS = {
+    'base': ('Random start', 'base'),
+    'sft': ('Cold start', 'sft'),
+    'tool_rl': ('RL with interpreter', 'tool'),
+    'text_sft': ('Text cold start', 'textsft'),
+    'text_rl': ('RL, text only', 'text'),
+}
+# Kinds of training: of metrics lines and of parts with a step.
+KINDS = {'tool': ('with interpreter', 'tool'), 'text': ('text only', 'text'), '': ('this run', 'tool')}
+_COLOURS = ('tool', 'text', 'sft', 'textsft')
+
+
+def model(name: str, index: int = 0) -> tuple[str, str]:
+    """Title and colour of a scored model (or set, in an evaluation run)."""
+    return MODELS.get(name, (name.replace('_', ' '), _COLOURS[index % len(_COLOURS)]))
+
+
+def kind(name: str) -> tuple[str, str]:
+    """Title and colour of a kind of training."""
+    return KINDS.get(name, (name.replace('_', ' '), 'tool'))
+
+
+def split_evaluation(part: Part) -> tuple[str, str]:
+    """Model and set of an evaluation's part: 'val_tool_rl_new_wording' → ('tool_rl', 'new_wording').
+
+    The model is '' where the name begins with none that is known.
+    """
+    name = part.name.removeprefix('val_')
+    for known in sorted(MODELS, key=len, reverse=True):
+        if name.startswith(f'{known}_'):
+            return known, name[len(known) + 1:]
+    return '', name
+
+
+def part(part: Part) -> str:
+    """Title of the kind of a part, without its step."""
+    if part.training:
+        return f'RL, {KINDS[part.kind][0]}' if part.kind in KINDS else part.kind.replace('_', ' ')
+    name, data = split_evaluation(part)
+    data = data.replace('_', ' ')
+    return f'{MODELS[name][0]}: {data}' if name else data

@@ -1,0 +1,129 @@
+"""The headline: every score of summary.json with its interval, over families and sets."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from retool_jax.report import labels
+from retool_jax.report.charts import number
+from retool_jax.report.labels import MODELS
+
+HEADLINE = ('base', 'sft', 'tool_rl', 'text_rl')
+
+
+def score_blocks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every scored model (or set, in an evaluation run) of a summary: {name: {'avg': …, 'ci': …, …}}."""
+    if 'avg' in summary:
+        return {'score': summary}
+    found = {name: block for name, block in summary.items() if isinstance(block, dict) and 'avg' in block}
+    if not found:
+        for block in summary.values():
+            if isinstance(block, dict):
+                found |= {name: b for name, b in block.items() if isinstance(b, dict) and 'avg' in b}
+    order = list(MODELS)
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in MODELS else len(order)))
+
+
+def tiles(summary: dict[str, Any]) -> str:
+    """The big numbers: one tile per model, then what the run was."""
+    blocks = score_blocks(summary)
+    shown = {name: b for name, b in blocks.items() if name in HEADLINE or name not in MODELS}
+    made = []
+    for i, (name, block) in enumerate(shown.items()):
+        title, colour = labels.model(name, i)
+        made.append(f'<div class="tile k-{colour}"><h3>{escape(title)}</h3><p class="big">{100 * block["avg"]:.1f}'
+                    f'<small> %</small></p>{_bar(block)}<p class="sub">{_interval(block)}</p></div>')
+    facts = []
+    ratio = summary.get('code_ratio')
+    if isinstance(ratio, dict) and {'before', 'after'} <= ratio.keys():
+        facts.append(f'Answers with code, on families that need it: <b>{_percent(ratio["before"])}</b> before RL, '
+                     f'<b>{_percent(ratio["after"])}</b> after')
+    first = next(iter(shown.values()), {})
+    if 'problems' in first and 'k' in first:
+        facts.append(f'{first["problems"]} held-out problems × {first["k"]} samples')
+    facts += [f'{summary[key]:,} {word}' for key, word in (('steps', 'RL steps'),) if key in summary]
+    if 'seconds' in summary:
+        facts.append(f'{_duration(summary["seconds"])} in all')
+    if 'seed' in summary:
+        facts.append(f'seed {summary["seed"]}')
+    return (f'<div class="tiles">{"".join(made)}</div>' if made else '') + (
+        '<p class="facts">' + ' <i>·</i> '.join(facts) + '</p>' if facts else '')
+
+
+def tables(summary: dict[str, Any]) -> str:
+    """Sets scored apart, then families, a column per model; then the rates beside the score."""
+    blocks = score_blocks(summary)
+    if not blocks:
+        return ''
+    apart = list(dict.fromkeys(s for block in blocks.values() for s in block.get('apart', {})))
+    if 'apart' in next(iter(blocks.values())) or apart:
+        rows = [('held out: new operands', {name: block for name, block in blocks.items()})]
+        rows += [(s.replace('_', ' '), {name: b['apart'][s] for name, b in blocks.items() if s in b.get('apart', {})})
+                 for s in apart]
+    else:
+        rows = [('all problems', blocks)]
+    made = [_table('Score by set', 'avg@k with its 95 % interval over problems; each set is scored apart', blocks,
+                   [(title, {n: _score_cell(b) for n, b in row.items()}) for title, row in rows])]
+    families = sorted({f for block in blocks.values() for f in block.get('families', {}) if f})
+    if families:
+        made.append(_table('Score by family', 'avg@k on the headline set', blocks, [
+            (f.replace('_', ' '), {n: _heat(b['families'][f]) for n, b in blocks.items() if f in b.get('families', {})})
+            for f in families]))
+    rates = [(title, {n: _rate(b[key], kind) for n, b in blocks.items() if key in b}) for key, title, kind in RATES]
+    rates = [row for row in rates if row[1]]
+    if rates:
+        made.append(_table('Beside the score', 'of the same answers', blocks, rates))
+    return '<div class="tables">' + ''.join(made) + '</div>'
+
+
+RATES = (
+    ('pass', 'pass@k', '%'), ('maj', 'maj@k', '%'), ('exact', 'exact string', '%'), ('lenient', 'lenient rule', '%'),
+    ('format', 'answers in form', '%'), ('code_ratio', 'answers with code', '%'), ('calls', 'calls per answer', ''),
+    ('call_failures', 'failing calls', '%'), ('length', 'tokens per answer', ''), ('turns', 'turns per answer', ''),
+    ('truncated', 'truncated', '%'), ('void', 'void', '%'),
+)
+
+
+def _table(title: str, note: str, blocks: dict, rows: list[tuple[str, dict[str, str]]]) -> str:
+    head = ''.join(f'<th scope="col"><i class="swatch k-{labels.model(n, i)[1]}"></i>{escape(labels.model(n, i)[0])}</th>'
+                   for i, n in enumerate(blocks))
+    body = ''.join(f'<tr><th scope="row">{escape(name)}</th>' + ''.join(
+        cells.get(n, '<td class="none">–</td>') for n in blocks) + '</tr>' for name, cells in rows)
+    return (f'<section class="card"><h3>{escape(title)} <small>{escape(note)}</small></h3><div class="scroll">'
+            f'<table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div></section>')
+
+
+def _score_cell(block: dict) -> str:
+    ci = block.get('ci')
+    reach = f'<small>{100 * ci[0]:.1f} – {100 * ci[1]:.1f}</small>' if ci else ''
+    return f'<td class="heat" style="--v:{block["avg"]:.3f}"><b>{100 * block["avg"]:.1f}</b>{reach}</td>'
+
+
+def _heat(value: float) -> str:
+    return f'<td class="heat" style="--v:{value:.3f}">{100 * value:.0f}</td>'
+
+
+def _rate(value: float, kind: str) -> str:
+    return f'<td>{_percent(value) if kind == "%" else number(value)}</td>'
+
+
+def _bar(block: dict) -> str:
+    low, high = block.get('ci') or (block['avg'],) * 2
+    return (f'<div class="bar"><i style="width:{100 * block["avg"]:.2f}%"></i>'
+            f'<b style="left:{100 * low:.2f}%;width:{max(100 * (high - low), 0.4):.2f}%"></b></div>')
+
+
+def _interval(block: dict) -> str:
+    ci = block.get('ci')
+    return f'{100 * ci[0]:.1f} – {100 * ci[1]:.1f} <small>(95 %)</small>' if ci else '&nbsp;'
+
+
+def _percent(value: float) -> str:
+    return f'{100 * value:.1f} %'
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours} h {minutes} min' if hours else f'{minutes} min {rest} s' if minutes else f'{rest} s'
