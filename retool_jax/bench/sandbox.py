@@ -156,7 +156,8 @@ def load(port: int, clients: int, seconds: float) -> dict:
             while (start := time.monotonic()) < end:
                 n += 1
                 try:
-                    connection.request('POST', '/run_code', json.dumps({'language': 'python', 'code': _SNIPPET.format(n)}))
+                    body = json.dumps({'language': 'python', 'code': _SNIPPET.format(n)})
+                    connection.request('POST', '/run_code', body)
                     reply = json.loads(connection.getresponse().read())
                 except (OSError, http.client.HTTPException, ValueError) as error:
                     dropped.append(error)

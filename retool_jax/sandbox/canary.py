@@ -17,12 +17,16 @@ class Canary:
 
 
 CANARIES = (
-    Canary('right answers', 'import math\nprint(math.factorial(20) % 1000007, sum(range(10**5)))', '794133 4999950000\n'),
-    Canary('no file of the host', 'import os\nprint([os.path.exists(p) for p in ("/etc/passwd", "/root", "/home", "/sys", '
+    Canary('right answers',
+           'import math\nprint(math.factorial(20) % 1000007, sum(range(10**5)))', '794133 4999950000\n'),
+    Canary('no file of the host',
+           'import os\nprint([os.path.exists(p) for p in ("/etc/passwd", "/root", "/home", "/sys", '
            '"/proc/1")])', '[False, False, False, False, False]\n'),
-    Canary('nothing writable but /box', 'def probe(path):\n    try:\n        open(path, "w").close()\n        return True\n'
-           '    except OSError:\n        return False\nprint([probe(p) for p in ("/x", "/python/x", "/runner/x", "/dev/x", '
-           '"/box/x")])', '[False, False, False, False, True]\n'),
+    Canary('nothing writable but /box',
+           'def probe(path):\n    try:\n        open(path, "w").close()\n        return True\n'
+           '    except OSError:\n        return False\n'
+           'print([probe(p) for p in ("/x", "/python/x", "/runner/x", "/dev/x", "/box/x")])',
+           '[False, False, False, False, True]\n'),
     Canary('no network', 'import socket\nfor family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):\n    try:\n'
            '        socket.socket(family)\n        print("open")\n    except PermissionError:\n        print("denied")',
            'denied\n' * 3),
@@ -31,7 +35,8 @@ CANARIES = (
            f'{[-1] * 8}\n'),
     Canary('no capabilities, a process namespace of its own',
            'import ctypes, os, struct\nc = ctypes.CDLL(None)\nd = ctypes.create_string_buffer(24)\n'
-           'c.syscall(125, struct.pack("Ii", 0x20080522, 0), d)\nprint(d.raw == bytes(24), os.getpid(), os.getuid() != 0)',
+           'c.syscall(125, struct.pack("Ii", 0x20080522, 0), d)\n'
+           'print(d.raw == bytes(24), os.getpid(), os.getuid() != 0)',
            'True 1 True\n'),
 )
 

@@ -61,8 +61,9 @@ def _nsjail() -> Finding:
 def _namespaces() -> Iterator[Finding]:
     remedy = 'the kernel refuses; in a container, allow unshare (docs/sandbox.md: seccomp profile, privileges)'
     if _read('/proc/sys/kernel/apparmor_restrict_unprivileged_userns') == '1' and os.geteuid() != 0:
-        remedy = ('AppArmor restricts user namespaces (Ubuntu ≥ 23.10); as root: sysctl -w '
-                  'kernel.apparmor_restrict_unprivileged_userns=0, or run as root, or give nsjail a profile with userns')
+        remedy = ('AppArmor restricts user namespaces (Ubuntu ≥ 23.10); as root: '
+                  'sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, '
+                  'or run as root, or give nsjail a profile with userns')
     elif _read('/proc/sys/kernel/unprivileged_userns_clone') == '0' and os.geteuid() != 0:
         remedy = 'as root: sysctl -w kernel.unprivileged_userns_clone=1'
     elif _read('/proc/sys/user/max_user_namespaces') == '0':
@@ -93,7 +94,8 @@ def _groups() -> Iterator[Finding]:
               'cpuacct': 'CPU time is read from /proc for the first process only'}
     for name, loss in losses.items():
         good = name not in groups.missing
-        yield Finding(good, f'control group: {name}' + (f' (v{groups.version})' if good else ''), remedy.format(what=loss))
+        version = f' (v{groups.version})' if good else ''
+        yield Finding(good, f'control group: {name}{version}', remedy.format(what=loss))
 
 
 def _read(path: str) -> str:

@@ -22,6 +22,7 @@ COLD_UID = 1000
 ENVIRONMENT = (
     'PATH=/python/bin', 'HOME=/box', 'TMPDIR=/box', 'LANG=C.UTF-8', 'TZ=UTC', 'PYTHONHOME=/python',
     'LD_LIBRARY_PATH=/python/lib', 'PYTHONUTF8=1', 'PYTHONHASHSEED=0', 'PYTHONDONTWRITEBYTECODE=1',
+    'MALLOC_ARENA_MAX=1',  # each further arena reserves 64 MB of addresses
     # One thread: a fork keeps only its caller's, and sums in another order would be other sums.
     'OPENBLAS_NUM_THREADS=1', 'OMP_NUM_THREADS=1', 'MKL_NUM_THREADS=1', 'NUMEXPR_NUM_THREADS=1',
 )

@@ -171,7 +171,8 @@ class Remote:
                     host.faults += 1
                     host.reason = str(error)
                 tried += 1
-                if tried == 1 and not self._ready.done() and all(h.reason not in ('', 'not tried yet') for h in self.hosts):
+                all_failed = all(h.reason not in ('', 'not tried yet') for h in self.hosts)
+                if tried == 1 and all_failed and not self._ready.done():
                     reasons = '; '.join(f'{h.address}: {h.reason}' for h in self.hosts)
                     self._ready.set_exception(RuntimeError(f'sandbox: no server can be used: {reasons}'))
                 await self._notify()
@@ -315,5 +316,5 @@ def _result(reply: dict) -> ExecResult:
     number = reply.get('signal', -code if verdict is Verdict.SIGNAL else None)
     return ExecResult(
         verdict, run.get('stdout') or '', run.get('stderr') or '', code if exited else None, number,
-        float(reply.get('cpu_time') or 0.0), float(run.get('execution_time') or 0.0), float(reply.get('peak_mb') or 0.0),
-        bool(reply.get('truncated')))
+        float(reply.get('cpu_time') or 0.0), float(run.get('execution_time') or 0.0),
+        float(reply.get('peak_mb') or 0.0), bool(reply.get('truncated')))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import atexit
 import builtins
+import contextlib
 import gc
 import importlib
 import io
@@ -33,7 +34,7 @@ def preload(names: list[str]) -> None:
     for name in names:
         importlib.import_module(name)
     if 'numpy' in names:
-        import numpy.linalg  # noqa: F401
+        import numpy.linalg
         import numpy.random  # noqa: F401
     gc.collect()
     gc.freeze()  # keeps the collector's hands off pages shared with the zygote
@@ -83,7 +84,7 @@ def _open_streams(stdin: bytes, files: dict[str, bytes]) -> None:
             file.seek(0)
             os.dup2(file.fileno(), 0)
         os.unlink('/box/.stdin')
-    sys.stdin = sys.__stdin__ = open(0, encoding='utf-8', errors='surrogateescape', closefd=False)
+    sys.stdin = sys.__stdin__ = open(0, encoding='utf-8', errors='surrogateescape', closefd=False)  # noqa: SIM115
     # One write per line: a killed snippet keeps what it printed.
     sys.stdout = sys.__stdout__ = _writer(1, 'strict')
     sys.stderr = sys.__stderr__ = _writer(2, 'backslashreplace')
@@ -146,10 +147,8 @@ def _show(error: BaseException) -> None:
         else:
             traceback.print_exception(type(error), error.with_traceback(frames), frames)
     except BaseException as second:  # the snippet broke its hook, its stderr or its own exception
-        try:
+        with contextlib.suppress(OSError):
             os.write(2, f'{type(error).__name__} (its traceback failed: {type(second).__name__})\n'.encode())
-        except OSError:
-            pass
 
 
 def _finish(status: int) -> None:
@@ -158,10 +157,8 @@ def _finish(status: int) -> None:
         threading._shutdown()  # waits for threads that are no daemons
     except BaseException as error:
         _show(error)
-    try:
+    with contextlib.suppress(BaseException):
         atexit._run_exitfuncs()
-    except BaseException:
-        pass
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

@@ -1,304 +1,240 @@
-"""The supervisor's side of one snippet: limits before code, pipes drained while waiting, the verdict.
+"""Where children come from: a zygote that forks them, or a jail for each (the cold path).
 
-Verdicts come from the wait status, the control group's counters and the supervisor's own acts;
-never from bytes that the guest wrote.
+Each tells the supervisor of its children's readiness and end; a zygote's death, of its own or by
+somebody's hand, loses what ran there, and the supervisor runs it elsewhere.
 """
 
 from __future__ import annotations
 
+import array
 import asyncio
-import base64
 import contextlib
-import dataclasses
+import ctypes
 import json
 import os
+import re
 import signal
 import socket
-import stat
 import struct
+import subprocess
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from retool_jax.core.records import Verdict
-from retool_jax.sandbox.cgroups import Slot
+from retool_jax.sandbox import jail
+from retool_jax.sandbox.child import Child, Lost
 
-_PAGE = os.sysconf('SC_PAGE_SIZE')
-_TICK = os.sysconf('SC_CLK_TCK')
-_CORES = len(os.sched_getaffinity(0))
-_ADDRESS_FACTOR = 8  # address space per byte of memory where a group counts the real pages
-_PATIENCE_S = 60.0  # for a child to seal itself
-_GRACE_S = 5.0  # after a kill, before the supervisor stops waiting for the kernel's word
-FETCH_BYTES = 16 << 20  # of all the files that one request fetches
+if TYPE_CHECKING:
+    from retool_jax.sandbox.supervisor import Supervisor
 
-
-@dataclasses.dataclass(slots=True)
-class Request:
-    """One snippet on its way; `fields` are what the pool sent."""
-
-    id: int
-    fields: dict
-    attempts: int = 0
-    cancelled: bool = False
+_PATIENCE_S = 60.0  # for a worker to import its packages, or to fork
+# What zygote.py speaks; it is imported only inside the jail.
+_READY, _CHILD = 0, 1
+_UP, _DOWN = struct.Struct('=iiiid'), struct.Struct('=ii')
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Lost(Exception):
-    """A worker failed before or during a snippet through no fault of the snippet."""
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-class Child:
-    """One sealed process: waits, runs one snippet, is gone.
+class Jail:
+    """A running nsjail: its process, and the last lines of its log."""
 
-    `report(child, outcome)` is called once, with a dictionary, or with `Lost`.
-    """
-
-    def __init__(self, number: int, pidfd: int, control: socket.socket, out: int, err: int, slot: Slot,
-                 ready: Callable, report: Callable, output_bytes: int):
-        self.number, self.slot = number, slot
-        self.request: Request | None = None
-        self._pidfd, self._control = pidfd, control
-        self._ready, self._report = ready, report
-        self._pipes = {out: bytearray(), err: bytearray()}
-        self._out, self._err = out, err
-        self._open = {out, err}
-        self._limit = output_bytes
-        self._pid = 0
-        self._box = -1
-        self._status: int | None = None
-        self._usage_cpu_s = 0.0
-        self._cause: Verdict | None = None
-        self._cut = False
-        self._over = False
+    def __init__(self, argv: list[str], descriptors: list[int], log: int | None = None):
+        read, write = os.pipe()
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=write, stderr=write,
+                                        pass_fds=descriptors, preexec_fn=_die_with_parent, start_new_session=True)
+        os.close(write)
+        os.set_blocking(read, False)
+        self._log, self._read = bytearray(), read
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = self._loop.call_later(_PATIENCE_S, self.kill, None)
-        control.setblocking(False)
-        self._loop.add_reader(control.fileno(), self._on_ready)
+        self._loop.add_reader(read, self._drain)
+        self.pidfd = os.pidfd_open(self.process.pid)
 
-    def _on_ready(self) -> None:
-        """The child is sealed: learns its pid on this host and puts it under its limits."""
-        self._loop.remove_reader(self._control.fileno())
-        try:
-            message, ancillary, _, _ = self._control.recvmsg(
-                1, socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
-            for level, kind, data in ancillary:
-                if kind == socket.SCM_RIGHTS:
-                    self._box = struct.unpack('i', data[:4])[0]
-                elif kind == socket.SCM_CREDENTIALS:
-                    self._pid = struct.unpack('3i', data[:12])[0]
-            if message != b'R' or not self._pid:
-                return  # ended before it was ready: its exit is reported by whoever waits for it
-            self.slot.place(self._pid)
-        except OSError:
-            self.kill(None)
-            return
-        self._timer.cancel()
-        self._ready(self)
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._read, 1 << 16):
+                self._log = (self._log + data)[-8192:]
+            self._loop.remove_reader(self._read)
 
-    def track(self) -> None:
-        """Kills the process in the jail itself from now on (cold path: until now, nsjail)."""
-        descriptor = os.pidfd_open(self._pid)
-        os.close(self._pidfd)
-        self._pidfd = descriptor
+    def last_words(self) -> str:
+        """What nsjail said last, on one line."""
+        self._drain()
+        lines = [line for line in self._log.decode(errors='replace').splitlines() if line.strip()]
+        worst = [line for line in lines if line.startswith('[E]') or line.startswith('[F]') or 'Error' in line]
+        return ' | '.join((worst or lines)[-3:])
 
-    def start(self, request: Request, settings) -> None:
-        """Sets the limits, then hands over the code; time is counted from here."""
-        self.request = request
-        fields = request.fields
-        self._cpu_s = fields.get('cpu_s') or settings.cpu_s
-        self._wall_s = fields.get('wall_s') or settings.wall_s
-        memory_bytes = int((fields.get('memory_mb') or settings.memory_mb) * 2**20)
-        code = fields['code'].encode('utf-8', 'surrogatepass')
-        stdin = base64.b64decode(fields.get('stdin', ''))
-        files = {name: base64.b64decode(text) for name, text in fields.get('files', {}).items()}
-        try:
-            self.slot.arm(memory_bytes, settings.processes)
-            with open(f'/proc/{self._pid}/statm') as file:
-                size = int(file.read().split()[0]) * _PAGE
-        except (OSError, ValueError):
-            self.kill(None)
-            return
-        self._start_cpu_s = self._process_cpu_s()
-        counted = 'memory' in self.slot.enforced
-        address_bytes = size + memory_bytes * (_ADDRESS_FACTOR if counted else 1)
-        header = json.dumps({
-            'seed': fields['seed'], 'echo': settings.echo, 'code': len(code), 'stdin': len(stdin),
-            'files': [[n, len(c)] for n, c in files.items()], 'cpu_s': self._cpu_s,
-            'address_bytes': -(-address_bytes >> 24) << 24}).encode() + b'\n'
-        for descriptor in self._pipes:
-            os.set_blocking(descriptor, False)
-            self._loop.add_reader(descriptor, self._on_output, descriptor)
-        self._unsent = memoryview(header + code + stdin + b''.join(files.values()))
-        self._start = time.monotonic()
-        self._send()
-        self._arm_timer(0.0)
-
-    def _send(self) -> None:
-        descriptor = self._control.fileno()
-        try:
-            while self._unsent:
-                self._unsent = self._unsent[self._control.send(self._unsent):]
-        except BlockingIOError:
-            self._loop.add_writer(descriptor, self._send)
-            return
-        except OSError:
-            self._unsent = memoryview(b'')
-        self._loop.remove_writer(descriptor)
-        self._control.shutdown(socket.SHUT_WR) if self._status is None else None
-
-    def _on_output(self, descriptor: int) -> None:
-        kept = self._pipes[descriptor]
-        try:
-            data = os.read(descriptor, 1 << 16)
-        except BlockingIOError:
-            return
-        if not data:
-            self._loop.remove_reader(descriptor)
-            self._open.discard(descriptor)
-            self._settle()
-            return
-        room = self._limit - len(kept)
-        kept += data[:room]
-        if len(data) > room:
-            self._cut = True
-            self.kill(Verdict.OUTPUT_LIMIT)
-
-    def _process_cpu_s(self) -> float:
-        try:
-            with open(f'/proc/{self._pid}/stat') as file:
-                fields = file.read().rpartition(')')[2].split()
-            return sum(map(int, fields[11:15])) / _TICK
-        except (OSError, IndexError):
-            return 0.0
-
-    def _used_cpu_s(self) -> float:
-        if 'cpu' in self.slot.enforced:
-            return self.slot.cpu_s()
-        return max(self._usage_cpu_s, self._process_cpu_s()) - self._start_cpu_s
-
-    def _arm_timer(self, cpu_s: float) -> None:
-        """Looks again when the CPU budget could be spent at the earliest, or when the wall limit is reached."""
-        wall_left = self._wall_s - (time.monotonic() - self._start)
-        self._timer = self._loop.call_later(min(wall_left, max(0.02, (self._cpu_s - cpu_s) / _CORES)), self._on_timer)
-
-    def _on_timer(self) -> None:
-        cpu_s = self._used_cpu_s()
-        if cpu_s >= self._cpu_s or time.monotonic() - self._start >= self._wall_s:
-            self.kill(Verdict.TIMEOUT)
-        else:
-            self._arm_timer(cpu_s)
-
-    def kill(self, cause: Verdict | None) -> None:
-        """Kills the snippet with all its processes; `cause` becomes the verdict (None: a fault of ours)."""
-        if self._cause is None:
-            self._cause = cause
-        if self._status is not None or self._over:
-            return
+    def close(self) -> None:
+        """Kills nsjail (the jail's processes go with it), reaps it, closes what is open."""
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        if self._timer:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(_GRACE_S, self.lose)
+            self.process.kill()
+        self.process.wait()
+        self._loop.remove_reader(self._read)
+        os.close(self._read)
+        os.close(self.pidfd)
 
-    def on_exit(self, status: int, cpu_s: float = 0.0) -> None:
-        """The wait status has come, from the parent of the process (not from the process)."""
-        self._status, self._usage_cpu_s = status, cpu_s
-        if self.request is None:
-            self._close(Lost(f'ended before its snippet ({self._last_words()})'))
-            return
-        if self._timer:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(_GRACE_S, self.lose)  # pipes close with the last process
-        self._settle()
 
-    def lose(self) -> None:
-        """The worker is gone and its wait status with it."""
-        if self._over:
-            return
-        if self.request is not None and self._cause is not None:
-            self._status = signal.SIGKILL
-            self._open.clear()
-            self._settle()
-        else:
-            self._close(Lost('its worker was lost'))
+class Zygote:
+    """The supervisor's end of one warm worker."""
 
-    def _last_words(self) -> str:
+    def __init__(self, supervisor: Supervisor):
+        self.supervisor = supervisor
+        self.ready = self.dead = self.draining = False
+        self.children: dict[int, Child] = {}
+        self.ordered: dict[int, int] = {}  # number → uid, forks asked for and not yet announced
+        self.uids: dict[int, int] = {}
+        self.pids: dict[int, int] = {}  # pid in the jail → number
+        self.forked = 0
+        self._heard = time.monotonic()
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        settings = supervisor.settings
+        words = json.dumps({
+            'preload': list(settings.preload), 'scratch_mb': settings.scratch_mb, 'files': settings.files,
+            'scratch_inodes': settings.scratch_inodes, 'processes': settings.processes,
+            'single_uid': jail.single_uid()})
+        config = jail.zygote(supervisor.guest, theirs.fileno(), words)
+        argv, descriptor = jail.command(supervisor.nsjail, config)
+        self.jail = Jail(argv, [theirs.fileno(), descriptor])
+        os.close(descriptor)
+        theirs.close()
         with contextlib.suppress(OSError):
-            os.set_blocking(self._err, False)
-            return os.read(self._err, 4096).decode(errors='replace')
-        return ''
+            supervisor.groups.adopt(self.jail.process.pid, 'zygotes')
+        self.link.setblocking(False)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self.link.fileno(), self._on_message)
+        self._loop.add_reader(self.jail.pidfd, self.die)
 
-    def _settle(self) -> None:
-        if self._over or self._status is None or self._open or self.request is None:
-            return
-        wall_s = time.monotonic() - self._start
-        status, cpu_s = self._status, max(0.0, self._used_cpu_s())
-        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-        exit_code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
-        if self._cause is Verdict.OUTPUT_LIMIT:
-            verdict = self._cause
-        elif self.slot.oom_kills() > 0:
-            verdict = Verdict.OOM
-        elif self._cause is not None:
-            verdict = self._cause
-        elif exit_code is not None:
-            verdict = Verdict.OK if exit_code == 0 else Verdict.ERROR
-        elif number in (signal.SIGKILL, signal.SIGXCPU):
-            # The first process of a namespace cannot kill itself: this was the CPU backstop, or somebody outside.
-            if cpu_s < self._cpu_s:
-                self._close(Lost('killed from outside'))
+    def fork(self) -> None:
+        """Orders one more child."""
+        number = self.supervisor.next_number()
+        uid = self.supervisor.uids.popleft()
+        try:
+            self.link.send(_DOWN.pack(number, uid))
+        except OSError:
+            self.supervisor.uids.append(uid)
+            return  # dying: the readers will see it
+        if not self.ordered:
+            self._heard = time.monotonic()
+        self.ordered[number] = uid
+        self.forked += 1
+
+    def watch(self) -> None:
+        """Ends a worker that owes an answer for too long (stopped, or out of memory)."""
+        if (self.ordered or not self.ready) and time.monotonic() - self._heard > _PATIENCE_S:
+            self.die()
+
+    def _on_message(self) -> None:
+        while not self.dead:
+            try:
+                data, ancillary, _, _ = self.link.recvmsg(4096, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
                 return
-            verdict = Verdict.TIMEOUT
-        else:
-            verdict = Verdict.SIGNAL
-        if verdict in (Verdict.OUTPUT_LIMIT, Verdict.OOM, Verdict.TIMEOUT):
-            exit_code = number = None  # whether the kill or the end came first is chance
-        fetched = {} if self._cause else self._fetch(self.request.fields.get('fetch', ()))
-        self._close({
-            'verdict': verdict, 'exit_code': exit_code, 'signal': number, 'cpu_s': cpu_s, 'wall_s': wall_s,
-            'peak_mb': self.slot.peak_mb(), 'truncated': self._cut, 'files': fetched,
-            'stdout': self._pipes[self._out].decode('utf-8', 'replace'),
-            'stderr': self._pipes[self._err].decode('utf-8', 'replace')})
+            except OSError:
+                data = b''
+            if not data:
+                self.die()
+                return
+            self._heard = time.monotonic()
+            kind, number, pid, status, cpu_s = _UP.unpack(data)
+            if kind == _READY:
+                self.ready = True
+                self.supervisor.dispatch()
+            elif kind == _CHILD:
+                descriptors = array.array('i')
+                for level, type_, raw in ancillary:
+                    if (level, type_) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                        descriptors.frombytes(raw)
+                self.pids[pid] = number
+                self._adopt(number, *descriptors)
+            elif child := self.children.pop(self.pids.pop(pid, -1), None):
+                child.on_exit(status, cpu_s)
 
-    def _fetch(self, paths: list[str]) -> dict[str, str]:
-        """Regular files below /box, base64; links are not followed, so nothing else can be reached."""
-        fetched, room = {}, FETCH_BYTES
-        for path in paths:
-            parts = [p for p in os.path.normpath(os.path.join('/box', path)).split('/') if p]
-            opened: list[int] = []
-            with contextlib.suppress(OSError):
-                try:
-                    if parts[:1] != ['box'] or len(parts) < 2:
-                        continue
-                    at = self._box
-                    for part in parts[1:-1]:
-                        at = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
-                        opened.append(at)
-                    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                    opened.append(os.open(parts[-1], flags, dir_fd=at))
-                    facts = os.fstat(opened[-1])
-                    if stat.S_ISREG(facts.st_mode) and facts.st_size <= room:
-                        content = os.read(opened[-1], facts.st_size)
-                        room -= len(content)
-                        fetched[path] = base64.b64encode(content).decode()
-                finally:
-                    for descriptor in opened:
-                        os.close(descriptor)
-        return fetched
+    def _adopt(self, number: int, pidfd: int, control: int, out: int, err: int) -> None:
+        self.uids[number] = self.ordered.pop(number)
+        self.children[number] = Child(
+            number, pidfd, socket.socket(fileno=control), out, err, self.supervisor.groups.take(),
+            self.supervisor.on_child_ready, self._on_child_end, self.supervisor.settings.output_bytes)
 
-    def _close(self, outcome: dict | Lost) -> None:
-        if self._over:
+    def _on_child_end(self, child: Child, outcome: dict | Lost) -> None:
+        self.children.pop(child.number, None)
+        self.supervisor.uids.append(self.uids.pop(child.number))
+        self.supervisor.on_child_end(child, outcome)
+
+    def die(self) -> None:
+        """The worker is gone (or is told to go): its snippets are lost here and run elsewhere."""
+        if self.dead:
             return
-        self._over = True
-        if self._timer:
-            self._timer.cancel()
+        self.dead = True
+        self._loop.remove_reader(self.link.fileno())
+        self._loop.remove_reader(self.jail.pidfd)
+        words = self.jail.last_words()
+        self.link.close()
+        self.jail.close()  # returns when nsjail is reaped; the kernel has then killed all in its namespace
+        for child in list(self.children.values()):
+            child.lose()
+        self.supervisor.uids.extend(self.ordered.values())
+        self.supervisor.on_zygote_death(self, words)
+
+
+class Cold:
+    """One jail for one snippet, each limit by nsjail itself."""
+
+    def __init__(self, supervisor: Supervisor):
+        self.supervisor = supervisor
+        control, theirs = socket.socketpair()
+        control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        out, out_write = os.pipe()
+        err, err_write = os.pipe()
+        log, log_write = os.pipe()
+        os.set_blocking(log, False)
+        config = jail.cold(supervisor.guest, (theirs.fileno(), out_write, err_write), log_write,
+                           supervisor.settings)
+        argv, descriptor = jail.command(supervisor.nsjail, config)
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=log_write, stderr=log_write, preexec_fn=_die_with_parent,
+            pass_fds=[theirs.fileno(), out_write, err_write, descriptor, log_write], start_new_session=True)
+        for unneeded in (descriptor, out_write, err_write, log_write):
+            os.close(unneeded)
+        theirs.close()
+        self._log = log
+        with contextlib.suppress(OSError):
+            supervisor.groups.adopt(self.process.pid, 'cold')
+        supervisor.cold_pids.add(self.process.pid)
+        self._pidfd = os.pidfd_open(self.process.pid)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._pidfd, self._on_exit)
+        self.child = Child(supervisor.next_number(), os.dup(self._pidfd), control, out, err, supervisor.groups.take(),
+                           self._on_ready, self._on_end, supervisor.settings.output_bytes)
+
+    def _on_ready(self, child: Child) -> None:
+        try:
+            child.track()
+        except OSError:
+            return  # gone already: the exit is on its way
+        self.supervisor.on_child_ready(child)
+
+    def _on_exit(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        self.process.wait()
+        self.supervisor.cold_pids.discard(self.process.pid)
+        words = b''
+        with contextlib.suppress(OSError):
+            words = os.read(self._log, 1 << 20)
+        os.close(self._log)
+        os.close(self._pidfd)
+        exited = re.findall(rb'exited with status: (\d+)', words)
+        killed = re.findall(rb'terminated with signal: [^\n]*?\((\d+)\)', words)
+        if exited:
+            self.child.on_exit(int(exited[-1]) << 8)
+        elif killed:
+            self.child.on_exit(int(killed[-1]))
+        else:
+            lines = [x for x in words.decode(errors='replace').splitlines() if x.startswith(('[E]', '[F]', '[W]'))]
+            self.supervisor.complain(' | '.join(lines[-3:]) or 'nsjail said nothing')
+            self.child.lose()
+
+    def _on_end(self, child: Child, outcome: dict | Lost) -> None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._loop.remove_reader(self._control.fileno())
-        self._loop.remove_writer(self._control.fileno())
-        self._control.close()
-        for descriptor in self._pipes:
-            self._loop.remove_reader(descriptor)
-            os.close(descriptor)
-        for descriptor in (self._pidfd, self._box):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._report(self, outcome)
+            self.process.kill()
+        self.supervisor.on_child_end(child, outcome)

@@ -9,7 +9,9 @@ from tests.sandbox import cases
 
 PARAMETERS = [
     pytest.param(path, case, id=f'{path}-{case.name}', marks=() if case.quick else pytest.mark.slow)
-    for case in cases.ALL for path in ('warm', 'cold')]
+    for case in cases.ALL
+    for path in ('warm', 'cold')
+]
 
 
 @pytest.mark.parametrize('path, case', PARAMETERS)

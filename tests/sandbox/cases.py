@@ -4,6 +4,8 @@ Limits of the suite: 1 CPU second, 3 s wall, 256 MB, 64 processes, 16 MB and 512
 `quick` cases run in the fast tier.
 """
 
+# ruff: noqa: E501 — a table
+
 from __future__ import annotations
 
 import dataclasses

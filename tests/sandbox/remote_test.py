@@ -58,15 +58,28 @@ def _address(server: http.server.HTTPServer) -> str:
 
 
 def test_results_are_the_pools(servers, pools):
-    snippets = ['print(1 + 1)', '1 / 0', 'import sys\nsys.exit(3)', 'import os\nos.abort()', 'print("x" * 10**6)',
-                'x = []\nwhile True: x.append(bytearray(10**7))', 'while True: pass', 'import random\nprint(random.random())']
+    snippets = [
+        'print(1 + 1)',
+        '1 / 0',
+        'import sys\nsys.exit(3)',
+        'import os\nos.abort()',
+        'print("x" * 10**6)',
+        'x = []\nwhile True: x.append(bytearray(10**7))',
+        'while True: pass',
+        'import random\nprint(random.random())',
+    ]
     settings = RemoteSettings(addresses=tuple(s.address for s in servers), cpu_s=1.0, wall_s=3.0, memory_mb=256)
     with Remote(settings) as remote:
         futures = [remote.submit(code, seed=5) for code in snippets]
         for code, future in zip(snippets, futures):
             there, here = future.result(120), pools('warm').submit(code, seed=5).result(120)
             assert (there.verdict, there.stdout, there.exit_code, there.signal, there.truncated) == (
-                here.verdict, here.stdout, here.exit_code, here.signal, here.truncated), code
+                here.verdict,
+                here.stdout,
+                here.exit_code,
+                here.signal,
+                here.truncated,
+            ), code
             if here.verdict is not Verdict.OUTPUT_LIMIT:
                 assert there.stderr == here.stderr
         assert sum(remote.stats()['verdicts'].values()) == len(snippets)
@@ -110,18 +123,38 @@ def test_a_host_that_dies_and_comes_back_loses_nothing(servers):
             again.stop()
 
 
-@pytest.mark.parametrize('answer', [
-    (500, {}), (200, {}), (200, {'status': 'SandboxError', 'message': 'x'}),
-    (200, {'status': 'Success', 'run_result': {'status': 'Finished', 'return_code': 0, 'stdout': '41\n', 'stderr': ''}}),
-    (200, {'status': 'Success', 'verdict': 'ok', 'run_result': {'status': 'Finished', 'return_code': 0,
-                                                               'stdout': '794133 4999950000\n', 'stderr': ''}}),
-])
+@pytest.mark.parametrize(
+    'answer',
+    [
+        (500, {}),
+        (200, {}),
+        (200, {'status': 'SandboxError', 'message': 'x'}),
+        (
+            200,
+            {
+                'status': 'Success',
+                'run_result': {'status': 'Finished', 'return_code': 0, 'stdout': '41\n', 'stderr': ''},
+            },
+        ),
+        (
+            200,
+            {
+                'status': 'Success',
+                'verdict': 'ok',
+                'run_result': {'status': 'Finished', 'return_code': 0, 'stdout': '794133 4999950000\n', 'stderr': ''},
+            },
+        ),
+    ],
+)
 def test_a_server_that_fails_its_canary_gets_no_snippet(answer, impostor, servers):
     impostor.RequestHandlerClass.answer = answer
     with Remote(RemoteSettings(addresses=(_address(impostor), servers[0].address))) as remote:
         assert [remote.submit(f'print({i})').result(60).stdout for i in range(5)] == [f'{i}\n' for i in range(5)]
         assert remote.stats()['hosts'][0]['served'] == 0
-    with pytest.raises(RuntimeError, match='no server can be used'), Remote(RemoteSettings(addresses=(_address(impostor),))):
+    with (
+        pytest.raises(RuntimeError, match='no server can be used'),
+        Remote(RemoteSettings(addresses=(_address(impostor),))),
+    ):
         pass
 
 

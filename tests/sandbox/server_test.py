@@ -24,41 +24,87 @@ def server(pools):
     server.stop()
 
 
-@pytest.mark.parametrize('code, fields, status, run_status, return_code, stdout, verdict', [
-    ('print(1 + 1)', {}, 'Success', 'Finished', 0, '2\n', 'ok'),
-    ('print(1)\n1 / 0', {}, 'Failed', 'Finished', 1, '1\n', 'error'),
-    ('import sys\nsys.exit(137)', {}, 'Failed', 'Finished', 137, '', 'error'),
-    ('import os\nos.abort()', {}, 'Failed', 'Finished', -11, '', 'signal'),
-    ('print(7, flush=True)\nx = []\nwhile True: x.append(bytearray(b"1" * 10**6))', {'memory_limit_MB': 64}, 'Failed', 'Finished', -9, '7\n', 'oom'),
-    ('import time\nprint(5)\ntime.sleep(60)', {'run_timeout': 1}, 'Failed', 'TimeLimitExceeded', None, '5\n', 'timeout'),
-    ('while True: pass', {'run_timeout': 60, 'cpu_timeout': 0.2}, 'Failed', 'TimeLimitExceeded', None, '', 'timeout'),
-    ('print(input())', {'stdin': 'x\ny\n'}, 'Success', 'Finished', 0, 'x\n', 'ok'),
-    ('print(1)', {'stdin': None, 'unknown_key': 3}, 'Success', 'Finished', 0, '1\n', 'ok'),
-    ('print("🦀\\0")', {}, 'Success', 'Finished', 0, '🦀\0\n', 'ok'),
-    ('', {}, 'Success', 'Finished', 0, '', 'ok'),
-    ('print("\ud800")', {}, 'Failed', 'Finished', 1, '', 'error'),
-])
+@pytest.mark.parametrize(
+    'code, fields, status, run_status, return_code, stdout, verdict',
+    [
+        ('print(1 + 1)', {}, 'Success', 'Finished', 0, '2\n', 'ok'),
+        ('print(1)\n1 / 0', {}, 'Failed', 'Finished', 1, '1\n', 'error'),
+        ('import sys\nsys.exit(137)', {}, 'Failed', 'Finished', 137, '', 'error'),
+        ('import os\nos.abort()', {}, 'Failed', 'Finished', -11, '', 'signal'),
+        (
+            'print(7, flush=True)\nx = []\nwhile True: x.append(bytearray(b"1" * 10**6))',
+            {'memory_limit_MB': 64},
+            'Failed',
+            'Finished',
+            -9,
+            '7\n',
+            'oom',
+        ),
+        (
+            'import time\nprint(5)\ntime.sleep(60)',
+            {'run_timeout': 1},
+            'Failed',
+            'TimeLimitExceeded',
+            None,
+            '5\n',
+            'timeout',
+        ),
+        (
+            'while True: pass',
+            {'run_timeout': 60, 'cpu_timeout': 0.2},
+            'Failed',
+            'TimeLimitExceeded',
+            None,
+            '',
+            'timeout',
+        ),
+        ('print(input())', {'stdin': 'x\ny\n'}, 'Success', 'Finished', 0, 'x\n', 'ok'),
+        ('print(1)', {'stdin': None, 'unknown_key': 3}, 'Success', 'Finished', 0, '1\n', 'ok'),
+        ('print("🦀\\0")', {}, 'Success', 'Finished', 0, '🦀\0\n', 'ok'),
+        ('', {}, 'Success', 'Finished', 0, '', 'ok'),
+        ('print("\ud800")', {}, 'Failed', 'Finished', 1, '', 'error'),
+    ],
+)
 def test_every_ending_in_the_schemas_words(code, fields, status, run_status, return_code, stdout, verdict, server):
     reply = server.run(code, **fields)
     run = reply['run_result']
     assert (reply['status'], run['status'], run['return_code'], run['stdout'], reply['verdict']) == (
-        status, run_status, return_code, stdout, verdict), reply
+        status,
+        run_status,
+        return_code,
+        stdout,
+        verdict,
+    ), reply
     assert isinstance(run['stderr'], str) and run['execution_time'] >= 0 and reply['compile_result'] is None
     assert {'message', 'executor_pod_name', 'files', 'truncated', 'cpu_time', 'peak_mb'} <= reply.keys()
 
 
 def test_files_go_in_and_come_out(server):
-    reply = server.run('open("b", "w").write(open("d/a").read() + "!")', files={'d/a': base64.b64encode(b'hi').decode()},
-                       fetch_files=['b', 'missing'])
+    reply = server.run(
+        'open("b", "w").write(open("d/a").read() + "!")',
+        files={'d/a': base64.b64encode(b'hi').decode()},
+        fetch_files=['b', 'missing'],
+    )
     assert {k: base64.b64decode(v) for k, v in reply['files'].items()} == {'b': b'hi!'}
 
 
-@pytest.mark.parametrize('body, word', [
-    (b'{"language": "python"}', 'code'), (b'{"code": 1, "language": "python"}', 'code'), (b'{"code": null}', 'code'),
-    (b'{', 'JSON'), (b'[]', 'body'), (b'\xff', 'JSON'), (b'', 'JSON'), (b'[' * 100_000, 'JSON'),
-    (b'{"code": "", "language": "cobol"}', 'python'), (b'{"code": "", "run_timeout": -1}', 'run_timeout'),
-    (b'{"code": "", "run_timeout": NaN}', 'run_timeout'), (b'{"code": "", "files": {"a": "@"}}', 'base64'),
-])
+@pytest.mark.parametrize(
+    'body, word',
+    [
+        (b'{"language": "python"}', 'code'),
+        (b'{"code": 1, "language": "python"}', 'code'),
+        (b'{"code": null}', 'code'),
+        (b'{', 'JSON'),
+        (b'[]', 'body'),
+        (b'\xff', 'JSON'),
+        (b'', 'JSON'),
+        (b'[' * 100_000, 'JSON'),
+        (b'{"code": "", "language": "cobol"}', 'python'),
+        (b'{"code": "", "run_timeout": -1}', 'run_timeout'),
+        (b'{"code": "", "run_timeout": NaN}', 'run_timeout'),
+        (b'{"code": "", "files": {"a": "@"}}', 'base64'),
+    ],
+)
 def test_bad_bodies_are_answered_422_with_the_field(body, word, server):
     status, answer, _ = server.request('POST', '/run_code', body)
     assert status == 422 and word in json.loads(answer)['detail'], answer
@@ -79,8 +125,18 @@ def test_metrics_count_by_verdict(server):
 
 def call_like_verl(address: str, code: str, stdin: str, timeout: int) -> dict:
     """A request as verl's reward client sends it, and the fields it reads from the answer."""
-    payload = json.dumps({'compile_timeout': timeout, 'run_timeout': timeout, 'code': code, 'stdin': stdin,
-                          'memory_limit_MB': 1024, 'language': 'python', 'files': {}, 'fetch_files': []})
+    payload = json.dumps(
+        {
+            'compile_timeout': timeout,
+            'run_timeout': timeout,
+            'code': code,
+            'stdin': stdin,
+            'memory_limit_MB': 1024,
+            'language': 'python',
+            'files': {},
+            'fetch_files': [],
+        }
+    )
     host, port = address.removeprefix('http://').split(':')
     connection = http.client.HTTPConnection(host, int(port), timeout=2 * timeout + 10)
     connection.request('POST', '/run_code', payload, {'Content-Type': 'application/json', 'Accept': 'application/json'})
@@ -91,17 +147,30 @@ def call_like_verl(address: str, code: str, stdin: str, timeout: int) -> dict:
     compiled, run = reply.get('compile_result'), reply.get('run_result')
     seen = {'api_status': reply.get('status'), 'compiled': compiled}
     if run:
-        seen |= {'run_status': run.get('status'), 'stdout': run.get('stdout'), 'exit_code': run.get('return_code'),
-                 'duration': run.get('execution_time'), 'stderr': run.get('stderr')}
+        seen |= {
+            'run_status': run.get('status'),
+            'stdout': run.get('stdout'),
+            'exit_code': run.get('return_code'),
+            'duration': run.get('execution_time'),
+            'stderr': run.get('stderr'),
+        }
     return seen
 
 
-@pytest.mark.parametrize('code, expected', [
-    ('print(int(input()) * 2)', {'api_status': 'Success', 'run_status': 'Finished', 'stdout': '42\n', 'exit_code': 0}),
-    ('raise ValueError("no")', {'api_status': 'Failed', 'run_status': 'Finished', 'stdout': '', 'exit_code': 1}),
-    ('print("a")\nwhile True: pass',
-     {'api_status': 'Failed', 'run_status': 'TimeLimitExceeded', 'stdout': 'a\n', 'exit_code': None}),
-])
+@pytest.mark.parametrize(
+    'code, expected',
+    [
+        (
+            'print(int(input()) * 2)',
+            {'api_status': 'Success', 'run_status': 'Finished', 'stdout': '42\n', 'exit_code': 0},
+        ),
+        ('raise ValueError("no")', {'api_status': 'Failed', 'run_status': 'Finished', 'stdout': '', 'exit_code': 1}),
+        (
+            'print("a")\nwhile True: pass',
+            {'api_status': 'Failed', 'run_status': 'TimeLimitExceeded', 'stdout': 'a\n', 'exit_code': None},
+        ),
+    ],
+)
 def test_verls_way_of_asking_works(code, expected, server):
     seen = call_like_verl(server.address, code, '21\n', 2)
     assert seen | expected == seen and seen['compiled'] is None
@@ -110,8 +179,11 @@ def test_verls_way_of_asking_works(code, expected, server):
 def test_a_client_that_leaves_ends_its_snippet(server):
     connection = http.client.HTTPConnection('127.0.0.1', server.port, timeout=60)
     idle = len(children_of(server.process.pid))
-    body = {'code': 'import os\nfor _ in range(20):\n    if os.fork() == 0: break\nwhile True: pass', 'language': 'python',
-            'run_timeout': 60}
+    body = {
+        'code': 'import os\nfor _ in range(20):\n    if os.fork() == 0: break\nwhile True: pass',
+        'language': 'python',
+        'run_timeout': 60,
+    }
     connection.request('POST', '/run_code', json.dumps(body))
     deadline = time.monotonic() + 30
     while len(children_of(server.process.pid)) < idle + 20:
@@ -146,7 +218,11 @@ def test_with_a_token_nothing_runs_without_it():
     server = Server(token='hush')
     try:
         body = json.dumps({'code': 'print(1)', 'language': 'python'}).encode()
-        for given in ({'Authorization': 'Bearer wrong'}, {'Authorization': ''}, {'Authorization': 'Bearer hüsh'.encode()}):
+        for given in (
+            {'Authorization': 'Bearer wrong'},
+            {'Authorization': ''},
+            {'Authorization': 'Bearer hüsh'.encode()},
+        ):
             assert server.request('POST', '/run_code', body, given)[0] == 401
         assert server.request('GET', '/metrics', None, {'Authorization': ''})[0] == 401
         assert server.run('print(1)')['status'] == 'Success'
@@ -191,7 +267,7 @@ def _hammer(server: Server, clients: int, seconds: float) -> int:
                 connection.request('POST', '/run_code', json.dumps({'code': f'print({n} ** 2)', 'language': 'python'}))
                 response = connection.getresponse()
                 reply = json.loads(response.read())
-                if response.status != 200 or reply['run_result']['stdout'] != f'{n ** 2}\n':
+                if response.status != 200 or reply['run_result']['stdout'] != f'{n**2}\n':
                     faults.append(reply)
                     return
                 served[index] += 1

