@@ -37,8 +37,10 @@ def assert_same(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('file_bytes', [5_000_000_000, 20_000])
+@pytest.mark.parametrize('dtype, file_bytes', [
+    ('float32', 5_000_000_000), ('bfloat16', 20_000),
+    pytest.param('float32', 20_000, marks=pytest.mark.slow),
+    pytest.param('bfloat16', 5_000_000_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_round_trip_is_bit_equal_in_one_file_and_in_many(tmp_path, name, dtype, file_bytes):
     config = CONFIGS[name]

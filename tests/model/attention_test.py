@@ -1,0 +1,106 @@
+"""Attention in every form agrees with a plain float64 reference."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retool_jax.model import attention
+
+PACKED = np.array([[1] * 7 + [2] * 13 + [0] * 4, [1] * 24, [1] * 3 + [2] * 5 + [3] * 8 + [0] * 8])
+
+
+def reference(q_BTNH, k_BSKH, v_BSKH, allowed_BTS) -> np.ndarray:
+    """Float64, one head and one query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BSKH, v_BSKH))
+    b, t, n, h = q.shape
+    group, out = n // k.shape[2], np.zeros(q.shape)
+    for row in range(b):
+        for head in range(n):
+            for i in range(t):
+                keys = np.flatnonzero(allowed_BTS[row, i])
+                score = k[row, keys, head // group] @ q[row, i, head] / np.sqrt(h)
+                weight = np.exp(score - score.max())
+                out[row, i, head] = weight / weight.sum() @ v[row, keys, head // group]
+    return out
+
+
+def inputs(heads, kv_heads, head_dim=8, length=24, slots=None, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    make = lambda t, n: jnp.asarray(rng.normal(size=(3, t, n, head_dim)), dtype)
+    return make(length, heads), make(slots or length, kv_heads), make(slots or length, kv_heads)
+
+
+def allowed(segment_ids_BT) -> np.ndarray:
+    causal = np.tril(np.ones((segment_ids_BT.shape[1],) * 2, bool))
+    return causal & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(np.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize('heads, kv_heads', [(4, 2), (6, 1), (3, 3)])
+@pytest.mark.parametrize('form', ['dense', 'blocked'])
+def test_causal_attention_within_segments_is_the_reference(form, heads, kv_heads, dtype, tolerance):
+    q, k, v = inputs(heads, kv_heads, dtype=dtype)
+    function = attention.dense if form == 'dense' else functools.partial(attention.blocked, block=8)
+    out = jax.jit(function)(q, k, v, PACKED)
+    expected = reference(q, k, v, allowed(PACKED))
+    real = PACKED > 0  # what stands at padding is nobody's, but must be finite
+    assert out.dtype == dtype and bool(jnp.isfinite(out).all())
+    np.testing.assert_allclose(np.asarray(out, np.float64)[real], expected[real], atol=tolerance)
+
+
+@pytest.mark.parametrize('block', [3, 8, 24])
+def test_blocked_attention_has_the_gradients_of_dense(block):
+    q, k, v = inputs(4, 2)
+    target = inputs(4, 2, seed=1)[0]
+    loss = lambda form: lambda *x: jnp.sum(form(*x, PACKED) * target)
+    expected = jax.grad(loss(attention.dense), argnums=(0, 1, 2))(q, k, v)
+    found = jax.jit(jax.grad(loss(functools.partial(attention.blocked, block=block)), argnums=(0, 1, 2)))(q, k, v)
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_blocked_attention_holds_no_square_of_scores():
+    shape = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
+    loss = lambda q, k, v, s: attention.blocked(q, k, v, s, block=256).sum()
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(
+        shape, shape, shape, jax.ShapeDtypeStruct((1, 4096), jnp.int32)).compile()
+    block = 2 * 256 * 4096 * 4  # bytes of one block of scores
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * block
+    assert 6 * block < 2 * 4096 * 4096 * 4
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(np.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize('heads, kv_heads', [(4, 2), (6, 1), (3, 3)])
+def test_attention_over_a_cache_reads_each_row_up_to_its_own_queries(heads, kv_heads, dtype, tolerance):
+    q, k, v = inputs(heads, kv_heads, length=5, slots=32, dtype=dtype)
+    positions_BC = np.array([0, 9, 27])[:, None] + np.arange(5)
+    cache = lambda x: jnp.moveaxis(x, 1, 2)  # slots after heads
+    out = jax.jit(attention.cached)(q, cache(k), cache(v), positions_BC)
+    expected = reference(q, k, v, np.arange(32) <= positions_BC[:, :, None])
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=tolerance)
+
+
+def test_slots_beyond_the_queries_may_hold_anything_finite():
+    q, k, v = inputs(4, 2, length=2, slots=16)
+    positions_BC = np.array([[3, 4], [0, 1], [7, 8]])
+    stale = np.arange(16) > positions_BC.max(axis=1)[:, None]
+    cache = lambda x, fill: jnp.moveaxis(jnp.where(stale[:, :, None, None], fill, x), 1, 2)
+    run = jax.jit(attention.cached)
+    np.testing.assert_array_equal(run(q, cache(k, 0.0), cache(v, 0.0), positions_BC),
+                                  run(q, cache(k, 1e30), cache(v, -1e30), positions_BC))
+
+
+def test_the_choice_is_by_name_or_by_length_and_another_name_is_refused():
+    assert attention.choose('dense', 4096) is attention.dense
+    assert attention.choose('auto', 1024) is attention.dense
+    assert attention.choose('auto', 16384) is attention.blocked
+    with pytest.raises(ValueError, match="^model.attention: 'flush' is unknown; choose auto, dense, blocked"):
+        attention.choose('flush', 10)
+    with pytest.raises(ValueError, match='length 1000 is not a multiple of the attention block 512'):
+        x = jnp.zeros((1, 1000, 1, 8))
+        attention.blocked(x, x, x, jnp.ones((1, 1000), jnp.int32))

@@ -1,0 +1,76 @@
+"""Log-probabilities and entropies in pieces equal those of the whole distribution in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retool_jax.model.logprobs import score, token_logprobs
+
+B, T, D, V = 2, 12, 8, 50
+RNG = np.random.default_rng(0)
+HIDDEN = RNG.normal(size=(B, T, D)).astype(np.float32)
+TOKENS = RNG.integers(0, V, (B, T)).astype(np.int32)
+HEAD = RNG.normal(size=(D, V)).astype(np.float32)
+UNTIED, TIED = {'lm_head': {'weight': HEAD}}, {'embed_tokens': {'weight': HEAD.T}}
+
+
+def reference(temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    z = HIDDEN.astype(np.float64) @ HEAD.astype(np.float64) / temperature
+    z -= z.max(axis=-1, keepdims=True)
+    logp_BTV = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    logprob, entropy = np.zeros((B, T)), np.zeros((B, T))
+    for b in range(B):
+        for t in range(1, T):
+            logprob[b, t] = logp_BTV[b, t - 1, TOKENS[b, t]]
+            entropy[b, t] = -(np.exp(logp_BTV[b, t - 1]) * logp_BTV[b, t - 1]).sum()
+    return logprob, entropy
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.6])
+@pytest.mark.parametrize('chunk', [1, 4, 12, 256])
+@pytest.mark.parametrize('params', [UNTIED, TIED], ids=['untied', 'tied'])
+def test_pieces_of_any_length_give_the_float64_reference(params, chunk, temperature):
+    run = jax.jit(functools.partial(token_logprobs, temperature=temperature, chunk=chunk))
+    for found, expected in zip(run(params, HIDDEN, TOKENS), reference(temperature)):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, atol=3e-6)
+
+
+def test_gradients_are_those_of_log_softmax():
+    def plain(head, hidden):
+        logp = jax.nn.log_softmax(hidden @ head)
+        entropy = -(jnp.exp(logp) * logp).sum(-1)
+        taken = jnp.take_along_axis(logp[:, :-1], TOKENS[:, 1:, None], axis=-1)
+        return taken.sum() + 0.3 * entropy[:, :-1].sum()
+
+    def pieces(head, hidden):
+        logprob, entropy = token_logprobs({'lm_head': {'weight': head}}, hidden, TOKENS, chunk=4)
+        return logprob.sum() + 0.3 * entropy.sum()
+    for a, b in zip(jax.jit(jax.grad(pieces, (0, 1)))(HEAD, HIDDEN), jax.grad(plain, (0, 1))(HEAD, HIDDEN)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_no_array_of_all_positions_times_the_vocabulary_exists():
+    loss = lambda params, hidden: sum(x.sum() for x in token_logprobs(params, hidden, tokens, chunk=16))
+    tokens = np.zeros((2, 512), np.int32)
+    shape = jax.ShapeDtypeStruct((2, 512, D), jnp.float32)
+    head = {'lm_head': {'weight': jax.ShapeDtypeStruct((D, 4096), jnp.float32)}}
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(head, shape).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 512 * 4096 * 4 / 4
+
+
+def test_logits_of_any_size_do_not_overflow():
+    logits = jnp.array([[1e30, 0.0, -1e30], [88.0, 89.0, 90.0], [-1e4, -1e4, -1e4]])
+    logprob, entropy = score(logits, jnp.array([0, 2, 1]))
+    np.testing.assert_allclose(logprob, [0.0, -0.40760597, -np.log(3)], rtol=1e-6)
+    np.testing.assert_allclose(entropy, [0.0, 0.8323955, np.log(3)], rtol=1e-6)
+
+
+def test_a_length_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match='length 12 is not a multiple of the logprob chunk 5'):
+        token_logprobs(UNTIED, HIDDEN, TOKENS, chunk=5)
