@@ -44,7 +44,14 @@ class Request:
 
 
 class Lost(Exception):
-    """A worker failed before or during a snippet through no fault of the snippet."""
+    """A worker failed before or during a snippet through no fault of the snippet.
+
+    `unsealed` says that the child itself gave up while sealing: isolation cannot be had.
+    """
+
+    def __init__(self, words: str, unsealed: bool = False):
+        super().__init__(words)
+        self.unsealed = unsealed
 
 
 class Child:
@@ -57,6 +64,8 @@ class Child:
                  ready: Callable, report: Callable, output_bytes: int):
         self.number, self.slot = number, slot
         self.request: Request | None = None
+        self.sealed = False
+        self._retired = False
         self._pidfd, self._control = pidfd, control
         self._ready, self._report = ready, report
         self._pipes = {out: bytearray(), err: bytearray()}
@@ -93,6 +102,7 @@ class Child:
             self.kill(None)
             return
         self._timer.cancel()
+        self.sealed = True
         self._ready(self)
 
     def track(self) -> None:
@@ -200,11 +210,17 @@ class Child:
             self._timer.cancel()
         self._timer = self._loop.call_later(_GRACE_S, self.lose)
 
+    def retire(self) -> None:
+        """Ends a child that no snippet needs."""
+        self._retired = True
+        self.kill(None)
+
     def on_exit(self, status: int, cpu_s: float = 0.0) -> None:
         """The wait status has come, from the parent of the process (not from the process)."""
         self._status, self._usage_cpu_s = status, cpu_s
         if self.request is None:
-            self._close(Lost(f'ended before its snippet ({self._last_words()})'))
+            unsealed = not self.sealed and not self._retired
+            self._close(Lost(f'ended before its snippet ({self._last_words()})', unsealed))
             return
         if self._timer:
             self._timer.cancel()

@@ -161,9 +161,10 @@ class Supervisor:
         self.groups.give(child.slot)
         request = child.request
         if request is None:
-            self._starting = max(0, self._starting - 1)
-            self._words = str(outcome) if isinstance(outcome, Lost) and not self._words else self._words
-            self._fail()
+            if not child.sealed:
+                self._starting = max(0, self._starting - 1)
+            if isinstance(outcome, Lost) and outcome.unsealed:
+                self.complain(str(outcome))
         elif request.cancelled:
             self._requests.pop(request.id, None)
         elif isinstance(outcome, Lost):
@@ -186,16 +187,13 @@ class Supervisor:
             return
         self.counters['respawned'] += 1
         if not zygote.ready:
-            self._words = words or self._words
-            self._fail()
+            self.complain(words)
         if not self._broken:
             self._zygotes.append(Zygote(self))
 
     def complain(self, words: str) -> None:
-        """Keeps the reason of a failure for the message that ends the pool."""
-        self._words = words
-
-    def _fail(self) -> None:
+        """Counts a worker that could not isolate itself, and keeps its reason for the message that ends the pool."""
+        self._words = words or self._words
         self._failures += 1
         if self._failures >= _FAILURES * max(1, self.settings.zygotes):
             self._break()
@@ -250,12 +248,14 @@ class Supervisor:
                 continue
             if not zygote.ready:
                 continue
-            if zygote.forked >= self.settings.recycle:
+            if zygote.forked >= self.settings.recycle and zygote.successor is None:
+                zygote.successor = Zygote(self)
+                self._zygotes.append(zygote.successor)
+            if zygote.successor and (zygote.successor.ready or zygote.successor.dead):
                 zygote.draining = True
                 self.counters['recycled'] += 1
                 for child in [c for c in zygote.children.values() if c.request is None]:
-                    child.kill(None)
-                self._zygotes.append(Zygote(self))
+                    child.retire()
                 continue
             idle = sum(c.request is None for c in zygote.children.values()) + len(zygote.ordered)
             for _ in range(self.settings.spares - idle):

@@ -86,6 +86,7 @@ class Zygote:
         self.uids: dict[int, int] = {}
         self.pids: dict[int, int] = {}  # pid in the jail → number
         self.forked = 0
+        self.successor: Zygote | None = None  # starts before this one stops
         self._heard = time.monotonic()
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         settings = supervisor.settings

@@ -66,7 +66,7 @@ def test_printed_words_change_no_verdict(path, code, verdict, pools):
         'import sys\nsys.excepthook = lambda *a: print("mine")\n1 / 0',
         'import sys\nsys.settrace(lambda *a: None)\nprint(1)',
         'import builtins\nbuiltins.print = None\nbuiltins.exec = None\nbuiltins.compile = None',
-        'import os\nos._exit = None\nos.write = None\nimport sys, threading\nthreading._shutdown = None\nsys.stderr = None',
+        'import os, sys, threading\nos._exit = None\nos.write = None\nthreading._shutdown = None\nsys.stderr = None',
         'import sys\nfor name in list(sys.modules): del sys.modules[name]',
         'import gc\ngc.unfreeze()\ngc.collect()\nfor x in gc.get_objects():\n    if isinstance(x, dict): x.clear()',
     ],
@@ -132,9 +132,9 @@ def test_every_worker_gives_the_same_bytes(pool):
     expected = pool.submit(SAME_EVERYWHERE, seed=7).result(60)
     assert expected.verdict is Verdict.OK, expected.stderr
     with Pool(SandboxSettings(zygotes=2, recycle=3, **LIMITS)) as other:
-        for result in [future.result(60) for future in [other.submit(SAME_EVERYWHERE, seed=7) for _ in range(8)]]:
-            assert result.stdout == expected.stdout
-        assert other.stats()['recycled'] > 0
+        while other.stats().get('recycled', 0) < 2:
+            for result in [future.result(60) for future in [other.submit(SAME_EVERYWHERE, seed=7) for _ in range(8)]]:
+                assert result.stdout == expected.stdout
     assert pool.submit(SAME_EVERYWHERE, seed=8).result(60).stdout != expected.stdout
 
 
@@ -293,7 +293,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_nothing_survives_a_killed_trainer(number):
     root = str(pathlib.Path(__file__).parents[2])
     trainer = subprocess.Popen(
@@ -353,3 +353,15 @@ def test_results_cross_the_wire_as_they_are(pool):
     text = ''.join(map(chr, [*range(1, 300), 0x1F980, 0x4E2D]))
     result = pool.submit(f'import json\nprint(json.loads({json.dumps(json.dumps(text))}), end="")').result(60)
     assert result.stdout == text
+
+
+@pytest.mark.slow
+def test_a_single_zygote_may_be_recycled_or_killed_again_and_again():
+    with Pool(SandboxSettings(zygotes=1, spares=4, recycle=6, **LIMITS)) as pool:
+        for _ in range(3):
+            recycled = pool.stats().get('recycled', 0)
+            while pool.stats().get('recycled', 0) == recycled:
+                assert [r.stdout for r in run_all(pool, ['print(1)', 'print(2)'])] == ['1\n', '2\n']
+        for i in range(4):
+            os.kill(_workers(pool)[0], signal.SIGKILL)
+            assert pool.submit(f'print({i})').result(60).stdout == f'{i}\n'

@@ -99,6 +99,7 @@ def test_load_is_spread_and_async_run_works(servers):
         assert min(host['served'] for host in remote.stats()['hosts']) > 5
 
 
+@pytest.mark.slow
 def test_a_host_that_dies_and_comes_back_loses_nothing(servers):
     mortal = Server()
     settings = RemoteSettings(addresses=(servers[0].address, mortal.address), backoff_s=0.1, max_backoff_s=0.5)
@@ -176,12 +177,13 @@ def test_retries_have_an_end(impostor):
     remote.close()
 
 
+@pytest.mark.slow
 def test_a_full_server_is_asked_again_later():
     server = Server('--concurrency=1', '--queue=2')
     try:
         with Remote(RemoteSettings(addresses=(server.address,), in_flight=16)) as remote:
-            futures = [remote.submit(f'import time\ntime.sleep(0.02)\nprint({i})') for i in range(20)]
-            assert [f.result(120).stdout for f in futures] == [f'{i}\n' for i in range(20)]
+            futures = [remote.submit(f'import time\ntime.sleep(0.02)\nprint({i})') for i in range(6)]
+            assert [f.result(120).stdout for f in futures] == [f'{i}\n' for i in range(6)]
             assert remote.stats()['retried'] == 0
     finally:
         server.stop()
