@@ -51,7 +51,8 @@ def analyse(transcripts: Sequence[Transcript]) -> CodeUse:
         raise ValueError('analysis: no answers; a set must hold at least one')
     n = len(transcripts)
     coded = [t for t in transcripts if t.snippets]
-    last = {right: [t.snippets[-1].verdict == Verdict.OK for t in coded if t.correct == right] for right in (True, False)}
+    last = {right: [t.snippets[-1].verdict == Verdict.OK for t in coded if t.correct == right]
+            for right in (True, False)}
     failures = [(t, call, then) for t in transcripts for call, then in repairs(t.snippets)]
     return CodeUse(
         answers=n,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -51,6 +51,16 @@ def spread(parts: Sequence[Part], limit: int) -> list[Part]:
     return found
 
 
+def quotas(counts: Sequence[int], limit: int) -> list[int]:
+    """How many of each part's episodes to take: all where they fit into `limit`, else an even share."""
+    found, left = [0] * len(counts), limit
+    order = sorted(range(len(counts)), key=lambda i: counts[i])
+    for done, i in enumerate(order):  # small parts leave room for the others
+        found[i] = min(counts[i], left // (len(order) - done))
+        left -= found[i]
+    return found
+
+
 def choose(part: Part, transcripts: Sequence[Transcript], share: int) -> list[Chosen]:
     """`share` episodes of a part drawn evenly at random, always the same ones, in their order."""
     numbers = range(len(transcripts))
@@ -59,11 +69,10 @@ def choose(part: Part, transcripts: Sequence[Transcript], share: int) -> list[Ch
     return [Chosen(part, i, transcripts[i]) for i in numbers]
 
 
-def embed(run: Run, chosen: Sequence[Chosen], total: int, limits: Limits) -> tuple[dict[str, Any], list[str]]:
+def embed(run: Run, chosen: Sequence[Chosen], limits: Limits) -> tuple[dict[str, Any], list[str]]:
     """The index and one JSON block per episode, of as many chosen episodes as the budget holds.
 
     Episodes enter in an order that is random but fixed, so that a tight budget thins all parts alike.
-    `total` is the number of episodes in the run's folder.
     """
     order = random.Random(0).sample(range(len(chosen)), len(chosen))
     kept, with_tokens, characters, tokens = set(), set(), 0, 0
@@ -80,7 +89,7 @@ def embed(run: Run, chosen: Sequence[Chosen], total: int, limits: Limits) -> tup
     arrays = _arrays(run, [c for i, c in enumerate(chosen) if i in with_tokens])
     blocks = [dump(_body(c.transcript, arrays.get((c.part, c.number)))) for c in shown]
     ids = sorted({int(t) for a in arrays.values() for t in np.unique(a.tokens)})
-    return _index(run, shown, total, ids), blocks
+    return _index(run, shown, ids), blocks
 
 
 def dump(value: Any) -> str:
@@ -97,7 +106,7 @@ def _arrays(run: Run, chosen: Sequence[Chosen]) -> dict[tuple[Part, int], Arrays
     return found
 
 
-def _index(run: Run, shown: Sequence[Chosen], total: int, ids: Sequence[int]) -> dict[str, Any]:
+def _index(run: Run, shown: Sequence[Chosen], ids: Sequence[int]) -> dict[str, Any]:
     """Columns are lists side by side; problems and parts are named once."""
     problems = {c.transcript.problem: 0 for c in shown}
     problems = {problem: i for i, problem in enumerate(problems)}
@@ -106,7 +115,7 @@ def _index(run: Run, shown: Sequence[Chosen], total: int, ids: Sequence[int]) ->
              int(t.correct), [str(call.verdict) for call in t.calls], '' if t.stop is None else str(t.stop),
              t.length, t.turns, int(t.void)] for c in shown for t in [c.transcript]]
     return {
-        'total': total, 'rows': rows,
+        'rows': rows,
         'parts': [{'name': p.name, 'kind': p.kind, 'step': p.step, 'label': labels.part(p)} for p in parts],
         'problems': [[p.id, p.question, p.answer, p.family, p.source] for p in problems],
         'vocabulary': _spellings(run, ids),
@@ -156,11 +165,3 @@ def _runs(column: np.ndarray) -> list[int]:
 
 def _clip(text: str) -> str:
     return text if len(text) <= MOST_OUTPUT else f'{text[:MOST_OUTPUT]}\n… [{len(text) - MOST_OUTPUT} characters more]'
-
-
-def iterate(run: Run, limits: Limits) -> Iterator[tuple[Part, list[Transcript]]]:
-    """The parts that a report reads, one in memory at a time."""
-    for part in spread(run.parts, limits.parts):
-        found = run.transcripts(part)
-        if found:
-            yield part, found

@@ -24,10 +24,11 @@ class Series:
     dots: bool = False
 
 
-def line_chart(title: str, note: str, series: Sequence[Series], *, unit: str = '', x_label: str = 'step') -> str:
+def line_chart(title: str, note: str, series: Sequence[Series], *, unit: str = '',
+               x_label: str = 'step', legend: bool = False) -> str:
     """An HTML figure of series that share their axes; '' where there is no finite point.
 
-    unit is '%' for shares (drawn from 0 to 100 %), else a word behind the numbers.
+    unit is '%' for shares: drawn from 0, and up to 100 % where they go that far.
     """
     series = [dataclasses.replace(s, points=_thin(s.points)) for s in series]
     series = [s for s in series if s.points]
@@ -36,7 +37,10 @@ def line_chart(title: str, note: str, series: Sequence[Series], *, unit: str = '
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
     x0, x1 = min(xs), max(max(xs), min(xs) + 1)
-    y_ticks = [0, 0.25, 0.5, 0.75, 1.0] if unit == '%' else ticks(min(ys), max(ys))
+    if unit == '%':
+        y_ticks = [0, 0.25, 0.5, 0.75, 1.0] if max(ys) > 0.4 else ticks(min(0.0, *ys), max(*ys, 1e-3))
+    else:
+        y_ticks = ticks(min(ys), max(ys))
     y0, y1 = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
     to_x = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
     to_y = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
@@ -63,9 +67,25 @@ def line_chart(title: str, note: str, series: Sequence[Series], *, unit: str = '
             'series': [{'label': s.label, 'colour': s.colour, 'dots': s.dots,
                         'points': [[_round(x), _round(y)] for x, y in s.points]} for s in series]}
     return (f'<figure class="chart" data-chart="{html.escape(json.dumps(data), quote=True)}">'
-            f'<figcaption><b>{html.escape(title)}</b><span>{html.escape(note)}</span></figcaption>'
+            f'<figcaption><b>{html.escape(title)}</b><span>{html.escape(note)}</span>'
+            f'{_names(series) if legend else ""}</figcaption>'
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title, quote=True)}">'
             f'{"".join(marks)}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg></figure>')
+
+
+def charts(title: str, made: Sequence[str], folded: bool = False) -> str:
+    """A titled grid of charts, those that are '' left out; '' where none is left."""
+    made = [chart for chart in made if chart]
+    if not made:
+        return ''
+    grid, title = f'<div class="charts">{"".join(made)}</div>', html.escape(title)
+    if folded:
+        return f'<details class="group"><summary>{title} <small>({len(made)})</small></summary>{grid}</details>'
+    return f'<div class="group"><h3>{title}</h3>{grid}</div>'
+
+
+def _names(series: Sequence[Series]) -> str:
+    return ''.join(f'<span><i class="swatch k-{s.colour}"></i>{html.escape(s.label)}</span>' for s in series)
 
 
 def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:

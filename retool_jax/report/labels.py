@@ -12,6 +12,8 @@ MODELS = {
     'text_sft': ('Text cold start', 'textsft'),
     'text_rl': ('RL, text only', 'text'),
 }
+SHORT = {'base': 'Random', 'sft': 'Cold start', 'tool_rl': 'RL, tools', 'text_sft': 'Text start', 'text_rl': 'RL, text'}
+SETS = ('new_operands', 'new_wording', 'larger_range')  # of the demo, the headline's first
 # Kinds of training: of metrics lines and of parts with a step.
 KINDS = {'tool': ('with interpreter', 'tool'), 'text': ('text only', 'text'), '': ('this run', 'tool')}
 _COLOURS = ('tool', 'text', 'sft', 'textsft')
@@ -37,6 +39,17 @@ def split_evaluation(part: Part) -> tuple[str, str]:
         if name.startswith(f'{known}_'):
             return known, name[len(known) + 1:]
     return '', name
+
+
+def order(part: Part) -> tuple:
+    """A key that sorts parts as the story goes: training with tools, text only, then evaluations by model."""
+    if part.training:
+        kinds = list(KINDS)
+        return 0, kinds.index(part.kind) if part.kind in kinds else len(kinds), part.kind, part.step
+    name, data = split_evaluation(part)
+    models = list(MODELS)
+    place = SETS.index(data) if data in SETS else len(SETS)
+    return 1, models.index(name) if name else len(models), f'{place}{data}', 0
 
 
 def part(part: Part) -> str:

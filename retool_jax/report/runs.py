@@ -121,6 +121,15 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{path}: not a file of episodes ({error}): remove it or write it anew') from error
 
+    def count(self, part: Part) -> int:
+        """Episodes of a part, by its first line."""
+        path = self.directory / 'episodes' / f'{part.name}.jsonl'
+        try:
+            with open(path, encoding='utf-8') as file:
+                return int(json.loads(file.readline())['episodes'])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}: not a file of episodes ({error}): remove it or write it anew') from error
+
     def arrays(self, part: Part, chosen: Sequence[int]) -> Iterator[Arrays]:
         """The per-token columns of the chosen episodes of a part, in that order; none without the npz."""
         path = self.directory / 'episodes' / f'{part.name}.npz'

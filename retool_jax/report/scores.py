@@ -86,8 +86,8 @@ RATES = (
 
 
 def _table(title: str, note: str, blocks: dict, rows: list[tuple[str, dict[str, str]]]) -> str:
-    head = ''.join(f'<th scope="col"><i class="swatch k-{labels.model(n, i)[1]}"></i>{escape(labels.model(n, i)[0])}</th>'
-                   for i, n in enumerate(blocks))
+    head = ''.join(f'<th scope="col"><i class="swatch k-{labels.model(n, i)[1]}"></i>'
+                   f'{escape(labels.SHORT.get(n) or labels.model(n)[0])}</th>' for i, n in enumerate(blocks))
     body = ''.join(f'<tr><th scope="row">{escape(name)}</th>' + ''.join(
         cells.get(n, '<td class="none">–</td>') for n in blocks) + '</tr>' for name, cells in rows)
     return (f'<section class="card"><h3>{escape(title)} <small>{escape(note)}</small></h3><div class="scroll">'

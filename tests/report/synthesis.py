@@ -12,15 +12,15 @@ from retool_jax.core.metrics import Metrics
 from retool_jax.core.records import Episode, Reward, Stop, ToolCall, Verdict
 from retool_jax.tasks import arithmetic
 from retool_jax.text.template import wrap_answer, wrap_feedback, wrap_snippet
-from retool_jax.text.tokenizer import Tokenizer
-from tests.fakes import SPECIALS, byte_tokenizer
+from retool_jax.text.tokenizer import Tokenizer, train_bpe
+from retool_jax.train import evaluate
 
 
 def episode(problem, sample: int, step: int, *, kind: str, right: bool, rng: random.Random,
             tokenizer: Tokenizer) -> Episode:
     """An answer of one kind: 'mental', 'code', 'repair', 'fail' (the snippet fails, nothing repairs it)."""
     made = Episode(problem, sample, step)
-    start, end = SPECIALS['<|im_start|>'], SPECIALS['<|im_end|>']
+    start, end = (tokenizer.special_ids[name] for name in ('<|im_start|>', '<|im_end|>'))
     made.append([start, *tokenizer.encode('user\n' + problem.question), end, start, *tokenizer.encode('assistant\n')],
                 acted=False)
     made.prompt_length = len(made.tokens)
@@ -56,8 +56,9 @@ def episode(problem, sample: int, step: int, *, kind: str, right: bool, rng: ran
     return made
 
 
-def episodes(split: str, count: int, samples: int, step: int, skill: float, tools: bool, seed: int) -> list[Episode]:
-    rng, tokenizer, found = random.Random(f'{split}{step}{seed}{tools}'), byte_tokenizer(), []
+def episodes(split: str, count: int, samples: int, step: int, skill: float, tools: bool, seed: int,
+             tokenizer: Tokenizer) -> list[Episode]:
+    rng, found = random.Random(f'{split}{step}{seed}{tools}'), []
     for problem in arithmetic.problems(split, count, seed):
         for sample in range(samples):
             kinds = ['mental', 'code', 'repair', 'fail'] if tools else ['mental']
@@ -71,7 +72,10 @@ def episodes(split: str, count: int, samples: int, step: int, skill: float, tool
 def run_folder(directory: Path, steps: int = 30, problems: int = 16, samples: int = 4, held_out: int = 48) -> Path:
     """Writes a whole run folder and returns it; 2 · steps · problems · samples training episodes."""
     directory.mkdir(parents=True, exist_ok=True)
-    decode, rng, clock, summary = byte_tokenizer().decode, random.Random(1), 0, {}
+    corpus = [p.question + wrap_snippet(arithmetic.BY_NAME[p.family].code(*arithmetic.operands_of(p)))
+              + wrap_feedback(p.answer) + wrap_answer(p.answer) for p in arithmetic.problems('train', 300, seed=1)]
+    tokenizer = train_bpe(corpus, 400, directory / 'model')
+    decode, rng, clock, summary = tokenizer.decode, random.Random(1), 0, {}
     skills = {'base': 0.0, 'sft': 0.4, 'tool_rl': 1.0, 'text_sft': 0.1, 'text_rl': 0.3}
     (directory / 'config.json').write_text(json.dumps({'run': {'seed': 0}, 'ppo': {'steps': steps}}))
     with Metrics(directory, tensorboard=False) as writer:
@@ -81,10 +85,11 @@ def run_folder(directory: Path, steps: int = 30, problems: int = 16, samples: in
             clock += 1
         for kind in ('tool', 'text'):
             for k in range(120):
-                log(f'sft_{kind}', k, {'sft/loss': 4 * math.exp(-k / 30) + rng.uniform(0.2, 0.3), 'actor/grad_norm': 1.0})
+                loss = 4 * math.exp(-k / 30) + rng.uniform(0.2, 0.3)
+                log(f'sft_{kind}', k, {'sft/loss': loss, 'actor/grad_norm': 1.0})
             for k in range(steps):
                 skill = 0.4 + 0.6 * k / steps if kind == 'tool' else 0.1 + 0.2 * k / steps
-                made = episodes('train', problems, samples, k, skill, kind == 'tool', seed=k)
+                made = episodes('train', problems, samples, k, skill, kind == 'tool', seed=k, tokenizer=tokenizer)
                 n = len(made)
                 log(f'ppo_{kind}', k, {
                     'rewards/correct': sum(e.reward.correct for e in made) / n,
@@ -99,14 +104,14 @@ def run_folder(directory: Path, steps: int = 30, problems: int = 16, samples: in
                     'time/update_s': rng.uniform(3, 4), 'time/tools_blocked_s': rng.uniform(0, 0.3),
                     'critic/explained_var': skill - 0.3, 'void_turn_ratio': 0.0, 'rollout/weird': 1.0})
                 episode_files.write(directory / 'episodes', f'{kind}_{k:05d}', made, decode)
-    for name, skill in skills.items():
-        sets = {}
-        for split in ('new_operands', 'new_wording', 'larger_range')[:1 if name in ('base', 'text_sft') else 3]:
-            made = episodes(split, held_out, 2, 0, skill, not name.startswith('text'), seed=7)
-            episode_files.write(directory / 'episodes', f'val_{name}_{split}', made, decode)
-            from retool_jax.train import evaluate
-            sets[split] = evaluate.summarise(made)
-        summary[name] = sets.pop('new_operands') | {'apart': sets}
+        for name, skill in skills.items():
+            sets = {}
+            for split in ('new_operands', 'new_wording', 'larger_range')[:1 if name in ('base', 'text_sft') else 3]:
+                made = episodes(split, held_out, 2, 0, skill, not name.startswith('text'), seed=7, tokenizer=tokenizer)
+                episode_files.write(directory / 'episodes', f'val_{name}_{split}', made, decode)
+                sets[split] = evaluate.summarise(made)
+            log(f'val_{name}', 0, {f'val/{split}/avg@2': found['avg'] for split, found in sets.items()})
+            summary[name] = sets.pop('new_operands') | {'apart': sets}
     summary |= {'code_ratio': {'before': 0.55, 'after': 0.99}, 'steps': steps, 'seconds': 745.2, 'seed': 0}
     (directory / 'summary.json').write_text(json.dumps(summary))
     return directory
