@@ -268,8 +268,7 @@ def save(directory: str | os.PathLike, config: QwenConfig, params: Params, dtype
     kinds = {jnp.dtype(kind).name: code for code, kind in DTYPES.items()}
     if name not in kinds:
         raise ValueError(f'dtype {name} is not supported; choose {", ".join(kinds)}')
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f'{directory} already exists and is never overwritten; give another directory')
+    refuse_existing(directory)
     tokenizer_files, special = _tokenizer(tokenizer_dir)
     # In the checkpoint's own order, layer by layer, so that a file holds whole layers.
     wanted = leaves(config)
@@ -305,6 +304,13 @@ def save(directory: str | os.PathLike, config: QwenConfig, params: Params, dtype
     if directory.exists():
         directory.rmdir()
     partial.rename(directory)
+
+
+def refuse_existing(directory: str | os.PathLike) -> None:
+    """Raises ValueError where writing would touch what is there."""
+    path = pathlib.Path(directory)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f'{path} already exists and is never overwritten; give another directory')
 
 
 def _tokenizer(directory: str | os.PathLike | None) -> tuple[list[pathlib.Path], dict]:

@@ -1,0 +1,80 @@
+"""Hugging Face directories to orbax checkpoints and back."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from retool_jax.core.checkpoint import Checkpoints
+from retool_jax.model import config as model_config
+from retool_jax.model import hf, qwen
+
+
+def to_orbax(source: str | os.PathLike, target: str | os.PathLike, dtype=jnp.float32,
+             progress: hf.Progress | None = None) -> None:
+    """Stores the weights of a Hugging Face directory as step 0 below `target`, at params.policy.
+
+    Errors: ValueError where `target` holds something, and those of `hf.load`.
+    """
+    hf.refuse_existing(target)  # before anything is read
+    config = model_config.load_config(source)
+    params = hf.load(source, config, dtype=dtype, progress=progress)
+    with Checkpoints(target, keep_last=1) as checkpoints:
+        checkpoints.save(0, {'params': {'policy': params}}, {'config': model_config.to_hf(config)}, wait=True)
+
+
+def to_hf(source: str | os.PathLike, target: str | os.PathLike, like: str | os.PathLike, *, step: int | None = None,
+          part: str = 'params.policy', dtype=jnp.bfloat16, progress: hf.Progress | None = None) -> None:
+    """Exports the policy of a checkpoint; config.json and tokenizer are those of the directory `like`.
+
+    step: None is the newest. part: the dotted place of the weights in the checkpoint; nothing else of
+    it is read. Errors: ValueError naming what is missing, extra or of another shape.
+    """
+    hf.refuse_existing(target)  # before anything is read
+    if not pathlib.Path(source).is_dir():
+        raise ValueError(f'checkpoint {str(source)!r} is no directory')
+    config = model_config.load_config(like)
+    with Checkpoints(source, keep_last=1) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps or step not in (None, *steps):
+            raise ValueError(f'{source}: no checkpoint of step {"any" if step is None else step}; '
+                             f'there are: {", ".join(map(str, steps)) or "none"}')
+    params = _read(pathlib.Path(source).absolute() / str(steps[-1] if step is None else step), part.split('.'),
+                   qwen.abstract_params(config))
+    hf.save(target, config, params, dtype, tokenizer_dir=like, progress=progress)
+
+
+def _read(directory: pathlib.Path, part: list[str], wanted):
+    """One subtree of a checkpoint on the default device, in the dtypes it was stored with."""
+    from orbax.checkpoint import v1 as ocp
+
+    stored = ocp.checkpointables_metadata(directory).metadata['state']
+    for depth, word in enumerate(part):
+        if not isinstance(stored, dict) or word not in stored:
+            there = ', '.join(sorted(stored)) if isinstance(stored, dict) else 'an array'
+            raise ValueError(f'{directory}: {".".join(part[:depth + 1])} is not in this checkpoint; there is {there}')
+        stored = stored[word]
+    flat = lambda tree: {'.'.join(entry.key for entry in path): leaf
+                         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    has, needs = flat(stored), flat(wanted)
+    wrong = [f'{name} is missing' for name in needs if name not in has]
+    wrong += [f'{name} is not part of this architecture' for name in has if name not in needs]
+    wrong += [f'{name} is {list(has[name].shape)}, config.json makes it {list(needs[name].shape)}'
+              for name in needs if name in has and has[name].shape != needs[name].shape]
+    if wrong:
+        more = f' (and {len(wrong) - 3} more)' if len(wrong) > 3 else ''
+        raise ValueError(f'{directory}: {".".join(part)} does not fit: {"; ".join(wrong[:3])}{more}')
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored)
+    for word in reversed(part):
+        abstract = {word: abstract}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        found = ocp.load_checkpointables(directory, {'state': abstract})['state']
+    for word in part:
+        found = found[word]
+    return found
