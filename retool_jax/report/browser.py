@@ -69,8 +69,8 @@ def choose(part: Part, transcripts: Sequence[Transcript], share: int) -> list[Ch
     return [Chosen(part, i, transcripts[i]) for i in numbers]
 
 
-def embed(run: Run, chosen: Sequence[Chosen], limits: Limits) -> tuple[dict[str, Any], list[str]]:
-    """The index and one JSON block per episode, of as many chosen episodes as the budget holds.
+def embed(run: Run, chosen: Sequence[Chosen], limits: Limits) -> tuple[dict[str, Any], list[str], int]:
+    """The index, one JSON block per episode that the budget holds, and how many of them carry their tokens.
 
     Episodes enter in an order that is random but fixed, so that a tight budget thins all parts alike.
     """
@@ -89,7 +89,7 @@ def embed(run: Run, chosen: Sequence[Chosen], limits: Limits) -> tuple[dict[str,
     arrays = _arrays(run, [c for i, c in enumerate(chosen) if i in with_tokens])
     blocks = [dump(_body(c.transcript, arrays.get((c.part, c.number)))) for c in shown]
     ids = sorted({int(t) for a in arrays.values() for t in np.unique(a.tokens)})
-    return _index(run, shown, ids), blocks
+    return _index(run, shown, ids), blocks, len(arrays)
 
 
 def dump(value: Any) -> str:

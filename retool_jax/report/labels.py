@@ -15,7 +15,8 @@ MODELS = {
 SHORT = {'base': 'Random', 'sft': 'Cold start', 'tool_rl': 'RL, tools', 'text_sft': 'Text start', 'text_rl': 'RL, text'}
 SETS = ('new_operands', 'new_wording', 'larger_range')  # of the demo, the headline's first
 # Kinds of training: of metrics lines and of parts with a step.
-KINDS = {'tool': ('with interpreter', 'tool'), 'text': ('text only', 'text'), '': ('this run', 'tool')}
+KINDS = {'tool': ('with interpreter', 'tool'), 'text': ('text only', 'text'), '': ('this run', 'tool'),
+         'step': ('this run', 'tool')}
 _COLOURS = ('tool', 'text', 'sft', 'textsft')
 
 
@@ -55,6 +56,8 @@ def order(part: Part) -> tuple:
 def part(part: Part) -> str:
     """Title of the kind of a part, without its step."""
     if part.training:
+        if part.kind == 'step':  # the only model of its run
+            return 'training'
         return f'RL, {KINDS[part.kind][0]}' if part.kind in KINDS else part.kind.replace('_', ' ')
     name, data = split_evaluation(part)
     data = data.replace('_', ' ')

@@ -22,13 +22,13 @@ def write(run_dir: str | os.PathLike, limits: Limits = Limits()) -> Path:  # noq
     """
     run = Run(run_dir)
     uses, chosen = read_episodes(run, limits)
-    index, blocks = browser.embed(run, chosen, limits)
+    index, blocks, with_tokens = browser.embed(run, chosen, limits)
     total = sum(map(run.count, run.parts))
     sections = [
         ('Scores', scores.tiles(run.summary) + scores.tables(run.summary)),
         ('Learning curves', curves.section(run.points)),
         ('How code is used', _code_use(run, limits, uses)),
-        ('Episodes', _browser(index, total)),
+        ('Episodes', _browser(len(blocks), total, with_tokens)),
     ]
     sections = [(title, body) for title, body in sections if body]
     anchors = [title.split()[0].lower() for title, _ in sections]
@@ -77,13 +77,14 @@ def _facts(run: Run) -> str:
     return f'{escape(str(run.directory))} <i>·</i> written {written}'
 
 
-def _browser(index: dict, total: int) -> str:
+def _browser(count: int, total: int, with_tokens: int) -> str:
     """The empty browser, which the page's script fills, under a line that says what it holds."""
-    count = len(index['rows'])
     if not count:
         return ''
     held = f'All {total:,} saved episodes.' if count == total else (
         f'{count:,} of {total:,} saved episodes, drawn at random and evenly over models, sets and steps.')
+    if with_tokens < count:
+        held += f' {with_tokens:,} of them carry their tokens; the others are text alone, to keep this file small.'
     return f'<p class="note">{held} Colours show who wrote what: {LEGEND}</p><div id="browser"></div>'
 
 

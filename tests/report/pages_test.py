@@ -95,6 +95,7 @@ def test_a_tight_budget_thins_tokens_first_and_then_episodes(run_dir):
     text = pages.write(run_dir, Limits(episodes=200, tokens=3000)).read_text()
     with_tokens = [body for body in bodies_of(text) if 't' in body]
     assert 0 < len(with_tokens) < 100 and sum(len(body['t']['ids']) for body in with_tokens) <= 3000
+    assert f'{len(with_tokens):,} of them carry their tokens' in text
     few = pages.write(run_dir, Limits(episodes=200, characters=5000)).read_text()
     assert 0 < len(bodies_of(few)) < 60
 
