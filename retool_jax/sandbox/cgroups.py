@@ -69,10 +69,10 @@ class Groups:
         if self.roots:
             self.version = 1
         else:
-            for mount, root, _, kind in mounts:
-                if kind == 'cgroup2' and self._adopt_v2(_bases(mount, root, own.get('', '/'))):
-                    self.version = 2
-                    break
+            bases = [base for mount, root, _, kind in mounts if kind == 'cgroup2'
+                     for base in _bases(mount, root, own.get('', '/'))]
+            if self._adopt_v2(bases, move=False) or self._adopt_v2(bases, move=True):
+                self.version = 2
         self.missing = [c for c in _V1 if c not in self.roots]
         self._free: list[Slot] = []
         self._made = 0
@@ -85,7 +85,7 @@ class Groups:
                 self.roots[controller] = base / self.name
                 return
 
-    def _adopt_v2(self, bases: list[pathlib.Path]) -> bool:
+    def _adopt_v2(self, bases: list[pathlib.Path], move: bool) -> bool:
         for base in bases:
             _sweep(base)
             with contextlib.suppress(OSError):
@@ -93,7 +93,7 @@ class Groups:
                 if not {'memory', 'pids'} <= set(available):
                     continue
                 if not {'memory', 'pids'} <= set((base / 'cgroup.subtree_control').read_text().split()):
-                    _delegate(base)
+                    _delegate(base, move)
                 root = base / self.name
                 root.mkdir(exist_ok=True)
                 (root / 'cgroup.subtree_control').write_text('+memory +pids')
@@ -223,17 +223,18 @@ class Slot:
             os.pwrite(self._files[key], str(value).encode(), 0)
 
 
-def _delegate(base: pathlib.Path) -> None:
-    """Turns the controllers on below `base`; its own processes move to a leaf first where that is ours to do."""
-    try:
-        (base / 'cgroup.subtree_control').write_text('+memory +pids')
-    except OSError:
-        leaf = base / f'{_PREFIX}_host'  # v2 allows processes only in leaves (a container's root, a user's scope)
+def _delegate(base: pathlib.Path, move: bool) -> None:
+    """Turns the controllers on below `base`; with `move` its own processes go to a leaf first.
+
+    v2 allows processes only in leaves: needed at a container's root and in a user's scope, nowhere else.
+    """
+    if move:
+        leaf = base / f'{_PREFIX}_host'
         leaf.mkdir(exist_ok=True)
         for pid in (base / 'cgroup.procs').read_text().split():
             with contextlib.suppress(OSError):
                 (leaf / 'cgroup.procs').write_text(pid)
-        (base / 'cgroup.subtree_control').write_text('+memory +pids')
+    (base / 'cgroup.subtree_control').write_text('+memory +pids')
 
 
 def _sweep(base: pathlib.Path) -> None:

@@ -70,7 +70,9 @@ class SandboxSettings:
         object.__setattr__(self, 'preload', tuple(self.preload))
         object.__setattr__(self, 'packages', tuple(self.packages))
         if not self.concurrency:
-            object.__setattr__(self, 'concurrency', 2 * len(os.sched_getaffinity(0)))
+            # macOS knows no affinity; it runs no pool either, but it may hold its settings.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+            object.__setattr__(self, 'concurrency', 2 * cores)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

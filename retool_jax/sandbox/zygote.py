@@ -26,8 +26,8 @@ DOWN = struct.Struct('=ii')  # number, user
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MS_NOSUID, _MS_NODEV = 2, 4
-_PR_CAPBSET_DROP, _PR_SET_PDEATHSIG, _PR_CAP_AMBIENT, _PR_SET_SECUREBITS = 24, 1, 47, 28
-_KEEP_NS = os.CLONE_NEWNS | os.CLONE_NEWIPC | os.CLONE_NEWUTS | os.CLONE_NEWCGROUP
+_PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 24, 47
+_OWN_NS = os.CLONE_NEWNS | os.CLONE_NEWIPC | os.CLONE_NEWUTS | os.CLONE_NEWCGROUP
 
 
 def _check(result: int, what: str) -> None:
@@ -117,7 +117,6 @@ def _seal(channel: socket.socket, uid: int, settings: dict) -> socket.socket:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), 'pdeathsig')
     os.setsid()
     os.dup2(os.open('/dev/null', os.O_RDWR), 0)
     if channel.fileno() != 3:
@@ -125,7 +124,7 @@ def _seal(channel: socket.socket, uid: int, settings: dict) -> socket.socket:
         channel.detach()
         channel = socket.socket(fileno=3)
     os.closerange(4, 1 << 16)
-    os.unshare(_KEEP_NS)
+    os.unshare(_OWN_NS)
     owner = 0 if settings['single_uid'] else uid
     options = f'size={settings["scratch_mb"]}m,nr_inodes={settings["scratch_inodes"]},mode=0700,uid={owner},gid={owner}'
     _check(_libc.mount(b'none', b'/box', b'tmpfs', _MS_NOSUID | _MS_NODEV, options.encode()), 'mount /box')

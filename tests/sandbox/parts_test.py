@@ -166,6 +166,15 @@ def test_version_2_files_get_the_limits_and_give_the_counts(fake_v2, monkeypatch
     assert (slot.cpu_s(), slot.oom_kills()) == (0.25, 1)
 
 
+def test_version_2_without_controllers_below_turns_them_on(fake_v2, monkeypatch):
+    monkeypatch.setattr(cgroups, '_mounts', lambda: [(str(fake_v2), '/', set(), 'cgroup2')])
+    monkeypatch.setattr(cgroups, '_own_groups', lambda: {'': '/'})
+    (fake_v2 / 'cgroup.subtree_control').write_text('')
+    groups = cgroups.Groups()
+    assert groups.version == 2 and (fake_v2 / 'cgroup.subtree_control').read_text() == '+memory +pids'
+    assert not (fake_v2 / 'retool_jax_host').exists()
+
+
 def test_without_writable_groups_everything_is_said_to_be_missing(monkeypatch):
     monkeypatch.setattr(cgroups, '_mounts', lambda: [])
     groups = cgroups.Groups()

@@ -29,7 +29,8 @@ HOSTILE = [
     ('for i in range(10**5): open(str(i), "w").close()', Verdict.ERROR),
     ('import os\nif os.fork() == 0:\n    while True: pass\nprint(1)', Verdict.OK),
     (
-        'import threading, time\nfor _ in range(9): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()',
+        'from threading import Thread\nfrom time import sleep\n'
+        'for _ in range(9): Thread(target=sleep, args=(9,), daemon=True).start()',
         Verdict.OK,
     ),
 ]
