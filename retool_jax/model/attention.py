@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from retool_jax.model import kernels
+
 MASKED = -1e30  # finite, so that a fully masked (padding) row stays free of NaN
 
 
@@ -54,10 +56,16 @@ def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids
 
 
 def choose(implementation: str, length: int) -> Callable[..., jax.Array]:
-    """The function that attends over whole sequences: 'dense', 'blocked', or 'auto' by length."""
+    """The function that attends over whole sequences, by name.
+
+    'dense' and 'blocked' run anywhere, 'splash' on TPU, 'cudnn' on GPU (rows of one episode each).
+    'auto' is dense up to 1,024 tokens; beyond, splash on a TPU where it fits, else blocked.
+    """
     if implementation == 'auto':
         implementation = 'dense' if length <= 1024 else 'blocked'
-    table = {'dense': dense, 'blocked': blocked}
+        if implementation == 'blocked' and jax.default_backend() == 'tpu' and length % kernels.LANES == 0:
+            implementation = 'splash'
+    table = {'dense': dense, 'blocked': blocked, 'splash': kernels.splash, 'cudnn': kernels.cudnn}
     if implementation not in table:
         raise ValueError(f'model.attention: {implementation!r} is unknown; choose auto, {", ".join(table)}')
     return table[implementation]

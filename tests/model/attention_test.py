@@ -99,7 +99,7 @@ def test_the_choice_is_by_name_or_by_length_and_another_name_is_refused():
     assert attention.choose('dense', 4096) is attention.dense
     assert attention.choose('auto', 1024) is attention.dense
     assert attention.choose('auto', 16384) is attention.blocked
-    with pytest.raises(ValueError, match="^model.attention: 'flush' is unknown; choose auto, dense, blocked"):
+    with pytest.raises(ValueError, match="^model.attention: 'flush' is unknown; choose auto, dense, blocked, splash, cudnn"):
         attention.choose('flush', 10)
     with pytest.raises(ValueError, match='length 1000 is not a multiple of the attention block 512'):
         x = jnp.zeros((1, 1000, 1, 8))

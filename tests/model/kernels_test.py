@@ -1,0 +1,123 @@
+"""Fused kernels agree with the float64 reference: TPU's in interpret mode, cuDNN's through its XLA twin."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retool_jax.core import mesh as meshes
+from retool_jax.model import attention, kernels
+from tests.model.attention_test import allowed, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTH = 256
+PACKED = np.array([[1] * 100 + [2] * 120 + [0] * 36, [1] * LENGTH])
+PADDED = np.array([[1] * 100 + [0] * 156, [1] * LENGTH])
+splash = functools.partial(kernels.splash, interpret=True)
+twin = functools.partial(kernels.cudnn, implementation='xla')
+
+
+def inputs(rows=2, heads=4, kv_heads=2, head_dim=64, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(rows, LENGTH, n, head_dim)), dtype) for n in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 5e-6), (jnp.bfloat16, 3e-2)])
+@pytest.mark.parametrize('form, segments', [(splash, PACKED), (twin, PADDED)], ids=['splash', 'cudnn'])
+def test_a_kernel_is_the_reference(form, segments, dtype, tolerance):
+    q, k, v = inputs(dtype=dtype)
+    out = np.asarray(jax.jit(form)(q, k, v, segments), np.float64)
+    expected = reference(q, k, v, allowed(segments))
+    real = segments > 0
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[real], expected[real], atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('form, segments', [(splash, PACKED), (twin, PADDED)], ids=['splash', 'cudnn'])
+def test_a_kernel_has_the_gradients_of_dense_attention(form, segments):
+    q, k, v = inputs()
+    weight = inputs()[0] * (segments > 0)[:, :, None, None]
+    gradients = lambda f: jax.jit(jax.grad(lambda *x: (f(*x, segments) * weight).sum(), argnums=(0, 1, 2)))(q, k, v)
+    for a, b in zip(gradients(form), gradients(attention.dense)):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+@pytest.mark.parametrize('sizes', [(2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize('form, segments', [(splash, PACKED), (twin, PADDED)], ids=['splash', 'cudnn'])
+def test_a_kernel_runs_on_each_devices_rows_and_heads(form, segments, sizes):
+    mesh = meshes.make_mesh(dict(zip(meshes.AXES, sizes)))
+    segments = np.concatenate([segments, segments[::-1]])
+    q, k, v = inputs(rows=4)
+
+    def run(q, k, v, s):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return form(q, k, v, s)
+    place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(('data', 'fsdp'))))
+    compiled = jax.jit(run).lower(*map(place, (q, k, v, segments))).compile()
+    out = compiled(*map(place, (q, k, v, segments)))
+    assert out.sharding.spec[2] == 'tensor'
+    real = segments > 0
+    expected = jax.jit(attention.dense)(q, k, v, segments)
+    np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=5e-6)
+
+
+def test_a_second_episode_in_a_row_is_never_taken_silently_by_a_kernel_without_segments():
+    out = np.asarray(twin(*inputs(), PACKED))
+    assert np.isnan(out[0, 100:220]).all() and np.isfinite(out[1]).all()
+    assert (out[0, 220:] == 0).all()
+
+
+def test_what_a_kernel_cannot_do_is_refused_by_name():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match='cudnn has no float32 kernel; set forward.dtype=bfloat16'):
+        kernels.cudnn(q, k, v, PADDED)
+    with pytest.raises(ValueError, match='splash needs rows of a multiple of 128 tokens, not 200; change forward.row'):
+        splash(q[:, :200], k[:, :200], v[:, :200], PACKED[:, :200])
+    mesh = meshes.make_mesh({'data': 8, 'fsdp': 1, 'tensor': 1})
+    with (jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+          pytest.raises(ValueError, match='forward.micro_rows: 2 rows do not divide over 8 devices')):
+        splash(q, k, v, PACKED)
+
+
+def test_the_choice_knows_the_kernels_by_name():
+    assert attention.choose('splash', 16384) is kernels.splash
+    assert attention.choose('cudnn', 16384) is kernels.cudnn
+
+
+COMPILE = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from retool_jax.core import mesh as meshes
+from retool_jax.model import kernels
+topology = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1')
+mesh = meshes.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 2}, topology.devices)
+rows = jax.NamedSharding(mesh, jax.P(('data', 'fsdp')))
+shape = lambda *s, t=jnp.bfloat16: jax.ShapeDtypeStruct(s, t, sharding=rows)
+def loss(q, k, v, s):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return kernels.splash(q, k, v, s).astype(jnp.float32).sum()
+compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(
+    shape(2, 32768, 8, 128), shape(2, 32768, 2, 128), shape(2, 32768, 2, 128),
+    shape(2, 32768, t=jnp.int32)).compile()
+print(compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs the TPU compiler: pip install .[plan]')
+def test_the_tpu_compiler_takes_32768_tokens_without_a_matrix_of_scores():
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]), 'TPU_SKIP_MDS_QUERY': '1',
+                                'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+    child = subprocess.run([sys.executable, '-c', COMPILE], env=environment, capture_output=True, text=True, timeout=500)
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert int(child.stdout.split()[-1]) < 32768 * 32768 * 2 / 4  # one head's scores in bfloat16, a quarter of it
