@@ -38,7 +38,8 @@ def line_chart(title: str, note: str, series: Sequence[Series], *, unit: str = '
     ys = [y for s in series for _, y in s.points]
     x0, x1 = min(xs), max(max(xs), min(xs) + 1)
     if unit == '%':
-        y_ticks = [0, 0.25, 0.5, 0.75, 1.0] if max(ys) > 0.4 else ticks(min(0.0, *ys), max(*ys, 1e-3))
+        whole = max(ys) > 0.4 or max(ys) <= 0
+        y_ticks = [0, 0.25, 0.5, 0.75, 1.0] if whole else ticks(min(0.0, *ys), max(ys))
     else:
         y_ticks = ticks(min(ys), max(ys))
     y0, y1 = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
@@ -102,15 +103,15 @@ def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[
 
 
 def number(value: float, unit: str = '') -> str:
-    """A short number: '97 %', '0.0025', '3.1e-06', '12.4k'."""
+    """A short number: '97 %', '0.0025', '3.1e-06', '12.4k', '-4.0e+11'."""
     if unit == '%':
         return f'{100 * value:.4g} %'
     if value == 0:
         return '0'
     size = abs(value)
-    if size >= 10_000:
+    if 10_000 <= size < 1e7:
         return f'{value / 1000:.4g}k'
-    return f'{value:.3g}' if size >= 1e-3 else f'{value:.1e}'
+    return f'{value:.3g}' if 1e-3 <= size < 1e7 else f'{value:.1e}'
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ const button = (text, action) => { const b = make('button', '', text); b.type = 
 // ---- charts: a cursor that reads the lines out ----------------------------------------------
 
 const readNumber = (value, unit) => unit === '%' ? (100 * value).toFixed(1) + ' %' :
-  Math.abs(value) >= 1e-3 || value === 0 ? String(+value.toPrecision(4)) : value.toExponential(2);
+  (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e7) || value === 0 ? String(+value.toPrecision(4)) : value.toExponential(2);
 
 for (const figure of document.querySelectorAll('.chart')) {
   const svg = figure.querySelector('svg'), cursor = figure.querySelector('.cursor');
@@ -153,7 +153,10 @@ if (holder) {
       row.dataset.i = r.i;
       const meta = make('div', 'meta');
       meta.append(r.part.label + (r.part.step >= 0 ? ` · step ${r.part.step}` : ''));
-      for (const v of r.verdicts) meta.append(make('span', 'chip ' + v, v.replaceAll('_', ' ')));
+      for (const v of new Set(r.verdicts)) {
+        const times = r.verdicts.filter(x => x === v).length;
+        meta.append(make('span', 'chip ' + v, v.replaceAll('_', ' ') + (times > 1 ? ` ×${times}` : '')));
+      }
       row.append(make('div', '', r.problem[QUESTION]), meta);
       made.push(row);
     }
@@ -243,7 +246,8 @@ if (holder) {
 
   function callLabel(call) {
     const label = make('span', 'label');
-    label.append(make('span', 'chip ' + call[1], call[1].replaceAll('_', ' ')), ` ${(1000 * call[2]).toPrecision(3)} ms`);
+    label.append(make('span', 'chip ' + call[1], call[1].replaceAll('_', ' ')));
+    if (call[2] > 0) label.append(` ${(1000 * call[2]).toPrecision(3)} ms`);
     return label;
   }
 
@@ -251,7 +255,7 @@ if (holder) {
     ['stdout', 'stderr'].forEach((name, n) => {
       if (!call[3 + n]) return;
       const box = make('details');
-      box.append(make('summary', '', `whole ${name} (the model saw the text above)`), make('div', 'said', call[3 + n]));
+      box.append(make('summary', '', `whole ${name} (the model saw ${call[0] < 0 ? 'none of it' : 'the text above'})`), make('div', 'said', call[3 + n]));
       said.append(box);
     });
   }
