@@ -109,8 +109,9 @@ def forward(config: QwenConfig, params: Params, tokens_BT: jax.Array, positions_
     """Hidden states after the final norm, [B, T, D] in `dtype`, by a scan over layers.
 
     `remat`: 'none' keeps activations, 'full' recomputes each layer in the backward pass, 'dots'
-    keeps matmul results only. `unroll`: layers per step of the scan (on CPU a fully unrolled tiny
-    model trains a quarter faster and compiles four times slower).
+    keeps matmul results only, 'offload' keeps those in the host's memory. `unroll`: layers per
+    step of the scan (on CPU a fully unrolled tiny model trains a quarter faster and compiles
+    four times slower).
     """
     x_BTD = params['embed_tokens']['weight'].astype(dtype)[tokens_BT]
     x_BTD = constrain(x_BTD, 'batch', 'seq', None)
@@ -123,7 +124,8 @@ def forward(config: QwenConfig, params: Params, tokens_BT: jax.Array, positions_
         return constrain(x_BTD, 'batch', 'seq', None), None
 
     policies = {'full': jax.checkpoint_policies.nothing_saveable,
-                'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+                'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+                'offload': jax.checkpoint_policies.offload_dot_with_no_batch_dims('device', 'pinned_host')}
     if remat != 'none':
         if remat not in policies:
             raise ValueError(f'model.remat: {remat!r} is unknown; choose none, {", ".join(policies)}')

@@ -53,7 +53,7 @@ def test_causal_attention_within_segments_is_the_reference(form, heads, kv_heads
     np.testing.assert_allclose(np.asarray(out, np.float64)[real], expected[real], atol=tolerance)
 
 
-@pytest.mark.parametrize('block', [3, 8, 24])
+@pytest.mark.parametrize('block', [8, pytest.param(3, marks=pytest.mark.slow)])
 def test_blocked_attention_has_the_gradients_of_dense(block):
     q, k, v = inputs(4, 2)
     target = inputs(4, 2, seed=1)[0]
@@ -99,7 +99,8 @@ def test_the_choice_is_by_name_or_by_length_and_another_name_is_refused():
     assert attention.choose('dense', 4096) is attention.dense
     assert attention.choose('auto', 1024) is attention.dense
     assert attention.choose('auto', 16384) is attention.blocked
-    with pytest.raises(ValueError, match="^model.attention: 'flush' is unknown; choose auto, dense, blocked, splash, cudnn"):
+    message = "^model.attention: 'flush' is unknown; choose auto, dense, blocked, splash, cudnn"
+    with pytest.raises(ValueError, match=message):
         attention.choose('flush', 10)
     with pytest.raises(ValueError, match='length 1000 is not a multiple of the attention block 512'):
         x = jnp.zeros((1, 1000, 1, 8))

@@ -118,6 +118,7 @@ print(compiled.memory_analysis().temp_size_in_bytes)
 def test_the_tpu_compiler_takes_32768_tokens_without_a_matrix_of_scores():
     environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]), 'TPU_SKIP_MDS_QUERY': '1',
                                 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
-    child = subprocess.run([sys.executable, '-c', COMPILE], env=environment, capture_output=True, text=True, timeout=500)
+    child = subprocess.run([sys.executable, '-c', COMPILE], env=environment, capture_output=True, text=True,
+                           timeout=500)
     assert child.returncode == 0, child.stderr[-3000:]
     assert int(child.stdout.split()[-1]) < 32768 * 32768 * 2 / 4  # one head's scores in bfloat16, a quarter of it

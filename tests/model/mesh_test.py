@@ -26,7 +26,7 @@ CONFIG = make_config('qwen2', num_attention_heads=8, num_key_value_heads=2, head
 FORWARD = ForwardSettings(dtype='float32', attention='dense', remat='none', unroll=1, logprob_chunk=8, micro_rows=8,
                           row_width=16, row_segments=2)
 SIZES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == DEVICES]
-QUICK = ((2, 2, 2), (1, 2, 4))  # the second has more tensor parts than KV heads
+QUICK = ((1, 2, 4),)  # more tensor parts than KV heads
 LR = 1e-2
 # Plain descent keeps no moments that the donated gradients could become.
 pytestmark = pytest.mark.filterwarnings('ignore:optax.global_norm', 'ignore:Some donated buffers')
@@ -93,7 +93,7 @@ def test_loss_and_gradients_are_those_of_one_device(sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes', QUICK, ids=str)
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 2, 4)], ids=str)
 def test_parameters_after_adamw_are_those_of_one_device(sizes):
     _, after, _ = step_on(make_mesh(sizes), optimizer_of('adamw'))
     _, expected, _ = on_one_device('adamw')

@@ -147,7 +147,8 @@ def plain_gradients():
     return loss_of(CONFIGS['qwen3'], make_tokens(CONFIGS['qwen3'], 2, 8))(PARAMS['qwen3'])
 
 
-@pytest.mark.parametrize('options', [{'remat': 'full'}, {'remat': 'dots', 'unroll': 2}], ids=str)
+@pytest.mark.parametrize('options', [{'remat': 'full'}, {'remat': 'dots', 'unroll': 2}, pytest.param(
+    {'remat': 'offload'}, marks=pytest.mark.slow)], ids=str)
 def test_recomputing_and_unrolling_change_neither_loss_nor_gradients(options):
     config, params = CONFIGS['qwen3'], PARAMS['qwen3']
     tokens = make_tokens(config, 2, 8)
@@ -159,6 +160,7 @@ def test_recomputing_and_unrolling_change_neither_loss_nor_gradients(options):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max()))
 
 
+@pytest.mark.slow
 def test_recomputing_everything_keeps_fewer_bytes():
     config = make_config(num_hidden_layers=8)
     params, tokens = qwen.abstract_params(config), np.zeros((4, 64), np.int32)
@@ -168,7 +170,7 @@ def test_recomputing_everything_keeps_fewer_bytes():
 
 
 def test_a_policy_that_is_unknown_is_refused():
-    with pytest.raises(ValueError, match="^model.remat: 'most' is unknown; choose none, full, dots"):
+    with pytest.raises(ValueError, match="^model.remat: 'most' is unknown; choose none, full, dots, offload"):
         loss_of(CONFIGS['qwen2'], make_tokens(CONFIGS['qwen2'], 1, 4), remat='most')(PARAMS['qwen2'])
 
 
