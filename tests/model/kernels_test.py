@@ -72,7 +72,7 @@ def test_a_kernel_runs_on_each_devices_rows_and_heads(form, segments, sizes):
 
 
 def test_a_second_episode_in_a_row_is_never_taken_silently_by_a_kernel_without_segments():
-    out = np.asarray(twin(*inputs(), PACKED))
+    out = np.asarray(jax.jit(twin)(*inputs(), PACKED))
     assert np.isnan(out[0, 100:220]).all() and np.isfinite(out[1]).all()
     assert (out[0, 220:] == 0).all()
 
