@@ -16,31 +16,31 @@ def get_config() -> ConfigDict:
     ppo = base.ppo(arg)
     return ConfigDict({
         'run': base.run(arg, 'demo'),
+        'model': base.model(arg),
         'mesh': base.mesh(),
         'forward': base.forward(arg),
         'sampler': base.sampler(arg),
         'turns': turns,
         'train_sampling': base.sampling(training=True),
-        'evaluate_sampling': base.sampling(training=False),
+        'evaluate_sampling': base.sampling(training=True),  # the policy as it is: when it calls is the point
         'sandbox': base.sandbox(arg),
         'feedback': base.feedback(arg),
         'reward': base.reward(),
-        'sft_optimizer': base.optimizer(3e-3, schedule='cosine', warmup_steps=20, weight_decay=0.1, b2=0.95),
+        'sft_optimizer': base.optimizer(3e-3, schedule='wsd', warmup_steps=20, weight_decay=0.1, b2=0.95),
         'optimizer': base.optimizer(3e-4, warmup_steps=2, weight_decay=0.0, b2=0.95),
         'critic_optimizer': base.optimizer(1e-3, warmup_steps=2, weight_decay=0.0, b2=0.95),
         'advantage': base.advantage(),
         'loss': base.loss(),
         'ppo': ppo,
         'recipe': {
-            'vocab_size': 512,  # BPE entries of the tokenizer, special tokens among them
-            'traces': 8000,
+            'traces': 12000,
             # Shares of trace kinds. The tool model sees both ways of working, so that RL has to
             # learn when to call; the text-only baseline sees worked steps alone.
             'easy_code': 0.4,  # families that mental arithmetic can do
-            'needy_code': 0.5,
+            'needy_code': 0.58,
             'needy_repair': 0.1,
-            'sft_steps': 300,
-            'sft_batch_tokens': 8000,
+            'sft_steps': 400,
+            'sft_batch_tokens': 2500,
             'problems': 240,  # held out: new operands
             'apart_problems': 96,  # of each of the sets scored apart
             'samples': 8,

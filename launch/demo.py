@@ -8,8 +8,13 @@ from retool_jax.core import cli  # noqa: E402
 
 
 def main(config):
+    from retool_jax.report import pages
     from retool_jax.train import recipe
-    recipe.run(config)
+
+    summary = recipe.run(config)
+    report = pages.write(config.run.dir)
+    recipe.show(summary)
+    print(f'report: {report}   model: {report.parent / "tool_rl"} (a Hugging Face directory)')
 
 
 if __name__ == '__main__':

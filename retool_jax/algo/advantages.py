@@ -155,7 +155,8 @@ def explained_variance(
 ) -> Float[Array, '']:
     """Measures how much of the returns the critic foresaw: 1 − Var(G − V)/Var(G), 0 where all G are equal."""
     missed, whole = moments(return_BT - value_BT, mask_BT), moments(return_BT, mask_BT)
-    spread = whole.deviation > 0
+    # Equal returns leave rounding behind, which is no spread.
+    spread = whole.deviation > 1e-6 * (whole.deviation + jnp.square(whole.mean) * mask_BT.sum())
     return jnp.where(spread, 1.0 - missed.deviation / jnp.where(spread, whole.deviation, 1.0), 0.0)
 
 

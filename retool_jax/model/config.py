@@ -131,5 +131,5 @@ def load_config(directory: str | pathlib.Path) -> QwenConfig:
 
 
 TINY = QwenConfig(model_type='qwen2', vocab_size=512, hidden_size=128, intermediate_size=384,
-                  num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                  num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
                   rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=4096)

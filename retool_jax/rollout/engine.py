@@ -100,7 +100,8 @@ class Engine:
         self.stats = RolloutStats()
 
     def run(self, params: Params, version: int, requests: Sequence[Request], step: int, *,
-            journal: Journal | None = None, finished: Callable[[Episode], None] = lambda episode: None) -> list[Episode]:
+            journal: Journal | None = None,
+            finished: Callable[[Episode], None] = lambda episode: None) -> list[Episode]:
         """Makes all requested episodes with `params` (sampling layout), in the order of the requests."""
         done: dict[int, Episode] = {}
         for index, episode in self.stream(params, version, requests, step, journal=journal):

@@ -42,7 +42,8 @@ def draw(logits_BV: jax.Array, key_B: jax.Array, position_B: jax.Array, temperat
     return token, jnp.take_along_axis(z, token[:, None], axis=1)[:, 0] - log_total
 
 
-def threshold(z_BV: jax.Array, p_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array, min_p_B: jax.Array) -> jax.Array:
+def threshold(z_BV: jax.Array, p_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array,
+              min_p_B: jax.Array) -> jax.Array:
     """The smallest z that is kept, per row, given z = log p − max and p = exp z (unnormalised).
 
     top-p keeps the smallest set of most probable tokens whose mass reaches top_p (ties included);

@@ -126,6 +126,11 @@ class Pool:
         self._ready.result(_START_S)
         return self
 
+    def __str__(self) -> str:
+        s, lacking = self.settings, f', not enforced: {", ".join(self.missing)}' if self.missing else ''
+        return (f'nsjail, {s.path} path, {s.zygotes} zygotes; {s.cpu_s:g} s CPU, {s.wall_s:g} s, '
+                f'{s.memory_mb} MiB a snippet{lacking}')
+
     def __enter__(self) -> Pool:
         return self.start()
 

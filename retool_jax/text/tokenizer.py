@@ -158,9 +158,11 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) ->
     specials = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
     if size < 256 + len(specials):
         raise ValueError(f'tokenizer size {size} is too small: use at least {256 + len(specials)}')
-    # Digits stand alone, so that arithmetic sees aligned columns; a run of signs takes the newlines
-    # after it, as in Qwen's vocabulary, so that small models meet the same merges at tag ends.
-    pattern = tokenizers.Regex(r' ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+\n*|\s+')
+    # Digits stand alone, so that arithmetic sees aligned columns. Tags, fences and TeX commands may
+    # become one id each, which halves a short trace. They and a run of signs take the newlines after
+    # them, as in Qwen's vocabulary, so that small models meet the same overshoot at tag ends.
+    pattern = tokenizers.Regex(
+        r'</?\p{L}+>\n*|`+\p{L}*\n*|\\\p{L}+\{| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+\n*|\s+')
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

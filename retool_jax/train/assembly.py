@@ -13,8 +13,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from retool_jax.core import mesh as meshes
+from retool_jax.core import metrics as console
 from retool_jax.core import settings
+from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
+from retool_jax.model import hf, qwen
 from retool_jax.model.config import QwenConfig
 from retool_jax.rollout.engine import Engine, Executor, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
@@ -22,9 +25,11 @@ from retool_jax.rollout.turns import Rules, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render
 from retool_jax.sandbox.pool import Pool, SandboxSettings
 from retool_jax.tasks.grader import Grader
-from retool_jax.text import tags, tokenizer as tokenizers
+from retool_jax.text import tags
+from retool_jax.text import tokenizer as tokenizers
 from retool_jax.text.template import Template, make_template
 from retool_jax.text.tokenizer import Tokenizer
+from retool_jax.train import embedded
 
 # Purposes: streams of randomness that must never meet under one seed.
 TRAINING, EVALUATION = 1, 2
@@ -37,6 +42,29 @@ class Language:
     config: QwenConfig
     tokenizer: Tokenizer
     template: Template
+
+    def __str__(self) -> str:
+        return f'{self.config.model_type}, {self.config.parameter_count():,} parameters'
+
+
+def open_language(config: ConfigDict, directory: pathlib.Path) -> Language:
+    """The model that block `model` names; without a path the embedded one, written below `directory`."""
+    if config.path is None:
+        if config.template != 'tiny':
+            raise ValueError('model.path is missing; give a Hugging Face model directory')
+        embedded.write_model(directory / 'model')
+    return load_language(config.path or directory / 'model', config.template, config.tools)
+
+
+def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sharding.Mesh) -> Params:
+    """f32 weights in the training layout: those of `model.path`, or random ones from `seed` without a path."""
+    sizes = language.config
+    rules = qwen.fit_rules(sizes, mesh, meshes.TRAIN_RULES)
+    shardings = meshes.shardings(mesh, qwen.logical_axes(sizes), rules)
+    if config.path is None:
+        return jax.jit(lambda key: embedded.init(sizes, key), out_shardings=shardings)(jax.random.key(seed))
+    with console.progress('loading weights', sum(len(leaf.names) for leaf in hf.leaves(sizes))) as advance:
+        return hf.load(config.path, sizes, shardings, progress=lambda done, total: advance())
 
 
 def load_language(path: str | pathlib.Path, template: str, tools: bool) -> Language:
@@ -95,6 +123,11 @@ def open_sandbox(config: ConfigDict) -> Iterator[Pool]:
         yield pool
     finally:
         pool.close()
+
+
+def open_executor(config: ConfigDict, tools: bool) -> contextlib.AbstractContextManager[Pool | None]:
+    """`open_sandbox`, or nothing for a model without tools."""
+    return open_sandbox(config) if tools else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import collections
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from retool_jax.core.records import Episode, Problem, Stop, Verdict
+from retool_jax.core import episodes as episode_files
+from retool_jax.core import metrics as console
 from retool_jax.core.pytrees import Params
+from retool_jax.core.records import Episode, Problem, Stop, Verdict
 from retool_jax.rollout.engine import Engine, Request
 from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template, final_text, prompt_ids
 from retool_jax.text.tokenizer import Tokenizer
 
 RESAMPLES = 2000  # of the bootstrap
+PART_ROWS = 8  # episodes per part and slot: the slots that idle at a part's end cost a few percent
 
 
 def make_requests(problems: Sequence[Problem], samples: int, template: Template, tokenizer: Tokenizer) -> list[Request]:
@@ -42,6 +46,26 @@ def run(engine: Engine, params: Params, version: int, problems: Sequence[Problem
     episodes = engine.run(params, version, make_requests(problems, samples, template, tokenizer), step,
                           finished=finished)
     grade(episodes, grader, tokenizer)
+    return episodes
+
+
+def run_in_parts(engine: Engine, params: Params, problems: Sequence[Problem], samples: int, directory: pathlib.Path,
+                 name: str, template: Template, tokenizer: Tokenizer, grader: Grader,
+                 advance: Callable[..., None]) -> list[Episode]:
+    """`run` a few problems at a time, each part kept below `directory`; parts that are there are read, not
+    made again. `advance(n=…)` counts episodes."""
+    count = max(1, PART_ROWS * engine.sampler.settings.rows // samples)
+    there, episodes = set(episode_files.names(directory)), []
+    for start in range(0, len(problems), count):
+        part, asked = f'val_{name}_{start:05d}', problems[start:start + count]
+        if part in there:
+            made = episode_files.read(directory, part)
+            advance(n=len(made))
+        else:
+            made = run(engine, params, 0, asked, samples, template, tokenizer, grader,
+                       finished=lambda episode: advance())
+            episode_files.write(directory, part, made, tokenizer.decode)
+        episodes += made
     return episodes
 
 
@@ -73,8 +97,9 @@ def interval(values: Sequence[float], seed: int = 0) -> list[float]:
 def summarise(episodes: Sequence[Episode]) -> dict:
     """Scores and statistics of graded episodes; every problem must have the same number of samples.
 
-    Returns {avg, ci, k, problems, pass, maj, exact, lenient, code_ratio, families, …}: `avg` is avg@k,
-    `pass` pass@k, both in [0, 1]; `families` maps each family to its avg.
+    Returns {avg, ci, k, problems, pass, maj, exact, lenient, code_ratio, families, by_problem, …}: `avg` is
+    avg@k, `pass` pass@k, `maj` maj@k, all in [0, 1], `pass_ci` and `maj_ci` their intervals; `families` maps
+    each family to its avg, `by_problem` each problem's id to its own.
     """
     by_problem: dict[str, list[Episode]] = collections.defaultdict(list)
     for episode in episodes:
@@ -89,11 +114,12 @@ def summarise(episodes: Sequence[Episode]) -> dict:
     for problem_id, group in by_problem.items():
         families[group[0].problem.family].append(averages[problem_id])
     calls = [call for e in episodes for call in e.calls]
+    passed = [pass_at(k, sum(e.reward.correct for e in group), k) for group in by_problem.values()]
+    won = [majority(group) for group in by_problem.values()]
     return {
         'avg': float(np.mean(list(averages.values()))), 'ci': interval(list(averages.values())), 'k': k,
-        'problems': len(by_problem),
-        'pass': float(np.mean([pass_at(k, sum(e.reward.correct for e in g), k) for g in by_problem.values()])),
-        'maj': float(np.mean([majority(g) for g in by_problem.values()])),
+        'problems': len(by_problem), 'pass': float(np.mean(passed)), 'pass_ci': interval(passed),
+        'maj': float(np.mean(won)), 'maj_ci': interval(won),
         'exact': mean(lambda e: e.reward.exact), 'lenient': mean(lambda e: e.reward.lenient),
         'code_ratio': mean(lambda e: any(c.code for c in e.calls)),
         'format': mean(lambda e: bool(e.reward.answer) and e.stop in (Stop.ANSWER, Stop.EOS)),
@@ -102,4 +128,29 @@ def summarise(episodes: Sequence[Episode]) -> dict:
         'calls': len(calls) / max(len(episodes), 1),
         'call_failures': float(np.mean([c.verdict != Verdict.OK for c in calls])) if calls else 0.0,
         'families': {name: float(np.mean(x)) for name, x in sorted(families.items())},
+        'by_problem': averages,
     }
+
+
+def as_metrics(name: str, found: dict) -> dict[str, float]:
+    """The scores of `summarise` under their names in metrics.jsonl."""
+    k = found['k']
+    return {f'val/{name}/{kind}@{k}': found[kind] for kind in ('avg', 'pass', 'maj')}
+
+
+def show(name: str, found: dict) -> None:
+    """Prints scores with intervals and what else is known of the episodes."""
+    percent = lambda x: f'{100 * x:.1f} %'
+    rows = [(f'{kind}@{found["k"]}', percent(found[kind]), ' – '.join(percent(x) for x in found[ci]))
+            for kind, ci in (('avg', 'ci'), ('pass', 'pass_ci'), ('maj', 'maj_ci'))]
+    console.table(f'{name}: {found["problems"]} problems × {found["k"]} samples',
+                  ('score', 'value', '95 % interval'), rows)
+    console.table('', ('episodes', ''), [
+        ('answered', percent(found['format'])), ('cut off at the budget (LENGTH)', percent(found['truncated'])),
+        ('void', percent(found['void'])), ('ran code', percent(found['code_ratio'])),
+        ('calls per episode', f'{found["calls"]:.2f}'), ('calls that failed', percent(found['call_failures'])),
+        ('tokens written', f'{found["length"]:.0f}'), ('exact string', percent(found['exact'])),
+        ('lenient rule', percent(found['lenient']))])
+    if len(found['by_problem']) <= 50:
+        console.table('', ('problem', f'avg@{found["k"]}'),
+                      [(name, percent(x)) for name, x in sorted(found['by_problem'].items())])

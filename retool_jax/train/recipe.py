@@ -10,11 +10,12 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import random
+import shutil
 import time
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -25,16 +26,12 @@ from retool_jax.core import settings
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.pytrees import Params, TrainState
 from retool_jax.core.records import Episode
-from retool_jax.model import config as model_config
-from retool_jax.model import qwen
+from retool_jax.model import hf
 from retool_jax.rollout.engine import Engine, Executor
 from retool_jax.sandbox.feedback import FeedbackSettings
 from retool_jax.tasks import arithmetic
 from retool_jax.tasks.grader import Grader
-from retool_jax.text import tokenizer as tokenizers
-from retool_jax.text.template import wrap_feedback, wrap_snippet
-from retool_jax.train import assembly, cold_start, evaluate, ppo, sft
-from retool_jax.train.assembly import Language
+from retool_jax.train import assembly, cold_start, evaluate, folder, ppo, sft
 from retool_jax.train.ppo import PPOSettings
 from retool_jax.train.sft import SFTSettings
 from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
@@ -45,7 +42,6 @@ from retool_jax.train.update import ForwardSettings, Learner
 class RecipeSettings:
     """Sizes of the demo."""
 
-    vocab_size: int
     traces: int  # cold-start traces per model
     easy_code: float  # share of code-augmented traces in families that mental arithmetic can do
     needy_code: float  # the same in families that need the tool
@@ -68,35 +64,20 @@ HELD_OUT = 'new_operands'  # the headline set; the others are scored apart
 APART = ('new_wording', 'larger_range')
 
 
-def make_language(config: ConfigDict, recipe: RecipeSettings, directory: pathlib.Path) -> Language:
-    """Trains the tokenizer on the task's own traces and writes a model directory (no weights)."""
-    rng = random.Random('corpus')
-    corpus = ['user\n', 'assistant\n'] * 200
-    for problem in arithmetic.problems('train', 1500, seed=recipe.traces):
-        trace = arithmetic.trace(problem, rng.choice(arithmetic.TRACE_KINDS), seed=0)
-        corpus.append(problem.question + '\n' + ''.join(
-            text if kind == 'text' else wrap_snippet(text) + wrap_feedback(problem.answer)
-            for kind, text in trace.parts))
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizers.train_bpe(corpus, recipe.vocab_size, directory)
-    sizes = dataclasses.replace(model_config.TINY, vocab_size=recipe.vocab_size)
-    (directory / 'config.json').write_text(json.dumps(model_config.to_hf(sizes), indent=2))
-    return assembly.load_language(directory, 'tiny', tools=True)
-
-
 class Story:
     """One run of the recipe: what both models share."""
 
-    def __init__(self, config: ConfigDict, executor: Executor, grader: Grader, writer: console.Metrics):
+    def __init__(self, config: ConfigDict, directory: pathlib.Path, executor: Executor, grader: Grader,
+                 writer: console.Metrics):
         self.config, self.executor, self.grader, self.writer = config, executor, grader, writer
         self.recipe = settings.build(RecipeSettings, config.recipe, 'recipe')
         self.ppo = settings.build(PPOSettings, config.ppo, 'ppo')
         self.forward = settings.build(ForwardSettings, config.forward, 'forward')
         self.feedback = settings.build(FeedbackSettings, config.feedback, 'feedback')
-        self.directory = pathlib.Path(config.run.dir)
+        self.directory = directory
         self.seed = config.run.seed
         self.mesh = assembly.make_mesh(config.mesh)
-        self.language = make_language(config, self.recipe, self.directory / 'model')
+        self.language = assembly.open_language(config.model, directory)
         self.clock = 0  # metrics lines written
 
     def engine(self, tools: bool, training: bool) -> Engine:
@@ -137,7 +118,9 @@ class Story:
             def log(step, metrics):
                 self.log(f'sft_{_kind(tools)}', step, metrics)
                 advance(f'loss {metrics["sft/loss"]:.3f}')
-            state = sft.train(learner, init_state({'policy': params}, optimizer), traces, sizes, self.seed, log)
+            # Both models start from `params`, and a step gives its state's memory to the next.
+            state = init_state({'policy': jax.tree.map(jnp.copy, params)}, optimizer)
+            state = sft.train(learner, state, traces, sizes, self.seed, log)
         return state.params['policy']
 
     def reinforce(self, tools: bool, params: Params) -> Params:
@@ -192,19 +175,19 @@ def needy_code_ratio(episodes: Sequence[Episode]) -> float:
 def run(config: ConfigDict) -> dict:
     """The whole story; returns what summary.json holds."""
     began = time.perf_counter()
-    directory = pathlib.Path(config.run.dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / 'config.json').write_text(json.dumps(settings.to_json(config), indent=2))
+    directory = folder.claim(config)
+    for old in ('model', 'checkpoints', 'episodes'):  # the same story told again
+        shutil.rmtree(directory / old, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(assembly.open_sandbox(config.sandbox))
         grader = stack.enter_context(assembly.open_grader(config.reward))
         writer = stack.enter_context(console.Metrics(directory))
-        story = Story(config, pool, grader, writer)
-        console.banner(model=f'Qwen2.5 architecture, {story.language.config.parameter_count():,} parameters',
-                       mesh=dict(story.mesh.shape), sandbox=pool, run=directory)
+        writer.rewind(None)
+        story = Story(config, directory, pool, grader, writer)
+        console.banner(model=story.language, mesh=dict(story.mesh.shape), sandbox=pool, run=directory)
 
         # One random model; two cold starts from it.
-        base = jax.jit(lambda key: qwen.init(story.language.config, key))(jax.random.key(story.seed))
+        base = assembly.load_policy(config.model, story.language, story.seed, story.mesh)
         scores = {'base': story.score('base', True, base, apart=False)}
         tool = story.sft(True, story.traces(True), base)
         scores['sft'] = story.score('sft', True, tool)
@@ -218,11 +201,31 @@ def run(config: ConfigDict) -> dict:
         checkpoints = Checkpoints(directory / 'checkpoints', keep_last=1)
         checkpoints.save(story.ppo.steps, {'tool': tool, 'text': text}, {'steps': story.ppo.steps}, wait=True)
         checkpoints.close()
+        hf.save(directory / 'tool_rl', story.language.config, tool, jnp.float32, directory / 'model')
     summary = scores | {
         'code_ratio': {'before': scores['sft']['code_ratio_needy'], 'after': scores['tool_rl']['code_ratio_needy']},
         'steps': story.ppo.steps, 'seconds': time.perf_counter() - began, 'seed': story.seed}
     (directory / 'summary.json').write_text(json.dumps(summary, indent=2))
     return summary
+
+
+def show(summary: dict) -> None:
+    """The last lines of the terminal: scores on held-out problems, per family, and when code was run."""
+    names = [name for name in ('base', 'sft', 'tool_rl', 'text_sft', 'text_rl') if name in summary]
+    percent = lambda x: f'{100 * x:.1f}'
+    k, problems = summary['sft']['k'], summary['sft']['problems']
+    rows = [[f'avg@{k}', *(percent(summary[n]['avg']) for n in names)],
+            ['95 % interval', *('–'.join(percent(x) for x in summary[n]['ci']) for n in names)]]
+    for split in APART:
+        rows.append([split, *(percent(summary[n]['apart'][split]['avg']) if split in summary[n]['apart'] else ''
+                              for n in names)])
+    rows.append(['answers in the right form', *(percent(summary[n]['format']) for n in names)])
+    rows.append(['code run where it is needed', *(percent(summary[n]['code_ratio_needy']) for n in names)])
+    rows += [[f'  {family}', *(percent(summary[n]['families'][family]) for n in names)]
+             for family in summary['sft']['families']]
+    print()
+    console.table(f'{problems} held-out problems × {k} samples, %', ['', *names], rows)
+    print(f'{summary["steps"]} RL steps, {summary["seconds"]:.0f} s, seed {summary["seed"]}')
 
 
 def _kind(tools: bool) -> str:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from retool_jax.core.pytrees import Params, TrainState
-from retool_jax.model import qwen
 from retool_jax.model.config import QwenConfig
 
 
@@ -18,7 +17,7 @@ class OptimizerSettings:
     """AdamW with a schedule."""
 
     lr: float
-    schedule: str  # after warm-up: 'constant', 'cosine' or 'linear' to 0
+    schedule: str  # after warm-up: 'constant'; 'cosine' or 'linear' to 0; 'wsd', constant and then linear to 0
     warmup_steps: int
     b1: float
     b2: float
@@ -32,7 +31,8 @@ def make_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     rest = max(steps - s.warmup_steps, 1)
     after = {'constant': lambda: optax.constant_schedule(s.lr),
              'cosine': lambda: optax.cosine_decay_schedule(s.lr, rest),
-             'linear': lambda: optax.linear_schedule(s.lr, 0.0, rest)}
+             'linear': lambda: optax.linear_schedule(s.lr, 0.0, rest),
+             'wsd': lambda: optax.linear_schedule(s.lr, 0.0, rest // 4, transition_begin=rest - rest // 4)}
     if s.schedule not in after:
         raise ValueError(f'optimizer.schedule: {s.schedule!r} is unknown; choose {", ".join(after)}')
     warmup = optax.linear_schedule(0.0, s.lr, max(s.warmup_steps, 1))
@@ -85,11 +85,3 @@ def add_critic(config: QwenConfig, policy: Params, kind: str) -> Params:
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state at step 0."""
     return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
-
-
-def load_policy(config: QwenConfig, directory: str | None, seed: int) -> Params:
-    """Weights from a Hugging Face directory, or random ones from `seed` where none is given."""
-    if directory is None:
-        return jax.jit(lambda key: qwen.init(config, key))(jax.random.key(seed))
-    from retool_jax.model import hf
-    return hf.load(directory, config)

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from retool_jax.algo import aggregation, losses, segments, tallies
-from retool_jax.algo.advantages import advantages, explained_variance, reward_on_last_acted
+from retool_jax.algo.advantages import advantages, reward_on_last_acted
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.pytrees import Batch, Params, TrainState
 from retool_jax.model import qwen
@@ -58,14 +58,17 @@ class Learner:
                  mesh: jax.sharding.Mesh, *, loss: LossSettings | None = None,
                  advantage: AdvantageSettings | None = None, temperature: float = 1.0):
         """loss and advantage are None for supervised training; temperature is the sampler's."""
+        if forward.attention == 'cudnn' and forward.row_segments > 1:
+            raise ValueError(f"forward.row_segments={forward.row_segments}: attention='cudnn' takes one episode per "
+                             'row; set it to 1')
         self.config, self.forward, self.optimizer, self.mesh = config, forward, optimizer, mesh
         self.loss, self.advantage, self.temperature = loss, advantage, temperature
         self._cut = jax.jit(lambda tree, row: jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, row, forward.micro_rows), tree))
-        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
+        self._make_zeros = None  # compiled for the parameters' shardings when they are first seen
         self._sft = jax.jit(self._add_sft, donate_argnames=('gradients',))
         self._ppo = jax.jit(self._add_ppo, donate_argnames=('gradients',))
-        self._apply = jax.jit(self._apply_gradients, donate_argnames=('state', 'gradients'))
+        self._apply = jax.jit(self._apply_gradients, donate_argnames=('state',))
         self._score = jax.jit(self._evaluate)
         self._advantages = jax.jit(self._estimate, static_argnames=('num_groups',))
         self._denominators = jax.jit(self._count)
@@ -76,7 +79,8 @@ class Learner:
         denominator = self._denominators(batch, 0, stop)[0]
         gradients, found = self._zeros(state.params), []
         for micro in self._micro(batch, 0, stop):
-            gradients, metrics = self._sft(params=state.params, gradients=gradients, micro=micro, denominator=denominator)
+            gradients, metrics = self._sft(params=state.params, gradients=gradients, micro=micro,
+                                           denominator=denominator)
             found.append(metrics)
         state, norms = self._apply(state=state, gradients=gradients)
         return state, _merge(found) | norms
@@ -122,6 +126,13 @@ class Learner:
         """Moves host arrays with a leading batch axis onto the mesh."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp'))))
 
+    def _zeros(self, params: Params) -> Params:
+        """Gradients to add to, laid out as the parameters are."""
+        if self._make_zeros is None:
+            self._make_zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params),
+                                       out_shardings=jax.tree.map(lambda x: x.sharding, params))
+        return self._make_zeros(params)
+
     def _micro(self, tree, start: int, stop: int) -> Iterator:
         for row in range(start, stop, self.forward.micro_rows):
             yield self._cut(tree, jnp.int32(row))
@@ -148,8 +159,9 @@ class Learner:
     def _estimate(self, batch: Batch, logprob_BT, reference_BT, value_BT, num_groups: int):
         reward_BT = reward_on_last_acted(batch.reward_BN, batch.acted_BT, batch.segment_ids_BT)
         reward_BT = losses.reward_less_kl(self.loss, reward_BT, logprob_BT, reference_BT, batch.acted_BT)
-        return advantages(self.advantage, reward_BT, batch.acted_BT, batch.segment_ids_BT, baseline_BN=batch.baseline_BN,
-                          update_BN=batch.update_BN, value_BT=value_BT, group_BN=batch.group_BN, num_groups=num_groups)
+        return advantages(self.advantage, reward_BT, batch.acted_BT, batch.segment_ids_BT,
+                          baseline_BN=batch.baseline_BN, update_BN=batch.update_BN, value_BT=value_BT,
+                          group_BN=batch.group_BN, num_groups=num_groups)
 
     def _mask(self, batch: Batch) -> jax.Array:
         return segments.in_update(batch.acted_BT, batch.update_BN, batch.segment_ids_BT)
@@ -197,7 +209,7 @@ class Learner:
     def _apply_gradients(self, state: TrainState, gradients: Params):
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         names = {'policy': 'actor/grad_norm', 'critic': 'critic/grad_norm'}
-        norms = {names[part]: optax.global_norm(g) for part, g in gradients.items()}
+        norms = {names[part]: optax.tree.norm(g) for part, g in gradients.items()}
         return TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates),
                           opt_state=opt_state), norms
 

@@ -1,0 +1,186 @@
+"""The engine on a real (random) model: what an episode samples depends on nothing around it."""
+
+import dataclasses
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from retool_jax.core.pytrees import Batch
+from retool_jax.core.records import ExecResult, Problem, Stop, Verdict
+from retool_jax.model import qwen
+from retool_jax.model.config import TINY
+from retool_jax.model.logprobs import token_logprobs
+from retool_jax.rollout import turns
+from retool_jax.rollout.engine import Engine, Request, SamplingSettings
+from retool_jax.rollout.journal import Journal
+from retool_jax.rollout.pack import pack
+from retool_jax.rollout.sampler import Sampler, SamplerSettings
+from retool_jax.text import tags, template
+from tests.fakes import FakePool, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+CONFIG = dataclasses.replace(TINY, vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                             head_dim=32, initializer_range=0.2)
+# A random model never spells a tag, so single letters stand for them: calls and answers are frequent.
+TABLE = tags.build_table(TOKENIZER.token_bytes, 264, {'a': tags.CODE, 'e': tags.CODE, 'f': tags.CODE,
+                                                            'o': tags.CODE, 'z': tags.ANSWER})
+SIZES = SamplerSettings(rows=8, slots=256, chunk=32, group=4, quota=8, min_bound=256, dtype='float32',
+                        cache_dtype='float32')  # one bound: on some CPU shapes matmuls round by their extent
+TURNS = turns.TurnSettings(tools=True, max_tokens=150, max_turn_tokens=60, max_turns=6, max_calls=4, on_cap='answer',
+                           on_answer='end')
+PLAIN = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+
+
+@pytest.fixture(scope='module')
+def sampler():
+    return Sampler(CONFIG, SIZES, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids)
+
+
+@pytest.fixture(scope='module')
+def params():
+    return qwen.init(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(autouse=True)
+def every_turn_is_a_snippet(monkeypatch):
+    monkeypatch.setattr(template, 'extract_snippet', lambda text: template.Snippet(text, 0))
+
+
+def answer(code):
+    return f'{len(code)} characters' + 'x' * (sum(code.encode()) % 40)
+
+
+def make_engine(sampler, latency_s=0.0, results=answer, **changes):
+    rules = turns.Rules(dataclasses.replace(TURNS, **changes), TOKENIZER, TABLE, lambda r: r.stdout)
+    return Engine(sampler, rules, PLAIN, FakePool(results, latency_s), seed=1, purpose=1)
+
+
+def requests(problems=7, samples=3):
+    made = []
+    for p in range(problems):
+        question = f'question {p} ' * (1 + p % 3)
+        problem = Problem(f'p{p}', question, 'a', 's', '')
+        made += [Request(problem, s, tuple(TOKENIZER.encode(question))) for s in range(samples)]
+    return made
+
+
+def run(sampler, params, order=None, **kwargs):
+    asked = requests()
+    order = list(range(len(asked))) if order is None else order
+    engine = make_engine(sampler, **kwargs)
+    found = engine.run(sampler.sync(params), 0, [asked[i] for i in order], step=4)
+    return {(e.problem.id, e.sample): e for e in found}, engine
+
+
+def same(a, b):
+    return a.tokens == b.tokens and a.logprobs == b.logprobs and a.acted == b.acted and a.stop == b.stop
+
+
+def test_episodes_are_bit_equal_under_random_latencies_and_any_order(sampler, params):
+    reference, _ = run(sampler, params)
+    assert sum(len(e.calls) for e in reference.values()) > 20
+    rng = random.Random(0)
+    order = list(range(21))
+    rng.shuffle(order)
+    again, _ = run(sampler, params, order=order, latency_s=lambda code: rng.random() * 0.05)
+    assert all(same(reference[k], again[k]) for k in reference)
+
+
+def test_an_episode_does_not_depend_on_its_neighbours(sampler, params):
+    reference, _ = run(sampler, params)
+    alone = make_engine(sampler).run(sampler.sync(params), 0, requests()[5:6], step=4)[0]
+    assert same(alone, reference[alone.problem.id, alone.sample])
+
+
+def test_samples_steps_and_purposes_differ(sampler, params):
+    reference, _ = run(sampler, params)
+    assert len({tuple(e.tokens) for e in reference.values()}) == len(reference)
+    other = make_engine(sampler).run(sampler.sync(params), 0, requests()[:1], step=5)[0]
+    assert other.tokens != reference['p0', 0].tokens
+
+
+def test_a_decode_loop_keyed_by_slots_would_be_noticed(sampler, params, monkeypatch):
+    """The check above can fail: with keys that follow the slot, order changes episodes."""
+    place = type(sampler).place
+
+    def keyed_by_slot(self, state, key, step, placement):
+        return place(self, state, key, step, dataclasses.replace(
+            placement, problem_R=np.asarray(placement.row_R).astype(np.uint32)))
+    monkeypatch.setattr(type(sampler), 'place', keyed_by_slot)
+    first, _ = run(sampler, params)
+    again, _ = run(sampler, params, order=list(reversed(range(21))))
+    assert not all(same(first[k], again[k]) for k in first)
+
+
+def test_sampler_and_trainer_logprobs_agree(sampler, params):
+    reference, _ = run(sampler, params)
+    episodes = list(reference.values())
+    batch: Batch = pack(episodes, width=160, rows=1, segments=4)
+    hidden = qwen.forward(CONFIG, params, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+    logprob, _ = token_logprobs(params, hidden, batch.tokens_BT, chunk=160)
+    gap = np.abs(np.where(batch.acted_BT, np.asarray(logprob) - batch.sampler_logprob_BT, 0.0))
+    assert batch.acted_BT.sum() > 300 and gap.max() < 1e-4
+
+
+def test_budgets_hold_and_lengths_agree(sampler, params):
+    reference, _ = run(sampler, params)
+    for e in reference.values():
+        assert len(e.tokens) == len(e.acted) == len(e.logprobs) == len(e.versions) <= TURNS.max_tokens
+        assert e.turns <= TURNS.max_turns and len(e.calls) <= TURNS.max_calls + 1
+        assert all(n <= TURNS.max_turn_tokens for n in (len(ids) for acted, ids in e.segments() if acted))
+        assert e.stop in (Stop.ANSWER, Stop.EOS, Stop.LENGTH, Stop.TURNS)
+    assert {e.stop for e in reference.values()} > {Stop.ANSWER}
+
+
+def test_a_prompt_beyond_the_budget_is_counted_not_dropped(sampler, params):
+    long = Request(Problem('long', 'q', 'a', 's', ''), 0, tuple(TOKENIZER.encode('x' * 150)))
+    found = make_engine(sampler).run(sampler.sync(params), 0, [requests()[0], long, long], step=0)
+    assert [e.stop for e in found[1:]] == [Stop.LENGTH] * 2 and found[1].acted_count == 0
+    assert found[0].stop != Stop.LENGTH or found[0].acted_count > 0
+
+
+def test_nothing_compiles_after_warm_up(sampler, params):
+    run(sampler, params)
+    sizes = lambda: [f._cache_size() for f in (sampler._extend, sampler._decode, sampler._fork, sampler._place)]
+    before = sizes()
+    for n in (1, 2, 5):
+        make_engine(sampler, max_turn_tokens=7 * n, max_calls=n).run(
+            sampler.sync(params), n, requests(problems=n + 1, samples=n), step=n)
+    assert sizes() == before
+
+
+def test_a_journal_replays_without_a_sandbox(sampler, params, tmp_path):
+    journal = Journal(tmp_path / 'journal.jsonl')
+    engine = make_engine(sampler)
+    first = engine.run(sampler.sync(params), 0, requests(), step=4, journal=journal)
+    journal.close()
+
+    def refuse(code):
+        raise AssertionError('the sandbox was asked')
+    journal = Journal(tmp_path / 'journal.jsonl')
+    again = make_engine(sampler, results=refuse).run(sampler.sync(params), 0, requests(), step=4, journal=journal)
+    journal.close()
+    assert all(same(a, b) for a, b in zip(first, again))
+
+
+def test_a_torn_journal_line_is_cut_off(tmp_path):
+    journal = Journal(tmp_path / 'j')
+    journal.put('a', ExecResult(Verdict.OK, '1\n', ''))
+    journal.close()
+    with open(tmp_path / 'j', 'ab') as f:
+        f.write(b'{"key": "b", "res')
+    journal = Journal(tmp_path / 'j')
+    assert journal.get('a').stdout == '1\n' and journal.get('b') is None
+    journal.put('b', ExecResult(Verdict.ERROR, '', 'no', exit_code=1))
+    journal.close()
+    journal = Journal(tmp_path / 'j')
+    assert journal.get('b').verdict == Verdict.ERROR
+    journal.close()
+
+
+def test_text_only_rollouts_take_no_executor(sampler, params):
+    rules = turns.Rules(dataclasses.replace(TURNS, tools=True), TOKENIZER, TABLE, lambda r: r.stdout)
+    with pytest.raises(ValueError, match='no executor'):
+        Engine(sampler, rules, PLAIN, None, seed=0, purpose=0)
