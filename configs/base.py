@@ -172,7 +172,7 @@ def loss() -> ConfigDict:
 def ppo(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
     return ConfigDict({
-        'steps': 30 if tiny else 400,  # P: 400
+        'steps': 20 if tiny else 400,  # P: 400
         'problems_per_step': 64 if tiny else 1024,  # ? in P; R: 1,024 × 1 for PPO
         'samples': 4 if tiny else 1,
         'minibatches': 2,  # P: mini-batch 512
@@ -182,6 +182,26 @@ def ppo(arg: str) -> ConfigDict:
         'drop_void': False,  # SimpleTIR's filter (2509.02479)
         'mask_truncated': False,
         'overlong_buffer': 0,  # DAPO's shaping (2503.14476)
+    })
+
+
+def data() -> ConfigDict:
+    return ConfigDict({
+        'sources': (),  # problem files; none: the embedded task
+        'weights': (),  # of the sources; none: every problem equally often
+    })
+
+
+def checkpoints(every: int) -> ConfigDict:
+    return ConfigDict({'every': every, 'keep_last': 2})  # every: steps
+
+
+def mix() -> ConfigDict:
+    """Shares of trace kinds in the embedded cold start. The tool model sees both ways of working, so that
+    RL has to learn when to call."""
+    return ConfigDict({
+        'easy': {'code': 0.4, 'mental': 0.6},  # families that mental arithmetic can do
+        'needy': {'code': 0.58, 'repair': 0.1, 'mental': 0.32},  # repair: a failing snippet and its correction
     })
 
 

@@ -32,14 +32,13 @@ def get_config() -> ConfigDict:
         'advantage': base.advantage(),
         'loss': base.loss(),
         'ppo': ppo,
+        'mix': base.mix(),
         'recipe': {
-            'traces': 12000,
-            # Shares of trace kinds. The tool model sees both ways of working, so that RL has to
-            # learn when to call; the text-only baseline sees worked steps alone.
-            'easy_code': 0.4,  # families that mental arithmetic can do
-            'needy_code': 0.58,
-            'needy_repair': 0.1,
-            'sft_steps': 400,
+            'problems_seen': 9000,
+            # Worked steps of hard families are long and beyond such a model: a text-only cold start of nothing
+            # else would teach it little of what it can do.
+            'text_needy': 0.33,
+            'sft_steps': 520,
             'sft_batch_tokens': 2500,
             'problems': 240,  # held out: new operands
             'apart_problems': 96,  # of each of the sets scored apart

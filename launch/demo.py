@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-from retool_jax.core import cli  # noqa: E402
+from retool_jax.core import cli
 
 
 def main(config):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
 
+from retool_jax.core import episodes as episode_files
 from retool_jax.core import settings
-from retool_jax.core.cli import UserError
+from retool_jax.core.cli import UserError, command
+from retool_jax.core.metrics import Metrics
 
 
 def claim(config: ConfigDict, free: Sequence[str] = ()) -> pathlib.Path:
@@ -33,3 +36,19 @@ def claim(config: ConfigDict, free: Sequence[str] = ()) -> pathlib.Path:
     directory.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings.to_json(config), indent=2))
     return directory
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM into the line that says how to go on; the last checkpoint is intact."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f'stopped; the same command goes on from the last checkpoint:\n{command()}') from stop
+
+
+def rewind(directory: pathlib.Path, step: int, writer: Metrics) -> None:
+    """Cuts metrics, TensorBoard and episodes back to the steps before `step`, which is run next."""
+    writer.rewind(step - 1 if step else None)
+    if (directory / 'episodes').is_dir():
+        episode_files.rewind(directory / 'episodes', step - 1)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -42,22 +43,13 @@ from retool_jax.train.update import ForwardSettings, Learner
 class RecipeSettings:
     """Sizes of the demo."""
 
-    traces: int  # cold-start traces per model
-    easy_code: float  # share of code-augmented traces in families that mental arithmetic can do
-    needy_code: float  # the same in families that need the tool
-    needy_repair: float  # share of traces with a failing snippet and its correction
+    problems_seen: int  # problems that the tool model's cold start is made from
+    text_needy: float  # share of problems needing the tool that the text-only cold start keeps, of twice as many
     sft_steps: int
     sft_batch_tokens: int
     problems: int  # held-out problems of the headline score
     apart_problems: int  # of each set scored apart
     samples: int  # per problem, in evaluation
-
-    @property
-    def mix(self) -> cold_start.Mix:
-        return cold_start.Mix(
-            easy={'code': self.easy_code, 'mental': 1 - self.easy_code},
-            needy={'code': self.needy_code, 'repair': self.needy_repair,
-                   'mental': 1 - self.needy_code - self.needy_repair})
 
 
 HELD_OUT = 'new_operands'  # the headline set; the others are scored apart
@@ -100,11 +92,16 @@ class Story:
 
     def traces(self, tools: bool) -> list[Episode]:
         """The cold start of one model; what verification dropped is printed."""
-        mix = self.recipe.mix if tools else cold_start.TEXT_ONLY
+        if tools:
+            mix = cold_start.Mix(easy=dict(self.config.mix.easy), needy=dict(self.config.mix.needy))
+            problems = arithmetic.problems('train', self.recipe.problems_seen, self.seed)
+        else:
+            mix, rng = cold_start.TEXT_ONLY, random.Random(f'text-only/{self.seed}')
+            problems = [p for p in arithmetic.problems('train', 2 * self.recipe.problems_seen, self.seed)
+                        if arithmetic.BY_NAME[p.family].mental or rng.random() < self.recipe.text_needy]
         made, counts = cold_start.build(
-            arithmetic.problems('train', self.recipe.traces, seed=self.seed), mix, self.executor if tools else None,
-            self.feedback, self.language.template, self.language.tokenizer, self.seed,
-            max_tokens=min(self.config.turns.max_tokens, self.forward.row_width))
+            problems, mix, self.executor if tools else None, self.feedback, self.language.template,
+            self.language.tokenizer, self.seed, max_tokens=min(self.config.turns.max_tokens, self.forward.row_width))
         console.say(f'cold start ({_kind(tools)}): ' + ', '.join(f'{n} {reason}' for reason, n in counts.items()))
         return made
 

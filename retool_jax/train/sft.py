@@ -45,15 +45,22 @@ def batches(episodes: Sequence[Episode], settings: SFTSettings, forward: Forward
 
 
 def train(learner: Learner, state: TrainState, episodes: Sequence[Episode], settings: SFTSettings, seed: int,
-          log: Callable[[int, dict[str, float]], None]) -> TrainState:
-    """Runs the remaining steps of `state`; `log(step, metrics)` is called one step late, so that the
-    host never waits for the step in flight."""
+          log: Callable[[int, dict[str, float]], None],
+          save: Callable[[int, TrainState], None] | None = None, save_every: int = 1) -> TrainState:
+    """Runs the remaining steps of `state`.
+
+    `log(step, metrics)` is called one step late, so that the host never waits for the step in flight;
+    `save(steps done, state)` after every `save_every` steps and the last, when all of them are logged.
+    """
     start, late = int(state.step), None
     for step, batch in enumerate(batches(episodes, settings, learner.forward, seed, start), start=start):
         state, metrics = learner.sft_step(state, batch)
         if late is not None:
             log(step - 1, mean_metrics([late]))
         late = metrics
-    if late is not None:
-        log(settings.steps - 1, mean_metrics([late]))
+        if step + 1 == settings.steps or (save is not None and (step + 1) % save_every == 0):
+            log(step, mean_metrics([late]))
+            late = None
+            if save is not None:
+                save(step + 1, state)
     return state

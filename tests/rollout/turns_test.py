@@ -19,7 +19,7 @@ OK = ExecResult(Verdict.OK, '42\n', '', exit_code=0)
 
 
 def rules(**changes):
-    return Rules(dataclasses.replace(SETTINGS, **changes), TOKENIZER, TABLE, lambda result: result.stdout or result.stderr)
+def rules(**changes):
 
 
 def fresh(prompt='What is 6*7?'):
@@ -75,7 +75,7 @@ def test_what_overshot_the_tag_is_not_said_twice():
     tokenizer = dataclasses.replace(TOKENIZER, token_bytes=[*TOKENIZER.token_bytes, b'>\n'])
     the_rules = dataclasses.replace(rules(), tokenizer=tokenizer, table=tags.build_table(tokenizer.token_bytes, 260))
     episode = fresh()
-    ids = TOKENIZER.encode(SNIPPET[:-1]) + [259]
+    ids = [*TOKENIZER.encode(SNIPPET[:-1]), 259]
     following = the_rules.advance(episode, ids, [0.0] * len(ids), STOP_CODE, 0)
     following = the_rules.resume(episode, following.code, OK)
     assert tokenizer.decode(episode.tokens).count('</code>\n<interpreter>\n42') == 1

@@ -91,7 +91,7 @@ def test_the_same_seed_draws_the_same_traces_and_the_mix_is_kept_apart_for_easy_
             codes = [c for k, c in arithmetic.trace(p, kind, 7).parts if k == 'code']
             by_code[codes[-1]] = p.answer
     mix = Mix(easy={'mental': 1.0}, needy={'code': 0.75, 'mental': 0.25})
-    build = lambda: cold_start.build(  # noqa: E731
+    build = lambda: cold_start.build(
         problems, mix, FakePool(by_code), FEEDBACK, TINY, TOKENIZER, 7, progress=False
     )
     episodes, counts = build()

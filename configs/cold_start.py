@@ -1,0 +1,27 @@
+"""Cold-start traces: rewritten answers whose every snippet is run, verified in form and answer.
+
+    python launch/cold_start.py --config=configs/cold_start.py:tiny
+    python launch/cold_start.py --config=configs/cold_start.py:qwen2_5_32b --config.model.path=Qwen2.5-32B-Instruct \
+        --config.traces=ReTool-SFT.parquet
+
+Hardware: CPU; 9,000 embedded problems take half a minute on 2 cores. What verification drops is counted
+by its reason.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import base
+
+
+def get_config(arg: str = 'tiny') -> ConfigDict:
+    return ConfigDict({
+        'run': base.run(arg, 'cold_start'),
+        'traces': config_dict.placeholder(str),  # a file of rewritten answers; tiny: none, made from the task
+        'problems': 9000,  # of the embedded task
+        'mix': base.mix(),
+        'max_tokens': base.turns(arg).max_tokens,  # longer traces are dropped
+        'model': base.model(arg),
+        'sandbox': base.sandbox(arg),
+        'feedback': base.feedback(arg),
+        'reward': base.reward(),
+    })

@@ -1,0 +1,31 @@
+"""Supervised fine-tuning on verified traces.
+
+    python launch/sft.py --config=configs/sft.py:tiny --config.traces=runs/cold_start_tiny/episodes
+    python launch/sft.py --config=configs/sft.py:qwen2_5_32b --config.model.path=Qwen2.5-32B-Instruct \
+        --config.traces=runs/cold_start_qwen2_5_32b/episodes
+
+Hardware: tiny, 2 CPU cores, 3 minutes; 32B, a v5p-64 slice or 32 × 80 GiB. The model is written to
+`final/` of the run's folder as a Hugging Face directory.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import base
+
+
+def get_config(arg: str = 'tiny') -> ConfigDict:
+    tiny = base.is_tiny(arg)
+    return ConfigDict({
+        'run': base.run(arg, 'sft'),
+        'traces': config_dict.placeholder(str),  # episodes/ of a cold start
+        'model': base.model(arg),
+        'mesh': base.mesh(),
+        'forward': base.forward(arg),
+        'optimizer': (base.optimizer(3e-3, schedule='wsd', warmup_steps=20, weight_decay=0.1, b2=0.95) if tiny
+                      else base.optimizer(1e-5, schedule='cosine', warmup_steps=10)),  # 1e-5: R
+        'sft': {
+            'steps': 520 if tiny else 190,  # ? in P (2 epochs); R: 6 epochs of 2,000 traces, 64 a step
+            'batch_tokens': 2500 if tiny else 262144,
+        },
+        'checkpoints': base.checkpoints(every=100),
+    })

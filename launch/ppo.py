@@ -1,0 +1,15 @@
+"""Multi-turn PPO with sandboxed rollouts (see configs/ppo.py)."""
+
+from retool_jax.core import cli
+
+
+def main(config):
+    from retool_jax.report import pages
+    from retool_jax.train import reinforce
+
+    reinforce.run(config)
+    print(f'report: {pages.write(config.run.dir)}')
+
+
+if __name__ == '__main__':
+    cli.run(main)

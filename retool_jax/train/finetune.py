@@ -1,0 +1,86 @@
+"""A supervised run: fine-tuning on verified traces, with checkpoints and resume."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from retool_jax.core import episodes as episode_files
+from retool_jax.core import metrics as console
+from retool_jax.core import settings
+from retool_jax.core.checkpoint import Checkpoints
+from retool_jax.core.cli import UserError
+from retool_jax.core.records import Episode
+from retool_jax.model import hf
+from retool_jax.train import assembly, folder, sft
+from retool_jax.train.reinforce import CheckpointSettings
+from retool_jax.train.sft import SFTSettings
+from retool_jax.train.state import OptimizerSettings, init_state, make_optimizer
+from retool_jax.train.update import ForwardSettings, Learner
+
+
+def run(config: ConfigDict) -> None:
+    """Trains to the last step, or goes on where the folder's last checkpoint stands."""
+    sizes = settings.build(SFTSettings, config.sft, 'sft')
+    saving = settings.build(CheckpointSettings, config.checkpoints, 'checkpoints')
+    forward = settings.build(ForwardSettings, config.forward, 'forward')
+    traces = read_traces(config.traces, forward.row_width)
+    mesh = assembly.make_mesh(config.mesh)
+    directory = folder.claim(config, free=('checkpoints',))
+    language = assembly.open_language(config.model, directory)
+    check_ids(traces, language, config.traces)
+    optimizer = make_optimizer(settings.build(OptimizerSettings, config.optimizer, 'optimizer'), sizes.steps)
+    learner = Learner(language.config, forward, optimizer, mesh)
+    state = init_state({'policy': assembly.load_policy(config.model, language, config.run.seed, mesh)}, optimizer)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(folder.stoppable())
+        checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last))
+        writer = stack.enter_context(console.Metrics(directory))
+        console.banner(model=language, mesh=dict(mesh.shape), traces=len(traces), run=directory)
+        start = checkpoints.latest() or 0
+        if start:
+            state, _ = checkpoints.restore(start, state)
+            console.say(f'goes on at step {start}')
+        folder.rewind(directory, start, writer)
+        advance = stack.enter_context(console.progress('SFT', sizes.steps - start))
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            writer.write(step, {'phase': 'sft'} | metrics)
+            advance(f'loss {metrics["sft/loss"]:.3f}')
+
+        save = lambda step, state: checkpoints.save(step, state, {'step': step})
+        state = sft.train(learner, state, traces, sizes, config.run.seed, log, save, saving.every)
+    export = directory / 'final'
+    if not export.exists():
+        hf.save(export, language.config, state.params['policy'], jnp.dtype(config.forward.dtype),
+                config.model.path or directory / 'model')
+    console.say(f'model: {export} (a Hugging Face directory)')
+
+
+def read_traces(path: str | None, width: int) -> list[Episode]:
+    """The episodes of a cold start's folder that fit a row."""
+    if not path:
+        raise UserError('config.traces is missing; give the episodes/ folder that launch/cold_start.py wrote')
+    if not pathlib.Path(path).is_dir() or not episode_files.names(path):
+        raise UserError(f'config.traces={path!r} holds no episodes; give the folder that launch/cold_start.py wrote')
+    traces = episode_files.read(path)
+    fitting = [trace for trace in traces if len(trace.tokens) <= width]
+    if not fitting:
+        raise UserError(f'config.traces={path!r}: no trace fits forward.row_width={width}; raise it')
+    if len(fitting) < len(traces):
+        console.say(f'{len(traces) - len(fitting)} of {len(traces)} traces are longer than forward.row_width={width} '
+                    'and left out')
+    return fitting
+
+
+def check_ids(traces: list[Episode], language: assembly.Language, path: str) -> None:
+    """Refuses traces that were written for another tokenizer."""
+    first = traces[0]
+    if max(max(trace.tokens) for trace in traces) >= language.tokenizer.size:
+        raise UserError(f'config.traces={path!r} holds ids beyond the tokenizer of model.path: '
+                        'the traces were written for another model')
+    if first.problem.question not in language.tokenizer.decode(first.tokens[:first.prompt_length]):
+        raise UserError(f'config.traces={path!r} was written with another tokenizer than that of model.path')
