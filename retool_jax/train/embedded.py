@@ -9,6 +9,7 @@ import random
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
@@ -24,6 +25,7 @@ VOCAB_SIZE = 640  # BPE entries, special tokens among them: a word of the task i
 ERRORS = ("NameError: name 'math' is not defined", "SyntaxError: '(' was never closed", 'SyntaxError: invalid syntax',
           "TypeError: int() can't convert non-string with explicit base",
           "AttributeError: module 'math' has no attribute 'binom'")
+PREVIOUS_HEADS, PREVIOUS_PAIRS, PREVIOUS_GAIN = 1, 3, 5.0
 EMBED_GAIN, VALUE_GAIN, MATCH_GAIN = 3.0, 0.5, 1.0  # of the embedding and the orthogonal matrices in `init`
 
 
@@ -66,4 +68,12 @@ def init(config: QwenConfig, key: jax.Array) -> Params:
     }  # fmt: skip
     for name, matrix in start.items():
         attention[name]['weight'] = weight(name) + matrix.reshape(weight(name).shape)
+    # Query and key biases that meet when the key stands one position back, for the first heads of layer 0.
+    period = config.rope_theta ** (np.arange(PREVIOUS_PAIRS) * 2 / config.head_dim)
+    half, heads = config.head_dim // 2, PREVIOUS_HEADS
+    query, back = np.zeros(config.head_dim, np.float32), np.zeros(config.head_dim, np.float32)
+    query[:PREVIOUS_PAIRS] = PREVIOUS_GAIN
+    back[:PREVIOUS_PAIRS], back[half:half + PREVIOUS_PAIRS] = (PREVIOUS_GAIN * f(1 / period) for f in (np.cos, np.sin))
+    for name, bias in (('q_proj', query), ('k_proj', back)):
+        attention[name]['bias'] = attention[name]['bias'].at[0, :heads].set(bias)
     return params
