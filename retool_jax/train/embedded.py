@@ -55,6 +55,11 @@ def init(config: QwenConfig, key: jax.Array) -> Params:
     earlier, the difference between minutes and an hour on a CPU. After "Mimetic Initialization of
     Self-Attention Layers" (arXiv 2305.09828). Needs as many KV heads as heads, and heads × head_dim = D.
     """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads != kv_heads or heads * config.head_dim != config.hidden_size:
+        raise ValueError(f'the embedded model cannot begin by copying with {heads} heads, {kv_heads} KV heads, '
+                         f'head_dim {config.head_dim} and hidden_size {config.hidden_size}: heads must equal KV heads, '
+                         'and heads × head_dim hidden_size')
     params = qwen.init(config, key)
     params['embed_tokens']['weight'] *= EMBED_GAIN
     attention = params['layers']['self_attn']

@@ -53,13 +53,16 @@ def run_in_parts(engine: Engine, params: Params, problems: Sequence[Problem], sa
                  name: str, template: Template, tokenizer: Tokenizer, grader: Grader,
                  advance: Callable[..., None]) -> list[Episode]:
     """`run` a few problems at a time, each part kept below `directory`; parts that are there are read, not
-    made again. `advance(n=…)` counts episodes."""
+    made again. `advance(n=…)` counts episodes. Errors: ValueError for a part of other problems."""
     count = max(1, PART_ROWS * engine.sampler.settings.rows // samples)
     there, episodes = set(episode_files.names(directory)), []
     for start in range(0, len(problems), count):
         part, asked = f'val_{name}_{start:05d}', problems[start:start + count]
         if part in there:
             made = episode_files.read(directory, part)
+            if [(e.problem, e.sample) for e in made] != [(p, sample) for p in asked for sample in range(samples)]:
+                raise ValueError(f'{directory / part}.jsonl holds other problems than those asked for; '
+                                 'choose another run.dir')
             advance(n=len(made))
         else:
             made = run(engine, params, 0, asked, samples, template, tokenizer, grader,

@@ -104,7 +104,8 @@ def shape_overlong(episodes: Sequence[Episode], settings: PPOSettings, budget: i
     if settings.overlong_buffer == 0:
         return
     for episode in episodes:
-        over = overlong_penalty(np.array(episode.acted_count), budget - episode.prompt_length, settings.overlong_buffer)
+        room = max(budget - episode.prompt_length, 0)  # a long prompt may leave less than the buffer
+        over = overlong_penalty(np.array(episode.acted_count), room, min(settings.overlong_buffer, room))
         episode.reward = dataclasses.replace(episode.reward, value=episode.reward.value + float(over))
 
 

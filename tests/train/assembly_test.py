@@ -1,0 +1,129 @@
+"""From configuration blocks to parts: which model is opened, and at which tags it stops."""
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict, config_dict
+
+from configs import base
+from retool_jax.core import mesh as meshes
+from retool_jax.core import settings
+from retool_jax.model import config as model_config
+from retool_jax.rollout.sampler import SamplerSettings
+from retool_jax.text import tags
+from retool_jax.text.template import make_template
+from retool_jax.train import assembly, embedded
+from retool_jax.train.assembly import Language
+from tests import fakes
+from tests.model.sizes import make_config
+
+BYTES = Language(make_config(vocab_size=300), fakes.byte_tokenizer(), make_template('tiny'))
+
+
+def model_block(path=None, template='tiny', tools=True):
+    block = ConfigDict({'path': config_dict.placeholder(str), 'template': template, 'tools': tools})
+    block.path = path and str(path)
+    return block
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+    """The embedded language and the folder it was written to."""
+    directory = tmp_path_factory.mktemp('run')
+    return assembly.open_language(model_block(), directory), directory
+
+
+def stops_of(table, text):
+    """Where in a text, and at what, the automaton stops."""
+    state, found = tags.START, {}
+    for i, token in enumerate(BYTES.tokenizer.encode(text)):
+        state = table.walk([token], state)
+        if table.stops[state]:
+            found[i + 1] = int(table.stops[state])
+    return found
+
+
+def test_without_a_path_the_embedded_model_is_written_and_opened(written):
+    language, directory = written
+    assert (directory / 'model' / 'config.json').is_file() and language.template == make_template('tiny', True)
+    assert language.config.vocab_size == language.tokenizer.size == embedded.VOCAB_SIZE
+    assert str(language).startswith('qwen2, ') and f'{language.config.parameter_count():,}' in str(language)
+
+
+@pytest.mark.parametrize('template', ['qwen2_5', 'qwen3', 'r1_distill'])
+def test_without_a_path_no_other_family_is_opened_and_nothing_is_written(tmp_path, template):
+    with pytest.raises(ValueError, match='model.path is missing; give a Hugging Face model directory'):
+        assembly.open_language(model_block(template=template), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_is_opened_where_it_is(written, tmp_path):
+    language, directory = written
+    found = assembly.open_language(model_block(directory / 'model', tools=False), tmp_path)
+    assert found.config == language.config and found.template == make_template('tiny', False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"model.path='.*nowhere' is no directory; give a Hugging Face"):
+        assembly.open_language(model_block(tmp_path / 'nowhere'), tmp_path)
+
+
+def test_a_tokenizer_wider_than_the_logits_is_refused(tmp_path):
+    embedded.write_model(tmp_path)
+    config = tmp_path / 'config.json'
+    config.write_text(config.read_text().replace(f'"vocab_size": {embedded.VOCAB_SIZE}', '"vocab_size": 600'))
+    assert model_config.load_config(tmp_path).vocab_size == 600
+    with pytest.raises(ValueError, match='the tokenizer has 640 ids, the model only 600 logits'):
+        assembly.load_language(tmp_path, 'tiny', True)
+
+
+@pytest.mark.parametrize(('tools', 'on_answer', 'expected'), [
+    (True, 'end', {8: tags.CODE, 19: tags.ANSWER}), (True, 'eos', {8: tags.CODE}),
+    (False, 'end', {19: tags.ANSWER}), (False, 'eos', {})])
+def test_the_table_stops_where_tools_and_answers_do(tools, on_answer, expected):
+    table = assembly.make_table(BYTES, tools, on_answer)
+    assert stops_of(table, 'x</code>, </answer>') == expected
+    assert table.next_state.shape[1] == 300  # as wide as the logits
+    assert assembly.make_table(BYTES, tools, on_answer) is table
+
+
+def test_an_unknown_end_of_answers_is_refused():
+    with pytest.raises(ValueError, match="turns.on_answer='stop': choose 'end' or 'eos'"):
+        assembly.make_table(BYTES, True, 'stop')
+
+
+def test_the_mesh_takes_all_devices():
+    mesh = assembly.make_mesh(ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 2}))
+    assert dict(mesh.shape) == {'data': 1, 'fsdp': len(jax.devices()) // 2, 'tensor': 2}
+
+
+def test_random_weights_follow_their_seed_alone_and_lie_on_the_mesh():
+    sizes = make_config(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_hidden_layers=1)
+    language = Language(sizes, BYTES.tokenizer, BYTES.template)
+    mesh = meshes.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 1}, jax.devices()[:2])
+    first, again, other = (assembly.load_policy(model_block(), language, seed, mesh)['embed_tokens']['weight']
+                           for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+    assert first.sharding.shard_shape(first.shape) == (sizes.vocab_size, 16)
+
+
+def test_engines_share_a_sampler_and_differ_in_their_randomness(written):
+    language, _ = written
+    config = ConfigDict({'sampler': base.sampler('tiny'), 'turns': base.turns('tiny'),
+                         'feedback': base.feedback('tiny'), 'sampling': base.sampling(training=True)})
+    sampler = assembly.make_sampler(language, config, True)
+    assert sampler.settings == settings.build(SamplerSettings, config.sampler)
+    make = lambda tools, purpose: assembly.make_engine(
+        language, sampler, config, config.sampling, tools, fakes.FakePool({}) if tools else None, 0, purpose)
+    training, evaluation = make(True, assembly.TRAINING), make(False, assembly.EVALUATION)
+    assert training.sampler is evaluation.sampler is sampler
+    assert not (jax.random.key_data(training.key) == jax.random.key_data(evaluation.key)).all()
+    assert (training.rules.settings.tools, evaluation.rules.settings.tools) == (True, False)
+    with pytest.raises(ValueError, match='no executor'):
+        assembly.make_engine(language, sampler, config, config.sampling, True, None, 0, assembly.TRAINING)
+
+
+def test_a_model_without_tools_has_no_sandbox_and_a_grader_is_closed_behind_it():
+    with assembly.open_executor(ConfigDict({}), tools=False) as pool:
+        assert pool is None
+    with assembly.open_grader(base.reward()) as grader:
+        assert grader.grade('<answer>\\boxed{7}</answer>', '7').correct

@@ -1,0 +1,130 @@
+"""Evaluation: scores against counting by hand, intervals, and parts that are not made again."""
+
+import itertools
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from retool_jax.core import episodes as episode_files
+from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict
+from retool_jax.model import qwen
+from retool_jax.rollout.engine import Engine
+from retool_jax.tasks.grader import Grader
+from retool_jax.text.template import make_template
+from retool_jax.train import evaluate
+from tests.train import small
+
+
+def make(problem, right, answer=None, family='f', sample=0, **fields):
+    """An episode that answers; its prompt and answer are three tokens each."""
+    answer = ('1' if right else '2') if answer is None else answer
+    episode = small.make_episode(np.random.default_rng(0), problem, 3, 3, sample=sample, reward=1.0 if right else -1.0)
+    episode.problem = Problem(problem, 'Q?', '1', 'test', family)
+    episode.reward = Reward(1.0 if right else -1.0, right, right, right, answer)
+    for name, value in fields.items():
+        setattr(episode, name, value)
+    return episode
+
+
+def call(verdict, code='print(1)'):
+    return ToolCall(0, code, verdict, '', '', '', 3, 0.1)
+
+
+@pytest.mark.parametrize('samples', [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(samples):
+    for correct, k in itertools.product(range(samples + 1), range(1, samples + 1)):
+        marks = [True] * correct + [False] * (samples - correct)
+        expected = np.mean([any(chosen) for chosen in itertools.combinations(marks, k)])
+        assert evaluate.pass_at(k, correct, samples) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(('answers', 'expected'), [
+    (['1', '1', '2'], 1.0), (['1', '2', '2'], 0.0), (['1', '2'], 0.5), (['1', '2', '3'], 1 / 3),
+    (['2', '2', '3', '3'], 0.0), (['', '', '1'], 1.0), (['', ''], 0.0), ([], 0.0)])
+def test_the_majority_is_the_most_frequent_answer_and_ties_share(answers, expected):
+    episodes = [make('p', answer == '1', answer) for answer in answers]
+    for seed in range(3):
+        random.Random(seed).shuffle(episodes)
+        assert evaluate.majority(episodes) == pytest.approx(expected)
+
+
+def test_an_interval_covers_the_mean_as_the_normal_distribution_would():
+    values = np.random.default_rng(1).random(400) < 0.3
+    low, high = evaluate.interval(values)
+    assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.01)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
+    assert evaluate.interval(values) == [low, high]  # the same every time
+    wide = evaluate.interval(values[:40])
+    assert wide[1] - wide[0] > 2 * (high - low)
+
+
+def test_intervals_of_nothing_and_of_equal_values_have_no_width():
+    assert evaluate.interval([0.5] * 9) == [0.5, 0.5]
+    assert evaluate.interval([0.25]) == [0.25, 0.25] and evaluate.interval([]) == [0.0, 0.0]
+
+
+def test_a_summary_is_what_counting_by_hand_gives():
+    episodes = [
+        make('a', True, family='x', calls=[call(Verdict.OK), call(Verdict.ERROR)], turns=3),
+        make('b', False, family='y', stop=Stop.LENGTH, void=True),
+        make('a', False, family='x', sample=1, calls=[call(Verdict.FORMAT, code='')]),
+        make('b', False, answer='', family='y', sample=1, stop=Stop.ANSWER),
+        make('c', True, family='y'), make('c', True, family='y', sample=1)]
+    found = evaluate.summarise(episodes)
+    assert (found['k'], found['problems']) == (2, 3)
+    assert found['by_problem'] == {'a': 0.5, 'b': 0.0, 'c': 1.0} and found['avg'] == 0.5
+    assert found['families'] == {'x': 0.5, 'y': 0.5}
+    expected = {'pass': 2 / 3, 'maj': 0.5, 'exact': 0.5, 'code_ratio': 1 / 6, 'calls': 0.5, 'call_failures': 2 / 3,
+                'format': 4 / 6, 'truncated': 1 / 6, 'void': 1 / 6, 'length': 3.0, 'turns': 8 / 6}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    for score, ci in (('avg', 'ci'), ('pass', 'pass_ci'), ('maj', 'maj_ci')):
+        assert found[ci][0] <= found[score] <= found[ci][1] and found[ci][0] < found[ci][1]
+    assert evaluate.as_metrics('set', found) == {
+        'val/set/avg@2': 0.5, 'val/set/pass@2': found['pass'], 'val/set/maj@2': 0.5}
+
+
+def test_problems_with_unequal_samples_are_refused():
+    with pytest.raises(ValueError, match=r'problems have \[1, 2\] samples; all must have the same number'):
+        evaluate.summarise([make('a', True), make('b', True), make('b', True, sample=1)])
+
+
+def test_the_scores_are_shown_with_their_intervals(capsys):
+    evaluate.show('set', evaluate.summarise([make('a', True), make('b', False, stop=Stop.LENGTH)]))
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ('2 problems × 1 samples', 'avg@1', '50.0 %', '0.0 % – 100.0 %', 'LENGTH'))
+
+
+class Recording(Engine):
+    """An engine that remembers what it was asked for."""
+
+    def run(self, params, version, requests, *args, **kwargs):
+        self.asked = [*getattr(self, 'asked', []), *((r.problem.id, r.sample) for r in requests)]
+        return super().run(params, version, requests, *args, **kwargs)
+
+
+def test_parts_that_are_there_are_read_and_not_made_again(tmp_path):
+    sampler = small.make_sampler(rows=2)
+    params = sampler.sync(qwen.init(small.SPEAKER, jax.random.key(0)))
+    problems, directory = small.make_problems(10), tmp_path / 'episodes'
+
+    def run(problems=problems):
+        engine, counted = small.make_engine(sampler, Recording), []
+        with Grader() as grader:
+            made = evaluate.run_in_parts(engine, params, problems, 2, directory, 'set', make_template('tiny'),
+                                         small.TOKENIZER, grader, lambda n=1: counted.append(n))
+        assert sum(counted) == 20
+        return made, getattr(engine, 'asked', [])
+    whole, asked = run()
+    every = [(f'p{i}', sample) for i in range(10) for sample in range(2)]
+    assert asked == every == [(e.problem.id, e.sample) for e in whole]
+    assert all(e.reward is not None and e.acted_count for e in whole)
+    first, second = episode_files.names(directory)  # 8 episodes a slot: 8 problems, then 2
+
+    assert run() == (whole, [])
+    for name in (f'{second}.jsonl', f'{second}.npz'):
+        (directory / name).unlink()
+    assert run() == (whole, every[16:])
+    with pytest.raises(ValueError, match=f'{first}.jsonl holds other problems than those asked for'):
+        run(problems[::-1])

@@ -1,0 +1,191 @@
+"""PPO over episodes: how a batch is dealt and masked, what is reported, and real steps of a small model."""
+
+import copy
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retool_jax.core.records import Stop, ToolCall, Verdict
+from retool_jax.model import qwen
+from retool_jax.rollout.pack import pack
+from retool_jax.tasks.grader import Grader
+from retool_jax.text import template
+from retool_jax.train import ppo
+from retool_jax.train.ppo import PPOSettings
+from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
+from retool_jax.train.update import Learner
+from tests.train import small
+
+SETTINGS = PPOSettings(steps=2, problems_per_step=3, samples=2, minibatches=2, epochs=1, critic='head',
+                       critic_warmup_steps=0, drop_void=False, mask_truncated=False, overlong_buffer=0)
+FORWARD = small.make_forward()
+# The contract with other tools.
+NAMES = {'rewards/mean', 'actor/pg_clipfrac', 'actor/ppo_kl', 'actor/entropy', 'actor/grad_norm', 'critic/vf_loss',
+         'critic/explained_var', 'response_length/mean', 'response_length/clip_ratio', 'num_turns/mean', 'tools/calls',
+         'tools/failure_frequency', 'tools/timeout_frequency', 'tools/seconds_p50', 'tools/seconds_p99',
+         'mismatch/logprob_abs_max', 'mismatch/kl', 'void_turn_ratio', 'time/rollout_s', 'time/tools_blocked_s',
+         'time/update_s'}
+
+
+def deal(episodes, seed=0, step=0, **changes):
+    return ppo.make_batch(episodes, dataclasses.replace(SETTINGS, **changes), FORWARD, seed, step)
+
+
+def unpacked(batch, rows=None):
+    """What the batch says of each episode: ids → (group, reward, baseline, update)."""
+    found = []
+    for r in range(*(rows or (0, len(batch.tokens_BT)))):
+        for n in range(batch.segment_ids_BT[r].max()):
+            ids = tuple(batch.tokens_BT[r, batch.segment_ids_BT[r] == n + 1].tolist())
+            found.append((ids, (int(batch.group_BN[r, n]), float(batch.reward_BN[r, n]),
+                                bool(batch.baseline_BN[r, n]), bool(batch.update_BN[r, n]))))
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+@pytest.mark.parametrize('minibatches', [1, 2, 3])
+def test_every_episode_is_dealt_to_one_mini_batch(minibatches):
+    episodes = small.make_episodes(11)
+    batch, parts = deal(episodes, minibatches=minibatches)
+    assert len(parts) == minibatches and parts[0][0] == 0
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
+    assert all((stop - start) % FORWARD.micro_rows == 0 for start, stop in parts)
+    dealt = [unpacked(batch, part) for part in parts]
+    sizes = sorted(map(len, dealt))
+    assert sum(sizes) == 11 and sizes[-1] - sizes[0] <= 1
+    assert set().union(*dealt) == {tuple(e.tokens) for e in episodes}
+    assert not unpacked(batch, (parts[-1][1], len(batch.tokens_BT)))
+
+
+def test_every_process_deals_alike_and_every_step_anew():
+    episodes = small.make_episodes(11)
+    mixed = lambda batch: batch.tokens_BT.tolist()
+    first = deal(episodes)
+    again = deal(copy.deepcopy(episodes))
+    jax.tree.map(np.testing.assert_array_equal, first[0], again[0])
+    assert first[1] == again[1]
+    assert mixed(deal(episodes, step=1)[0]) != mixed(first[0]) != mixed(deal(episodes, seed=1)[0])
+
+
+def test_samples_of_a_problem_share_a_group_below_the_number_of_problems():
+    episodes = small.make_episodes(12, samples=4)
+    found = unpacked(deal(episodes)[0])
+    groups = {}
+    for e in episodes:
+        group, reward, baseline, update = found[tuple(e.tokens)]
+        assert groups.setdefault(e.problem.id, group) == group and reward == e.reward.value and baseline and update
+    assert sorted(groups.values()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(('drop_void', 'mask_truncated', 'expected'), [
+    (False, False, {'plain': (True, True), 'void': (True, True), 'long': (True, True)}),
+    (True, False, {'plain': (True, True), 'void': (False, False), 'long': (True, True)}),
+    (False, True, {'plain': (True, True), 'void': (True, True), 'long': (True, False)})])
+def test_void_truncated_and_faulty_episodes_are_masked_as_the_settings_say(drop_void, mask_truncated, expected):
+    plain, void, long, fault = small.make_episodes(4)
+    void.void, long.stop, fault.stop = True, Stop.LENGTH, Stop.FAULT
+    found = unpacked(deal([plain, void, long, fault], drop_void=drop_void, mask_truncated=mask_truncated)[0])
+    of = lambda episode: found[tuple(episode.tokens)][2:]
+    assert {'plain': of(plain), 'void': of(void), 'long': of(long)} == expected
+    assert of(fault) == (False, False)  # the sandbox's failure is never the policy's
+
+
+def test_the_overlong_penalty_falls_over_the_buffer_and_spares_verdicts():
+    rng = np.random.default_rng(0)
+    lengths = {10: 0.0, 15: 0.0, 17: -0.4, 20: -1.0}  # of 30 tokens, 10 of them the prompt's
+    episodes = [small.make_episode(rng, 'p', 10, n, reward=1.0) for n in lengths]
+    ppo.shape_overlong(episodes, SETTINGS, 30)
+    assert [e.reward.value for e in episodes] == [1.0] * 4
+    ppo.shape_overlong(episodes, dataclasses.replace(SETTINGS, overlong_buffer=5), 30)
+    assert [e.reward.value for e in episodes] == pytest.approx([1 + x for x in lengths.values()])
+    assert all(e.reward.correct for e in episodes)
+
+
+def test_prompts_that_leave_less_than_the_buffer_do_not_end_the_run():
+    rng = np.random.default_rng(0)
+    episodes = [small.make_episode(rng, 'p', 26, 2, reward=1.0), small.make_episode(rng, 'p', 33, reward=-1.0)]
+    ppo.shape_overlong(episodes, dataclasses.replace(SETTINGS, overlong_buffer=8), 30)
+    assert [e.reward.value for e in episodes] == [0.5, -1.0]
+
+
+def test_metrics_of_hand_made_episodes_are_what_counting_gives():
+    rng = np.random.default_rng(0)
+    made = lambda verdict, wall, code='1': ToolCall(0, code, verdict, '', '', '', 0, wall)
+    episodes = [
+        small.make_episode(rng, 'a', 3, 4, 2, 6, reward=1.0, turns=2, calls=[made(Verdict.OK, 1.0)]),
+        small.make_episode(rng, 'b', 3, 2, reward=-1.0, stop=Stop.LENGTH, void=True,
+                           calls=[made(Verdict.TIMEOUT, 3.0), made(Verdict.FORMAT, 0.0, ''), made(Verdict.ERROR, 2.0)]),
+        small.make_episode(rng, 'c', 3, 3, reward=-1.0)]
+    expected = {'rewards/mean': -1 / 3, 'rewards/correct': 1 / 3, 'response_length/mean': 5.0,
+                'response_length/clip_ratio': 1 / 3, 'num_turns/mean': 4 / 3, 'void_turn_ratio': 1 / 3,
+                'tools/calls': 4 / 3, 'tools/code_ratio': 2 / 3, 'tools/failure_frequency': 0.75,
+                'tools/timeout_frequency': 0.25, 'tools/fault_frequency': 0.0, 'tools/seconds_p50': 1.5,
+                'tools/seconds_p99': 2.97}
+    assert ppo.episode_metrics(episodes) == pytest.approx(expected)
+    silent = ppo.episode_metrics(episodes[2:])
+    assert not any(value for name, value in silent.items() if name.startswith('tools/'))
+
+
+@pytest.fixture(scope='module')
+def runs():
+    """Two real steps, and their second one again from the state after the first: every episode fails."""
+    adam = OptimizerSettings(lr=1e-2, schedule='constant', warmup_steps=0, b1=0.9, b2=0.99, weight_decay=0.0,
+                             grad_clip=1.0)
+    optimizer = make_optimizer(adam, 4, adam)
+    forward = small.make_forward(row_width=128, logprob_chunk=128, micro_rows=4)
+    learner = Learner(small.SPEAKER, forward, optimizer, small.one_device(), loss=small.make_loss(),
+                      advantage=small.make_advantage(whiten=False))
+    begin = init_state(add_critic(small.SPEAKER, qwen.init(small.SPEAKER, jax.random.key(0)), 'head'), optimizer)
+    copied = lambda tree: jax.tree.map(jnp.copy, tree)
+    sampler, states, results = small.make_sampler(), [copied(begin)], []
+
+    def report(result, state):
+        results.append(result)
+        states.append(copied(state))
+
+    def run(state, start):
+        with Grader() as grader:
+            ppo.train(small.make_engine(sampler), learner, state, SETTINGS, grader=grader, seed=0, start=start,
+                      problems=lambda step: small.make_problems(6)[3 * step:3 * step + 3],
+                      template=template.make_template('tiny'), tokenizer=small.TOKENIZER, report=report)
+    with pytest.MonkeyPatch.context() as patch:  # a random model writes no tags: all it says before a stop is code
+        patch.setattr(template, 'extract_snippet', lambda text: template.Snippet(text, 0))
+        run(begin, 0)
+        run(copied(states[1]), 1)
+    return learner, states, results
+
+
+def test_a_step_reports_its_episodes_and_every_metric_of_the_contract(runs):
+    _, states, results = runs
+    assert [r.step for r in results] == [0, 1, 1] and [int(s.step) for s in states] == [0, 2, 4, 4]
+    for result in results:
+        assert not NAMES - set(result.metrics) and all(np.isfinite(x) for x in result.metrics.values())
+        assert [(e.problem.id, e.sample) for e in result.episodes] == [
+            (f'p{3 * result.step + i}', sample) for i in range(3) for sample in range(2)]
+        assert all(v == (result.step if acted else -1) for e in result.episodes
+                   for v, acted in zip(e.versions, e.acted))
+    assert results[0].metrics['tools/code_ratio'] > 0 and results[0].metrics['rewards/mean'] == -1
+
+
+def test_the_trainer_scores_what_the_sampler_wrote_alike(runs):
+    for result in runs[2]:
+        assert 0 < result.metrics['mismatch/logprob_abs_max'] <= 1e-4
+
+
+def test_the_policy_moves_away_from_what_failed(runs):
+    learner, states, results = runs
+    episodes = pack(results[0].episodes, width=128, rows=4, segments=3)
+    loss = [learner.sft_loss(state.params, episodes) for state in states[:2]]
+    assert loss[1] > loss[0] + 0.01
+    assert not np.any(states[0].params['critic']['head']['weight'])
+    assert np.any(states[1].params['critic']['head']['weight'])
+
+
+def test_a_resumed_run_goes_on_as_the_whole_one(runs):
+    _, states, (_, whole, resumed) = runs
+    assert resumed.episodes == whole.episodes
+    assert small.distance(states[3].params, states[2].params) == 0
