@@ -37,7 +37,7 @@ class Family:
     sample: Callable[[random.Random, bool], Operands]  # (rng, large) -> operands
     solve: Callable[..., int]
     code: Callable[..., str]
-    worked: Callable[..., str]  # compact steps of a human calculation, the answer last
+    worked: Callable[..., str]  # a human calculation, an intermediate step and the answer
     slips: tuple[Slip, ...]
     ordered: bool = True  # False where the operands may be swapped without changing the question
 
@@ -123,42 +123,22 @@ def _work_remainder(n, d):
     return f'{n} ends in {n % 10}, {n % 10} mod {d}={n % d}.'
 
 
-def _partial_products(a, b):
-    parts = [int(c) * 10**i for i, c in zip(range(len(str(b)) - 1, -1, -1), str(b)) if c != '0']
-    sums = '+'.join(f'{a}*{p}' for p in parts)
-    return f'{a}*{b}={sums}=' + '+'.join(str(a * p) for p in parts) + f'={a * b}'
-
-
 def _work_product(a, b):
-    return _partial_products(a, b) + '.'
+    first = b // 100 * 100
+    return f'{a}*{first}={a * first}, {a}*{b}={a * b}.'
 
 
 def _work_power(a, b, m):
-    squares, power, bit = {1: a % m}, a % m, 1
-    while bit * 2 <= b:
-        bit, power = bit * 2, power * power % m
-        squares[bit] = power
-    steps = [f'{a}^{k}={v}' for k, v in squares.items() if k > 1]
-    total = None
-    for k, v in squares.items():
-        if b & k:
-            if total is not None:
-                steps.append(f'{total}*{v}={total * v % m}')
-            total = v if total is None else total * v % m
-    return f'Mod {m}: ' + ', '.join(steps) + f': {total}.'
+    half = b // 2
+    return f'{a}^{half}={pow(a, half, m)}, {a}^{b}={pow(a, b, m)}.'
 
 
 def _work_gcd(a, b):
-    x, y, steps = max(a, b), min(a, b), []
-    while y:
-        steps.append(f'{x} mod {y}={x % y}')
-        x, y = y, x % y
-    return ', '.join(steps) + f': {x}.'
+    return f'{max(a, b)} mod {min(a, b)}={max(a, b) % min(a, b)}: {math.gcd(a, b)}.'
 
 
 def _work_lcm(a, b):
-    g = math.gcd(a, b)
-    return f'gcd({a},{b})={g}, {a}/{g}={a // g}, {a // g}*{b}={math.lcm(a, b)}.'
+    return f'gcd({a},{b})={math.gcd(a, b)}: {math.lcm(a, b)}.'
 
 
 def _digit_sum(a, b):
@@ -166,26 +146,22 @@ def _digit_sum(a, b):
 
 
 def _work_digit_sum(a, b):
-    return f'{_partial_products(a, b)}, {"+".join(str(a * b))}={_digit_sum(a, b)}.'
+    return f'{a}*{b}={a * b}: {_digit_sum(a, b)}.'
 
 
 def _work_primes(a, b):
     primes = _primes(a, b)
-    return ' '.join(map(str, primes)) + f': {len(primes)}.'
+    return f'{primes[0]} to {primes[-1]}: {len(primes)}.' if primes else '0.'
 
 
 def _work_numeral(n, base):
-    digits = [int(c) for c in str(n)]
-    value, steps = digits[0], []
-    for digit in digits[1:]:
-        steps.append(f'{value}*{base}+{digit}={value * base + digit}')
-        value = value * base + digit
-    return ', '.join(steps) + '.'
+    head, last = divmod(n, 10)
+    value = int(str(head), base)
+    return f'{head} is {value}, {value}*{base}+{last}={int(str(n), base)}.'
 
 
 def _work_binomial(n, k, m):
-    value, top = math.comb(n, k), '*'.join(str(n - i) for i in range(k))
-    return f'{top}/{math.factorial(k)}={value}, {value}-{value // m}*{m}={value % m}.'
+    return f'C({n},{k})={math.comb(n, k)}: {math.comb(n, k) % m}.'
 
 
 def _square_sum(a, b):
@@ -193,9 +169,7 @@ def _square_sum(a, b):
 
 
 def _work_squares(a, b):
-    upper, lower = _square_sum(1, b), _square_sum(1, a - 1)
-    return (f'{b}*{b + 1}*{2 * b + 1}/6={upper}, {a - 1}*{a}*{2 * a - 1}/6={lower}, '
-            f'{upper}-{lower}={upper - lower}.')  # fmt: skip
+    return f'{b}*{b + 1}*{2 * b + 1}/6={_square_sum(1, b)}: {_square_sum(a, b)}.'
 
 
 # --- slips ---------------------------------------------------------------------------------------

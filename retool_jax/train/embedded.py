@@ -50,10 +50,10 @@ def init(config: QwenConfig, key: jax.Array) -> Params:
     """Random f32 parameters whose attention begins by copying.
 
     In every layer value and output projections are transposes of one random orthogonal matrix, and so
-    are, but for noise, query and key: a head attends to tokens like its own and passes them on. That is
-    where training leads in any case; a model that starts there copies operands a few hundred steps
-    earlier, the difference between minutes and an hour on a CPU. After "Mimetic Initialization of
-    Self-Attention Layers" (arXiv 2305.09828). Needs as many KV heads as heads, and heads × head_dim = D.
+    are, but for noise, query and key: a head attends to tokens like its own and passes them on. Training
+    leads there in any case, later: after 150 steps on two families an operand's digit cost 1.6 nats from
+    here and 2.2, chance, from plain random weights. After "Mimetic Initialization of Self-Attention
+    Layers" (arXiv 2305.09828). Needs as many KV heads as heads, and heads × head_dim = D.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads != kv_heads or heads * config.head_dim != config.hidden_size:
@@ -67,18 +67,16 @@ def init(config: QwenConfig, key: jax.Array) -> Params:
     keys = jax.random.split(jax.random.fold_in(key, 1), 2 * config.num_hidden_layers)
     pairs = jax.vmap(lambda k: jax.random.orthogonal(k, config.hidden_size))(keys)
     mixed, matched = jnp.split(pairs, 2)
-    start = {
-        'v_proj': VALUE_GAIN * mixed, 'o_proj': VALUE_GAIN * mixed.swapaxes(1, 2),
-        'q_proj': MATCH_GAIN * matched, 'k_proj': MATCH_GAIN * matched,
-    }  # fmt: skip
-    for name, matrix in start.items():
-        attention[name]['weight'] = weight(name) + matrix.reshape(weight(name).shape)
-    # Query and key biases that meet when the key stands one position back, for the first heads of layer 0.
-    period = config.rope_theta ** (np.arange(PREVIOUS_PAIRS) * 2 / config.head_dim)
-    half, heads = config.head_dim // 2, PREVIOUS_HEADS
-    query, back = np.zeros(config.head_dim, np.float32), np.zeros(config.head_dim, np.float32)
-    query[:PREVIOUS_PAIRS] = PREVIOUS_GAIN
-    back[:PREVIOUS_PAIRS], back[half:half + PREVIOUS_PAIRS] = (PREVIOUS_GAIN * f(1 / period) for f in (np.cos, np.sin))
+    for name, matrix in (('v_proj', VALUE_GAIN * mixed), ('o_proj', VALUE_GAIN * mixed.swapaxes(1, 2))):
+        attention[name]['weight'] = matrix.reshape(weight(name).shape)
+    for name in ('q_proj', 'k_proj'):
+        attention[name]['weight'] = weight(name) + MATCH_GAIN * matched.reshape(weight(name).shape)
+    # Query and key biases of layer 0 that agree most when the key stands one position back.
+    pairs, half = PREVIOUS_PAIRS, config.head_dim // 2
+    angle = config.rope_theta ** (-np.arange(pairs) / half)
+    query, back = np.zeros((2, config.head_dim), np.float32)
+    query[:pairs] = PREVIOUS_GAIN
+    back[:pairs], back[half:half + pairs] = PREVIOUS_GAIN * np.cos(angle), PREVIOUS_GAIN * np.sin(angle)
     for name, bias in (('q_proj', query), ('k_proj', back)):
-        attention[name]['bias'] = attention[name]['bias'].at[0, :heads].set(bias)
+        attention[name]['bias'] = attention[name]['bias'].at[0, :PREVIOUS_HEADS].set(bias)
     return params

@@ -14,6 +14,8 @@ from retool_jax.core import settings
 from retool_jax.core.cli import UserError, command
 from retool_jax.core.metrics import Metrics
 
+RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints')
+
 
 def claim(config: ConfigDict, free: Sequence[str] = ()) -> pathlib.Path:
     """Makes `run.dir` with its config.json, or goes on in one that the same configuration made.
@@ -28,13 +30,18 @@ def claim(config: ConfigDict, free: Sequence[str] = ()) -> pathlib.Path:
         except ValueError:
             raise UserError(f'run.dir={str(directory)!r}: config.json is damaged; choose another folder') from None
         found = settings.differences(before, config, ignore=('run.dir', *free))
-        if found:
+        # A run that was refused before its first result left a configuration that binds nobody.
+        if found and any((directory / name).exists() for name in RESULTS):
             raise UserError(f'run.dir={str(directory)!r} holds a run of another configuration '
                             f'({settings.describe(found)}); choose another folder')
     elif directory.is_dir() and any(directory.iterdir()):
         raise UserError(f'run.dir={str(directory)!r} holds other files; choose a new or empty folder')
+    elif directory.is_file():
+        raise UserError(f'run.dir={str(directory)!r} is a file; choose a new or empty folder')
     directory.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings.to_json(config), indent=2))
+    new = directory / 'config.json.new'  # a run killed here must not damage what it goes on from
+    new.write_text(json.dumps(settings.to_json(config), indent=2))
+    new.replace(file)
     return directory
 
 

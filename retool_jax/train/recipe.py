@@ -46,6 +46,7 @@ class RecipeSettings:
     problems_seen: int  # problems that the tool model's cold start is made from
     text_needy: float  # share of problems needing the tool that the text-only cold start keeps, of twice as many
     sft_steps: int
+    lead_steps: int  # the first of them, without mental traces of families that need the tool
     sft_batch_tokens: int
     problems: int  # held-out problems of the headline score
     apart_problems: int  # of each set scored apart
@@ -117,6 +118,11 @@ class Story:
                 advance(f'loss {metrics["sft/loss"]:.3f}')
             # Both models start from `params`, and a step gives its state's memory to the next.
             state = init_state({'policy': jax.tree.map(jnp.copy, params)}, optimizer)
+            # Digits of long mental arithmetic look random to such a model and drown what it can learn, to
+            # copy operands: it starts with traces that need nothing else.
+            easiest = [trace for trace in traces if trace.calls or _mental(trace)]
+            lead = dataclasses.replace(sizes, steps=self.recipe.lead_steps)
+            state = sft.train(learner, state, easiest, lead, self.seed, log)
             state = sft.train(learner, state, traces, sizes, self.seed, log)
         return state.params['policy']
 
@@ -164,8 +170,7 @@ class Story:
 
 def needy_code_ratio(episodes: Sequence[Episode]) -> float:
     """Share of episodes that ran code, among the families that need it."""
-    asked = [any(call.code for call in e.calls) for e in episodes
-             if not arithmetic.BY_NAME[e.problem.family].mental]
+    asked = [any(call.code for call in e.calls) for e in episodes if not _mental(e)]
     return float(np.mean(asked)) if asked else 0.0
 
 
@@ -223,6 +228,10 @@ def show(summary: dict) -> None:
     print()
     console.table(f'{problems} held-out problems × {k} samples, %', ['', *names], rows)
     print(f'{summary["steps"]} RL steps, {summary["seconds"]:.0f} s, seed {summary["seed"]}')
+
+
+def _mental(episode: Episode) -> bool:
+    return arithmetic.BY_NAME[episode.problem.family].mental
 
 
 def _kind(tools: bool) -> str:
