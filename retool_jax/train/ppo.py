@@ -87,7 +87,7 @@ def train(engine: Engine, learner: Learner, state: TrainState, settings: PPOSett
             for rows in minibatches:
                 state, metrics = learner.ppo_step(state, batch, scores, rows)
                 found.append(metrics)
-        metrics = mean_metrics(found)  # waits for the device
+        metrics = mean_metrics(step, found)  # waits for the device
         metrics |= episode_metrics(episodes) | rollout_metrics(engine.stats, rollout_s)
         if settings.critic != 'none':
             metrics['critic/explained_var'] = float(_explained(batch, scores))

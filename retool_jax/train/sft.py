@@ -56,10 +56,10 @@ def train(learner: Learner, state: TrainState, episodes: Sequence[Episode], sett
     for step, batch in enumerate(batches(episodes, settings, learner.forward, seed, start), start=start):
         state, metrics = learner.sft_step(state, batch)
         if late is not None:
-            log(step - 1, mean_metrics([late]))
+            log(step - 1, mean_metrics(step - 1, [late]))
         late = metrics
         if step + 1 == settings.steps or (save is not None and (step + 1) % save_every == 0):
-            log(step, mean_metrics([late]))
+            log(step, mean_metrics(step, [late]))
             late = None
             if save is not None:
                 save(step + 1, state)

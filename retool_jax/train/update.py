@@ -221,8 +221,16 @@ def _merge(found: list) -> dict[str, jax.Array]:
     return tallies.results(total)
 
 
-def mean_metrics(steps: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Fetches the metrics of several optimizer steps: their mean; the maximum for names ending in _max."""
+def mean_metrics(step: int, steps: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Fetches the metrics of several optimizer steps: their mean; the maximum for names ending in _max.
+
+    Errors: ValueError naming `step` where a loss or a gradient is not finite; nothing of it must be saved.
+    """
     host = jax.device_get(steps)
     reduce = lambda name: np.max if name.endswith('_max') else np.mean
-    return {name: float(reduce(name)([m[name] for m in host])) for name in (host[0] if host else {})}
+    found = {name: float(reduce(name)([m[name] for m in host])) for name in (host[0] if host else {})}
+    broken = [name for name, x in found.items() if name.endswith(('loss', 'grad_norm')) and not np.isfinite(x)]
+    if broken:
+        raise ValueError(f'step {step}: {broken[0]} is {found[broken[0]]}; the last checkpoint is intact: go on from '
+                         'it with a lower optimizer.lr or a lower optimizer.grad_clip')
+    return found

@@ -184,6 +184,11 @@ def test_what_cannot_be_computed_is_refused_by_its_key():
 
 
 def test_metrics_of_several_steps_are_means_and_maxima():
-    assert mean_metrics([{'a': np.float32(1), 'b_max': np.float32(1)}, {'a': np.float32(3), 'b_max': np.float32(5)}]
+    assert mean_metrics(0, [{'a': np.float32(1), 'b_max': np.float32(1)}, {'a': np.float32(3), 'b_max': np.float32(5)}]
                         ) == {'a': 2.0, 'b_max': 5.0}
-    assert mean_metrics([]) == {}
+    assert mean_metrics(0, []) == {}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step():
+    with pytest.raises(ValueError, match='step 7: sft/loss is nan'):
+        mean_metrics(7, [{'sft/loss': np.float32('nan'), 'actor/grad_norm': np.float32(1)}])
