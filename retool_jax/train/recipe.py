@@ -178,7 +178,7 @@ def run(config: ConfigDict) -> dict:
     """The whole story; returns what summary.json holds."""
     began = time.perf_counter()
     directory = folder.claim(config)
-    for old in ('model', 'checkpoints', 'episodes'):  # the same story told again
+    for old in ('model', 'tool_rl', 'checkpoints', 'episodes'):  # the same story told again
         shutil.rmtree(directory / old, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(assembly.open_sandbox(config.sandbox))
