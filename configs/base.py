@@ -54,7 +54,7 @@ def forward(arg: str) -> ConfigDict:
         'remat': 'none' if tiny else 'full',
         'unroll': 4 if tiny else 1,
         'logprob_chunk': 200 if tiny else 512,
-        'micro_rows': 8 if tiny else 4,
+        'micro_rows': 16 if tiny else 4,
         'row_width': 200 if tiny else 18432,  # prompt 2,048 + response 16,384 (R)
         'row_segments': 8 if tiny else 16,
     })

@@ -97,9 +97,9 @@ def _sample_binomial(rng, large):
     return rng.randint(8, 30), rng.randint(2, 5), rng.randint(11, 99)
 
 
-def _sample_squares(rng, large):
-    start = rng.randint(100, 399) if large else rng.randint(2, 99)
-    return start, start + rng.randint(5, 70)
+def _sample_series(rng, large):
+    start = rng.randint(300, 999) if large else rng.randint(2, 199)
+    return start, start + rng.randint(5, 59)
 
 
 # --- solutions and worked steps ------------------------------------------------------------------
@@ -164,12 +164,12 @@ def _work_binomial(n, k, m):
     return f'C({n},{k})={math.comb(n, k)}: {math.comb(n, k) % m}.'
 
 
-def _square_sum(a, b):
-    return sum(i * i for i in range(a, b + 1))
+def _series(a, b):
+    return (b - a + 1) * (a + b) // 2
 
 
-def _work_squares(a, b):
-    return f'{b}*{b + 1}*{2 * b + 1}/6={_square_sum(1, b)}: {_square_sum(a, b)}.'
+def _work_series(a, b):
+    return f'{b - a + 1}*{a + b}={(b - a + 1) * (a + b)}: {_series(a, b)}.'
 
 
 # --- slips ---------------------------------------------------------------------------------------
@@ -276,11 +276,11 @@ FAMILIES: tuple[Family, ...] = (
         (_NO_IMPORT, _slip('import math\nprint(math.binom({},{})%{})', 'It is called comb.')),
     ),
     Family(
-        'squares', False, 'Add the squares.',
-        ('What is the sum of squares from {a} to {b}?', 'Add the squares of {a} to {b}.',
-         'Find {a}^2 + ... + {b}^2.', 'Compute the sum of n^2 for n from {a} to {b}.'),
-        'Give the sum of the squares from {a} up to {b}.',
-        _sample_squares, _square_sum, 'print(sum(n*n for n in range({},{}+1)))'.format, _work_squares,
-        (_slip('print(sum(n*n for n in {} to {}))', 'Python writes range.'), _UNCLOSED),
+        'series', False, 'Add the series.',
+        ('What is the sum of integers from {a} to {b}?', 'Add the integers from {a} to {b}.',
+         'Find {a} + ... + {b}.', 'Compute the sum of n for n from {a} to {b}.'),
+        'Give the sum of the integers from {a} up to {b}.',
+        _sample_series, _series, 'print(sum(range({},{}+1)))'.format, _work_series,
+        (_slip('print(sum({} to {}))', 'Python writes range.'), _UNCLOSED),
     ),
 )  # fmt: skip
