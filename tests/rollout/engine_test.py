@@ -80,7 +80,7 @@ def same(a, b):
 
 def test_episodes_are_bit_equal_under_random_latencies_and_any_order(sampler, params):
     reference, _ = run(sampler, params)
-    assert sum(len(e.calls) for e in reference.values()) > 20
+    assert sum(len(e.calls) for e in reference.values()) > 8
     rng = random.Random(0)
     order = list(range(21))
     rng.shuffle(order)
