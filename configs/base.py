@@ -201,7 +201,7 @@ def mix() -> ConfigDict:
     RL has to learn when to call."""
     return ConfigDict({
         'easy': {'code': 0.4, 'mental': 0.6},  # families that mental arithmetic can do
-        'needy': {'code': 0.58, 'repair': 0.1, 'mental': 0.32},  # repair: a failing snippet and its correction
+        'needy': {'code': 0.48, 'repair': 0.1, 'mental': 0.42},  # repair: a failing snippet and its correction
     })
 
 

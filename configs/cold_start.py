@@ -4,7 +4,7 @@
     python launch/cold_start.py --config=configs/cold_start.py:qwen2_5_32b --config.model.path=Qwen2.5-32B-Instruct \
         --config.traces=ReTool-SFT.parquet
 
-Hardware: CPU; 9,000 embedded problems take half a minute on 2 cores. What verification drops is counted
+Hardware: CPU; 12,000 embedded problems take half a minute on 2 cores. What verification drops is counted
 by its reason.
 """
 
@@ -17,7 +17,7 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
     return ConfigDict({
         'run': base.run(arg, 'cold_start'),
         'traces': config_dict.placeholder(str),  # a file of rewritten answers; tiny: none, made from the task
-        'problems': 9000,  # of the embedded task
+        'problems': 12000,  # of the embedded task
         'mix': base.mix(),
         'max_tokens': base.turns(arg).max_tokens,  # longer traces are dropped
         'model': base.model(arg),

@@ -21,11 +21,11 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
         'model': base.model(arg),
         'mesh': base.mesh(),
         'forward': base.forward(arg),
-        'optimizer': (base.optimizer(3e-3, schedule='wsd', warmup_steps=20, weight_decay=0.1, b2=0.95) if tiny
+        'optimizer': (base.optimizer(3e-3, schedule='cosine', warmup_steps=20, weight_decay=0.1, b2=0.95) if tiny
                       else base.optimizer(1e-5, schedule='cosine', warmup_steps=10)),  # 1e-5: R
         'sft': {
-            'steps': 520 if tiny else 190,  # ? in P (2 epochs); R: 6 epochs of 2,000 traces, 64 a step
-            'batch_tokens': 2500 if tiny else 262144,
+            'steps': 540 if tiny else 190,  # ? in P (2 epochs); R: 6 epochs of 2,000 traces, 64 a step
+            'batch_tokens': 2900 if tiny else 262144,
         },
         'checkpoints': base.checkpoints(every=100),
     })
