@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import collections
 import math
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop, Verdict
@@ -19,7 +17,8 @@ from retool_jax.text.template import Template, final_text, prompt_ids
 from retool_jax.text.tokenizer import Tokenizer
 
 RESAMPLES = 2000  # of the bootstrap
-PART_ROWS = 8  # episodes per part and slot: the slots that idle at a part's end cost a few percent
+LONGEST_ANSWER = 200  # characters kept in summary.json
+LISTED = 50  # problems; longer lists stand in summary.json and the report alone
 
 
 def make_requests(problems: Sequence[Problem], samples: int, template: Template, tokenizer: Tokenizer) -> list[Request]:
@@ -49,43 +48,23 @@ def run(engine: Engine, params: Params, version: int, problems: Sequence[Problem
     return episodes
 
 
-def run_in_parts(engine: Engine, params: Params, problems: Sequence[Problem], samples: int, directory: pathlib.Path,
-                 name: str, template: Template, tokenizer: Tokenizer, grader: Grader,
-                 advance: Callable[..., None]) -> list[Episode]:
-    """`run` a few problems at a time, each part kept below `directory`; parts that are there are read, not
-    made again. `advance(n=…)` counts episodes. Errors: ValueError for a part of other problems."""
-    count = max(1, PART_ROWS * engine.sampler.settings.rows // samples)
-    there, episodes = set(episode_files.names(directory)), []
-    for start in range(0, len(problems), count):
-        part, asked = f'val_{name}_{start:05d}', problems[start:start + count]
-        if part in there:
-            made = episode_files.read(directory, part)
-            if [(e.problem, e.sample) for e in made] != [(p, sample) for p in asked for sample in range(samples)]:
-                raise ValueError(f'{directory / part}.jsonl holds other problems than those asked for; '
-                                 'choose another run.dir')
-            advance(n=len(made))
-        else:
-            made = run(engine, params, 0, asked, samples, template, tokenizer, grader,
-                       finished=lambda episode: advance())
-            episode_files.write(directory, part, made, tokenizer.decode)
-        episodes += made
-    return episodes
-
-
 def pass_at(k: int, correct: int, samples: int) -> float:
     """Unbiased chance that one of k samples is right, 1 − C(n−c, k)/C(n, k) (arXiv 2107.03374)."""
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
+def winners(episodes: Sequence[Episode]) -> list[str]:
+    """The most frequent answers of one problem, the first written first; none where nobody answered."""
+    votes = collections.Counter(e.reward.answer for e in episodes if e.reward.answer)
+    most = max(votes.values(), default=0)
+    return [answer for answer, count in votes.items() if count == most]
+
+
 def majority(episodes: Sequence[Episode]) -> float:
     """Whether the most frequent answer of one problem is right; ties share."""
-    votes = collections.Counter(e.reward.answer for e in episodes if e.reward.answer)
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    winners = [answer for answer, count in votes.items() if count == most]
+    found = winners(episodes)
     right = {e.reward.answer for e in episodes if e.reward.correct}
-    return sum(answer in right for answer in winners) / len(winners)
+    return sum(answer in right for answer in found) / max(len(found), 1)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> list[float]:
@@ -100,9 +79,11 @@ def interval(values: Sequence[float], seed: int = 0) -> list[float]:
 def summarise(episodes: Sequence[Episode]) -> dict:
     """Scores and statistics of graded episodes; every problem must have the same number of samples.
 
-    Returns {avg, ci, k, problems, pass, maj, exact, lenient, code_ratio, families, by_problem, …}: `avg` is
-    avg@k, `pass` pass@k, `maj` maj@k, all in [0, 1], `pass_ci` and `maj_ci` their intervals; `families` maps
-    each family to its avg, `by_problem` each problem's id to its own.
+    Returns {k, problems, avg, pass, maj, exact, lenient, …}, shares in [0, 1]: `avg` is avg@k by equivalence,
+    `exact` and `lenient` the same by equal strings and by the authors' rule, `pass_at` pass@j for j up to k;
+    `ci` is the interval of avg, `NAME_ci` that of another; `families` maps each family to its avg, `verdicts`
+    and `stops` count calls and episodes, `by_problem` has a record for each problem. No clock enters: the
+    same episodes give the same summary. Errors: ValueError for unequal numbers of samples.
     """
     by_problem: dict[str, list[Episode]] = collections.defaultdict(list)
     for episode in episodes:
@@ -111,28 +92,53 @@ def summarise(episodes: Sequence[Episode]) -> dict:
     if len(samples) != 1:
         raise ValueError(f'evaluation: problems have {sorted(samples)} samples; all must have the same number')
     k = samples.pop()
+    records = {name: _record(group) for name, group in by_problem.items()}
+    column = lambda name: [record[name] for record in records.values()]
     mean = lambda pick: float(np.mean([float(pick(e)) for e in episodes]))
-    averages = {p: float(np.mean([e.reward.correct for e in group])) for p, group in by_problem.items()}
     families: dict[str, list[float]] = collections.defaultdict(list)
-    for problem_id, group in by_problem.items():
-        families[group[0].problem.family].append(averages[problem_id])
+    for name, group in by_problem.items():
+        families[group[0].problem.family].append(records[name]['avg'])
     calls = [call for e in episodes for call in e.calls]
-    passed = [pass_at(k, sum(e.reward.correct for e in group), k) for group in by_problem.values()]
-    won = [majority(group) for group in by_problem.values()]
+    right = [sum(e.reward.correct for e in group) for group in by_problem.values()]
+    passed = [pass_at(k, c, k) for c in right]
+    scores = {'avg': column('avg'), 'pass': passed, 'maj': column('maj'), 'exact': column('exact'),
+              'lenient': column('lenient')}
+    intervals = {'ci' if name == 'avg' else f'{name}_ci': interval(values) for name, values in scores.items()}
     return {
-        'avg': float(np.mean(list(averages.values()))), 'ci': interval(list(averages.values())), 'k': k,
-        'problems': len(by_problem), 'pass': float(np.mean(passed)), 'pass_ci': interval(passed),
-        'maj': float(np.mean(won)), 'maj_ci': interval(won),
-        'exact': mean(lambda e: e.reward.exact), 'lenient': mean(lambda e: e.reward.lenient),
+        'k': k, 'problems': len(by_problem), **{name: float(np.mean(values)) for name, values in scores.items()},
+        **intervals,
+        'pass_at': {str(j): float(np.mean([pass_at(j, c, k) for c in right])) for j in _counts(k)},
         'code_ratio': mean(lambda e: any(c.code for c in e.calls)),
         'format': mean(lambda e: bool(e.reward.answer) and e.stop in (Stop.ANSWER, Stop.EOS)),
         'length': mean(lambda e: e.acted_count), 'turns': mean(lambda e: e.turns),
         'truncated': mean(lambda e: e.stop == Stop.LENGTH), 'void': mean(lambda e: e.void),
         'calls': len(calls) / max(len(episodes), 1),
         'call_failures': float(np.mean([c.verdict != Verdict.OK for c in calls])) if calls else 0.0,
+        'verdicts': _tally(c.verdict for c in calls), 'stops': _tally(e.stop for e in episodes),
         'families': {name: float(np.mean(x)) for name, x in sorted(families.items())},
-        'by_problem': averages,
+        'by_problem': records,
     }
+
+
+def _record(group: Sequence[Episode]) -> dict:
+    """What is known of one problem: shares of its samples, the gold answer and the most frequent one."""
+    share = lambda pick: float(np.mean([float(pick(e)) for e in group]))
+    return {
+        'avg': share(lambda e: e.reward.correct), 'maj': majority(group), 'exact': share(lambda e: e.reward.exact),
+        'lenient': share(lambda e: e.reward.lenient), 'gold': group[0].problem.answer,
+        'answer': (winners(group) or [''])[0][:LONGEST_ANSWER], 'family': group[0].problem.family,
+        'code': share(lambda e: any(c.code for c in e.calls)), 'calls': share(lambda e: len(e.calls)),
+        'length': share(lambda e: e.acted_count), 'truncated': share(lambda e: e.stop == Stop.LENGTH),
+    }
+
+
+def _counts(k: int) -> list[int]:
+    """1, 2, 4, … and k."""
+    return sorted({*(2 ** i for i in range(k.bit_length())), k})
+
+
+def _tally(values: Iterable) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(collections.Counter(values).items())}
 
 
 def as_metrics(name: str, found: dict) -> dict[str, float]:
@@ -142,18 +148,33 @@ def as_metrics(name: str, found: dict) -> dict[str, float]:
 
 
 def show(name: str, found: dict) -> None:
-    """Prints scores with intervals and what else is known of the episodes."""
-    percent = lambda x: f'{100 * x:.1f} %'
-    rows = [(f'{kind}@{found["k"]}', percent(found[kind]), ' – '.join(percent(x) for x in found[ci]))
-            for kind, ci in (('avg', 'ci'), ('pass', 'pass_ci'), ('maj', 'maj_ci'))]
-    console.table(f'{name}: {found["problems"]} problems × {found["k"]} samples',
-                  ('score', 'value', '95 % interval'), rows)
-    console.table('', ('episodes', ''), [
-        ('answered', percent(found['format'])), ('cut off at the budget (LENGTH)', percent(found['truncated'])),
-        ('void', percent(found['void'])), ('ran code', percent(found['code_ratio'])),
-        ('calls per episode', f'{found["calls"]:.2f}'), ('calls that failed', percent(found['call_failures'])),
-        ('tokens written', f'{found["length"]:.0f}'), ('exact string', percent(found['exact'])),
-        ('lenient rule', percent(found['lenient']))])
-    if len(found['by_problem']) <= 50:
-        console.table('', ('problem', f'avg@{found["k"]}'),
-                      [(name, percent(x)) for name, x in sorted(found['by_problem'].items())])
+    """Prints scores with intervals, what else is known of the episodes and calls, and each problem."""
+    percent, k = lambda x: f'{100 * x:.1f} %', found['k']
+    rows = [(title, percent(found[key]), ' – '.join(percent(x) for x in found[ci])) for title, key, ci in (
+        (f'avg@{k}', 'avg', 'ci'), (f'pass@{k}', 'pass', 'pass_ci'), (f'maj@{k}', 'maj', 'maj_ci'),
+        (f'avg@{k}, exact string', 'exact', 'exact_ci'), (f'avg@{k}, lenient rule', 'lenient', 'lenient_ci'))]
+    rows += [(f'pass@{j}', percent(value), '') for j, value in found['pass_at'].items() if int(j) != k]
+    console.table(f'{name}: {found["problems"]} problems × {k} samples', ('score', 'value', '95 % interval'), rows)
+    episodes = found['problems'] * k
+    of_all = lambda counts: ', '.join(f'{n} {word}' for word, n in counts.items()) or '–'
+    console.table('', (f'{episodes} episodes', ''), [
+        ('answered in form', percent(found['format'])), ('cut off at the budget (LENGTH)', percent(found['truncated'])),
+        ('void', percent(found['void'])), ('ended by', of_all(found['stops'])),
+        ('tokens written', f'{found["length"]:.0f}'), ('turns', f'{found["turns"]:.2f}'),
+        ('ran code', percent(found['code_ratio'])), ('calls', f'{found["calls"]:.2f}'),
+        ('calls that failed', percent(found['call_failures'])), ('verdicts of calls', of_all(found['verdicts']))])
+    if len(found['families']) > 1:
+        console.table('', ('family', f'avg@{k}'), [(f, percent(x)) for f, x in found['families'].items()])
+    if len(found['by_problem']) > LISTED:
+        print(f'The {len(found["by_problem"])} problems stand in summary.json and in the report.')
+        return
+    shares = ('avg', 'maj', 'exact', 'lenient', 'code', 'truncated')
+    columns = ('problem, %', f'avg@{k}', 'maj', 'exact', 'lenient', 'code', 'LENGTH', 'tokens', 'gold', 'answer')
+    console.table('', columns, [
+        (problem, *(f'{100 * r[key]:.0f}' for key in shares), f'{r["length"]:.0f}', _brief(r['gold']),
+         _brief(r['answer']) or '–') for problem, r in found['by_problem'].items()])
+
+
+def _brief(text: str) -> str:
+    text = ' '.join(text.split())
+    return text if len(text) <= 24 else text[:23] + '…'

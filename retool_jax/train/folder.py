@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
@@ -31,10 +32,10 @@ def claim(config: ConfigDict, free: Sequence[str] = ()) -> pathlib.Path:
             raise UserError(f'run.dir={str(directory)!r}: config.json is damaged; choose another folder') from None
         found = settings.differences(before, config, ignore=('run.dir', *free))
         # A run that was refused before its first result left a configuration that binds nobody.
-        if found and any((directory / name).exists() for name in RESULTS):
+        if found and has_results(directory):
             raise UserError(f'run.dir={str(directory)!r} holds a run of another configuration '
                             f'({settings.describe(found)}); choose another folder')
-    elif directory.is_dir() and any(directory.iterdir()):
+    elif directory.is_dir() and any(path.name != 'config.json.new' for path in directory.iterdir()):
         raise UserError(f'run.dir={str(directory)!r} holds other files; choose a new or empty folder')
     elif directory.is_file():
         raise UserError(f'run.dir={str(directory)!r} is a file; choose a new or empty folder')
@@ -43,6 +44,27 @@ def claim(config: ConfigDict, free: Sequence[str] = ()) -> pathlib.Path:
     new.write_text(json.dumps(settings.to_json(config), indent=2))
     new.replace(file)
     return directory
+
+
+def has_results(directory: pathlib.Path) -> bool:
+    """Whether a run has left anything in its folder that is worth going on with."""
+    paths = [directory / name for name in RESULTS]
+    return any(any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size for path in paths)
+
+
+@contextlib.contextmanager
+def claimed(config: ConfigDict, free: Sequence[str] = ()) -> Iterator[pathlib.Path]:
+    """`claim` for a block; a run that ends in an error or a stop before its first result leaves no trace."""
+    directory = pathlib.Path(config.run.dir)
+    there = directory.is_dir()
+    fresh = not there or not any(directory.iterdir())
+    try:
+        yield claim(config, free)
+    except BaseException:
+        if fresh and directory.is_dir() and not has_results(directory):
+            for path in list(directory.iterdir()) if there else [directory]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 @contextlib.contextmanager

@@ -1,18 +1,12 @@
-"""Evaluation: scores against counting by hand, intervals, and parts that are not made again."""
+"""Evaluation: scores against counting by hand, and intervals."""
 
 import itertools
 import random
 
-import jax
 import numpy as np
 import pytest
 
-from retool_jax.core import episodes as episode_files
 from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict
-from retool_jax.model import qwen
-from retool_jax.rollout.engine import Engine
-from retool_jax.tasks.grader import Grader
-from retool_jax.text.template import make_template
 from retool_jax.train import evaluate
 from tests.train import small
 
@@ -74,12 +68,20 @@ def test_a_summary_is_what_counting_by_hand_gives():
         make('c', True, family='y'), make('c', True, family='y', sample=1)]
     found = evaluate.summarise(episodes)
     assert (found['k'], found['problems']) == (2, 3)
-    assert found['by_problem'] == {'a': 0.5, 'b': 0.0, 'c': 1.0} and found['avg'] == 0.5
+    assert {name: r['avg'] for name, r in found['by_problem'].items()} == {'a': 0.5, 'b': 0.0, 'c': 1.0}
+    assert found['avg'] == found['exact'] == found['lenient'] == 0.5
+    assert found['by_problem']['a'] == {
+        'avg': 0.5, 'maj': 0.5, 'exact': 0.5, 'lenient': 0.5, 'gold': '1', 'answer': '1', 'family': 'x', 'code': 0.5,
+        'calls': 1.5, 'length': 3.0, 'truncated': 0.0}
+    assert found['pass_at'] == pytest.approx({'1': 0.5, '2': 2 / 3})
+    assert found['verdicts'] == {'error': 1, 'format': 1, 'ok': 1}
+    assert found['stops'] == {'answer': 1, 'eos': 4, 'length': 1}
     assert found['families'] == {'x': 0.5, 'y': 0.5}
     expected = {'pass': 2 / 3, 'maj': 0.5, 'exact': 0.5, 'code_ratio': 1 / 6, 'calls': 0.5, 'call_failures': 2 / 3,
                 'format': 4 / 6, 'truncated': 1 / 6, 'void': 1 / 6, 'length': 3.0, 'turns': 8 / 6}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    for score, ci in (('avg', 'ci'), ('pass', 'pass_ci'), ('maj', 'maj_ci')):
+    for score, ci in (('avg', 'ci'), ('pass', 'pass_ci'), ('maj', 'maj_ci'), ('exact', 'exact_ci'),
+                      ('lenient', 'lenient_ci')):
         assert found[ci][0] <= found[score] <= found[ci][1] and found[ci][0] < found[ci][1]
     assert evaluate.as_metrics('set', found) == {
         'val/set/avg@2': 0.5, 'val/set/pass@2': found['pass'], 'val/set/maj@2': 0.5}
@@ -93,38 +95,12 @@ def test_problems_with_unequal_samples_are_refused():
 def test_the_scores_are_shown_with_their_intervals(capsys):
     evaluate.show('set', evaluate.summarise([make('a', True), make('b', False, stop=Stop.LENGTH)]))
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ('2 problems × 1 samples', 'avg@1', '50.0 %', '0.0 % – 100.0 %', 'LENGTH'))
+    assert all(word in shown for word in ('2 problems × 1 samples', 'avg@1', '50.0 %', '0.0 % – 100.0 %', 'LENGTH',
+                                          'exact string', 'lenient rule', '1 eos, 1 length'))
+    assert [line.split() for line in shown.splitlines() if line.startswith('a ')] == [
+        ['a', '100', '100', '100', '100', '0', '0', '3', '1', '1']]
 
 
-class Recording(Engine):
-    """An engine that remembers what it was asked for."""
-
-    def run(self, params, version, requests, *args, **kwargs):
-        self.asked = [*getattr(self, 'asked', []), *((r.problem.id, r.sample) for r in requests)]
-        return super().run(params, version, requests, *args, **kwargs)
-
-
-def test_parts_that_are_there_are_read_and_not_made_again(tmp_path):
-    sampler = small.make_sampler(rows=2)
-    params = sampler.sync(qwen.init(small.SPEAKER, jax.random.key(0)))
-    problems, directory = small.make_problems(10), tmp_path / 'episodes'
-
-    def run(problems=problems):
-        engine, counted = small.make_engine(sampler, Recording), []
-        with Grader() as grader:
-            made = evaluate.run_in_parts(engine, params, problems, 2, directory, 'set', make_template('tiny'),
-                                         small.TOKENIZER, grader, lambda n=1: counted.append(n))
-        assert sum(counted) == 20
-        return made, getattr(engine, 'asked', [])
-    whole, asked = run()
-    every = [(f'p{i}', sample) for i in range(10) for sample in range(2)]
-    assert asked == every == [(e.problem.id, e.sample) for e in whole]
-    assert all(e.reward is not None and e.acted_count for e in whole)
-    first, second = episode_files.names(directory)  # 8 episodes a slot: 8 problems, then 2
-
-    assert run() == (whole, [])
-    for name in (f'{second}.jsonl', f'{second}.npz'):
-        (directory / name).unlink()
-    assert run() == (whole, every[16:])
-    with pytest.raises(ValueError, match=f'{first}.jsonl holds other problems than those asked for'):
-        run(problems[::-1])
+def test_many_problems_are_left_to_the_files(capsys):
+    evaluate.show('set', evaluate.summarise([make(f'p{i}', True) for i in range(evaluate.LISTED + 1)]))
+    assert 'The 51 problems stand in summary.json' in capsys.readouterr().out

@@ -13,6 +13,11 @@ def make_config(directory, **changes):
     return ConfigDict({'run': {'dir': str(directory), 'seed': 0}, 'ppo': {'steps': 3, 'samples': 4}} | changes)
 
 
+def put_result(directory, name):
+    (directory / name).mkdir()
+    (directory / name / 'something').write_text('kept')
+
+
 def test_a_new_or_empty_folder_is_claimed_with_its_parents(tmp_path):
     for place in (tmp_path / 'a' / 'b', tmp_path):
         config = make_config(place / 'run')
@@ -44,7 +49,7 @@ def test_a_run_without_results_gives_way_to_another_configuration(tmp_path):
 @pytest.mark.parametrize('result', folder.RESULTS)
 def test_another_configuration_is_refused_by_the_keys_that_differ(tmp_path, result):
     directory = folder.claim(make_config(tmp_path / 'run'))
-    (directory / result).mkdir()
+    put_result(directory, result)
     before = (directory / 'config.json').read_bytes()
     other = make_config(directory, ppo={'steps': 5, 'samples': 4}, limit=1)
     with pytest.raises(UserError, match=r'ppo.steps: 3, now 5; limit: .*absent.*, now 1') as refused:
@@ -84,3 +89,31 @@ def test_a_damaged_configuration_is_refused(tmp_path, text):
     with pytest.raises(UserError, match='config.json is damaged; choose another folder'):
         folder.claim(make_config(tmp_path))
     assert (tmp_path / 'config.json').read_text() == text
+
+
+@pytest.mark.parametrize('there', [False, True])
+@pytest.mark.parametrize('error', [UserError, KeyboardInterrupt, OSError])
+def test_a_run_that_ends_before_its_first_result_leaves_no_trace(tmp_path, error, there):
+    if there:
+        (tmp_path / 'run').mkdir()
+    with pytest.raises(error), folder.claimed(make_config(tmp_path / 'run')) as directory:
+        (directory / 'model').mkdir()
+        (directory / 'metrics.jsonl').touch()
+        raise error('too early')
+    assert (tmp_path / 'run').exists() == there and not list(tmp_path.glob('run/*'))
+
+
+def test_results_stay_whatever_ends_the_run(tmp_path):
+    with pytest.raises(UserError), folder.claimed(make_config(tmp_path / 'run')) as directory:
+        put_result(directory, 'episodes')
+        raise UserError('late')
+    with pytest.raises(UserError), folder.claimed(make_config(tmp_path / 'run')):
+        raise UserError('at once, the second time')
+    assert (tmp_path / 'run/episodes/something').exists() and (tmp_path / 'run/config.json').exists()
+
+
+def test_what_others_keep_in_a_folder_stays_when_it_is_refused(tmp_path):
+    (tmp_path / 'notes.txt').write_text('mine')
+    with pytest.raises(UserError, match='other files'), folder.claimed(make_config(tmp_path)):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ['notes.txt']

@@ -1,0 +1,123 @@
+"""An evaluation run: the score of a problem file, kept as it grows and gone on with where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+
+from ml_collections import ConfigDict
+
+from retool_jax.core import episodes as episode_files
+from retool_jax.core import metrics as console
+from retool_jax.core.cli import UserError
+from retool_jax.core.pytrees import Params
+from retool_jax.core.records import Episode, Problem
+from retool_jax.core.signals import uninterrupted
+from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.journal import Journal
+from retool_jax.tasks import problems as problem_files
+from retool_jax.tasks.grader import Grader
+from retool_jax.text.template import Template
+from retool_jax.text.tokenizer import Tokenizer
+from retool_jax.train import assembly, evaluate, folder
+
+BACKENDS = ('local',)
+UNFINISHED = 'unfinished'  # below episodes/: parts of an evaluation that is not through
+KEEP_S = 60.0  # finished episodes wait no longer than this before they are on disk
+
+
+def run(config: ConfigDict) -> dict:
+    """Scores the model on `config.problems`; returns what summary.json holds."""
+    if config.backend not in BACKENDS:
+        raise UserError(f'backend={config.backend!r} is not known; use one of {", ".join(BACKENDS)}')
+    if config.samples < 1:
+        raise UserError(f'samples={config.samples}: at least one answer per problem is needed')
+    if not config.problems:
+        raise UserError('config.problems is missing; give a problem file')
+    problems = problem_files.read(config.problems, config.limit)
+    name, tools = pathlib.Path(config.problems).stem, config.model.tools
+    with contextlib.ExitStack() as stack:
+        grader = stack.enter_context(assembly.open_grader(config.reward))
+        problem_files.check_golds(problems, grader.parses)
+        mesh = assembly.make_mesh(config.mesh)
+        directory = stack.enter_context(folder.claimed(config))
+        stack.enter_context(folder.stoppable())
+        language = assembly.open_language(config.model, directory)
+        sampler = assembly.make_sampler(language, config, tools)
+        params = assembly.load_policy(config.model, language, config.run.seed, mesh)
+        pool = stack.enter_context(assembly.open_executor(config.sandbox, tools))
+        engine = assembly.make_engine(language, sampler, config, config.sampling, tools, pool, config.run.seed,
+                                      assembly.EVALUATION)
+        journal = stack.enter_context(contextlib.closing(Journal(directory / 'journal.jsonl')))
+        console.banner(model=language, mesh=dict(mesh.shape), sandbox=pool or 'none',
+                       problems=f'{len(problems)} of {name} × {config.samples} samples', run=directory)
+        advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * config.samples))
+        episodes = run_kept(engine, sampler.sync(params), problems, config.samples, directory / 'episodes',
+                            f'val_{name}', language.template, language.tokenizer, grader, journal, advance)
+    found = {name: evaluate.summarise(episodes)}
+    (directory / 'summary.json').write_text(json.dumps(found, indent=2))
+    with console.Metrics(directory) as writer:
+        writer.rewind(None)
+        writer.write(0, {'phase': 'val'} | evaluate.as_metrics(name, found[name]) | times(episodes))
+    return found
+
+
+def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], samples: int, directory: pathlib.Path,
+             name: str, template: Template, tokenizer: Tokenizer, grader: Grader, journal: Journal,
+             advance: Callable[..., None]) -> list[Episode]:
+    """`evaluate.run` whose finished episodes are kept below `directory`; those that are there are not made again.
+
+    While it runs they are parts of `directory`/unfinished, in the end the one part `name`. What an episode holds
+    does not depend on what else is made with it, and tool results of unfinished episodes are in the journal, so
+    a killed evaluation ends as it would have. `advance(n=…)` counts episodes.
+
+    Errors: ValueError for kept episodes of other problems or samples.
+    """
+    requests = evaluate.make_requests(problems, samples, template, tokenizer)
+    order = [(r.problem.id, r.sample) for r in requests]
+    asked = dict(zip(order, requests))
+    unfinished = directory / UNFINISHED
+    folder_of = directory if name in episode_files.names(directory) else unfinished
+    parts = [name] if folder_of == directory else episode_files.names(unfinished)
+    found = {(e.problem.id, e.sample): e for part in parts for e in episode_files.read(folder_of, part)}
+    if any(key not in asked or asked[key].problem != e.problem for key, e in found.items()):
+        raise ValueError(f'{folder_of} holds other problems than those asked for: the problem file has changed; '
+                         'choose another run.dir')
+    advance(n=len(found))
+    missing = [request for key, request in asked.items() if key not in found]
+    waiting: list[Episode] = []
+
+    def keep() -> None:
+        evaluate.grade(waiting, grader, tokenizer)
+        episode_files.write(unfinished, f'part_{len(episode_files.names(unfinished)):05d}', waiting, tokenizer.decode)
+        found.update({(e.problem.id, e.sample): e for e in waiting})
+        waiting.clear()
+
+    kept = time.monotonic()
+    try:
+        for _, episode in engine.stream(params, 0, missing, 0, journal=journal) if missing else ():
+            waiting.append(episode)
+            advance()
+            if len(waiting) >= engine.sampler.settings.rows or time.monotonic() - kept > KEEP_S:
+                keep()
+                kept = time.monotonic()
+    finally:  # of a stop too: what is finished stays
+        if waiting:
+            with uninterrupted():
+                keep()
+    episodes = [found[key] for key in order]
+    if folder_of == unfinished:
+        with uninterrupted():
+            episode_files.write(directory, name, episodes, tokenizer.decode)
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return episodes
+
+
+def times(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Seconds that calls took; they stand in metrics.jsonl, not in summary.json, which has no clock."""
+    waits = sorted(call.wall_s for e in episodes for call in e.calls)
+    return {f'tools/seconds_p{p}': waits[(len(waits) - 1) * p // 100] for p in (50, 99)} if waits else {}
