@@ -182,6 +182,27 @@ def ppo(arg: str) -> ConfigDict:
         'drop_void': False,  # SimpleTIR's filter (2509.02479)
         'mask_truncated': False,
         'overlong_buffer': 0,  # DAPO's shaping (2503.14476)
+        'dynamic_rounds': 0,  # DAPO's dynamic sampling: rounds of problems_per_step problems at most; 0 is off
+        'offload': not tiny,  # what a phase does not need waits in the host's memory
+    })
+
+
+def halves() -> ConfigDict:
+    """Both halves of a step, unless one is asked for alone."""
+    return ConfigDict({
+        'episodes': config_dict.placeholder(str),  # an episodes/ folder to train on, without a sampler
+        'update': True,  # False: episodes are made and kept, weights stay as they are
+    })
+
+
+def watch() -> ConfigDict:
+    """Alarms (all H): a threshold, and what follows: 'ignore', 'warn' or 'stop'."""
+    return ConfigDict({
+        'entropy_below': 0.01, 'entropy': 'warn',  # nats per token
+        'equal_steps': 3, 'equal_rewards': 'warn',  # steps in a row in which all rewards are equal
+        'mismatch_above': 0.05, 'mismatch': 'warn',  # KL between sampler and trainer, nats per token
+        'failures_above': 0.9, 'failures': 'warn',  # share of calls that fail
+        'faults_above': 0.5, 'faults': 'stop',  # share of calls that the sandbox itself failed
     })
 
 
@@ -210,4 +231,37 @@ def feedback(arg: str) -> ConfigDict:
         'style': 'official' if is_tiny(arg) else 'paper',  # P fig. 8 shows a whole traceback; O its last line
         'max_chars': 60 if is_tiny(arg) else 400,  # O: over 400, the first and last 200
         'max_frames': 6,
+    })
+
+
+def reinforcement(arg: str, name: str) -> ConfigDict:
+    """Everything launch/ppo.py reads, as ReTool's PPO has it; the other algorithms change values."""
+    tiny = is_tiny(arg)
+    return ConfigDict({
+        'run': run(arg, name),
+        'data': data(),
+        'model': model(arg),
+        'mesh': mesh(),
+        'forward': forward(arg),
+        'sampler': sampler(arg),
+        'turns': turns(arg),
+        'train_sampling': sampling(training=True),
+        'evaluate_sampling': sampling(training=False),
+        'sandbox': sandbox(arg),
+        'feedback': feedback(arg),
+        'reward': reward(),
+        'optimizer': optimizer(3e-4 if tiny else 1e-6),  # 1e-6: P
+        'critic_optimizer': optimizer(1e-3 if tiny else 2e-6),  # 2e-6: R
+        'advantage': advantage(),
+        'loss': loss(),
+        'ppo': ppo(arg),
+        'halves': halves(),
+        'watch': watch(),
+        'checkpoints': checkpoints(every=10),
+        'validation': {
+            'problems': config_dict.placeholder(str),  # a problem file; none: no validation
+            'limit': config_dict.placeholder(int),
+            'every': 10,  # steps
+            'samples': 8 if tiny else 32,  # P: 32
+        },
     })
