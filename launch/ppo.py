@@ -1,12 +1,20 @@
-"""Multi-turn PPO with sandboxed rollouts (see configs/ppo.py)."""
+"""Multi-turn RL with sandboxed rollouts (see configs/ppo.py, configs/grpo.py, configs/dapo.py)."""
+
+from absl import flags
 
 from retool_jax.core import cli
+
+DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Build and compile everything, take one step on fake tools, write '
+                            'nothing, print the memory.')
 
 
 def main(config):
     from retool_jax.report import pages
-    from retool_jax.train import reinforce
+    from retool_jax.train import rehearsal, reinforce
 
+    if DRY_RUN.value:
+        rehearsal.run(config)
+        return
     reinforce.run(config)
     print(f'report: {pages.write(config.run.dir)}')
 

@@ -42,15 +42,24 @@ class Journal:
     def put(self, key: str, result: ExecResult) -> None:
         """Records a result before anything acts on it."""
         self.results[key] = result
-        line = json.dumps({'key': key, 'result': dataclasses.asdict(result)}, ensure_ascii=True)
-        self._file.write(line.encode() + b'\n')
+        self._file.write(_line(key, result))
         self._file.flush()
 
-    def clear(self) -> None:
-        """Forgets everything: the step that it belongs to is committed."""
-        self.results.clear()
-        self._file.truncate(0)
-        self._file.seek(0)
+    def forget(self, step: int) -> None:
+        """Drops the results of the steps before `step`, from which a resumed run would begin."""
+        kept = {key: result for key, result in self.results.items() if int(key.partition('/')[0]) >= step}
+        if len(kept) == len(self.results):
+            return
+        self.results = kept
+        new = self.path.with_name(self.path.name + '.new')
+        new.write_bytes(b''.join(_line(key, result) for key, result in kept.items()))
+        new.replace(self.path)
+        self._file.close()
+        self._file = self.path.open('ab')
 
     def close(self) -> None:
         self._file.close()
+
+
+def _line(key: str, result: ExecResult) -> bytes:
+    return json.dumps({'key': key, 'result': dataclasses.asdict(result)}, ensure_ascii=True).encode() + b'\n'

@@ -1,8 +1,12 @@
-"""PPO over multi-turn episodes: rollout, grading, scoring, update. Read `train` from top to bottom."""
+"""RL over multi-turn episodes: rollout, scoring, update. Read `train` from top to bottom.
+
+The algorithm is chosen by value: `advantage.kind`, `loss.kind`, `loss.aggregation`, `ppo.critic`, …
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -10,34 +14,47 @@ import jax
 import numpy as np
 
 from retool_jax.algo.advantages import explained_variance
-from retool_jax.algo.groups import episode_masks, overlong_penalty
+from retool_jax.algo.groups import episode_masks
 from retool_jax.algo.segments import in_update
-from retool_jax.core.pytrees import Batch, Params, TrainState
-from retool_jax.core.records import Episode, Problem, Stop, Verdict
-from retool_jax.rollout.engine import Engine, RolloutStats
-from retool_jax.rollout.journal import Journal
+from retool_jax.algo.settings import AdvantageSettings
+from retool_jax.core.pytrees import Batch, TrainState
+from retool_jax.core.records import Episode, Stop
+from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout.pack import join, pack
-from retool_jax.tasks.grader import Grader
-from retool_jax.text.template import Template
-from retool_jax.text.tokenizer import Tokenizer
-from retool_jax.train import evaluate
+from retool_jax.train import rollouts
+from retool_jax.train.residency import Residency
+from retool_jax.train.rollouts import RolloutSettings, Source
 from retool_jax.train.update import ForwardSettings, Learner, Scores, mean_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOSettings:
+class PPOSettings(RolloutSettings):
     """Sizes of an RL step and which episodes are trained on."""
 
     steps: int
-    problems_per_step: int
-    samples: int  # episodes per problem
     minibatches: int  # optimizer steps per pass over the step's episodes
     epochs: int  # passes
     critic: str  # 'none', 'head' on the policy's trunk, or its own 'backbone'
     critic_warmup_steps: int  # RL steps in which only the critic learns
     drop_void: bool  # episodes with a void turn leave the update and the baseline
     mask_truncated: bool  # episodes that ran out of budget leave the update
-    overlong_buffer: int  # tokens before the budget in which the reward falls by up to 1; 0 is off
+    offload: bool  # what a phase does not need waits in the host's memory (train/residency.py)
+
+    def check(self, advantage: AdvantageSettings) -> None:
+        """Refuses a critic that nothing reads, and values that nobody estimates."""
+        if advantage.needs_values == (self.critic == 'none'):
+            remedy = 'head or backbone' if advantage.needs_values else 'none'
+            raise ValueError(f'ppo.critic={self.critic!r} contradicts advantage.kind={advantage.kind!r}, which '
+                             f'{"needs" if advantage.needs_values else "reads no"} values; set ppo.critic={remedy}')
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, as a checkpoint holds it. Between two steps it is whole."""
+
+    state: TrainState
+    done: int = 0  # RL steps
+    cursor: int = 0  # problems taken from the stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,77 +64,121 @@ class StepResult:
     step: int
     metrics: dict[str, float]
     episodes: list[Episode]
+    stopping: bool = False  # the run has been told to end: no time for more than to write this down
 
 
-def train(engine: Engine, learner: Learner, state: TrainState, settings: PPOSettings, *,
-          problems: Callable[[int], Sequence[Problem]], template: Template, tokenizer: Tokenizer, grader: Grader,
-          seed: int, start: int = 0, reference: Params | None = None, journal: Journal | None = None,
-          report: Callable[[StepResult, TrainState], None] = lambda result, state: None,
-          finished: Callable[[Episode], None] = lambda episode: None) -> TrainState:
-    """Steps `start` … settings.steps − 1.
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step whose metrics are still on the device."""
 
-    problems(step) gives the step's problems; report(result, state) is called after every step with the
-    new state; finished(episode) as each episode ends. `reference` is in the training layout.
+    step: int
+    episodes: list[Episode]
+    found: list[dict[str, jax.Array]]  # one per optimizer step
+    explained: jax.Array | None
+    metrics: dict[str, float]
+    clock: _Clock
+
+    def fetch(self, stopping: bool) -> StepResult:
+        metrics = mean_metrics(self.step, self.found) | self.metrics | rollouts.describe(self.episodes)
+        if self.explained is not None:
+            metrics['critic/explained_var'] = float(self.explained)
+        metrics['time/update_s'] = self.clock.seconds()
+        return StepResult(self.step, metrics, self.episodes, stopping)
+
+
+class _Clock(threading.Thread):
+    """Seconds from `began` until an array is there, taken by a thread so that the host need not wait."""
+
+    def __init__(self, began: float, awaited):
+        super().__init__(daemon=True)
+        self._began, self._awaited, self._ended = began, awaited, began
+        self.start()
+
+    def run(self) -> None:
+        jax.block_until_ready(self._awaited)
+        self._ended = time.perf_counter()
+
+    def seconds(self) -> float:
+        self.join()
+        return self._ended - self._began
+
+
+def train(learner: Learner, progress: Progress, settings: PPOSettings, *, collect: Source, seed: int,
+          residency: Residency | None = None, report: Callable[[StepResult], None] = lambda result: None,
+          due: Callable[[int], bool] = lambda done: False,
+          spoiled: Callable[[int, Sequence[Episode]], None] = lambda step, episodes: None) -> TrainState:
+    """Steps progress.done … settings.steps − 1; `progress` is moved on after each.
+
+    `report(result)` is called one step late, so that the host waits for no device but where it needs tokens;
+    for a step after which `due(steps done)` holds, for the last one and on Ctrl-C at once, so that `progress` is
+    what the reported step left behind. `spoiled(step, episodes)` is called before a loss that is not finite
+    ends the run.
     """
-    budget = engine.rules.settings.max_tokens
-    for step in range(start, settings.steps):
-        began = time.perf_counter()
+    residency = residency or Residency(settings.offload)
+    late: _Pending | None = None
 
-        # Rollout: current weights in the sampling layout, every token stamped with their version.
-        weights = engine.sampler.sync(state.params['policy'])
-        requests = evaluate.make_requests(problems(step), settings.samples, template, tokenizer)
-        episodes = engine.run(weights, step, requests, step, journal=journal, finished=finished)
-        del weights
-        rollout_s = time.perf_counter() - began
+    def flush(stopping: bool = False) -> None:
+        nonlocal late
+        pending, late = late, None
+        if pending is None:
+            return
+        try:
+            result = pending.fetch(stopping)
+        except ValueError:
+            spoiled(pending.step, pending.episodes)
+            raise
+        report(result)
 
-        # Reward: outcome alone, judged on the model's own last words.
-        evaluate.grade(episodes, grader, tokenizer)
-        shape_overlong(episodes, settings, budget)
-
-        # Scoring: old logprobs, values, advantages of the whole global batch.
-        batch, minibatches = make_batch(episodes, settings, learner.forward, seed, step)
-        batch = learner.put(batch)
-        scores = learner.score(state.params, batch, minibatches[-1][1], reference,
-                               num_groups=settings.problems_per_step)
-
-        # Update.
-        update_began = time.perf_counter()
-        found = []
-        for _ in range(settings.epochs):
-            for rows in minibatches:
-                state, metrics = learner.ppo_step(state, batch, scores, rows)
-                found.append(metrics)
-        metrics = mean_metrics(step, found)  # waits for the device
-        metrics |= episode_metrics(episodes) | rollout_metrics(engine.stats, rollout_s)
-        if settings.critic != 'none':
-            metrics['critic/explained_var'] = float(_explained(batch, scores))
-        metrics['time/update_s'] = time.perf_counter() - update_began
-        metrics['time/step_s'] = time.perf_counter() - began
-        report(StepResult(step, metrics, episodes), state)
-        if journal is not None:
-            journal.clear()
-    return state
+    try:
+        for step in range(progress.done, settings.steps):
+            began = time.perf_counter()
+            progress.state = residency.enter('rollout', progress.state)
+            collected = collect(progress.state.params['policy'], step, progress.cursor)
+            flush()
+            # The state is given to the update and comes back changed: there is no whole one in between.
+            with uninterrupted():
+                late = update(learner, progress, settings, collected.episodes, seed, step, residency)
+                progress.done, progress.cursor = step + 1, collected.cursor
+                late.metrics.update(collected.metrics | {
+                    'data/cursor': float(collected.cursor), 'time/step_s': time.perf_counter() - began})
+            if due(step + 1):
+                flush()
+    except KeyboardInterrupt:
+        flush(stopping=True)
+        raise
+    flush()
+    progress.state = residency.whole(progress.state)
+    return progress.state
 
 
-def shape_overlong(episodes: Sequence[Episode], settings: PPOSettings, budget: int) -> None:
-    """Adds DAPO's overlong penalty to the graded rewards (algo.groups.overlong_penalty)."""
-    if settings.overlong_buffer == 0:
-        return
-    for episode in episodes:
-        room = max(budget - episode.prompt_length, 0)  # a long prompt may leave less than the buffer
-        over = overlong_penalty(np.array(episode.acted_count), room, min(settings.overlong_buffer, room))
-        episode.reward = dataclasses.replace(episode.reward, value=episode.reward.value + float(over))
+def update(learner: Learner, progress: Progress, settings: PPOSettings, episodes: Sequence[Episode], seed: int,
+           step: int, residency: Residency) -> _Pending:
+    """Scores the episodes and takes every optimizer step over them; nothing waits for the device."""
+    began = time.perf_counter()
+    progress.state = residency.enter('score', progress.state)
+    batch, minibatches = make_batch(episodes, settings, learner.forward, seed, step)
+    batch = learner.put(batch)
+    scores = learner.score(progress.state.params, batch, minibatches[-1][1], residency.reference,
+                           num_groups=settings.problems_per_step)
+    progress.state, found = residency.enter('update', progress.state), []
+    for _ in range(settings.epochs):
+        for rows in minibatches:
+            progress.state, metrics = learner.ppo_step(progress.state, batch, scores, rows)
+            found.append(metrics)
+    explained = _explained(batch, scores) if settings.critic != 'none' else None
+    return _Pending(step, list(episodes), found, explained, {}, _Clock(began, found[-1]))
 
 
 def make_batch(episodes: Sequence[Episode], settings: PPOSettings, forward: ForwardSettings, seed: int,
                step: int) -> tuple[Batch, list[tuple[int, int]]]:
     """The global batch and the rows of each mini-batch: episodes are dealt at random, then packed.
 
-    Every process makes the same one from the same episodes.
+    Every process makes the same one from the same episodes. A group is `samples` samples of a problem: a problem
+    that the step holds twice has two.
     """
     groups, number = [], {}
     for episode in episodes:
-        groups.append(number.setdefault(episode.problem.id, len(number)))
+        groups.append(number.setdefault((episode.problem.id, episode.sample // settings.samples), len(number)))
     fault = np.array([e.stop == Stop.FAULT for e in episodes])
     baseline, update = episode_masks(np.array([e.void for e in episodes]),
                                      np.array([e.stop == Stop.LENGTH for e in episodes]), ~fault,
@@ -136,33 +197,3 @@ def make_batch(episodes: Sequence[Episode], settings: PPOSettings, forward: Forw
 def _explained(batch: Batch, scores: Scores) -> jax.Array:
     mask_BT = in_update(batch.acted_BT, batch.update_BN, batch.segment_ids_BT)
     return explained_variance(scores.value_BT, scores.return_BT, mask_BT)
-
-
-def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """What the episodes of a step say of themselves."""
-    mean = lambda pick: float(np.mean([float(pick(e)) for e in episodes]))
-    calls = [call for e in episodes for call in e.calls]
-    share = lambda *verdicts: float(np.mean([c.verdict in verdicts for c in calls])) if calls else 0.0
-    waits = [c.wall_s for c in calls] or [0.0]
-    return {
-        'rewards/mean': mean(lambda e: e.reward.value), 'rewards/correct': mean(lambda e: e.reward.correct),
-        'response_length/mean': mean(lambda e: e.acted_count),
-        'response_length/clip_ratio': mean(lambda e: e.stop == Stop.LENGTH),
-        'num_turns/mean': mean(lambda e: e.turns), 'void_turn_ratio': mean(lambda e: e.void),
-        'tools/calls': len(calls) / len(episodes),
-        'tools/code_ratio': mean(lambda e: any(c.code for c in e.calls)),
-        'tools/failure_frequency': 1.0 - share(Verdict.OK) if calls else 0.0,
-        'tools/timeout_frequency': share(Verdict.TIMEOUT),
-        'tools/fault_frequency': share(Verdict.SANDBOX_ERROR),
-        'tools/seconds_p50': float(np.quantile(waits, 0.5)), 'tools/seconds_p99': float(np.quantile(waits, 0.99)),
-    }
-
-
-def rollout_metrics(stats: RolloutStats, rollout_s: float) -> dict[str, float]:
-    """How the rollout's time went."""
-    return {
-        'time/rollout_s': rollout_s, 'time/tools_blocked_s': stats.tools_blocked_s,
-        'time/decode_s': stats.decode_s, 'time/extend_s': stats.extend_s,
-        'rollout/tokens_per_s': stats.sampled_tokens / max(rollout_s, 1e-9),
-        'rollout/slot_occupancy': stats.live_steps / max(stats.slot_steps, 1),
-    }

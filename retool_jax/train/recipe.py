@@ -25,14 +25,14 @@ from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core import settings
 from retool_jax.core.checkpoint import Checkpoints
-from retool_jax.core.pytrees import Params, TrainState
+from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode
 from retool_jax.model import hf
 from retool_jax.rollout.engine import Engine, Executor
 from retool_jax.sandbox.feedback import FeedbackSettings
 from retool_jax.tasks import arithmetic
 from retool_jax.tasks.grader import Grader
-from retool_jax.train import assembly, cold_start, evaluate, folder, ppo, sft
+from retool_jax.train import assembly, cold_start, evaluate, folder, ppo, rollouts, sft
 from retool_jax.train.ppo import PPOSettings
 from retool_jax.train.sft import SFTSettings
 from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
@@ -129,26 +129,27 @@ class Story:
     def reinforce(self, tools: bool, params: Params) -> Params:
         """PPO from `params`."""
         block = lambda name: settings.build(OptimizerSettings, self.config[name], name)
+        advantage = settings.build(AdvantageSettings, self.config.advantage, 'advantage')
+        self.ppo.check(advantage)
         tree = add_critic(self.language.config, params, self.ppo.critic)
         optimizer = make_optimizer(block('optimizer'), self.ppo.steps * self.ppo.minibatches * self.ppo.epochs,
                                    block('critic_optimizer') if 'critic' in tree else None)
         learner = Learner(self.language.config, self.forward, optimizer, self.mesh,
                           loss=settings.build(LossSettings, self.config.loss, 'loss'),
-                          advantage=settings.build(AdvantageSettings, self.config.advantage, 'advantage'),
-                          temperature=self.config.train_sampling.temperature)
-        count = self.ppo.problems_per_step
-        stream = arithmetic.problems('train', count * self.ppo.steps, seed=self.seed + 1_000_003)
+                          advantage=advantage, temperature=self.config.train_sampling.temperature)
+        asked = self.ppo.problems_per_step * max(self.ppo.dynamic_rounds, 1)
+        stream = arithmetic.problems('train', asked * self.ppo.steps, seed=self.seed + 1_000_003)
         with console.progress(f'PPO ({_kind(tools)})', self.ppo.steps) as advance:
-            def report(result: ppo.StepResult, state: TrainState):
+            def report(result: ppo.StepResult):
                 m = result.metrics
                 self.log(f'ppo_{_kind(tools)}', result.step, m)
                 episode_files.write(self.directory / 'episodes', f'{_kind(tools)}_{result.step:05d}', result.episodes,
                                     self.language.tokenizer.decode)
                 advance(f'correct {m["rewards/correct"]:.2f} code {m["tools/code_ratio"]:.2f}')
-            state = ppo.train(self.engine(tools, training=True), learner, init_state(tree, optimizer), self.ppo,
-                              problems=lambda step: stream[step * count:(step + 1) * count],
-                              template=self.language.template, tokenizer=self.language.tokenizer,
-                              grader=self.grader, seed=self.seed, report=report)
+            collect = rollouts.sampled(self.engine(tools, training=True), self.ppo, stream, self.language.template,
+                                       self.language.tokenizer, self.grader)
+            state = ppo.train(learner, ppo.Progress(init_state(tree, optimizer)), self.ppo, collect=collect,
+                              seed=self.seed, report=report)
         return state.params['policy']
 
     def score(self, name: str, tools: bool, params: Params, apart: bool = True) -> dict:

@@ -1,9 +1,12 @@
-"""A reinforcement-learning run: PPO on problem files, with checkpoints, validation and resume."""
+"""A reinforcement-learning run on problem files, with checkpoints, validation, alarms and resume."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +17,27 @@ from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core import settings
 from retool_jax.core.checkpoint import Checkpoints
-from retool_jax.core.pytrees import TrainState
+from retool_jax.core.cli import UserError
+from retool_jax.core.records import Episode
+from retool_jax.core.signals import uninterrupted
 from retool_jax.model import hf
+from retool_jax.rollout.engine import Engine, Executor
 from retool_jax.rollout.journal import Journal
+from retool_jax.rollout.sampler import Sampler
+from retool_jax.sandbox.pool import Pool, SandboxSettings
 from retool_jax.tasks import arithmetic
 from retool_jax.tasks import problems as problem_files
-from retool_jax.train import assembly, data, evaluate, folder, ppo
-from retool_jax.train.ppo import PPOSettings
+from retool_jax.tasks.grader import Grader
+from retool_jax.train import assembly, data, evaluate, folder, ppo, rollouts
+from retool_jax.train.guard import Guard
+from retool_jax.train.ppo import PPOSettings, Progress, StepResult
+from retool_jax.train.residency import Residency
 from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
 from retool_jax.train.update import ForwardSettings, Learner
+from retool_jax.train.watch import Watch, WatchSettings
 
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
+STALL_S = 60.0  # beyond all retries of a call, after which a silent sandbox is given up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,75 +48,216 @@ class CheckpointSettings:
     keep_last: int
 
 
-def run(config: ConfigDict) -> None:
-    """Trains to the last step, or goes on where the folder's last checkpoint stands."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HalvesSettings:
+    """One half of a step alone."""
+
+    episodes: str | None  # an episodes/ folder to train on, a part a step: no sampler, sandbox or grader
+    update: bool  # False: episodes are made and kept, weights stay as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of before anything runs."""
+
+    config: ConfigDict
+    sizes: PPOSettings
+    halves: HalvesSettings
+    language: assembly.Language
+    mesh: jax.sharding.Mesh
+    learner: Learner
+    progress: Progress
+    residency: Residency
+
+    def sampler(self) -> Sampler:
+        return assembly.make_sampler(self.language, self.config, self.config.model.tools)
+
+    def engine(self, sampler: Sampler, executor: Executor | None, block: str, purpose: int) -> Engine:
+        return assembly.make_engine(self.language, sampler, self.config, self.config[block], self.config.model.tools,
+                                    executor, self.config.run.seed, purpose)
+
+    def source(self, sampler: Sampler, executor: Executor | None, stream: rollouts.Problems, grader: Grader,
+               journal: Journal | None = None) -> rollouts.Source:
+        """Rollouts with the current weights."""
+        engine = self.engine(sampler, executor, 'train_sampling', assembly.TRAINING)
+        return rollouts.sampled(engine, self.sizes, stream, self.language.template, self.language.tokenizer, grader,
+                                journal)
+
+
+def build(config: ConfigDict, directory: pathlib.Path) -> Parts:
+    """Model, learner and first state; the embedded model's files are written below `directory`."""
     block = lambda kind, name: settings.build(kind, config[name], name)
-    sizes, saving = block(PPOSettings, 'ppo'), block(CheckpointSettings, 'checkpoints')
-    tools, seed = config.model.tools, config.run.seed
-    stream = open_stream(config.data, seed)
-    held_out = open_validation(config.validation)
+    sizes, loss, advantage = block(PPOSettings, 'ppo'), block(LossSettings, 'loss'), block(AdvantageSettings,
+                                                                                           'advantage')
+    sizes.check(advantage)
     mesh = assembly.make_mesh(config.mesh)
-    directory = folder.claim(config, free=('ppo.steps', 'checkpoints', 'validation'))
     language = assembly.open_language(config.model, directory)
-    policy = assembly.load_policy(config.model, language, seed, mesh)
+    policy = assembly.load_policy(config.model, language, config.run.seed, mesh)
     tree = add_critic(language.config, policy, sizes.critic)
     updates = sizes.minibatches * sizes.epochs
     optimizer = make_optimizer(block(OptimizerSettings, 'optimizer'), sizes.steps * updates,
                                block(OptimizerSettings, 'critic_optimizer') if 'critic' in tree else None,
                                sizes.critic_warmup_steps * updates)
-    loss = block(LossSettings, 'loss')
     reference = jax.tree.map(jnp.copy, policy) if loss.needs_reference else None
     learner = Learner(language.config, block(ForwardSettings, 'forward'), optimizer, mesh, loss=loss,
-                      advantage=block(AdvantageSettings, 'advantage'), temperature=config.train_sampling.temperature)
+                      advantage=advantage, temperature=config.train_sampling.temperature)
+    return Parts(config, sizes, block(HalvesSettings, 'halves'), language, mesh, learner,
+                 Progress(init_state(tree, optimizer)), Residency(sizes.offload, reference))
+
+
+def run(config: ConfigDict) -> None:
+    """Trains to the last step, or goes on where the folder's last checkpoint stands."""
+    saving = settings.build(CheckpointSettings, config.checkpoints, 'checkpoints')
+    watch = Watch(settings.build(WatchSettings, config.watch, 'watch'))
+    settings.build(PPOSettings, config.ppo, 'ppo').check(settings.build(AdvantageSettings, config.advantage,
+                                                                        'advantage'))
+    stream, held_out = open_stream(config.data, config.run.seed), open_validation(config.validation)
+    if config.halves.episodes:
+        rollouts.part_names(config.halves.episodes)
+    directory = folder.claim(config, free=('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox'))
+    parts = build(config, directory)
+    sizes, halves, progress, language = parts.sizes, parts.halves, parts.progress, parts.language
+    rolls = halves.episodes is None
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(folder.stoppable())
-        pool = stack.enter_context(assembly.open_executor(config.sandbox, tools))
+        tools = config.model.tools and (rolls or bool(held_out))
+        executor = stack.enter_context(open_guarded(config.sandbox, tools))
         grader = stack.enter_context(assembly.open_grader(config.reward))
-        checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last))
+        checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
         writer = stack.enter_context(console.Metrics(directory))
         journal = stack.enter_context(contextlib.closing(Journal(directory / 'journal.jsonl')))
-        console.banner(model=language, mesh=dict(mesh.shape), sandbox=pool, run=directory)
-        state, start = init_state(tree, optimizer), checkpoints.latest() or 0
-        del tree, policy
-        if start:
-            state, _ = checkpoints.restore(start, state)
-            console.say(f'goes on at step {start}')
-        folder.rewind(directory, start, writer)
+        console.banner(model=language, mesh=dict(parts.mesh.shape), sandbox=executor or 'none', run=directory)
+        restore(progress, checkpoints, directory, halves, config.run.seed)
+        folder.rewind(directory, progress.done, writer)
+        sampler = parts.sampler() if rolls or held_out else None
+        source = (parts.source(sampler, executor, stream, grader, journal) if rolls else
+                  rollouts.dumped(halves.episodes, language.config.vocab_size))
+        advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
+        validates = lambda done: bool(held_out) and (done == sizes.steps or done % config.validation.every == 0)
+        saves = lambda done: done == sizes.steps or done % saving.every == 0
+        saved, score = [progress.done], {}
 
-        sampler = assembly.make_sampler(language, config, tools)
-        engine = lambda name, purpose: assembly.make_engine(language, sampler, config, config[name], tools, pool, seed,
-                                                            purpose)
-        count = sizes.problems_per_step
-        advance = stack.enter_context(console.progress('PPO', sizes.steps - start))
+        def keep(folder_name: str, name: str, episodes: Sequence[Episode]) -> None:
+            episode_files.write(directory / folder_name, name, episodes, language.tokenizer.decode)
 
-        def validate(step: int, state: TrainState) -> dict[str, float]:
-            made = evaluate.run(engine('evaluate_sampling', assembly.EVALUATION), sampler.sync(state.params['policy']),
-                                step, held_out, config.validation.samples, language.template, language.tokenizer,
-                                grader, step=step)
-            episode_files.write(directory / 'episodes', f'val_{step:05d}', made, language.tokenizer.decode)
-            return evaluate.as_metrics('held_out', evaluate.summarise(made))
+        def validate(step: int) -> dict[str, float]:
+            engine = parts.engine(sampler, executor, 'evaluate_sampling', assembly.EVALUATION)
+            made = evaluate.run(engine, sampler.sync(progress.state.params['policy']), step, held_out,
+                                config.validation.samples, language.template, language.tokenizer, grader, step=step)
+            keep('episodes', f'val_{step:05d}', made)
+            found = evaluate.summarise(made)
+            score.update({'score': found['avg']})
+            return evaluate.as_metrics(pathlib.Path(config.validation.problems).stem, found)
 
-        def report(result: ppo.StepResult, state: TrainState) -> None:
+        def save(wait: bool = False) -> None:
+            meta = {'step': progress.done, 'cursor': progress.cursor, 'seed': config.run.seed} | score
+            checkpoints.save(progress.done, parts.residency.whole(progress.state), meta, wait=wait)
+            journal.forget(progress.done if wait else saved[-1])  # the save before this one is complete
+            saved.append(progress.done)
+
+        def report(result: StepResult) -> None:
             step, metrics = result.step, result.metrics
-            last = step + 1 == sizes.steps
-            episode_files.write(directory / 'episodes', f'train_{step:05d}', result.episodes, language.tokenizer.decode)
-            if held_out and (last or (step + 1) % config.validation.every == 0):
-                metrics = metrics | validate(step, state)
-            writer.write(step, {'phase': 'ppo'} | metrics)
-            if last or (step + 1) % saving.every == 0:
-                checkpoints.save(step + 1, state, {'step': step + 1})
+            score.clear()
+            if validates(step + 1):
+                if result.stopping:
+                    return  # the step is made again, and then measured
+                metrics = metrics | validate(step)
+            with uninterrupted():
+                keep('episodes', f'train_{step:05d}', result.episodes)
+                writer.write(step, {'phase': 'ppo' if halves.update else 'rollout'} | metrics)
+                if halves.update and saves(step + 1) and progress.done == step + 1:
+                    save()
             advance(f'correct {metrics["rewards/correct"]:.2f} code {metrics["tools/code_ratio"]:.2f}')
+            ring(watch, result, keep)
 
-        state = ppo.train(engine('train_sampling', assembly.TRAINING), learner, state, sizes,
-                          problems=lambda step: data.next_batch(stream, step * count, count)[0],
-                          template=language.template, tokenizer=language.tokenizer, grader=grader, seed=seed,
-                          start=start, reference=reference, journal=journal, report=report)
-    export = directory / 'final'
-    if not export.exists():
-        hf.save(export, language.config, state.params['policy'], jnp.dtype(config.forward.dtype),
-                config.model.path or directory / 'model')
-    console.say(f'model: {export} (a Hugging Face directory)')
+        try:
+            if halves.update:
+                ppo.train(parts.learner, progress, sizes, collect=source, seed=config.run.seed,
+                          residency=parts.residency, report=report, due=lambda done: saves(done) or validates(done),
+                          spoiled=lambda step, episodes: keep('alarms', f'not_finite_{step:05d}', episodes))
+            else:
+                roll_out(source, progress, sizes.steps, report, journal)
+        except KeyboardInterrupt:
+            if halves.update and progress.done and writer.last == progress.done - 1:
+                save(wait=True)
+            raise
+    if halves.update:
+        export(parts, directory)
+    (directory / 'summary.json').write_text(json.dumps(summarise(config, directory), indent=2))
+
+
+def restore(progress: Progress, checkpoints: Checkpoints, directory: pathlib.Path, halves: HalvesSettings,
+            seed: int) -> None:
+    """Sets `progress` to the last checkpoint; rollouts alone go on behind the last line of metrics."""
+    if not halves.update:
+        lines = console.read(directory)
+        if lines:
+            progress.done, progress.cursor = lines[-1]['step'] + 1, int(lines[-1]['data/cursor'])
+        return
+    step = checkpoints.latest()
+    if step is None:
+        return
+    progress.state, meta = checkpoints.restore(step, progress.state)
+    if meta['seed'] != seed:
+        raise UserError(f'{directory}: the checkpoint of step {step} was made with run.seed={meta["seed"]}, not {seed}')
+    progress.done, progress.cursor = step, meta['cursor']
+    console.say(f'goes on at step {step}')
+
+
+def roll_out(source: rollouts.Source, progress: Progress, steps: int, report: Callable[[StepResult], None],
+             journal: Journal) -> None:
+    """Rollouts without training: the episodes and what they say of themselves."""
+    for step in range(progress.done, steps):
+        made = source(progress.state.params['policy'], step, progress.cursor)
+        progress.done, progress.cursor = step + 1, made.cursor
+        report(StepResult(step, rollouts.describe(made.episodes) | made.metrics | {'data/cursor': float(made.cursor)},
+                          made.episodes))
+        journal.forget(step + 1)
+
+
+def ring(watch: Watch, result: StepResult, keep: Callable[[str, str, Sequence[Episode]], None]) -> None:
+    """Says each alarm with the step's episodes kept beside the run; raises UserError where it stops the run."""
+    for alarm in watch.look(result.metrics, result.episodes):
+        name = f'{alarm.name}_{result.step:05d}'
+        keep('alarms', name, result.episodes)
+        text = f'step {result.step}: {alarm.name}: {alarm.text} (episodes: alarms/{name}.jsonl)'
+        if alarm.stop:
+            raise UserError(f'{text}; the last checkpoint is intact, and watch.{alarm.name}=warn goes on from it')
+        console.say(f'warning: {text}')
+
+
+def export(parts: Parts, directory: pathlib.Path) -> None:
+    """Writes the policy as a Hugging Face directory, `final/`."""
+    target = directory / 'final'
+    if not target.exists():
+        hf.save(target, parts.language.config, parts.progress.state.params['policy'],
+                jnp.dtype(parts.config.forward.dtype), parts.config.model.path or directory / 'model')
+    console.say(f'model: {target} (a Hugging Face directory)')
+
+
+def summarise(config: ConfigDict, directory: pathlib.Path) -> dict:
+    """What summary.json holds: the last validation's scores, and the run in a few numbers."""
+    lines, found = console.read(directory), {}
+    part = f'val_{config.ppo.steps - 1:05d}'
+    if config.validation.problems and part in episode_files.names(directory / 'episodes'):
+        name = pathlib.Path(config.validation.problems).stem
+        found[name] = evaluate.summarise(episode_files.read(directory / 'episodes', part))
+    return found | {'steps': len(lines), 'seed': config.run.seed,
+                    'seconds': sum(line.get('time/step_s', line['time/rollout_s']) for line in lines),
+                    'correct': {'first': lines[0]['rewards/correct'], 'last': lines[-1]['rewards/correct']}}
+
+
+@contextlib.contextmanager
+def open_guarded(config: ConfigDict, tools: bool):
+    """A sandbox behind a guard that renews it, or None for a run without tools."""
+    with assembly.open_executor(config, tools) as pool:
+        if pool is None:
+            yield None
+            return
+        limits = settings.build(SandboxSettings, config, 'sandbox')
+        with Guard(pool, lambda: Pool(limits), stall_s=(1 + limits.retries) * limits.wall_s + STALL_S) as guard:
+            yield guard
 
 
 def open_stream(config: ConfigDict, seed: int):

@@ -9,19 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retool_jax.core.records import Stop, ToolCall, Verdict
+from retool_jax.core.records import Stop
 from retool_jax.model import qwen
 from retool_jax.rollout.pack import pack
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import template
-from retool_jax.train import ppo
-from retool_jax.train.ppo import PPOSettings
+from retool_jax.train import ppo, rollouts
+from retool_jax.train.ppo import PPOSettings, Progress
 from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
 from retool_jax.train.update import Learner
 from tests.train import small
 
 SETTINGS = PPOSettings(steps=2, problems_per_step=3, samples=2, minibatches=2, epochs=1, critic='head',
-                       critic_warmup_steps=0, drop_void=False, mask_truncated=False, overlong_buffer=0)
+                       critic_warmup_steps=0, drop_void=False, mask_truncated=False, overlong_buffer=0,
+                       dynamic_rounds=0, offload=False)
 FORWARD = small.make_forward()
 # The contract with other tools.
 NAMES = {'rewards/mean', 'actor/pg_clipfrac', 'actor/ppo_kl', 'actor/entropy', 'actor/grad_norm', 'critic/vf_loss',
@@ -73,12 +74,27 @@ def test_every_process_deals_alike_and_every_step_anew():
 
 def test_samples_of_a_problem_share_a_group_below_the_number_of_problems():
     episodes = small.make_episodes(12, samples=4)
-    found = unpacked(deal(episodes)[0])
+    found = unpacked(deal(episodes, samples=4)[0])
     groups = {}
     for e in episodes:
         group, reward, baseline, update = found[tuple(e.tokens)]
         assert groups.setdefault(e.problem.id, group) == group and reward == e.reward.value and baseline and update
     assert sorted(groups.values()) == [0, 1, 2]
+
+
+def test_a_problem_that_a_step_holds_twice_is_two_groups():
+    rng = np.random.default_rng(0)
+    episodes = [small.make_episode(rng, 'p', 3, 4 + i, sample=i) for i in range(4)]
+    found = unpacked(deal(episodes)[0])
+    assert [found[tuple(e.tokens)][0] for e in episodes] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(('kind', 'critic'), [('gae', 'none'), ('grpo', 'head'), ('rloo', 'backbone')])
+def test_a_critic_that_nothing_reads_and_values_that_nobody_estimates_are_refused(kind, critic):
+    sizes = dataclasses.replace(SETTINGS, critic=critic)
+    with pytest.raises(ValueError, match=f"ppo.critic='{critic}' contradicts advantage.kind='{kind}'"):
+        sizes.check(small.make_advantage(kind=kind))
+    dataclasses.replace(SETTINGS, critic='head').check(small.make_advantage())
 
 
 @pytest.mark.parametrize(('drop_void', 'mask_truncated', 'expected'), [
@@ -94,68 +110,32 @@ def test_void_truncated_and_faulty_episodes_are_masked_as_the_settings_say(drop_
     assert of(fault) == (False, False)  # the sandbox's failure is never the policy's
 
 
-def test_the_overlong_penalty_falls_over_the_buffer_and_spares_verdicts():
-    rng = np.random.default_rng(0)
-    lengths = {10: 0.0, 15: 0.0, 17: -0.4, 20: -1.0}  # of 30 tokens, 10 of them the prompt's
-    episodes = [small.make_episode(rng, 'p', 10, n, reward=1.0) for n in lengths]
-    ppo.shape_overlong(episodes, SETTINGS, 30)
-    assert [e.reward.value for e in episodes] == [1.0] * 4
-    ppo.shape_overlong(episodes, dataclasses.replace(SETTINGS, overlong_buffer=5), 30)
-    assert [e.reward.value for e in episodes] == pytest.approx([1 + x for x in lengths.values()])
-    assert all(e.reward.correct for e in episodes)
-
-
-def test_prompts_that_leave_less_than_the_buffer_do_not_end_the_run():
-    rng = np.random.default_rng(0)
-    episodes = [small.make_episode(rng, 'p', 26, 2, reward=1.0), small.make_episode(rng, 'p', 33, reward=-1.0)]
-    ppo.shape_overlong(episodes, dataclasses.replace(SETTINGS, overlong_buffer=8), 30)
-    assert [e.reward.value for e in episodes] == [0.5, -1.0]
-
-
-def test_metrics_of_hand_made_episodes_are_what_counting_gives():
-    rng = np.random.default_rng(0)
-    made = lambda verdict, wall, code='1': ToolCall(0, code, verdict, '', '', '', 0, wall)
-    episodes = [
-        small.make_episode(rng, 'a', 3, 4, 2, 6, reward=1.0, turns=2, calls=[made(Verdict.OK, 1.0)]),
-        small.make_episode(rng, 'b', 3, 2, reward=-1.0, stop=Stop.LENGTH, void=True,
-                           calls=[made(Verdict.TIMEOUT, 3.0), made(Verdict.FORMAT, 0.0, ''), made(Verdict.ERROR, 2.0)]),
-        small.make_episode(rng, 'c', 3, 3, reward=-1.0)]
-    expected = {'rewards/mean': -1 / 3, 'rewards/correct': 1 / 3, 'response_length/mean': 5.0,
-                'response_length/clip_ratio': 1 / 3, 'num_turns/mean': 4 / 3, 'void_turn_ratio': 1 / 3,
-                'tools/calls': 4 / 3, 'tools/code_ratio': 2 / 3, 'tools/failure_frequency': 0.75,
-                'tools/timeout_frequency': 0.25, 'tools/fault_frequency': 0.0, 'tools/seconds_p50': 1.5,
-                'tools/seconds_p99': 2.97}
-    assert ppo.episode_metrics(episodes) == pytest.approx(expected)
-    silent = ppo.episode_metrics(episodes[2:])
-    assert not any(value for name, value in silent.items() if name.startswith('tools/'))
-
-
 @pytest.fixture(scope='module')
 def runs():
     """Two real steps, and their second one again from the state after the first: every episode fails."""
     adam = OptimizerSettings(lr=1e-2, schedule='constant', warmup_steps=0, b1=0.9, b2=0.99, weight_decay=0.0,
                              grad_clip=1.0)
     optimizer = make_optimizer(adam, 4, adam)
-    forward = small.make_forward(row_width=128, logprob_chunk=128, micro_rows=4)
+    forward = small.make_forward(row_width=128, logprob_chunk=128, vocab_chunk=264, micro_rows=4)
     learner = Learner(small.SPEAKER, forward, optimizer, small.one_device(), loss=small.make_loss(),
                       advantage=small.make_advantage(whiten=False))
     begin = init_state(add_critic(small.SPEAKER, qwen.init(small.SPEAKER, jax.random.key(0)), 'head'), optimizer)
     copied = lambda tree: jax.tree.map(jnp.copy, tree)
     sampler, states, results = small.make_sampler(), [copied(begin)], []
 
-    def report(result, state):
-        results.append(result)
-        states.append(copied(state))
-
-    def run(state, start):
+    def run(progress, offload=False):
+        def report(result):
+            results.append(result)
+            states.append(copied(progress.state))
         with Grader() as grader:
-            ppo.train(small.make_engine(sampler), learner, state, SETTINGS, grader=grader, seed=0, start=start,
-                      problems=lambda step: small.make_problems(6)[3 * step:3 * step + 3],
-                      template=template.make_template('tiny'), tokenizer=small.TOKENIZER, report=report)
+            source = rollouts.sampled(small.make_engine(sampler), SETTINGS, small.make_problems(6),
+                                      template.make_template('tiny'), small.TOKENIZER, grader)
+            ppo.train(learner, progress, dataclasses.replace(SETTINGS, offload=offload), collect=source, seed=0,
+                      report=report, due=lambda done: True)
     with pytest.MonkeyPatch.context() as patch:  # a random model writes no tags: all it says before a stop is code
         patch.setattr(template, 'extract_snippet', lambda text: template.Snippet(text, 0))
-        run(begin, 0)
-        run(copied(states[1]), 1)
+        run(Progress(begin))
+        run(Progress(copied(states[1]), done=1, cursor=3), offload=True)
     return learner, states, results
 
 
@@ -185,7 +165,7 @@ def test_the_policy_moves_away_from_what_failed(runs):
     assert np.any(states[1].params['critic']['head']['weight'])
 
 
-def test_a_resumed_run_goes_on_as_the_whole_one(runs):
+def test_a_resumed_run_goes_on_as_the_whole_one_also_with_buffers_moved_to_the_host(runs):
     _, states, (_, whole, resumed) = runs
     assert resumed.episodes == whole.episodes
     assert small.distance(states[3].params, states[2].params) == 0

@@ -1,0 +1,91 @@
+"""A dry run: everything is built and compiled and one step is taken on fake tools; nothing is kept."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import resource
+import tempfile
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from retool_jax.core import metrics as console
+from retool_jax.core.records import ExecResult, Verdict
+from retool_jax.model import cache
+from retool_jax.train import assembly, folder, ppo, reinforce
+
+GIB = 2.0**30
+
+
+class FakeTools:
+    """Answers every snippet at once, with what a short snippet would print."""
+
+    def submit(self, code: str) -> concurrent.futures.Future[ExecResult]:
+        future: concurrent.futures.Future[ExecResult] = concurrent.futures.Future()
+        future.set_result(ExecResult(Verdict.OK, '42\n', ''))
+        return future
+
+    def __str__(self) -> str:
+        return 'fake: every snippet prints 42'
+
+
+def run(config: ConfigDict) -> dict[str, float]:
+    """Takes one step as `reinforce.run` would, without a sandbox, and prints the step and its memory in GiB.
+
+    Errors: those of the configuration, as in a real run; out of memory as the device reports it.
+    """
+    stream = reinforce.open_stream(config.data, config.run.seed)
+    reinforce.open_validation(config.validation)
+    with tempfile.TemporaryDirectory() as place, folder.stoppable():
+        parts = reinforce.build(config, pathlib.Path(place))
+        console.banner(model=parts.language, mesh=dict(parts.mesh.shape), sandbox=FakeTools(), run='none: a dry run')
+        table = memory(parts)
+        with assembly.open_grader(config.reward) as grader:
+            sampler = parts.sampler()
+            source = parts.source(sampler, FakeTools() if config.model.tools else None, stream, grader)
+            results, began = [], time.perf_counter()
+            once = dataclasses.replace(parts.sizes, steps=1)
+            ppo.train(parts.learner, parts.progress, once, collect=source, seed=config.run.seed,
+                      residency=parts.residency, report=results.append)
+            seconds = time.perf_counter() - began
+    table |= peaks()
+    metrics = results[0].metrics
+    console.table('memory', ('buffer', 'GiB'), [(name, f'{size / GIB:.3f}') for name, size in table.items()])
+    console.table('one step', ('', ''), [
+        ('seconds, compilation included', f'{seconds:.1f}'), ('episodes', len(results[0].episodes)),
+        *((name, f'{metrics[name]:.4g}') for name in (
+            'time/rollout_s', 'time/update_s', 'response_length/mean', 'mismatch/logprob_abs_max', 'actor/grad_norm'))])
+    return table
+
+
+def memory(parts: reinforce.Parts) -> dict[str, float]:
+    """Bytes of the large buffers, over all devices; which of them are there at once: train/residency.py."""
+    params, s = parts.progress.state.params, parts.config.sampler
+    sampling = np.dtype(jax.numpy.dtype(s.dtype)).itemsize
+    sizes = {'policy, f32': size(params['policy']),
+             'critic': size(params.get('critic')),
+             'optimizer state': size(parts.progress.state.opt_state),
+             'reference policy': size(parts.residency.reference),
+             'sampling weights': size(params['policy']) // 4 * sampling,
+             'KV cache': size(jax.eval_shape(lambda: cache.empty(parts.language.config, s.rows, s.slots,
+                                                                  jax.numpy.dtype(s.cache_dtype))))}
+    return {name: found for name, found in sizes.items() if found}
+
+
+def size(tree) -> int:
+    """Bytes of the arrays of a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def peaks() -> dict[str, float]:
+    """The most that a device held, where it says so, and this process's peak in the host's memory."""
+    found = {}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if all('peak_bytes_in_use' in s for s in stats):
+        found['peak of the fullest device'] = max(s['peak_bytes_in_use'] for s in stats)
+    found['peak of the host process'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return found

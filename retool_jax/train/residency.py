@@ -1,0 +1,56 @@
+"""Which large buffers a device holds in which phase of an RL step; the others wait in the host's memory.
+
+| phase   | policy, f32 | critic | optimizer state | reference | sampling weights | KV cache |
+|---------|-------------|--------|-----------------|-----------|------------------|----------|
+| rollout | x           |        |                 |           | x                | x        |
+| score   | x           | x      |                 | x         |                  |          |
+| update  | x           | x      | x               |           |                  |          |
+
+The last two columns need no moving: the rollout makes both and drops them when it returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from retool_jax.core.pytrees import Params, TrainState
+
+ON_DEVICE = {'rollout': (), 'score': ('critic', 'reference'), 'update': ('critic', 'optimizer')}
+
+
+@dataclasses.dataclass
+class Residency:
+    """Moves what may wait to the host and back; moving changes no bit.
+
+    offload: False leaves everything on the device (small models: a copy costs more than the room).
+    """
+
+    offload: bool
+    reference: Params | None = None
+
+    def enter(self, phase: str, state: TrainState) -> TrainState:
+        """The state with what `phase` needs on the device and the rest on the host; the reference follows."""
+        if not self.offload:
+            return state
+        here = ON_DEVICE[phase]
+        place = lambda tree, name: _move(tree, 'device' if name in here else 'pinned_host')
+        self.reference = place(self.reference, 'reference')
+        params = dict(state.params)
+        if 'critic' in params:
+            params['critic'] = place(params['critic'], 'critic')
+        return dataclasses.replace(state, params=params, opt_state=place(state.opt_state, 'optimizer'))
+
+    def whole(self, state: TrainState) -> TrainState:
+        """The state on the device, as a checkpoint is written."""
+        return self.enter('update', state)
+
+
+def _move(tree, kind: str):
+    """Every array of a tree in the memory `kind` of its own devices."""
+    def put(x):
+        if not isinstance(x, jax.Array) or x.sharding.memory_kind == kind:
+            return x
+        return jax.device_put(x, x.sharding.with_memory_kind(kind))
+    return jax.tree.map(put, tree)

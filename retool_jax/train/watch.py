@@ -1,0 +1,85 @@
+"""What goes wrong while a run goes on: named alarms over the metrics of its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from retool_jax.core.records import Episode
+
+ACTIONS = ('ignore', 'warn', 'stop')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """Thresholds, and per alarm what follows: 'ignore', 'warn' or 'stop'."""
+
+    entropy_below: float  # nats per token
+    equal_steps: int  # steps in a row whose episodes all have one reward
+    mismatch_above: float  # mean |KL| between sampler and trainer, nats per token
+    failures_above: float  # share of calls that end in anything but OK
+    faults_above: float  # share of calls that the sandbox itself failed
+    entropy: str
+    equal_rewards: str
+    mismatch: str
+    failures: str
+    faults: str
+
+    def __post_init__(self):
+        for name in ('entropy', 'equal_rewards', 'mismatch', 'failures', 'faults'):
+            if getattr(self, name) not in ACTIONS:
+                raise ValueError(f'watch.{name}={getattr(self, name)!r}: choose one of {", ".join(ACTIONS)}')
+        if self.equal_steps < 1:
+            raise ValueError(f'watch.equal_steps={self.equal_steps} must be at least 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """Something that a person should look at."""
+
+    name: str  # the key of its action in block `watch`
+    text: str
+    stop: bool
+
+
+class Watch:
+    """Reads each step's metrics; remembers for how many steps all rewards have been equal.
+
+    An alarm is given when its condition begins to hold, not again at every step in which it goes on.
+    """
+
+    def __init__(self, settings: WatchSettings):
+        self.settings = settings
+        self._equal = 0
+        self._ringing: set[str] = set()
+
+    def look(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> list[Alarm]:
+        """The alarms of a step that is over."""
+        s = self.settings
+        self._equal = self._equal + 1 if len({e.reward.value for e in episodes}) == 1 else 0
+        of = lambda name: metrics.get(name, 0.0)
+        entropy = metrics.get('actor/entropy')
+        found = {
+            'entropy': (entropy is not None and entropy < s.entropy_below,
+                        f'actor/entropy {entropy or 0.0:.3g} is below {s.entropy_below:g}: the policy has collapsed; '
+                        'lower optimizer.lr or raise loss.entropy_coef'),
+            'equal_rewards': (self._equal >= s.equal_steps,
+                              f'all rewards of {self._equal} steps are equal: there is nothing to learn from; choose '
+                              'problems that the model solves sometimes'),
+            'mismatch': (abs(of('mismatch/kl')) > s.mismatch_above,
+                         f'mismatch/kl {of("mismatch/kl"):.3g} exceeds {s.mismatch_above:g}: sampler and trainer '
+                         'disagree; compare sampler.dtype with forward.dtype'),
+            'failures': (of('tools/failure_frequency') > s.failures_above,
+                         f'tools/failure_frequency {of("tools/failure_frequency"):.2f} exceeds {s.failures_above:g}: '
+                         'most code fails; read the episodes'),
+            'faults': (of('tools/fault_frequency') > s.faults_above,
+                       f'tools/fault_frequency {of("tools/fault_frequency"):.2f} exceeds {s.faults_above:g}: the '
+                       'sandbox itself fails; run python -m retool_jax.sandbox.doctor'),
+        }
+        alarms = []
+        for name, (rings, text) in found.items():
+            action = getattr(s, name)
+            if rings and action != 'ignore' and (action == 'stop' or name not in self._ringing):
+                alarms.append(Alarm(name, text, action == 'stop'))
+        self._ringing = {name for name, (rings, _) in found.items() if rings}
+        return alarms
