@@ -100,6 +100,7 @@ def sampling(training: bool) -> ConfigDict:
 
 def sandbox(arg: str) -> ConfigDict:
     return ConfigDict({
+        'addresses': (),  # servers, as ('http://host:8080', …), with RETOOL_SANDBOX_TOKEN; none: a pool of our own
         'path': 'warm',
         'zygotes': 2,
         'spares': 3,
