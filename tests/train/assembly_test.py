@@ -16,6 +16,7 @@ from retool_jax.train import assembly, embedded
 from retool_jax.train.assembly import Language
 from tests import fakes
 from tests.model.sizes import make_config
+from tests.sandbox.servers import Server
 
 BYTES = Language(make_config(vocab_size=300), fakes.byte_tokenizer(), make_template('tiny'))
 
@@ -127,3 +128,18 @@ def test_a_model_without_tools_has_no_sandbox_and_a_grader_is_closed_behind_it()
         assert pool is None
     with assembly.open_grader(base.reward()) as grader:
         assert grader.grade('<answer>\\boxed{7}</answer>', '7').correct
+
+
+def test_a_sandbox_with_addresses_runs_snippets_there(monkeypatch):
+    config = base.sandbox('tiny')
+    server = Server(token='letmein')
+    try:
+        config.addresses = (server.address,)
+        monkeypatch.setenv('RETOOL_SANDBOX_TOKEN', 'letmein')
+        with assembly.open_sandbox(config) as sandbox:
+            assert sandbox.submit('print(6 * 7)').result().stdout == '42\n' and server.address in str(sandbox)
+        monkeypatch.setenv('RETOOL_SANDBOX_TOKEN', 'wrong')
+        with pytest.raises(ValueError, match='sandbox: no server can be used: .*token'):
+            assembly.open_sandbox(config).__enter__()
+    finally:
+        server.stop()
