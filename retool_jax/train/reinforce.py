@@ -18,13 +18,12 @@ from retool_jax.core import metrics as console
 from retool_jax.core import settings
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.cli import UserError
-from retool_jax.core.records import Episode
+from retool_jax.core.records import Episode, Problem
 from retool_jax.core.signals import uninterrupted
 from retool_jax.model import hf
 from retool_jax.rollout.engine import Engine, Executor
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.sampler import Sampler
-from retool_jax.sandbox.pool import Pool, SandboxSettings
 from retool_jax.tasks import arithmetic
 from retool_jax.tasks import problems as problem_files
 from retool_jax.tasks.grader import Grader
@@ -37,6 +36,7 @@ from retool_jax.train.update import ForwardSettings, Learner
 from retool_jax.train.watch import Watch, WatchSettings
 
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
+FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox')  # may change between two starts of a run
 STALL_S = 60.0  # beyond all retries of a call, after which a silent sandbox is given up
 
 
@@ -114,13 +114,18 @@ def run(config: ConfigDict) -> None:
     stream, held_out = open_stream(config.data, config.run.seed), open_validation(config.validation)
     if config.halves.episodes:
         rollouts.part_names(config.halves.episodes)
-    directory = folder.claim(config, free=('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox'))
+    with folder.claimed(config, free=FREE) as directory, folder.stoppable():
+        go_on(config, directory, saving, watch, stream, held_out)
+
+
+def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSettings, watch: Watch,
+          stream: rollouts.Problems, held_out: list[Problem]) -> None:
+    """`run` in a folder that is its own."""
     parts = build(config, directory)
     sizes, halves, progress, language = parts.sizes, parts.halves, parts.progress, parts.language
     rolls = halves.episodes is None
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(folder.stoppable())
         tools = config.model.tools and (rolls or bool(held_out))
         executor = stack.enter_context(open_guarded(config.sandbox, tools))
         grader = stack.enter_context(assembly.open_grader(config.reward))
@@ -255,8 +260,8 @@ def open_guarded(config: ConfigDict, tools: bool):
         if pool is None:
             yield None
             return
-        limits = settings.build(SandboxSettings, config, 'sandbox')
-        with Guard(pool, lambda: Pool(limits), stall_s=(1 + limits.retries) * limits.wall_s + STALL_S) as guard:
+        stall_s = (1 + config.retries) * config.wall_s + STALL_S
+        with Guard(pool, lambda: assembly.make_sandbox(config), stall_s=stall_s) as guard:
             yield guard
 
 
