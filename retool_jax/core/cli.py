@@ -32,7 +32,7 @@ _OVERRIDE = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]+)(?:=(?P<value>.*))?
 _ASIDE = ('retool_jax', 'absl', 'ml_collections')  # modules whose flags --help leaves out
 # What the machine refuses because of what it was asked: files, disks and ports, not bugs.
 _OUTSIDE = {
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR,
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EISDIR,
     errno.ENOTDIR, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENAMETOOLONG,
 }  # fmt: skip
 

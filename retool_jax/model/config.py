@@ -127,7 +127,11 @@ def load_config(directory: str | pathlib.Path) -> QwenConfig:
     if not path.is_file():
         raise ValueError(f'model.path: {directory} holds no config.json; '
                          'give a Hugging Face model directory')
-    return from_hf(json.loads(path.read_text()), str(path))
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f'model.path: {path} is no JSON; download it again') from None
+    return from_hf(raw, str(path))
 
 
 TINY = QwenConfig(model_type='qwen2', vocab_size=512, hidden_size=128, intermediate_size=384,

@@ -224,9 +224,25 @@ def _explain(error: Exception) -> str:
     return f'the body is no JSON object: {error}'
 
 
+def open_port(server: ServerSettings) -> socket.socket:
+    """The listening socket, before anything is started; ValueError where the address cannot be had."""
+    family = socket.AF_INET6 if ':' in server.host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((server.host, server.port))
+    except OSError as error:
+        listening.close()
+        raise ValueError(f'{server.host}:{server.port}: {error.strerror}; choose another --port or --host') from None
+    listening.set_inheritable(True)
+    return listening
+
+
 def serve(server: ServerSettings, sandbox: SandboxSettings) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what runs."""
+    listening = open_port(server)
     app = make_app(Pool(sandbox), server)
     config = uvicorn.Config(app, host=server.host, port=server.port, access_log=False, log_level='info', lifespan='on',
                             backlog=4096, timeout_keep_alive=75, timeout_graceful_shutdown=int(server.drain_s))
-    uvicorn.Server(config).run()
+    with listening:
+        uvicorn.Server(config).run(sockets=[listening])

@@ -181,7 +181,7 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) ->
 
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    bpe.save(str(directory / 'tokenizer.json'))
+    (directory / 'tokenizer.json').write_text(bpe.to_str(pretty=True))  # its own `save` hides the system's errors
     config = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'add_bos_token': False,

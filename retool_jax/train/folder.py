@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ from retool_jax.core import settings
 from retool_jax.core.cli import UserError, command
 from retool_jax.core.metrics import Metrics
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints')
 
 
@@ -60,7 +62,9 @@ def claimed(config: ConfigDict, free: Sequence[str] = ()) -> Iterator[pathlib.Pa
     fresh = not there or not any(directory.iterdir())
     try:
         yield claim(config, free)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
+            error.filename = str(directory)  # a write that fails does not know of which file
         if fresh and directory.is_dir() and not has_results(directory):
             for path in list(directory.iterdir()) if there else [directory]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -36,6 +36,8 @@ def run(config: ConfigDict) -> dict:
         raise UserError(f'backend={config.backend!r} is not known; use one of {", ".join(BACKENDS)}')
     if config.samples < 1:
         raise UserError(f'samples={config.samples}: at least one answer per problem is needed')
+    if config.limit is not None and config.limit < 1:
+        raise UserError(f'limit={config.limit}: at least one problem is needed')
     if not config.problems:
         raise UserError('config.problems is missing; give a problem file')
     problems = problem_files.read(config.problems, config.limit)

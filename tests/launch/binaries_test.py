@@ -1,25 +1,20 @@
 """Every configuration builds and every mistake through a real binary is one line, exit status 2, nothing written."""
 
-import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from retool_jax.core import cli
+from tests.launch import launcher, mistakes
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ('cold_start', 'sft', 'ppo', 'evaluate')
 ARGS = ('tiny', 'qwen2_5_0_5b', 'qwen2_5_1_5b', 'qwen2_5_7b', 'qwen2_5_14b', 'qwen2_5_32b', 'r1_distill_qwen_32b',
         'qwen3_0_6b', 'qwen3_4b', 'qwen3_8b', 'qwen3_32b')
-
-
-def launch(name, *arguments):
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
-    return subprocess.run([sys.executable, ROOT / 'launch' / f'{name}.py', *map(str, arguments)], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize('arg', ARGS)
@@ -45,58 +40,90 @@ def test_every_key_of_every_configuration_can_be_overridden(name):
 
 
 @pytest.fixture(scope='module')
+def launch():
+    with launcher.start() as started:
+        yield started
+
+
+@pytest.fixture(scope='module')
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp('files')
-    good = {'id': 'a', 'problem': 'What is 1 + 1?', 'answer': '2'}
-    (folder / 'good.jsonl').write_text(json.dumps(good) + '\n')
-    (folder / 'empty.jsonl').write_text('')
-    (folder / 'torn.jsonl').write_text(json.dumps(good) + '\n{"problem": \n')
-    (folder / 'fieldless.jsonl').write_text('{"problem": "What?"}\n')
-    (folder / 'model').mkdir()
-    (folder / 'odd').mkdir()
-    (folder / 'odd' / 'config.json').write_text('{"model_type": "mamba"}')
-    (folder / 'busy').mkdir()
-    (folder / 'busy' / 'notes.txt').write_text('mine')
+    mistakes.write_files(folder)
     return folder
 
 
-TINY = '--config=configs/evaluate.py:tiny'
-MISTAKES = {
-    'unknown key': ([TINY, '--config.sampels=3'], ('sampels', 'samples')),
-    'wrong type': ([TINY, '--config.samples=many'], ('samples', 'many')),
-    'missing config file': (['--config=configs/evaluation.py:tiny'], ('configs/evaluation.py',)),
-    'unknown model': (['--config=configs/evaluate.py:qwen9'], ('qwen9', 'qwen2_5_7b')),
-    'no problems named': ([TINY], ('config.problems',)),
-    'missing problems': ([TINY, '--config.problems={}/none.jsonl'], ('none.jsonl',)),
-    'empty problems': ([TINY, '--config.problems={}/empty.jsonl'], ('empty.jsonl',)),
-    'malformed line': ([TINY, '--config.problems={}/torn.jsonl'], ('torn.jsonl:2',)),
-    'missing field': ([TINY, '--config.problems={}/fieldless.jsonl'], ('fieldless.jsonl:1', 'answer')),
-    'no model directory': (
-        ['--config=configs/evaluate.py:qwen2_5_7b', '--config.problems={}/good.jsonl'], ('model.path',)),
-    'empty model directory': (
-        ['--config=configs/evaluate.py:qwen2_5_7b', '--config.problems={}/good.jsonl', '--config.model.path={}/model'],
-        ('config.json',)),
-    'unsupported architecture': (
-        ['--config=configs/evaluate.py:qwen2_5_7b', '--config.problems={}/good.jsonl', '--config.model.path={}/odd'],
-        ('mamba',)),
-    'mesh': ([TINY, '--config.problems={}/good.jsonl', '--config.mesh.data=3'], ('mesh', 'data=3')),
-    'budget beyond the cache': (
-        [TINY, '--config.problems={}/good.jsonl', '--config.turns.max_tokens=9999'], ('max_tokens', 'slots')),
-    'somebody else’s folder': ([TINY, '--config.problems={}/good.jsonl', '--config.run.dir={}/busy'], ('busy',)),
-}  # fmt: skip
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
 
 
-@pytest.mark.parametrize('case', MISTAKES)
-def test_a_mistake_is_one_line_that_names_it_and_writes_nothing(case, files, tmp_path):
-    arguments, words = MISTAKES[case]
-    arguments = [a.replace('{}', str(files)) for a in arguments]
-    if not any(a.startswith('--config.run.dir') for a in arguments) and case != 'missing config file':
-        arguments.append(f'--config.run.dir={tmp_path / "run"}')
-    before = sorted(map(str, files.rglob('*')))
-    done = launch('evaluate', *arguments)
-    lines = done.stderr.strip().splitlines()
+def check_line(done, words):
+    """One line that begins with `error: ` and holds all words; other lines only say what was going on."""
     assert done.returncode == 2, done.stderr
-    assert lines[-1].startswith('error: ') and 'Traceback' not in done.stderr
-    assert all(word in lines[-1] for word in words), lines[-1]
-    assert not (tmp_path / 'run' / 'episodes').exists()
-    assert sorted(map(str, files.rglob('*'))) == before
+    assert 'Traceback' not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1 and done.stderr.rstrip().endswith(lines[0]), done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize('case', mistakes.CASES)
+def test_a_mistake_is_one_line_that_names_it_and_writes_nothing(case, launch, files, tmp_path):
+    (name, *arguments), words = mistakes.CASES[case]
+    arguments = [a.replace('{}', str(files)) for a in arguments]
+    if any(a.startswith('--config=') for a in arguments) and not any('run.dir' in a for a in arguments):
+        arguments.append(f'--config.run.dir={tmp_path / "run"}')
+    before = contents(files)
+    devices = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'} if 'mesh' in case else {}
+    check_line(launch(name, *arguments, env=devices), words.split(' '))
+    assert not (tmp_path / 'run').exists()
+    assert contents(files) == before
+
+
+def evaluate(files, run):
+    return ('evaluate', *mistakes.EVALUATE[1:], f'--config.problems={files}/good.jsonl', f'--config.run.dir={run}')
+
+
+def test_a_machine_without_nsjail_is_told_what_to_install(launch, files, tmp_path):
+    done = launch(*evaluate(files, tmp_path / 'run'), env={'PYTHONPATH': f'{files}/shadow:{ROOT}', 'PATH': '/nowhere'})
+    check_line(done, ['sandbox', 'nsjail', 'install'])
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_machine_without_user_namespaces_is_told_so(launch, files, tmp_path):
+    done = launch(*evaluate(files, tmp_path / 'run'), namespaces=False)
+    if done.returncode == launcher.REFUSED:
+        pytest.skip('no user namespace to try it in')
+    check_line(done, ['sandbox', 'isolated', 'doctor'])
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_full_disk_is_named(launch, files, tmp_path):
+    (tmp_path / 'disk').mkdir()
+    done = launch(*evaluate(files, tmp_path / 'disk' / 'run'), '--config.model.tools=False',
+                  disk=str(tmp_path / 'disk'))
+    if done.returncode == launcher.REFUSED:
+        pytest.skip('no user namespace to mount a small disk in')
+    check_line(done, ['No space left on device', 'disk/run'])
+
+
+def test_a_port_that_is_taken_is_named(launch):
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        check_line(launch('sandbox_server', f'--port={port}'), [str(port), 'in use', '--port'])
+
+
+def test_a_checkpoint_of_another_architecture_is_named(launch, files, tmp_path):
+    done = launch('convert', '--to=orbax', f'--source={files}/wide', f'--target={tmp_path}/wide')
+    assert done.returncode == 0, done.stderr
+    done = launch('convert', '--to=hf', f'--source={tmp_path}/wide', f'--like={files}/model',
+                  f'--target={tmp_path}/new')
+    check_line(done, ['params.policy does not fit', '[272, 64]', '[272, 32]'])
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_start_without_a_launcher_is_the_same():
+    done = subprocess.run([sys.executable, ROOT / 'launch/evaluate.py', *mistakes.CASES['unknown key'][0][1:]], cwd='/',
+                          env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr == "error: unknown config key 'sampels' (did you mean samples?)\n"

