@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,13 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     seen: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in STOPS}
+
+    def note(number: int, frame) -> None:
+        if not seen:
+            os.write(2, b'stopping as soon as this step is whole\n')
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOPS}
     try:
         yield
     finally:

@@ -10,12 +10,11 @@ import tempfile
 import time
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from retool_jax.core import metrics as console
 from retool_jax.core.records import ExecResult, Verdict
-from retool_jax.model import cache
+from retool_jax.rollout.sampler import Sampler
 from retool_jax.train import assembly, folder, ppo, reinforce
 
 GIB = 2.0**30
@@ -43,9 +42,9 @@ def run(config: ConfigDict) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as place, folder.stoppable():
         parts = reinforce.build(config, pathlib.Path(place))
         console.banner(model=parts.language, mesh=dict(parts.mesh.shape), sandbox=FakeTools(), run='none: a dry run')
-        table = memory(parts)
+        sampler = parts.sampler()
+        table = memory(parts, sampler)
         with assembly.open_grader(config.reward) as grader:
-            sampler = parts.sampler()
             source = parts.source(sampler, FakeTools() if config.model.tools else None, stream, grader)
             results, began = [], time.perf_counter()
             once = dataclasses.replace(parts.sizes, steps=1)
@@ -62,17 +61,15 @@ def run(config: ConfigDict) -> dict[str, float]:
     return table
 
 
-def memory(parts: reinforce.Parts) -> dict[str, float]:
+def memory(parts: reinforce.Parts, sampler: Sampler) -> dict[str, float]:
     """Bytes of the large buffers, over all devices; which of them are there at once: train/residency.py."""
-    params, s = parts.progress.state.params, parts.config.sampler
-    sampling = np.dtype(jax.numpy.dtype(s.dtype)).itemsize
+    params = parts.progress.state.params
     sizes = {'policy, f32': size(params['policy']),
              'critic': size(params.get('critic')),
              'optimizer state': size(parts.progress.state.opt_state),
              'reference policy': size(parts.residency.reference),
-             'sampling weights': size(params['policy']) // 4 * sampling,
-             'KV cache': size(jax.eval_shape(lambda: cache.empty(parts.language.config, s.rows, s.slots,
-                                                                  jax.numpy.dtype(s.cache_dtype))))}
+             'sampling weights': size(jax.eval_shape(sampler.sync, params['policy'])),
+             'KV cache': size(jax.eval_shape(sampler.empty).cache)}
     return {name: found for name, found in sizes.items() if found}
 
 

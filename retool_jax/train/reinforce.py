@@ -38,6 +38,7 @@ from retool_jax.train.watch import Watch, WatchSettings
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
 FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox')  # may change between two starts of a run
 STALL_S = 60.0  # beyond all retries of a call, after which a silent sandbox is given up
+REMOTE_S = 900.0  # beyond sandbox.remote's own patience with servers that are gone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,7 +261,8 @@ def open_guarded(config: ConfigDict, tools: bool):
         if pool is None:
             yield None
             return
-        stall_s = (1 + config.retries) * config.wall_s + STALL_S
+        # Servers elsewhere are waited for by their client, which knows which of them are alive.
+        stall_s = (1 + config.retries) * config.wall_s + STALL_S + (REMOTE_S if config.addresses else 0.0)
         with Guard(pool, lambda: assembly.make_sandbox(config), stall_s=stall_s) as guard:
             yield guard
 
