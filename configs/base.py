@@ -36,14 +36,15 @@ def model(arg: str) -> ConfigDict:
         # A Hugging Face directory: config.json, safetensors, tokenizer. tiny: random weights of the
         # embedded size and a tokenizer made on the spot when none is given.
         'path': config_dict.placeholder(str),
+        'name': arg,  # launch/plan.py knows the sizes of these without their files
         'template': MODELS[check(arg)],
         'tools': True,  # False: the text-only baseline (P §3.2)
     })
 
 
-def mesh() -> ConfigDict:
-    # -1 takes the devices that are left.
-    return ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 1})
+def mesh(arg: str = 'tiny') -> ConfigDict:
+    # -1 takes the devices that are left. tensor: a host's chips, beyond what one chip holds in rollout.
+    return ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 4 if '32b' in arg or '14b' in arg else 1})
 
 
 def forward(arg: str) -> ConfigDict:
@@ -53,8 +54,9 @@ def forward(arg: str) -> ConfigDict:
         'attention': 'dense' if tiny else 'auto',
         'remat': 'none' if tiny else 'full',
         'unroll': 4 if tiny else 1,
-        'logprob_chunk': 200 if tiny else 512,
-        'micro_rows': 16 if tiny else 4,
+        'logprob_chunk': 200 if tiny else 2048,
+        'vocab_chunk': 512 if tiny else 8192,
+        'micro_rows': 16 if tiny else 0,  # 0: one for each device of data × fsdp
         'row_width': 200 if tiny else 18432,  # prompt 2,048 + response 16,384 (R)
         'row_segments': 8 if tiny else 16,
     })
@@ -63,7 +65,7 @@ def forward(arg: str) -> ConfigDict:
 def sampler(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
     return ConfigDict({
-        'rows': 64,
+        'rows': 32 if '32b' in arg else 64,
         'slots': 256 if tiny else 18432,  # prompt 2,048 + response 16,384 (R)
         'chunk': 64 if tiny else 256,
         'group': 8,
@@ -242,7 +244,7 @@ def reinforcement(arg: str, name: str) -> ConfigDict:
         'run': run(arg, name),
         'data': data(),
         'model': model(arg),
-        'mesh': mesh(),
+        'mesh': mesh(arg),
         'forward': forward(arg),
         'sampler': sampler(arg),
         'turns': turns(arg),

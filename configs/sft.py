@@ -19,7 +19,7 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
         'run': base.run(arg, 'sft'),
         'traces': config_dict.placeholder(str),  # episodes/ of a cold start
         'model': base.model(arg),
-        'mesh': base.mesh(),
+        'mesh': base.mesh(arg),
         'forward': base.forward(arg),
         'optimizer': (base.optimizer(3e-3, schedule='cosine', warmup_steps=20, weight_decay=0.1, b2=0.95) if tiny
                       else base.optimizer(1e-5, schedule='cosine', warmup_steps=10)),  # 1e-5: R

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from retool_jax.core.pytrees import Int8KV
 from retool_jax.model import kernels
+from retool_jax.model.cache import KV
 
 MASKED = -1e30  # finite, so that a fully masked (padding) row stays free of NaN
 
@@ -55,35 +57,51 @@ def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids
     return out.swapaxes(0, 1).reshape(b, t, n, h)
 
 
+def resolve(implementation: str, length: int, platform: str) -> str:
+    """What 'auto' stands for: dense up to 1,024 tokens; beyond, splash on a TPU where it fits, else blocked."""
+    if implementation != 'auto':
+        return implementation
+    if length <= 1024:
+        return 'dense'
+    return 'splash' if platform == 'tpu' and length % kernels.LANES == 0 else 'blocked'
+
+
 def choose(implementation: str, length: int) -> Callable[..., jax.Array]:
     """The function that attends over whole sequences, by name.
 
     'dense' and 'blocked' run anywhere, 'splash' on TPU, 'cudnn' on GPU (rows of one episode each).
-    'auto' is dense up to 1,024 tokens; beyond, splash on a TPU where it fits, else blocked.
     """
-    if implementation == 'auto':
-        implementation = 'dense' if length <= 1024 else 'blocked'
-        if implementation == 'blocked' and jax.default_backend() == 'tpu' and length % kernels.LANES == 0:
-            implementation = 'splash'
+    implementation = resolve(implementation, length, jax.default_backend())
     table = {'dense': dense, 'blocked': blocked, 'splash': kernels.splash, 'cudnn': kernels.cudnn}
     if implementation not in table:
         raise ValueError(f'model.attention: {implementation!r} is unknown; choose auto, {", ".join(table)}')
     return table[implementation]
 
 
-def cached(q_BCNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BC: jax.Array) -> jax.Array:
+def cached(q_BCNH: jax.Array, k_BKSH: KV, v_BKSH: KV, positions_BC: jax.Array) -> jax.Array:
     """Attention over cache slots up to each query's own position, [B, C, N, H].
 
     The cache already holds the queries' own keys; slots beyond are masked, so stale KV is harmless.
     """
     b, c, n, h = q_BCNH.shape
-    kv_heads, slots = k_BKSH.shape[1:3]
+    k, k_scale = _apart(k_BKSH)
+    v, v_scale = _apart(v_BKSH)
+    kv_heads, slots = k.shape[1:3]
     q = q_BCNH.reshape(b, c, kv_heads, n // kv_heads, h).transpose(0, 2, 1, 3, 4)
     q = q.reshape(b, kv_heads, c * (n // kv_heads), h)  # one matmul a KV head: [C·G, H] × [H, S]
-    scores = jnp.einsum('BKXH,BKSH->BKXS', q, k_BKSH.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.einsum('BKXH,BKSH->BKXS', q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    if k_scale is not None:
+        scores = scores * k_scale[:, :, None]
     mask_BCS = jnp.arange(slots) <= positions_BC[:, :, None]
     mask = jnp.repeat(mask_BCS, n // kv_heads, axis=1)[:, None]
     probs = jax.nn.softmax(jnp.where(mask, scores * h**-0.5, MASKED), axis=-1)
-    out = jnp.einsum('BKXS,BKSH->BKXH', probs.astype(q.dtype), v_BKSH.astype(q.dtype))
+    if v_scale is not None:
+        probs = probs * v_scale[:, :, None]
+    out = jnp.einsum('BKXS,BKSH->BKXH', probs.astype(q.dtype), v.astype(q.dtype))
     out = out.reshape(b, kv_heads, c, n // kv_heads, h).transpose(0, 2, 1, 3, 4)
     return out.reshape(b, c, n, h)
+
+
+def _apart(kv_BKSH: KV) -> tuple[jax.Array, jax.Array | None]:
+    """Numbers and, of 8 bits, their scales: these multiply scores and weights, not the numbers of every slot."""
+    return (kv_BKSH.values, kv_BKSH.scale) if isinstance(kv_BKSH, Int8KV) else (kv_BKSH, None)

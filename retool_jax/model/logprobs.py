@@ -1,49 +1,128 @@
-"""Log-probabilities of given tokens without a [B, T, V] array."""
+"""Log-probabilities of given tokens without a [B, T, V] array: a piece of a row, a piece of the vocabulary."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from retool_jax.core import mesh as meshes
 from retool_jax.core.pytrees import Params
 from retool_jax.model.qwen import head_weight
 
+FLOOR = -1e30  # below every logit, and finite: its exponential is 0, and 0 times it is 0
+
 
 def token_logprobs(params: Params, hidden_BTD: jax.Array, tokens_BT: jax.Array, *, temperature: float = 1.0,
-                   chunk: int = 256) -> tuple[jax.Array, jax.Array]:
+                   chunk: int = 256, vocab_chunk: int = 1 << 16) -> tuple[jax.Array, jax.Array]:
     """log p(token t | tokens before t) and the entropy of that distribution, both f32 [B, T].
 
-    Aligned to the token: entry t comes from hidden state t − 1, entry 0 is 0. The vocabulary is
-    projected for `chunk` positions of a row at a time and recomputed in the backward pass, so
-    the largest array is B · chunk · V in f32.
+    Aligned to the token: entry t comes from hidden state t − 1, entry 0 is 0. `chunk` positions of a
+    row meet `vocab_chunk` entries of the vocabulary at a time, recomputed in the backward pass: the
+    largest array is B · chunk · vocab_chunk in f32. On a mesh each device sees its own rows and its
+    own part of the vocabulary, and what is exchanged are four numbers a token.
     """
-    b, t, _ = hidden_BTD.shape
+    t = hidden_BTD.shape[1]
     chunk = min(chunk, t)
     if t % chunk:
         raise ValueError(f'sequence length {t} is not a multiple of the logprob chunk {chunk}')
-    w_DV = head_weight(params)
     target_BT = jnp.roll(tokens_BT, -1, axis=1)  # hidden t predicts token t + 1; the last entry is unused
+    run = functools.partial(_rows, temperature=temperature, chunk=chunk, vocab_chunk=vocab_chunk)
+    w_DV, mesh = head_weight(params), jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        found = run(hidden_BTD, w_DV, target_BT, over=None)
+    else:
+        rows = meshes.spec(('batch', None), meshes.TRAIN_RULES)
+        found = jax.shard_map(
+            functools.partial(run, over='tensor'), mesh=mesh, out_specs=(rows, rows),
+            in_specs=(meshes.spec(('batch', None, None), meshes.TRAIN_RULES), jax.P(None, 'tensor'), rows),
+        )(hidden_BTD, w_DV, target_BT)
+    shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+    return shift(found[0]), shift(found[1])
+
+
+def _rows(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, *, temperature: float, chunk: int,
+          vocab_chunk: int, over: str | None) -> tuple[jax.Array, jax.Array]:
+    """One device's rows against its part of the vocabulary; `over` is the mesh axis of the other parts."""
+    b, t, _ = x_BTD.shape
+    if over is not None:
+        target_BT = target_BT - jax.lax.axis_index(over) * w_DV.shape[1]
+    w_PDV, width = _pieces(w_DV, vocab_chunk)
 
     @jax.checkpoint
     def one(x_BCD, target_BC):
-        logits = jnp.matmul(x_BCD, w_DV.astype(x_BCD.dtype), preferred_element_type=jnp.float32)
-        return score(logits if temperature == 1.0 else logits / temperature, target_BC)
+        def piece(found, xs):
+            w, first = xs
+            logits = jnp.matmul(x_BCD, w.astype(x_BCD.dtype), preferred_element_type=jnp.float32) / temperature
+            if w_PDV.shape[0] * width > w_DV.shape[1]:  # the last piece is filled up
+                logits = jnp.where(first + jnp.arange(width) < w_DV.shape[1], logits, FLOOR)
+            return _join(found, _sums(logits, target_BC - first))
+        first_P = jnp.arange(w_PDV.shape[0]) * width
+        found = piece(None, (w_PDV[0], first_P[0]))
+        if len(first_P) > 1:
+            again = jax.checkpoint(lambda found, xs: (piece(found, xs), None))
+            found, _ = jax.lax.scan(again, found, (w_PDV[1:], first_P[1:]))
+        return _finish(found if over is None else _over_devices(found, over))
 
     split = lambda x: jnp.moveaxis(x.reshape(b, t // chunk, chunk, *x.shape[2:]), 1, 0)
-    _, (logprob, entropy) = jax.lax.scan(lambda carry, xs: (carry, one(*xs)), None,
-                                         (split(hidden_BTD), split(target_BT)))
+    _, found = jax.lax.scan(lambda carry, xs: (carry, one(*xs)), None, (split(x_BTD), split(target_BT)))
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(b, t)
-    shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
-    return shift(join(logprob)), shift(join(entropy))
+    return join(found[0]), join(found[1])
+
+
+def _pieces(w_DV: jax.Array, vocab_chunk: int) -> tuple[jax.Array, int]:
+    """The output matrix as [pieces, D, width], the last piece filled up with zeros, and the width."""
+    d, v = w_DV.shape
+    count = -(-v // vocab_chunk)
+    width = -(-v // count)
+    if count > 1:
+        width = -(-width // 128) * 128  # whole vectors
+        count = -(-v // width)
+    padded = jnp.pad(w_DV, ((0, 0), (0, count * width - v))) if count * width > v else w_DV
+    return jnp.moveaxis(padded.reshape(d, count, width), 1, 0), width
+
+
+def _sums(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
+    """Of a piece of the vocabulary: peak, Σ exp(z − peak), Σ exp(z − peak)·(z − peak), and z[target] or 0."""
+    peak = jax.lax.stop_gradient(logits.max(axis=-1))
+    z = logits - peak[..., None]
+    e = jnp.exp(z)
+    # A one-hot product, not a gather: its gradient is a local product too.
+    hit = target[..., None] == jnp.arange(logits.shape[-1])
+    return peak, e.sum(axis=-1), (e * z).sum(axis=-1), jnp.where(hit, logits, 0.0).sum(axis=-1)
+
+
+def _join(a: tuple[jax.Array, ...] | None, b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The sums of two pieces together."""
+    if a is None:
+        return b
+    peak = jnp.maximum(a[0], b[0])
+    (total_a, mean_a), (total_b, mean_b) = _rebase(a, peak), _rebase(b, peak)
+    return peak, total_a + total_b, mean_a + mean_b, a[3] + b[3]
+
+
+def _rebase(sums: tuple[jax.Array, ...], peak: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The second and third sum about another peak."""
+    shift = sums[0] - peak
+    scale = jnp.exp(shift)
+    return scale * sums[1], scale * (sums[2] + jnp.where(scale > 0, shift, 0.0) * sums[1])
+
+
+def _over_devices(sums: tuple[jax.Array, ...], axis: str) -> tuple[jax.Array, ...]:
+    """The sums of every device's part of the vocabulary together."""
+    peak = jax.lax.pmax(sums[0], axis)
+    total, mean = _rebase(sums, peak)
+    return peak, *(jax.lax.psum(x, axis) for x in (total, mean, sums[3]))
+
+
+def _finish(sums: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """log softmax(z)[target] and the entropy logsumexp(z) − Σ softmax(z)·z."""
+    peak, total, mean, hit = sums
+    log_total = jnp.log(total)
+    return (hit - peak) - log_total, log_total - mean / total
 
 
 def score(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log softmax(z)[target] and the entropy logsumexp(z) − Σ softmax(z)·z over the last axis."""
-    peak = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    z = logits - peak
-    e = jnp.exp(z)
-    total = e.sum(axis=-1)
-    log_total = jnp.log(total)
-    # A one-hot product, not a gather: under a sharded vocabulary it stays a local reduction.
-    hit = target[..., None] == jnp.arange(logits.shape[-1])
-    return jnp.where(hit, z, 0.0).sum(axis=-1) - log_total, log_total - (e * z).sum(axis=-1) / total
+    """log softmax(z)[target] and the entropy of softmax(z) over the last axis."""
+    return _finish(_sums(logits, target))

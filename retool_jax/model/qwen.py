@@ -82,6 +82,13 @@ def logical_axes(config: QwenConfig) -> dict:
     return tree
 
 
+def sampling_axes(config: QwenConfig) -> dict:
+    """The same for the sampling layout (`to_sampling`)."""
+    axes = logical_axes(config)
+    one = jax.tree.map(lambda words: words[1:], axes['layers'], is_leaf=lambda x: isinstance(x, tuple))
+    return axes | {'layers': [one] * config.num_hidden_layers, 'lm_head': {'weight': ('embed', 'vocab')}}
+
+
 def fit_rules(config: QwenConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]],
               ) -> dict[str, tuple[str, ...]]:
     """The rules by which this model lies on this mesh: KV heads that do not divide are replicated.
@@ -157,26 +164,30 @@ def to_sampling(config: QwenConfig, params: Params, dtype=jnp.float32) -> Params
 
 
 def extend(config: QwenConfig, params: Params, cache: KVCache, tokens_BC: jax.Array, count_B: jax.Array,
-           bound: int) -> tuple[jax.Array, KVCache]:
+           bound: int, row_B: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
     """Runs a right-padded chunk per row through the cache; the sampling layout.
 
     tokens_BC: int32 [B, C]; count_B: valid tokens in each row (0 leaves the row's cache untouched).
     Reads cover the first `bound` slots, which must hold every row's length after the chunk.
+    row_B: which rows of the cache the chunks belong to, out of range pads; None: all, in order.
     Returns hidden states [B, C, D] (garbage beyond count) and the cache, longer by count.
     """
     chunk = tokens_BC.shape[1]
     offset_C = jnp.arange(chunk)
-    positions_BC = cache.length_B[:, None] + offset_C
-    slots = cache.k[0].shape[2]
-    slot_BC = jnp.where(offset_C < count_B[:, None], positions_BC, slots)  # out of range: dropped
+    inside_B = None if row_B is None else jnp.minimum(row_B, cache.length_B.shape[0] - 1)
+    length_B = cache.length_B if row_B is None else cache.length_B[inside_B]
+    positions_BC = length_B[:, None] + offset_C
+    slot_BC = jnp.where(offset_C < count_B[:, None], positions_BC, kv_cache.slots(cache))  # out of range: dropped
     x_BCD = params['embed_tokens']['weight'][tokens_BC]
     rope = rope_table(config, positions_BC)
     keys, values = [], []
     for layer_params, k_BKSH, v_BKSH in zip(params['layers'], cache.k, cache.v):
         def attend(q, k, v):
-            keys.append(kv_cache.write(k_BKSH, k, slot_BC))  # noqa: B023
-            values.append(kv_cache.write(v_BKSH, v, slot_BC))  # noqa: B023
-            return attention.cached(q, keys[-1][:, :, :bound], values[-1][:, :, :bound], positions_BC)
+            keys.append(kv_cache.write(k_BKSH, k, slot_BC, row_B))  # noqa: B023
+            values.append(kv_cache.write(v_BKSH, v, slot_BC, row_B))  # noqa: B023
+            own = lambda kv: kv_cache.read(kv, bound, inside_B)
+            return attention.cached(q, own(keys[-1]), own(values[-1]), positions_BC)
         x_BCD = _bind(config, 'layers', layer_params)(x_BCD, rope, attend)
     x_BCD = _bind(config, 'norm', params['norm'])(x_BCD)
-    return x_BCD, KVCache(k=keys, v=values, length_B=cache.length_B + count_B)
+    longer_B = cache.length_B + count_B if row_B is None else cache.length_B.at[row_B].add(count_B, mode='drop')
+    return x_BCD, KVCache(k=keys, v=values, length_B=longer_B)

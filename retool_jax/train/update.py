@@ -34,7 +34,8 @@ class ForwardSettings:
     remat: str  # model.qwen.forward
     unroll: int  # layers per step of the scan over layers
     logprob_chunk: int  # positions of a row projected to the vocabulary at a time
-    micro_rows: int  # rows per micro-batch
+    vocab_chunk: int  # entries of the vocabulary at a time
+    micro_rows: int  # rows per micro-batch; 0 is one for each device of data × fsdp
     row_width: int  # tokens per row
     row_segments: int  # episodes per row, at most
 
@@ -61,11 +62,20 @@ class Learner:
         if forward.attention == 'cudnn' and forward.row_segments > 1:
             raise ValueError(f"forward.row_segments={forward.row_segments}: attention='cudnn' takes one episode per "
                              'row; set it to 1')
+        ways = mesh.shape['data'] * mesh.shape['fsdp']
+        if forward.micro_rows % ways:
+            raise ValueError(f'forward.micro_rows={forward.micro_rows} does not divide over data × fsdp = {ways} '
+                             'devices; choose a multiple, or 0 for one row each')
+        forward = dataclasses.replace(forward, micro_rows=forward.micro_rows or ways)
+        if forward.row_width % mesh.shape['tensor']:
+            raise ValueError(f'forward.row_width={forward.row_width} does not divide over '
+                             f'tensor={mesh.shape["tensor"]}; choose a multiple')
         self.config, self.forward, self.optimizer, self.mesh = config, forward, optimizer, mesh
         self.loss, self.advantage, self.temperature = loss, advantage, temperature
+        self.rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))  # of everything with a leading batch axis
         self._cut = jax.jit(lambda tree, row: jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, row, forward.micro_rows), tree))
-        self._make_zeros = None  # compiled for the parameters' shardings when they are first seen
+            lambda x: jax.lax.dynamic_slice_in_dim(x, row, forward.micro_rows), tree), out_shardings=self.rows)
+        self._make_zeros = {}  # compiled for the parameters' shardings when they are first seen
         self._sft = jax.jit(self._add_sft, donate_argnames=('gradients',))
         self._ppo = jax.jit(self._add_ppo, donate_argnames=('gradients',))
         self._apply = jax.jit(self._apply_gradients, donate_argnames=('state',))
@@ -89,7 +99,7 @@ class Learner:
         """Mean −log p over the acted tokens of `batch`, without a step."""
         stop, total, count = len(batch.tokens_BT), 0.0, 0.0
         for micro in self._micro(self.put(join([batch])[0]), 0, stop):
-            logprob_BT, _, _ = self._score(params, micro)
+            logprob_BT, _, _ = self._score(params=params, micro=micro)
             total -= float(jnp.where(micro.acted_BT, logprob_BT, 0.0).sum())
             count += float(micro.acted_BT.sum())
         return total / max(count, 1.0)
@@ -97,7 +107,7 @@ class Learner:
     def score(self, params: Params, batch: Batch, rows: int, reference: Params | None, num_groups: int) -> Scores:
         """Old logprobs, values, advantages and returns of the first `rows` rows of the global batch, which
         `put` has moved to the devices. num_groups is static: give it the same number every step."""
-        parts = [self._score(params, micro) for micro in self._micro(batch, 0, rows)]
+        parts = [self._scored(params, micro) for micro in self._micro(batch, 0, rows)]
         total = batch.tokens_BT.shape[0]
         join_rows = lambda xs: jnp.pad(jnp.concatenate(xs), ((0, total - rows), (0, 0)))
         logprob_BT, _, value_BT = (join_rows(x) for x in zip(*parts))
@@ -105,7 +115,7 @@ class Learner:
         if self.loss.needs_reference:
             if reference is None:
                 raise ValueError(f'loss.kl_coef is {self.loss.kl_coef} but there is no reference policy')
-            reference_BT = join_rows([self._score({'policy': reference}, m)[0] for m in self._micro(batch, 0, rows)])
+            reference_BT = join_rows([self._scored({'policy': reference}, m)[0] for m in self._micro(batch, 0, rows)])
         advantage_BT, return_BT = self._advantages(batch, logprob_BT, reference_BT, value_BT, num_groups=num_groups)
         return Scores(logprob_BT=logprob_BT, reference_logprob_BT=reference_BT, value_BT=value_BT,
                       advantage_BT=advantage_BT, return_BT=return_BT)
@@ -114,40 +124,50 @@ class Learner:
                  rows: tuple[int, int]) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step over one mini-batch: rows first … last + 1 of a scored batch."""
         denominators = self._denominators(batch, *rows)
-        gradients, found = self._zeros(state.params), []
-        for micro, scored in self._micro((batch, scores), *rows):
-            gradients, metrics = self._ppo(params=state.params, gradients=gradients, micro=micro, scores=scored,
+        gradients, merged = {}, {}
+        for params in apart(state.params):
+            added, found = self._zeros(params), []
+            for micro, scored in self._micro((batch, scores), *rows):
+                added, metrics = self._ppo(params=params, gradients=added, micro=micro, scores=scored,
                                            denominators=denominators)
-            found.append(metrics)
+                found.append(metrics)
+            gradients, merged = gradients | added, merged | _merge(found)
         state, norms = self._apply(state=state, gradients=gradients)
-        return state, _merge(found) | norms
+        return state, merged | norms
 
     def put(self, tree):
         """Moves host arrays with a leading batch axis onto the mesh."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp'))))
+        return jax.device_put(tree, self.rows)
 
     def _zeros(self, params: Params) -> Params:
         """Gradients to add to, laid out as the parameters are."""
-        if self._make_zeros is None:
-            self._make_zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params),
-                                       out_shardings=jax.tree.map(lambda x: x.sharding, params))
-        return self._make_zeros(params)
+        if tuple(params) not in self._make_zeros:
+            self._make_zeros[tuple(params)] = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params),
+                                                      out_shardings=jax.tree.map(lambda x: x.sharding, params))
+        return self._make_zeros[tuple(params)](params)
+
+    def _scored(self, params: Params, micro: Batch) -> tuple[jax.Array, ...]:
+        """logprob, entropy and value, each from the part that has it; the others' are zeros."""
+        found = [self._score(params=part, micro=micro) for part in apart(params)]
+        return tuple(sum(xs[1:], xs[0]) for xs in zip(*found))
 
     def _micro(self, tree, start: int, stop: int) -> Iterator:
         for row in range(start, stop, self.forward.micro_rows):
             yield self._cut(tree, jnp.int32(row))
 
     def _evaluate(self, params: Params, micro: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """logprob, entropy and value of every token, [B, T] each."""
+        """logprob, entropy and value of every token, [B, T] each; zeros where `params` lacks the part."""
         f = self.forward
         run = lambda weights: qwen.forward(
             self.config, weights, micro.tokens_BT, micro.positions_BT, micro.segment_ids_BT,
             dtype=jnp.dtype(f.dtype), attend=f.attention, remat=f.remat, unroll=f.unroll)
+        logprob_BT = entropy_BT = value_BT = jnp.zeros(micro.tokens_BT.shape, jnp.float32)
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            hidden_BTD = run(params['policy'])
-            logprob_BT, entropy_BT = token_logprobs(params['policy'], hidden_BTD, micro.tokens_BT,
-                                                    temperature=self.temperature, chunk=f.logprob_chunk)
-            value_BT = jnp.zeros_like(logprob_BT)
+            if 'policy' in params:
+                hidden_BTD = run(params['policy'])
+                logprob_BT, entropy_BT = token_logprobs(
+                    params['policy'], hidden_BTD, micro.tokens_BT, temperature=self.temperature, chunk=f.logprob_chunk,
+                    vocab_chunk=f.vocab_chunk)
             if 'critic' in params:
                 critic = params['critic']
                 if 'backbone' in critic:
@@ -192,11 +212,13 @@ class Learner:
 
         def objective(params):
             logprob_BT, entropy_BT, value_BT = self._evaluate(params, micro)
-            loss, metrics = losses.actor_loss(
-                self.loss, logprob_BT=logprob_BT, entropy_BT=entropy_BT, old_logprob_BT=scores.logprob_BT,
-                sampler_logprob_BT=micro.sampler_logprob_BT, advantage_BT=scores.advantage_BT, mask_BT=mask_BT,
-                segment_ids_BT=micro.segment_ids_BT, num_segments=n, denominator=policy_denominator,
-                reference_logprob_BT=scores.reference_logprob_BT)
+            loss, metrics = jnp.float32(0), {}
+            if 'policy' in params:
+                loss, metrics = losses.actor_loss(
+                    self.loss, logprob_BT=logprob_BT, entropy_BT=entropy_BT, old_logprob_BT=scores.logprob_BT,
+                    sampler_logprob_BT=micro.sampler_logprob_BT, advantage_BT=scores.advantage_BT, mask_BT=mask_BT,
+                    segment_ids_BT=micro.segment_ids_BT, num_segments=n, denominator=policy_denominator,
+                    reference_logprob_BT=scores.reference_logprob_BT)
             if 'critic' in params:
                 value_loss, more = losses.critic_loss(
                     self.loss, value_BT=value_BT, old_value_BT=scores.value_BT, return_BT=scores.return_BT,
@@ -212,6 +234,14 @@ class Learner:
         norms = {names[part]: optax.tree.norm(g) for part, g in gradients.items()}
         return TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates),
                           opt_state=opt_state), norms
+
+
+def apart(params: Params) -> list[Params]:
+    """The parts of {'policy', 'critic'} that share no weights: each is scored and differentiated by itself, so
+    that only one part's activations and collectives are there at a time."""
+    if 'backbone' in params.get('critic', {}):
+        return [{name: part} for name, part in params.items()]
+    return [params]
 
 
 def _merge(found: list) -> dict[str, jax.Array]:

@@ -23,8 +23,8 @@ from tests.model.sizes import make_config, make_params, make_tokens
 
 DEVICES = 8
 CONFIG = make_config('qwen2', num_attention_heads=8, num_key_value_heads=2, head_dim=8, intermediate_size=64)
-FORWARD = ForwardSettings(dtype='float32', attention='dense', remat='none', unroll=1, logprob_chunk=8, micro_rows=8,
-                          row_width=16, row_segments=2)
+FORWARD = ForwardSettings(dtype='float32', attention='dense', remat='none', unroll=1, logprob_chunk=8, vocab_chunk=40,
+                          micro_rows=8, row_width=16, row_segments=2)
 SIZES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == DEVICES]
 QUICK = ((1, 2, 4),)  # more tensor parts than KV heads
 LR = 1e-2

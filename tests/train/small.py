@@ -22,8 +22,8 @@ from tests.model.sizes import make_config, make_params
 CONFIG = make_config('qwen2')  # untied, 96 ids
 LR = 1e-2
 # Unrolled and in one chunk a learner compiles in half the time.
-FORWARD = dict(dtype='float32', attention='dense', remat='none', unroll=2, logprob_chunk=48, micro_rows=2,
-               row_width=48, row_segments=3)
+FORWARD = dict(dtype='float32', attention='dense', remat='none', unroll=2, logprob_chunk=48, vocab_chunk=96,
+               micro_rows=2, row_width=48, row_segments=3)
 LOSS = dict(kind='ppo', clip_low=0.2, clip_high=0.28, dual_clip=10.0, aggregation='token-mean',
             aggregation_constant=None, entropy_coef=0.01, kl_coef=0.0, kl_kind='k3', kl_in='loss', value_coef=0.5,
             value_clip=None, correction='token', correction_cap=2.0, correction_low=0.5, correction_high=2.0)
