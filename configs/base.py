@@ -55,7 +55,7 @@ def forward(arg: str) -> ConfigDict:
         'remat': 'none' if tiny else 'full',
         'unroll': 4 if tiny else 1,
         'logprob_chunk': 200 if tiny else 2048,
-        'vocab_chunk': 512 if tiny else 8192,
+        'vocab_chunk': 1024 if tiny else 8192,
         'micro_rows': 16 if tiny else 0,  # 0: one for each device of data × fsdp
         'row_width': 200 if tiny else 18432,  # prompt 2,048 + response 16,384 (R)
         'row_segments': 8 if tiny else 16,
