@@ -1,0 +1,48 @@
+# %% [markdown]
+# # One rollout
+#
+# From a model's directory to its text: what it wrote, the code it ran, what the interpreter said.
+# `RETOOL_MODEL` names a Hugging Face directory and `RETOOL_SIZE` its configuration (`qwen2_5_7b`, …). Without them it is
+# the model that `make demo` trained, or, before that, an untrained one of the same size, which writes noise.
+
+# %%
+import os
+import pathlib
+import tempfile
+
+from retool_jax.core import cli
+from retool_jax.report import ink
+from retool_jax.tasks import arithmetic
+from retool_jax.train import assembly, evaluate
+
+trained = cli.ROOT / 'runs/demo_tiny/tool_rl'
+MODEL = os.environ.get('RETOOL_MODEL') or (str(trained) if trained.is_dir() else None)
+SIZE = os.environ.get('RETOOL_SIZE', 'tiny')
+problem = arithmetic.problems('new_operands', 3, seed=4)[0]
+print('model:', pathlib.Path(MODEL).name if MODEL else 'untrained')
+print(problem.question, '→', problem.answer)
+
+# %% [markdown]
+# Ten lines. The engine feeds the prompt once for all samples, decodes until `</code>`, sends the snippet to the sandbox,
+# feeds what it printed, and goes on until the answer.
+
+# %%
+config = cli.load_config(f'configs/evaluate.py:{SIZE}')
+config.model.path, config.sampler.rows = MODEL, 4
+language = assembly.open_language(config.model, pathlib.Path(tempfile.mkdtemp()))
+sampler = assembly.make_sampler(language, config, tools=True)
+params = sampler.sync(assembly.load_policy(config.model, language, 0, assembly.make_mesh(config.mesh)))
+with assembly.open_sandbox(config.sandbox) as pool, assembly.open_grader(config.reward) as grader:
+    engine = assembly.make_engine(language, sampler, config, config.sampling, True, pool, 0, assembly.EVALUATION)
+    episodes = evaluate.run(engine, params, 0, [problem], 4, language.template, language.tokenizer, grader)
+shown = next((e for e in episodes if any(call.code for call in e.calls)), episodes[0])
+ink.paint(shown, language.tokenizer)
+
+# %% [markdown]
+# The prompt is grey, code blue, the interpreter's words amber, the answer green. An episode is plain data: ids with a
+# mask that says who wrote each, the log-probability of each written one, and the calls with their verdicts.
+
+# %%
+print(len(shown.tokens), 'ids, of which the model wrote', shown.acted_count)
+print('calls:', [(str(call.verdict), call.stdout) for call in shown.calls])
+print('rewards of the four samples:', [e.reward.value for e in episodes])
