@@ -27,6 +27,7 @@ STYLES = ('paper', 'verl')
 START_LIMIT_S = 120.0  # importing sympy on a loaded machine; after that the installation is broken
 GRACE_S = 2.0  # beyond the time limit, for a reply of the child that its own alarm should have made
 CACHE_SIZE = 100_000
+GOLD_TRIES = 3  # a gold answer is read once a run: a busy machine must not condemn it
 
 
 class Grader:
@@ -97,7 +98,13 @@ class Grader:
 
     def parses(self, gold: str) -> bool:
         """Whether a gold answer can be read as mathematics at all (one that cannot equals only itself)."""
-        return answers.integer(gold) is not None or bool(self._ask(gold, gold).get('parsed'))
+        if answers.integer(gold) is not None:
+            return True
+        for _ in range(GOLD_TRIES):
+            reply = self._ask(gold, gold)
+            if 'late' not in reply:
+                break
+        return bool(reply.get('parsed'))
 
     def _ask(self, answer: str, gold: str) -> dict:
         child = self._idle.get()
