@@ -16,11 +16,20 @@ Params = Any  # nested dict of arrays, named as in Hugging Face checkpoints
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Int8KV:
+    """Keys or values of one layer in 8 bits: values × scale."""
+
+    values: jax.Array  # int8 [B, K, S, H]
+    scale: jax.Array  # f32 [B, K, S], the largest magnitude of a slot's head ÷ 127
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys and values of every row, one array per layer (a stacked cache would be copied whole)."""
 
-    k: list[jax.Array]  # L × [B, K, S, H], rotated keys
-    v: list[jax.Array]  # L × [B, K, S, H]
+    k: list[jax.Array | Int8KV]  # L × [B, K, S, H], rotated keys
+    v: list[jax.Array | Int8KV]  # L × [B, K, S, H]
     length_B: jax.Array  # int32, tokens whose KV is stored
 
 

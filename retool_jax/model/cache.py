@@ -1,32 +1,70 @@
-"""The KV cache: allocation, writes at each row's own length, copies between rows."""
+"""The KV cache: allocation, writes at each row's own length, reads up to a bound, copies between rows."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from retool_jax.core.pytrees import KVCache
+from retool_jax.core.pytrees import Int8KV, KVCache
 from retool_jax.model.config import QwenConfig
+
+KV = jax.Array | Int8KV  # keys or values of one layer, [B, K, S, H]
 
 
 def empty(config: QwenConfig, rows: int, slots: int, dtype=jnp.float32) -> KVCache:
-    """An empty cache of `rows` × `slots`."""
+    """An empty cache of `rows` × `slots`; int8 keeps one f32 scale per slot and head."""
     shape = (rows, config.num_key_value_heads, slots, config.head_dim)
-    zeros = lambda: [jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
-    return KVCache(k=zeros(), v=zeros(), length_B=jnp.zeros(rows, jnp.int32))
+
+    def zeros() -> KV:
+        if dtype != jnp.int8:
+            return jnp.zeros(shape, dtype)
+        return Int8KV(values=jnp.zeros(shape, jnp.int8), scale=jnp.zeros(shape[:3], jnp.float32))
+    layers = range(config.num_hidden_layers)
+    return KVCache(k=[zeros() for _ in layers], v=[zeros() for _ in layers], length_B=jnp.zeros(rows, jnp.int32))
 
 
-def write(kv_BKSH: jax.Array, new_BCKH: jax.Array, slot_BC: jax.Array) -> jax.Array:
-    """Stores a chunk at each row's own slots; a slot out of range drops the entry.
+def slots(cache: KVCache) -> int:
+    """S, the slots of a row."""
+    return jax.tree.leaves(cache.k[0])[0].shape[2]
 
-    The vmap over rows keeps the batch axis local under sharding (an index array over rows makes
-    the partitioner gather the cache).
+
+def quantise(x: jax.Array) -> Int8KV:
+    """8 bits per number, scaled by the largest magnitude along the last axis: off by at most scale ÷ 2."""
+    x32 = x.astype(jnp.float32)
+    scale = jnp.abs(x32).max(axis=-1) / 127
+    return Int8KV(values=jnp.round(x32 / jnp.maximum(scale, 1e-30)[..., None]).astype(jnp.int8), scale=scale)
+
+
+def write(kv_BKSH: KV, new_RCKH: jax.Array, slot_RC: jax.Array, row_R: jax.Array | None = None) -> KV:
+    """Stores a chunk at each row's own slots; a slot or row out of range drops the entry.
+
+    Without `row_R` the chunks are those of all rows in order: the vmap keeps the batch axis local under sharding
+    (an index array over rows makes the partitioner gather the cache).
     """
-    store = lambda kv_KSH, new_CKH, slot_C: kv_KSH.at[:, slot_C].set(
-        new_CKH.swapaxes(0, 1).astype(kv_KSH.dtype), mode='drop', unique_indices=False)
-    return jax.vmap(store)(kv_BKSH, new_BCKH, slot_BC)
+    if isinstance(kv_BKSH, Int8KV):
+        new = quantise(new_RCKH)
+        return Int8KV(values=write(kv_BKSH.values, new.values, slot_RC, row_R),
+                      scale=write(kv_BKSH.scale, new.scale, slot_RC, row_R))
+    new_RCKH = new_RCKH.astype(kv_BKSH.dtype)
+    if row_R is not None:
+        return kv_BKSH.at[row_R[:, None], :, slot_RC].set(new_RCKH, mode='drop')
+    store = lambda kv_KSH, new_CKH, slot_C: kv_KSH.at[:, slot_C].set(new_CKH.swapaxes(0, 1), mode='drop',
+                                                                     unique_indices=False)
+    return jax.vmap(store)(kv_BKSH, new_RCKH, slot_RC)
 
 
-def copy_rows(kv_BKSH: jax.Array, source_R: jax.Array, target_R: jax.Array, bound: int) -> jax.Array:
+def read(kv_BKSH: KV, bound: int, row_R: jax.Array | None = None) -> KV:
+    """The first `bound` slots of all rows, or of rows `row_R` (which must be in range)."""
+    take = lambda x: x[:, :, :bound] if row_R is None else x.at[row_R, :, :bound].get(mode='promise_in_bounds')
+    return jax.tree.map(take, kv_BKSH)
+
+
+def restore(kv_BKSH: KV, part_BKSH: KV) -> KV:
+    """Puts what `read` took of all rows back, changed."""
+    put = lambda whole, part: part if whole.shape == part.shape else whole.at[:, :, :part.shape[2]].set(part)
+    return jax.tree.map(put, kv_BKSH, part_BKSH)
+
+
+def copy_rows(kv_BKSH: KV, source_R: jax.Array, target_R: jax.Array, bound: int) -> KV:
     """Copies the first `bound` slots of rows `source_R` to rows `target_R` (out of range: dropped)."""
-    return kv_BKSH.at[target_R, :, :bound].set(kv_BKSH[source_R, :, :bound], mode='drop')
+    return jax.tree.map(lambda x: x.at[target_R, :, :bound].set(x[source_R, :, :bound], mode='drop'), kv_BKSH)

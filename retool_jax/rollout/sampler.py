@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retool_jax.core.pytrees import KVCache, Params, SampleState
+from retool_jax.core import mesh as meshes
+from retool_jax.core.pytrees import Int8KV, KVCache, Params, SampleState
 from retool_jax.model import cache as kv_cache
 from retool_jax.model import qwen
 from retool_jax.model.config import QwenConfig
 from retool_jax.rollout import sampling
 
+DTYPES = ('float32', 'bfloat16', 'float16')
 STOP_NONE, STOP_EOS, STOP_CODE, STOP_ANSWER, STOP_LENGTH = range(5)
 
 
@@ -36,6 +38,14 @@ class SamplerSettings:
     min_bound: int  # smallest bound on reads
     dtype: str  # of activations and the sampling weights
     cache_dtype: str
+
+    def __post_init__(self):
+        for name in ('rows', 'slots', 'chunk', 'group', 'quota', 'min_bound'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        for name in ('dtype', 'cache_dtype'):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f'{name}={getattr(self, name)!r}: choose one of {", ".join(DTYPES)}')
 
 
 @jax.tree_util.register_dataclass
@@ -59,6 +69,7 @@ class Feed:
     count_R: jax.Array  # int32
     live_R: jax.Array  # bool: the row may sample after this chunk
     allowance_R: jax.Array  # int32: how many tokens
+    tag_R: jax.Array  # int32, state of the tag automaton after it: 0, or that of a turn which is taken up again
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +78,7 @@ class Placement:
     """New episodes for `group` rows; `row_R` out of range pads."""
 
     row_R: jax.Array  # int32
+    step_R: jax.Array  # uint32, of the training step that asked for the episode
     problem_R: jax.Array  # uint32, a hash of the problem's id
     sample_R: jax.Array  # int32
     temperature_R: jax.Array
@@ -79,23 +91,54 @@ class Sampler:
     """Owns the compiled programs of one model and one set of sizes; owns no weights."""
 
     def __init__(self, config: QwenConfig, settings: SamplerSettings, next_state: np.ndarray, stops: np.ndarray,
-                 eos_ids: tuple[int, ...]):
+                 eos_ids: tuple[int, ...], mesh: jax.sharding.Mesh | None = None):
         """next_state int32 [states, V] and stops int8 [states] are the tag automaton's
-        (0 none, 1 `</code>`, 2 `</answer>`)."""
+        (0 none, 1 `</code>`, 2 `</answer>`). mesh: rows over data × fsdp, heads and vocabulary over tensor;
+        None leaves everything where the weights are."""
         if next_state.shape[1] != config.vocab_size:
             raise ValueError(f'tag table is {next_state.shape[1]} wide, the model has {config.vocab_size} logits')
         self.config, self.settings = config, settings
-        self.table = jnp.asarray(next_state, jnp.int32)
-        self.stops = jnp.asarray(np.array([STOP_NONE, STOP_CODE, STOP_ANSWER])[np.asarray(stops)], jnp.int32)
-        self.eos_ids = jnp.asarray(sorted(eos_ids), jnp.int32)
-        self._extend = jax.jit(self._extend_rows, static_argnames=('bound',), donate_argnames=('state',))
-        self._decode = jax.jit(self._decode_rows, static_argnames=('bound', 'truncate'), donate_argnames=('state',))
-        self._place = jax.jit(self._place_rows, donate_argnames=('state',))
-        self._fork = jax.jit(self._fork_rows, static_argnames=('bound',), donate_argnames=('state',))
-        self.sync = jax.jit(functools.partial(qwen.to_sampling, config, dtype=jnp.dtype(settings.dtype)))
+        weights, state, whole = self.placement(mesh) if mesh is not None else (None, None, None)
+        # A mesh may span processes, where an array must say where it lies; an abstract one holds nothing, nor
+        # does one of chips that are compiled for from afar (plan/).
+        real = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == jax.default_backend()
+        hold = lambda x: jax.device_put(np.asarray(x, np.int32), whole if real else None)
+        self.table = hold(next_state)
+        self.stops = hold(np.array([STOP_NONE, STOP_CODE, STOP_ANSWER])[np.asarray(stops)])
+        self.eos_ids = np.array(sorted(eos_ids), np.int32)
+        keep = dict(donate_argnames=('state',), out_shardings=state)
+        self._extend = jax.jit(self._extend_rows, static_argnames=('bound',), donate_argnames=('state',),
+                               out_shardings=(state, whole))
+        self._decode = jax.jit(self._decode_rows, static_argnames=('bound', 'truncate'), donate_argnames=('state',),
+                               out_shardings=(state, whole))
+        self._place = jax.jit(self._place_rows, **keep)
+        self._fork = jax.jit(self._fork_rows, static_argnames=('bound',), **keep)
+        self.sync = jax.jit(functools.partial(qwen.to_sampling, config, dtype=jnp.dtype(settings.dtype)),
+                            out_shardings=weights)
+        self.empty = jax.jit(self._empty, out_shardings=state)  # all rows free
+        self.logits_of = jax.jit(lambda state, row: state.logits_BV[row])  # [V]
 
-    def empty(self) -> SampleState:
-        """All rows free."""
+    def placement(self, mesh: jax.sharding.Mesh):
+        """Shardings of the sampling weights, of the state, and of what every device holds whole.
+
+        Errors: ValueError where a size of the model or `rows` does not divide over the mesh.
+        """
+        rules = qwen.fit_rules(self.config, mesh, meshes.SAMPLE_RULES)
+        if self.settings.rows % (mesh.shape['data'] * mesh.shape['fsdp']):
+            raise ValueError(f'sampler.rows={self.settings.rows} does not divide over data={mesh.shape["data"]} × '
+                             f'fsdp={mesh.shape["fsdp"]}; choose a multiple')
+        place = lambda *words: jax.NamedSharding(mesh, meshes.spec(words, rules))
+        one = place('batch', 'kv_heads', None, 'head_dim')
+        if self.settings.cache_dtype == 'int8':
+            one = Int8KV(values=one, scale=place('batch', 'kv_heads', None))
+        kv = [one] * self.config.num_hidden_layers
+        row = place('batch')
+        state = SampleState(
+            cache=KVCache(k=kv, v=kv, length_B=row), logits_BV=place('batch', 'vocab'), tag_B=row, live_B=row,
+            stop_B=row, allowance_B=row, key_B=row, temperature_B=row, top_p_B=row, top_k_B=row, min_p_B=row)
+        return meshes.shardings(mesh, qwen.sampling_axes(self.config), rules), state, place()
+
+    def _empty(self) -> SampleState:
         s, b = self.settings, self.settings.rows
         return SampleState(
             cache=kv_cache.empty(self.config, b, s.slots, jnp.dtype(s.cache_dtype)),
@@ -119,13 +162,14 @@ class Sampler:
             found.append(self.bound(found[-1] + 1))
         return found
 
-    def place(self, state: SampleState, key: jax.Array, step: int, placement: Placement) -> SampleState:
+    def place(self, state: SampleState, key_data: np.ndarray, placement: Placement) -> SampleState:
         """Clears rows and gives them to new episodes, whose randomness is folded from
-        (key, step, problem, sample)."""
-        return self._place(state=state, key=key, step=jnp.uint32(step), placement=placement)
+        (the key of `key_data`, step, problem, sample)."""
+        return self._place(state=state, key_data=key_data, placement=placement)
 
-    def extend(self, params: Params, state: SampleState, feed: Feed, longest: int) -> SampleState:
-        """Feeds chunks; `longest` is the largest row length after it."""
+    def extend(self, params: Params, state: SampleState, feed: Feed, longest: int) -> tuple[SampleState, jax.Array]:
+        """Feeds chunks; `longest` is the largest row length after it. Also returns how many tokens went in,
+        which is ready when the call is done (the state itself may be given away by then)."""
         return self._extend(params=params, state=state, feed=feed, bound=self.bound(longest))
 
     def fork(self, state: SampleState, source_R: np.ndarray, target_R: np.ndarray, length: int,
@@ -139,34 +183,29 @@ class Sampler:
         return self._decode(params=params, table=self.table, stops=self.stops, state=state,
                             bound=self.bound(longest + self.settings.quota), truncate=truncate)
 
-    def _place_rows(self, state: SampleState, key, step, placement: Placement) -> SampleState:
+    def _place_rows(self, state: SampleState, key_data, placement: Placement) -> SampleState:
         r = placement.row_R
+        keys = sampling.row_keys(jax.random.wrap_key_data(key_data), placement.step_R, placement.problem_R,
+                                 placement.sample_R)
         put = lambda x, value: x.at[r].set(value, mode='drop')
         return dataclasses.replace(
             state, cache=dataclasses.replace(state.cache, length_B=put(state.cache.length_B, 0)),
             tag_B=put(state.tag_B, 0), live_B=put(state.live_B, False), stop_B=put(state.stop_B, STOP_NONE),
-            key_B=put(state.key_B, sampling.row_keys(key, step, placement.problem_R, placement.sample_R)),
-            temperature_B=put(state.temperature_B, placement.temperature_R),
+            key_B=put(state.key_B, keys), temperature_B=put(state.temperature_B, placement.temperature_R),
             top_p_B=put(state.top_p_B, placement.top_p_R), top_k_B=put(state.top_k_B, placement.top_k_R),
             min_p_B=put(state.min_p_B, placement.min_p_R))
 
-    def _extend_rows(self, params, state: SampleState, feed: Feed, bound: int) -> SampleState:
-        r = feed.row_R
-        take = lambda x: x.at[r].get(mode='clip')
-        put = lambda x, value: x.at[r].set(value, mode='drop')
-        own = KVCache(k=[take(k[:, :, :bound]) for k in state.cache.k],
-                      v=[take(v[:, :, :bound]) for v in state.cache.v], length_B=take(state.cache.length_B))
-        hidden_RCD, own = qwen.extend(self.config, params, own, feed.tokens_RC, feed.count_R, bound)
+    def _extend_rows(self, params, state: SampleState, feed: Feed, bound: int) -> tuple[SampleState, jax.Array]:
+        put = lambda x, value: x.at[feed.row_R].set(value, mode='drop')
+        # Rows are written and read where they lie: taking them out and putting them back would copy `bound` slots.
+        hidden_RCD, cache = qwen.extend(self.config, params, state.cache, feed.tokens_RC, feed.count_R, bound,
+                                        feed.row_R)
         last = jnp.maximum(feed.count_R - 1, 0)[:, None, None]
         logits_RV = qwen.unembed(params, jnp.take_along_axis(hidden_RCD, last, axis=1)[:, 0])
-        back = lambda full, part: full.at[r, :, :bound].set(part, mode='drop')
-        cache = KVCache(k=[back(k, x) for k, x in zip(state.cache.k, own.k)],
-                        v=[back(v, x) for v, x in zip(state.cache.v, own.v)],
-                        length_B=put(state.cache.length_B, own.length_B))
         return dataclasses.replace(
-            state, cache=cache, logits_BV=put(state.logits_BV, logits_RV), tag_B=put(state.tag_B, 0),
+            state, cache=cache, logits_BV=put(state.logits_BV, logits_RV), tag_B=put(state.tag_B, feed.tag_R),
             live_B=put(state.live_B, feed.live_R), stop_B=put(state.stop_B, STOP_NONE),
-            allowance_B=put(state.allowance_B, feed.allowance_R))
+            allowance_B=put(state.allowance_B, feed.allowance_R)), feed.count_R.sum()
 
     def _fork_rows(self, state: SampleState, source_R, target_R, length, logits_RV, allowance_R,
                    bound: int) -> SampleState:
@@ -182,7 +221,8 @@ class Sampler:
         whole = state.cache
         # The loop carries only the slots it may read: slicing inside would copy them every step.
         state = dataclasses.replace(state, cache=KVCache(
-            k=[k[:, :, :bound] for k in whole.k], v=[v[:, :, :bound] for v in whole.v], length_B=whole.length_B))
+            k=[kv_cache.read(k, bound) for k in whole.k], v=[kv_cache.read(v, bound) for v in whole.v],
+            length_B=whole.length_B))
         out = Decoded(tokens_BQ=jnp.zeros((rows, quota), jnp.int32), logprob_BQ=jnp.zeros((rows, quota), jnp.float32),
                       count_B=jnp.zeros(rows, jnp.int32), stop_B=state.stop_B)
 
@@ -215,7 +255,7 @@ class Sampler:
             return i + 1, s, out
 
         _, state, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, out))
-        back = lambda full, part: part if bound == full.shape[2] else full.at[:, :, :bound].set(part)
-        cache = KVCache(k=[back(f, x) for f, x in zip(whole.k, state.cache.k)],
-                        v=[back(f, x) for f, x in zip(whole.v, state.cache.v)], length_B=state.cache.length_B)
+        cache = KVCache(k=[kv_cache.restore(f, x) for f, x in zip(whole.k, state.cache.k)],
+                        v=[kv_cache.restore(f, x) for f, x in zip(whole.v, state.cache.v)],
+                        length_B=state.cache.length_B)
         return dataclasses.replace(state, cache=cache), out

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 BISECTIONS = 40  # halvings of log-probability range [-60, 0]: the kept set is exact to f32
 
 
-def row_keys(base: jax.Array, step: jax.Array, problem_R: jax.Array, sample_R: jax.Array) -> jax.Array:
+def row_keys(base: jax.Array, step_R: jax.Array, problem_R: jax.Array, sample_R: jax.Array) -> jax.Array:
     """PRNG keys [R] that depend on (purpose and seed in `base`, step, problem, sample) alone."""
-    def one(problem, sample):
+    def one(step, problem, sample):
         key = jax.random.fold_in(jax.random.fold_in(base, step), problem)
         return jax.random.fold_in(key, sample)
-    return jax.vmap(one)(problem_R, sample_R)
+    return jax.vmap(one)(step_R, problem_R, sample_R)
 
 
 def draw(logits_BV: jax.Array, key_B: jax.Array, position_B: jax.Array, temperature_B: jax.Array,

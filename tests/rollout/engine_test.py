@@ -105,8 +105,8 @@ def test_a_decode_loop_keyed_by_slots_would_be_noticed(sampler, params, monkeypa
     """The check above can fail: with keys that follow the slot, order changes episodes."""
     place = type(sampler).place
 
-    def keyed_by_slot(self, state, key, step, placement):
-        return place(self, state, key, step, dataclasses.replace(
+    def keyed_by_slot(self, state, key_data, placement):
+        return place(self, state, key_data, dataclasses.replace(
             placement, problem_R=np.asarray(placement.row_R).astype(np.uint32)))
     monkeypatch.setattr(type(sampler), 'place', keyed_by_slot)
     first, _ = run(sampler, params)
