@@ -2,6 +2,8 @@
 # Side environments with the peers that tests and benchmarks compare with, apart from .venv because
 # their pins disagree: .baselines/torch (torch, transformers), .baselines/tunix (google-tunix pins an
 # older transformers). A test or bench that needs one runs .baselines/NAME/bin/python as a child.
+# .baselines/plan holds the TPU compiler alone, for launch/plan.py: inside .venv it would look for TPUs
+# at every start of JAX, for 20 seconds. `launch/baselines.sh plan` makes only that.
 # RETOOL_PYTHON=/path/to/python3 names the interpreter to use.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,6 +19,15 @@ make_env() {  # name, interpreter, requirements…
     ".baselines/$name/bin/python" -m pip install -q --disable-pip-version-check "$@"
     printf '%s' "$*" >"$stamp"
 }
+
+compiler='libtpu==0.0.50.*'  # the one that jax[tpu] 0.12.0 pins; setup.py's extra `plan` names the same
+if [ "$(uname -s)" = Linux ] && [ "$(cat .baselines/plan/.ready 2>/dev/null)" != "$compiler" ]; then
+    echo "baselines: plan: $compiler"
+    rm -rf .baselines/plan
+    .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .baselines/plan "$compiler"
+    printf '%s' "$compiler" >.baselines/plan/.ready
+fi
+[ "${1:-}" != plan ] || exit 0
 
 # torch's processor-only builds come for fewer versions of Python than the project runs on.
 torch_python="${RETOOL_PYTHON:-}"

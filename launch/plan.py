@@ -1,0 +1,41 @@
+"""Proves that a PPO run fits a slice of accelerators, and what it would cost, on a machine without any.
+
+    python launch/plan.py --config=configs/ppo.py:qwen2_5_32b --topology=v5p:4x4x4
+    python launch/plan.py --config=configs/ppo.py:qwen2_5_7b --topology=h100:8 --json
+
+TPU: the run's own programs are compiled with the TPU compiler (bash launch/baselines.sh plan). GPU: an
+estimate from shapes. Exit status 1 where a phase does not fit; the last lines say what to change.
+"""
+
+import json
+import os
+import sys
+
+from absl import flags
+
+os.environ['JAX_PLATFORMS'] = 'cpu'  # JAX itself runs on the host
+
+from retool_jax.core import cli, metrics
+
+TOPOLOGY = flags.DEFINE_string('topology', 'v5p:4x4x4', 'KIND:SHAPE: v5e, v5p, v6e, tpu7x; a100, h100, h200, b200.')
+TOKENS = flags.DEFINE_integer('tokens', 6144, 'Mean tokens of an episode (the paper: 10,400 falling to 2,400).')
+JSON = flags.DEFINE_bool('json', False, 'Prints one JSON object instead of tables.')
+
+
+def main(config):
+    from retool_jax.plan import chips, facts, guess, models, page, programs, roofline
+
+    model = models.sizes(config.model.path, config.model.name)
+    run = programs.Run(config, model, chips.open_slice(TOPOLOGY.value))
+    todo, found = list(run.programs()), []
+    with metrics.progress(f'{TOPOLOGY.value}: compiling', len(todo)) as advance:
+        for program in todo:
+            found.append(facts.compile(program) if run.slice.devices else guess.estimate(run, program))
+            advance(program.name)
+    plan = page.make(run, found, roofline.Assumptions(tokens=TOKENS.value))
+    print(json.dumps(plan) if JSON.value else page.text(plan))
+    sys.exit(0 if plan['fits'] else 1)
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,100 @@
+"""Published figures of accelerators, and slices of them that a program can be compiled for.
+
+TPU: Google Cloud's pages of each generation (HBM capacity and bandwidth, bf16 peak, total of the
+inter-chip links in both directions). GPU: NVIDIA's data sheets, dense bf16, NVLink both directions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import pathlib
+import re
+
+import jax
+
+GB = 10**9
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts them."""
+
+    name: str
+    platform: str  # 'tpu' or 'gpu'
+    hbm: int  # bytes
+    hbm_bandwidth: float  # bytes/s
+    flops: float  # bf16 multiply-adds × 2 per second
+    link: float  # bytes/s one way between neighbours, both directions of one torus axis together (GPU: NVLink)
+    host: int  # devices of a host in a slice of many
+
+
+# link: (total of all links, both ways) ÷ 2 ÷ axes: v5p has 3 axes, v5e and v6e 2. A ring along one axis sends
+# to both neighbours at once.
+CHIPS = {
+    'v5e': Chip('v5e', 'tpu', 16 * 2**30, 819 * GB, 197e12, 100 * GB, 4),
+    'v5p': Chip('v5p', 'tpu', 95 * 2**30, 2765 * GB, 459e12, 200 * GB, 4),
+    'v6e': Chip('v6e', 'tpu', 32 * 2**30, 1640 * GB, 918e12, 200 * GB, 4),
+    'tpu7x': Chip('tpu7x', 'tpu', 96 * 2**30, 3690 * GB, 1153e12, 200 * GB, 8),  # a chip is two devices
+    'a100': Chip('a100', 'gpu', 80 * 2**30, 2039 * GB, 312e12, 300 * GB, 8),
+    'h100': Chip('h100', 'gpu', 80 * 2**30, 3350 * GB, 989e12, 450 * GB, 8),
+    'h200': Chip('h200', 'gpu', 141 * GB, 4800 * GB, 989e12, 450 * GB, 8),
+    'b200': Chip('b200', 'gpu', 180 * GB, 7700 * GB, 2250e12, 900 * GB, 8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """So many chips of a kind; `devices` are None where no compiler for them is at hand (GPU)."""
+
+    name: str
+    chip: Chip
+    count: int
+    devices: list[jax.Device] | None
+
+
+def open_slice(name: str) -> Slice:
+    """The slice that 'v5p:4x4x4' or 'h100:8' names.
+
+    Errors: ValueError for a name that is none, or a TPU where the compiler is not installed.
+    """
+    match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', name)
+    if not match or match[1] not in CHIPS:
+        raise ValueError(f'--topology={name}: expected KIND:SHAPE like v5p:4x4x4 or h100:64; '
+                         f'kinds are {", ".join(CHIPS)}')
+    chip, count = CHIPS[match[1]], math.prod(map(int, match[2].split('x')))
+    if chip.platform == 'gpu':
+        return Slice(name, chip, count, None)
+    if compiler() is None:
+        raise ValueError(f'--topology={name} needs the TPU compiler: bash launch/baselines.sh plan, '
+                         'or pip install .[plan]')
+    prepare()
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+    except Exception as error:  # the compiler's own words, of many types
+        raise ValueError(f'--topology={name}: {" ".join(str(error).split())[:300]}') from None
+    return Slice(name, chip, len(found), list(found))
+
+
+def compiler() -> pathlib.Path | None:
+    """libtpu.so of the environment or of .baselines/plan; None without it."""
+    given, spec = os.environ.get('TPU_LIBRARY_PATH'), importlib.util.find_spec('libtpu')
+    places = [given, spec and pathlib.Path(spec.origin).parent / 'libtpu.so', ROOT / '.baselines/plan/libtpu/libtpu.so']
+    return next((pathlib.Path(p) for p in places if p and pathlib.Path(p).is_file()), None)
+
+
+def prepare() -> None:
+    """Sets what lets libtpu compile on a machine without TPUs; before JAX's first use of it.
+
+    A libtpu that finds no TPU asks the cloud's metadata server for one, 20 s in vain.
+    """
+    os.environ['TPU_LIBRARY_PATH'] = str(compiler())
+    wanted = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8',
+              'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0', 'TPU_LOG_DIR': 'disabled'}
+    for key, value in wanted.items():
+        os.environ.setdefault(key, value)

@@ -1,0 +1,63 @@
+"""Where no compiler for the chip is at hand (GPUs): temporaries and exchanges by arithmetic. An estimate."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from retool_jax.plan import facts
+from retool_jax.plan.facts import Facts
+from retool_jax.plan.programs import Program, Run, per_device
+
+
+def estimate(run: Run, program: Program) -> Facts:
+    """What a program would take on one chip."""
+    return facts.estimate(program, _temporaries(run, program.name), _sent(run, program.name))
+
+
+def _temporaries(run: Run, name: str) -> int:
+    """Activations that are alive at once: what every layer keeps, one layer's own, one piece of logits."""
+    f, model = run.learner.forward, run.model
+    tensor = run.mesh.shape['tensor']
+    width = jnp.dtype(f.dtype).itemsize
+    tokens = f.micro_rows // (run.mesh.size // tensor) * f.row_width
+    inner = 2 * model.intermediate_size + 4 * model.num_attention_heads * model.head_dim
+    layer = model.hidden_size * 4 + inner / tensor
+    one_layer = 2 * tokens * layer * width  # a value and its gradient
+    weights = per_device(run.params['policy'])
+    gathered = 2 * weights * (run.mesh.size // tensor) / model.num_hidden_layers / 2  # bf16, this layer and the next
+    logits = 3 * 4 * min(f.logprob_chunk, f.row_width) * min(f.vocab_chunk, model.vocab_size / tensor)
+    if name.startswith('update'):
+        kept = tokens * model.hidden_size * width * model.num_hidden_layers / tensor
+        if f.remat != 'full':
+            kept = tokens * layer * width * model.num_hidden_layers
+        return int(kept + one_layer + gathered + logits)
+    if name.startswith('score'):
+        return int(one_layer / 2 + gathered + logits)
+    if name in ('extend', 'decode'):
+        s = run.sampler.settings
+        rows = s.rows if name == 'decode' else s.group * s.chunk
+        return int(rows * (layer * width * 2 + 4 * model.vocab_size / tensor)
+                   + (per_device((run.sample_state.cache.k[0],)) * 2))
+    return 0
+
+
+def _sent(run: Run, name: str) -> dict[str, float]:
+    """Weights gathered over fsdp for each pass, gradients reduced once, activations over tensor in each layer."""
+    f, model = run.learner.forward, run.model
+    fsdp, tensor = run.mesh.shape['fsdp'], run.mesh.shape['tensor']
+    weights = per_device(run.params['policy']) * fsdp  # f32, one chip's after gathering
+    tokens = f.micro_rows // (run.mesh.size // tensor) * f.row_width
+    hidden = tokens * model.hidden_size * jnp.dtype(f.dtype).itemsize * (tensor - 1) / tensor * model.num_hidden_layers
+    share = (fsdp - 1) / fsdp
+    if name.startswith('update'):  # forwards, recomputed, backwards; two gathers and two scatters a layer and pass
+        return {'all-gather': 2 * weights / 2 * share + 3 * 2 * hidden,
+                'reduce-scatter': weights * share + 3 * 2 * hidden}
+    if name.startswith('score'):
+        return {'all-gather': weights / 2 * share + 2 * hidden, 'reduce-scatter': 2 * hidden}
+    if name == 'sync':
+        return {'all-gather': weights / 2 * share}
+    if name in ('extend', 'decode'):
+        s = run.sampler.settings
+        tokens = s.rows * s.quota if name == 'decode' else s.group * s.chunk
+        return {'all-reduce': 2 * 2 * tokens * model.hidden_size * 2 * (tensor - 1) / tensor * model.num_hidden_layers}
+    return {}

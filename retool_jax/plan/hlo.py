@@ -1,0 +1,255 @@
+"""Reads a compiled program's text: bytes that its loops move through memory and between chips.
+
+`cost_analysis` counts the body of a loop once; here each computation counts as often as it runs.
+The text is that of `jax.stages.Compiled.as_text()`, after partitioning: every shape is one chip's.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 's32': 4, 'u32': 4, 's64': 8, 'u64': 8,
+         'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8, 'c64': 8, 'c128': 16}
+KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
+# What only names, regroups or waits for bytes that another instruction moves.
+FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
+        'partition-id', 'replica-id', 'iota', 'optimization-barrier', 'opt-barrier', 'domain', 'add-dependency'}
+SLICES = {'slice', 'dynamic-slice', 'gather'}  # of a large operand they read what they return
+
+_ARRAY = re.compile(r'\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\](\{[^{}]*\})?')
+_HEAD = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$')
+_LINE = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*)$')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    kind: str
+    operands: tuple[str, ...]
+    rest: str  # attributes
+    root: bool
+
+    def called(self) -> Iterator[str]:
+        """Computations that it runs once per execution (a loop's body apart)."""
+        for key in ('calls', 'to_apply', 'async_execution_thread'):
+            yield from re.findall(rf'\b{key}=%?([\w.\-]+)', self.rest)
+        for group in re.findall(r'\b(?:branch_computations|called_computations)=\{([^}]*)\}', self.rest):
+            yield from re.findall(r'%?([\w.\-]+)', group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective with all its repetitions. Bytes are one chip's."""
+
+    kind: str
+    bytes: int  # of the larger side: the gathered, or the unreduced array
+    group: int  # chips that take part
+    times: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave a chip in a ring, all repetitions together."""
+        n = self.group
+        share = {'all-reduce': 2 * (n - 1) / n, 'collective-permute': 1.0}.get(self.kind, (n - 1) / n)
+        return self.times * self.bytes * (share if n > 1 else 0.0)
+
+
+class Module:
+    """A program's computations, and how often each runs."""
+
+    def __init__(self, text: str, trips: int = 1):
+        """trips: iterations of loops whose number the program does not say."""
+        self.unknown, self.entry = trips, ''
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        current = None
+        for line in text.splitlines():
+            if head := _HEAD.match(line):
+                current = self.computations.setdefault(head[1], {})
+                self.entry = head[1] if line.startswith('ENTRY') else self.entry
+            elif current is not None and (match := _LINE.match(line)):
+                instruction = _parse(match)
+                if instruction is not None:
+                    current[instruction.name] = instruction
+        if not self.entry:
+            raise ValueError('the text holds no ENTRY computation')
+
+    def runs(self) -> Iterator[tuple[str, int]]:
+        """(computation, times it runs) of the entry and of every loop body and branch below it."""
+        pending = [(self.entry, 1)]
+        while pending:
+            name, times = pending.pop()
+            yield name, times
+            for i in self.computations[name].values():
+                if i.kind == 'while':
+                    body = re.search(r'body=%?([\w.\-]+)', i.rest)[1]
+                    pending.append((body, times * self.trip_count(i)))
+                elif i.kind in ('conditional', 'call') or (i.kind.endswith('-start') and 'calls=' in i.rest):
+                    pending += [(c, times) for c in i.called() if c in self.computations]
+
+    def trip_count(self, loop: Instruction) -> int:
+        """Iterations of a while loop: what the compiler wrote down, or its counter's limit."""
+        if known := re.search(r'known_trip_count\D+(\d+)', loop.rest):
+            return int(known[1])
+        condition = self.computations[re.search(r'condition=%?([\w.\-]+)', loop.rest)[1]]
+        root = next(i for i in condition.values() if i.root)
+        if root.kind == 'fusion':
+            condition = condition | self.computations[next(root.called())]
+            root = next(i for i in self.computations[next(root.called())].values() if i.root)
+        if root.kind == 'compare' and 'direction=LT' in root.rest:
+            for operand in root.operands:
+                limit = condition.get(operand)
+                if limit is not None and limit.kind == 'constant' and (n := re.match(r'(\d+)', limit.rest)):
+                    return int(n[1])
+        return self.unknown
+
+    def collectives(self) -> list[Collective]:
+        """Every collective, its repetitions counted; a step of an asynchronous one counts once."""
+        found = []
+        for name, times in self.runs():
+            seen = set()
+            for inner, i in self._below(name):
+                kind = next((k for k in KINDS if i.kind in (k, f'{k}-start')), None)
+                channel = re.search(r'channel_id=(\d+)', i.rest)
+                mark = (kind, channel[1] if channel else i.name)
+                if kind is None or mark in seen:
+                    continue  # fused start, body and end of one exchange share its channel
+                seen.add(mark)
+                scope = self.computations[inner]
+                sides = [array_bytes(i.shape, whole=False)]
+                sides += [array_bytes(scope[o].shape) for o in i.operands if o in scope]
+                if kind == 'all-reduce' and inner.startswith('all-reduce-scatter'):
+                    kind = 'reduce-scatter'
+                found.append(Collective(kind, int(max(sides)), group_size(i.rest), times))
+        return found
+
+    def _below(self, name: str) -> Iterator[tuple[str, Instruction]]:
+        """Instructions of a computation and of the fusions in it."""
+        for i in self.computations[name].values():
+            yield name, i
+            if i.kind == 'fusion' or i.kind.startswith('async'):
+                for called in i.called():
+                    if called in self.computations:
+                        yield from self._below(called)
+
+    def bytes_moved(self) -> float:
+        """Bytes read from and written to a chip's main memory, whole loops counted.
+
+        Of each instruction its operands and its result; of slices what they return, of updates in
+        place what they write, of fusions the same of what is inside; nothing of what stays on chip.
+        """
+        total = 0.0
+        for name, times in self.runs():
+            scope = self.computations[name]
+            total += times * sum(self._moved(i, scope) for i in scope.values())
+        return total
+
+    def _moved(self, i: Instruction, scope: dict[str, Instruction]) -> float:
+        if i.kind in FREE or i.kind.endswith(('-done', '-update')):
+            return 0.0
+        if i.kind == 'fusion':
+            reads, write = self._fused(next(i.called()))
+            sizes = [memory_bytes(scope[o].shape) for o in i.operands if o in scope]
+            read = sum(min(size, reads.get(n, size)) for n, size in enumerate(sizes))
+            return read + (min(write, memory_bytes(i.shape)) if write is not None else memory_bytes(i.shape))
+        result = memory_bytes(i.shape)
+        if i.kind in SLICES:
+            return 2 * result
+        if i.kind in ('dynamic-update-slice', 'scatter'):
+            update = i.operands[1 if i.kind == 'dynamic-update-slice' else -1]
+            return 2 * (memory_bytes(scope[update].shape) if update in scope else 0.0)
+        if i.kind.endswith('-start'):  # its result repeats its operands
+            return 2 * sum(memory_bytes(scope[o].shape) for o in i.operands if o in scope)
+        return result + sum(memory_bytes(scope[o].shape) for o in i.operands if o in scope)
+
+    @functools.cache  # noqa: B019 — a module is short-lived
+    def _fused(self, name: str) -> tuple[dict[int, float], float | None]:
+        """What a fusion reads of each parameter that it only slices or updates, and what an update writes."""
+        scope = self.computations.get(name, {})
+        users = collections.defaultdict(list)
+        for i in scope.values():
+            for operand in i.operands:
+                users[operand].append(i)
+        reads: dict[int, float] = {}
+        for i in scope.values():
+            if i.kind != 'parameter':
+                continue
+            ends = list(_through(i, users))
+            if ends and all(u.kind in SLICES and u.operands[0] == via for u, via in ends):
+                reads[int(re.match(r'(\d+)', i.rest)[1])] = sum(array_bytes(u.shape) for u, _ in ends)
+            elif ends and all(u.kind == 'dynamic-update-slice' and u.operands[0] == via for u, via in ends):
+                reads[int(re.match(r'(\d+)', i.rest)[1])] = 0.0
+        root = next((i for i in scope.values() if i.root), None)
+        while root is not None and root.kind in ('bitcast', 'copy', 'convert') and root.operands:
+            root = scope.get(root.operands[0])
+        if root is not None and root.kind == 'dynamic-update-slice' and root.operands[1] in scope:
+            return reads, array_bytes(scope[root.operands[1]].shape)
+        return reads, None
+
+
+def _through(i: Instruction, users) -> Iterator[tuple[Instruction, str]]:
+    """Who uses a value, seen through what only renames it: (user, the name it uses)."""
+    for user in users[i.name]:
+        if user.kind in ('bitcast', 'reshape'):
+            yield from _through(user, users)
+        else:
+            yield user, i.name
+
+
+def _parse(match: re.Match) -> Instruction | None:
+    text = match[3]
+    if text.startswith('('):
+        end = _closing(text[1:]) + 2
+        shape, text = text[:end], text[end:].lstrip()
+    else:
+        shape, _, text = text.partition(' ')
+    kind, paren, text = text.partition('(')
+    if not paren:
+        return None
+    end = _closing(text)
+    inside, rest = text[:end], text[end + 1:]
+    operands = tuple(re.findall(r'%([\w.\-]+)', inside))
+    if kind in ('parameter', 'constant'):
+        operands, rest = (), inside + rest
+    return Instruction(match[2], shape, kind, operands, rest, bool(match[1]))
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that was open before `text` closes."""
+    depth = 0
+    for i, char in enumerate(text):
+        depth += (char == '(') - (char == ')')
+        if depth < 0:
+            return i
+    return len(text)
+
+
+def array_bytes(shape: str, whole: bool = True) -> float:
+    """Bytes of a shape as HLO writes it; of a tuple all parts, or (whole=False) the largest."""
+    sizes = [BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(',') if n)
+             for kind, dims, _ in _ARRAY.findall(shape)]
+    return (sum(sizes) if whole else max(sizes)) if sizes else 0.0
+
+
+def memory_bytes(shape: str) -> float:
+    """The same, without what a layout places outside the main memory: S(n) in its braces."""
+    return sum(array_bytes(f'{kind}[{dims}]') for kind, dims, layout in _ARRAY.findall(shape) if 'S(' not in layout)
+
+
+def group_size(rest: str) -> int:
+    """Chips of one replica group, in any of the three ways that HLO writes them."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    if listed := re.search(r'replica_groups=\{\{([\d,]*)\}', rest):
+        return len(listed[1].split(','))
+    if iota := re.search(r'replica_groups=\[(\d+),(\d+)\]', rest):
+        return int(iota[2])
+    return 2 if 'source_target_pairs' in rest else 1

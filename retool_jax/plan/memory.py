@@ -1,0 +1,105 @@
+"""What lies in a chip's memory in each phase of an RL step, and what still fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from retool_jax.plan.facts import Facts
+from retool_jax.plan.programs import Run, name_of, per_device
+from retool_jax.train.residency import ON_DEVICE
+from retool_jax.train.update import apart
+
+PHASES = ('rollout', 'score', 'update')
+LIMIT = 0.9  # of a chip's memory: the runtime and fragmentation take their part
+POLICY_LIMIT = 0.2  # what a 32B policy's update may take of 64 v5p: the rest is the critic's and the batch's
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Bytes on one chip."""
+
+    name: str
+    resident: dict[str, int]  # buffer → bytes, whatever program runs
+    temporaries: int  # of the program that needs most
+    worst: str  # its name
+
+    @property
+    def total(self) -> int:
+        return sum(self.resident.values()) + self.temporaries
+
+
+def buffers(run: Run) -> dict[str, int]:
+    """Every large buffer of a run, bytes on one chip."""
+    state, cache = run.state, run.sample_state.cache
+    found = {'policy': per_device(state.params['policy'])}
+    if 'critic' in state.params:
+        found['critic'] = per_device(state.params['critic'])
+    found['optimizer'] = per_device(state.opt_state)
+    if run.loss.needs_reference:
+        found['reference'] = found['policy']
+    found['gradients'] = per_device(state.params)
+    found['sampling weights'] = per_device(run.sampling_params)
+    found['KV cache'] = per_device((cache.k, cache.v))
+    found['slots'] = per_device(run.sample_state) - found['KV cache']  # logits, keys, lengths
+    batch, scores = run.micro
+    # The step's batch is split over data × fsdp as its micro-batches are; twice as many rows in the worst case.
+    rows = run.sizes.problems_per_step * run.sizes.samples
+    found['batch'] = per_device((batch, scores)) * math.ceil(rows / run.learner.forward.micro_rows)
+    return found
+
+
+def phases(run: Run, facts: Sequence[Facts]) -> list[Phase]:
+    """The table of train/residency.py with sizes."""
+    sizes, offload = buffers(run), run.sizes.offload
+    waiting = {'critic', 'optimizer', 'reference'}
+    found = []
+    for name in PHASES:
+        wanted = {'policy', *waiting} if not offload else {'policy', *ON_DEVICE[name]}
+        wanted |= {'rollout': {'sampling weights', 'KV cache', 'slots'}, 'score': {'batch'},
+                   'update': {'batch', 'gradients'}}[name]
+        resident = {key: size for key, size in sizes.items() if key in wanted}
+        worst = max((f for f in facts if f.phase == name), key=lambda f: f.temporaries)
+        found.append(Phase(name, resident, worst.temporaries, worst.name))
+    return found
+
+
+def policy_update(run: Run, facts: Sequence[Facts]) -> int:
+    """Bytes of the policy's own update: its weights, moments and gradients, and the program's temporaries."""
+    part = next(part for part in apart(run.params) if 'policy' in part)
+    weights = per_device(part)
+    fact = next(f for f in facts if f.name == f'update {name_of(part)}')
+    return 4 * weights + fact.temporaries
+
+
+def tokens_that_fit(run: Run, phase: Phase, hbm: int) -> int:
+    """KV slots × context, in tokens of one engine, that `LIMIT` of the memory leaves room for in rollout."""
+    a_token = phase.resident['KV cache'] / (run.sampler.settings.rows * run.sampler.settings.slots)
+    rest = phase.total - phase.resident['KV cache']
+    return max(int((LIMIT * hbm - rest) / a_token), 0)
+
+
+def remedies(run: Run, phase: Phase, hbm: int) -> list[str]:
+    """What to change where a phase does not fit, the cheapest first."""
+    settings, found = run.sampler.settings, []
+    if not run.sizes.offload and phase.name != 'update':
+        found.append('ppo.offload=True (critic and optimizer wait on the host)')
+    if phase.name == 'rollout':
+        rows = tokens_that_fit(run, phase, hbm) // settings.slots
+        if rows >= 1:
+            found.append(f'sampler.rows={rows} (now {settings.rows})')
+        else:
+            found.append(f'mesh.tensor={2 * run.mesh.shape["tensor"]} (weights over more chips), or a smaller '
+                         f'sampler.slots (now {settings.slots})')
+        return found
+    forward = run.learner.forward
+    if forward.remat != 'full':
+        found.append('forward.remat=full')
+    if forward.micro_rows > run.mesh.shape['data'] * run.mesh.shape['fsdp']:
+        found.append('forward.micro_rows=0 (one row for each device of data × fsdp)')
+    if phase.name == 'update' and run.sizes.critic == 'backbone':
+        found.append('ppo.critic=head (no second backbone)')
+    found.append(f'mesh.tensor={2 * run.mesh.shape["tensor"]} (rows over more chips), a smaller forward.row_width, '
+                 'or a larger slice')
+    return found

@@ -1,0 +1,125 @@
+"""A plan as numbers for programs and as tables for people."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from retool_jax.plan import memory, roofline
+from retool_jax.plan.facts import Facts
+from retool_jax.plan.programs import Run
+from retool_jax.plan.roofline import Assumptions, Sizes
+
+GIB = 2**30
+PUBLISHED_MFU = 0.715  # MaxText's table of v5p results: 32B pretraining on v5p-128
+REASONS = (
+    'full rematerialisation runs the forward pass twice: at most 3/4 of the work counts',
+    'rows of {width:,} tokens: {attention:.0%} of the work is attention, whose kernels run below the matmuls\' rate',
+    'gradients are added in f32 and weights gathered once per micro-batch of {rows} rows',
+    'the estimate takes {matmul:.0%} of the peak for matmuls; the published figure is measured after tuning',
+)
+
+
+def make(run: Run, facts: list[Facts], assumptions: Assumptions) -> dict:
+    """Everything that is known of the plan, as JSON types; bytes are one chip's."""
+    chip, count = run.slice.chip, run.slice.count
+    sizes = _sizes(run)
+    programs, total = [], {phase: 0.0 for phase in memory.PHASES}
+    for f in facts:
+        t, runs = roofline.seconds(f, chip, assumptions), sizes.runs(f.name, assumptions)
+        total[f.phase] += runs * t.total
+        programs.append(dataclasses.asdict(f) | {
+            'sent_total': f.sent_bytes, 'seconds': dataclasses.asdict(t) | {'total': t.total, 'bound': t.bound},
+            'runs': runs})
+    phases = []
+    for phase in memory.phases(run, facts):
+        share = phase.total / chip.hbm
+        phases.append({'name': phase.name, 'resident': phase.resident, 'temporaries': phase.temporaries,
+                       'worst': phase.worst, 'total': phase.total, 'share': share, 'fits': share <= memory.LIMIT,
+                       'remedies': [] if share <= memory.LIMIT else memory.remedies(run, phase, chip.hbm),
+                       'seconds': total[phase.name]})
+        if phase.name == 'rollout':
+            fit = memory.tokens_that_fit(run, phase, chip.hbm)
+    step = sum(total.values())
+    forward = run.learner.forward
+    update = next(p for p in programs if p['name'].startswith('update policy'))
+    useful = roofline.model_flops(run.model, forward.micro_rows, forward.row_width)
+    work = update['seconds']['total'] * count * chip.flops
+    weights_only = roofline.model_flops(run.model, forward.micro_rows, 0 if not forward.row_width else 1) \
+        * forward.row_width
+    policy = memory.policy_update(run, facts)
+    return {
+        'topology': run.slice.name, 'chip': dataclasses.asdict(chip), 'chips': count,
+        'estimated': any(f.estimated for f in facts),
+        'model': {'parameters': run.model.parameter_count(), 'type': run.model.model_type},
+        'mesh': dict(run.mesh.shape), 'sampler_mesh': dict(run.sampler_mesh.shape), 'engines': sizes.engines,
+        'attention': forward.attention, 'programs': programs, 'phases': phases,
+        'policy_update': {'bytes': policy, 'share': policy / chip.hbm},
+        'kv_tokens_that_fit': fit, 'kv_rows_that_fit': fit // run.sampler.settings.slots,
+        'step': {'seconds': step, 'chip_hours': step * count / 3600, 'episodes': sizes.episodes,
+                 'micro_batches': sizes.micro_batches(assumptions)},
+        'run': {'steps': run.sizes.steps, 'hours': step * run.sizes.steps / 3600,
+                'chip_hours': step * run.sizes.steps * count / 3600},
+        'mfu': {'update_policy': useful / work, 'published': PUBLISHED_MFU, 'reasons': [reason.format(
+            width=forward.row_width, attention=1 - weights_only / useful, rows=forward.micro_rows,
+            matmul=assumptions.matmul) for reason in REASONS]},
+        'assumptions': dataclasses.asdict(assumptions), 'fits': all(p['fits'] for p in phases),
+        'compile_s': sum(f.compile_s for f in facts)}
+
+
+def _sizes(run: Run) -> Sizes:
+    s, f = run.sampler.settings, run.learner.forward
+    return Sizes(episodes=run.sizes.problems_per_step * run.sizes.samples, minibatches=run.sizes.minibatches,
+                 epochs=run.sizes.epochs, micro_rows=f.micro_rows, row_width=f.row_width,
+                 engines=run.slice.count // run.sampler_mesh.size, rows=s.rows, quota=s.quota, group=s.group)
+
+
+def text(plan: dict) -> str:
+    """The same for people."""
+    chip, gib = plan['chip'], lambda n: f'{n / GIB:.2f}'
+    mesh = ' × '.join(f'{axis} {size}' for axis, size in plan['mesh'].items())
+    lines = [
+        f'{plan["topology"]}: {plan["chips"]} × {chip["name"]}, {chip["hbm"] / GIB:.0f} GiB, '
+        f'{chip["flops"] / 1e12:,.0f} TFLOP/s bf16, {chip["hbm_bandwidth"] / 1e9:,.0f} GB/s'
+        + (' – an ESTIMATE from shapes, nothing was compiled' if plan['estimated'] else ' – compiled'),
+        f'{plan["model"]["parameters"] / 1e9:.1f} B parameters, training mesh {mesh}, '
+        f'{plan["engines"]} engines of {plan["chips"] // plan["engines"]} chips, attention {plan["attention"]}', '',
+        'Programs, on one chip (one run)', *_table(
+            ['program', 'phase', 'arguments GiB', 'temporaries GiB', 'TFLOP', 'memory GB', 'links GB', 'seconds',
+             'bound by', 'runs a step'],
+            [[p['name'], p['phase'], gib(p['arguments']), gib(p['temporaries']), f'{p["flops"] / 1e12:.1f}',
+              f'{p["moved"] / 1e9:.1f}', f'{p["sent_total"] / 1e9:.2f}', f'{p["seconds"]["total"]:.3g}',
+              'does not fit' if p['refused'] else p['seconds']['bound'], f'{p["runs"]:,.0f}']
+             for p in plan['programs']]), '',
+        'Bytes sent by a chip, by kind of collective', *_table(
+            ['program', 'kind', 'GB'],
+            [[p['name'], kind, f'{n / 1e9:.3f}'] for p in plan['programs'] for kind, n in sorted(p['sent'].items())]),
+        '', 'Memory, on one chip', *_table(
+            ['phase', 'resident GiB', 'of which', 'temporaries GiB', 'share', 'fits', 'seconds a step'],
+            [[p['name'], gib(sum(p['resident'].values())),
+              ', '.join(f'{k} {gib(n)}' for k, n in p['resident'].items() if n / GIB >= 0.005),
+              f'{gib(p["temporaries"])} ({p["worst"]})', f'{p["share"]:.0%}', 'yes' if p['fits'] else 'NO',
+              f'{p["seconds"]:,.0f}'] for p in plan['phases']]), '',
+        f'Policy update (weights, moments, gradients, temporaries): {gib(plan["policy_update"]["bytes"])} GiB, '
+        f'{plan["policy_update"]["share"]:.0%} of memory',
+        f'KV slots × context that fit: {plan["kv_tokens_that_fit"]:,} tokens an engine, '
+        f'{plan["kv_rows_that_fit"]:,} whole rows',
+        f'RL step: {plan["step"]["seconds"]:,.0f} s, {plan["step"]["chip_hours"]:,.1f} chip-hours '
+        f'({plan["step"]["episodes"]:,} episodes, {plan["step"]["micro_batches"]} micro-batches)',
+        f'{plan["run"]["steps"]} steps: {plan["run"]["hours"]:,.1f} hours, {plan["run"]["chip_hours"]:,.0f} chip-hours',
+        f'Policy update: {plan["mfu"]["update_policy"]:.0%} model-FLOPs utilisation estimated; MaxText publishes '
+        f'{plan["mfu"]["published"]:.1%} for pretraining 32B on v5p-128. Why less:',
+        *(f'  - {reason}' for reason in plan['mfu']['reasons']),
+        'Assumed: ' + ', '.join(f'{name} {value:g}' for name, value in plan['assumptions'].items())
+        + ' (see retool_jax/plan/roofline.py)', f'Compiled in {plan["compile_s"]:,.0f} s']
+    for phase in plan['phases']:
+        if not phase['fits']:
+            lines.append(f'{phase["name"]} does not fit ({phase["share"]:.0%} of memory): set '
+                         + '; or '.join(phase['remedies']))
+    return '\n'.join(lines)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Columns as wide as their widest entry."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    line = lambda row: '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+    return [line(head), line(['-' * width for width in widths]), *map(line, rows)]

@@ -1,0 +1,188 @@
+"""The programs of a PPO run as they are compiled for a slice: the trainer's own, on shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from ml_collections import ConfigDict
+
+from retool_jax.algo.settings import AdvantageSettings, LossSettings
+from retool_jax.core import mesh as meshes
+from retool_jax.core import settings
+from retool_jax.core.pytrees import Batch, TrainState
+from retool_jax.model import attention, qwen
+from retool_jax.model.config import QwenConfig
+from retool_jax.plan.chips import Slice
+from retool_jax.rollout.sampler import Feed, Sampler, SamplerSettings
+from retool_jax.rollout.turns import TurnSettings
+from retool_jax.text import tags
+from retool_jax.train.ppo import PPOSettings
+from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
+from retool_jax.train.update import ForwardSettings, Learner, Scores, apart
+
+Shapes = Any  # a tree of ShapeDtypeStructs with shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function with the shapes it is called with."""
+
+    name: str
+    phase: str  # of an RL step: 'rollout', 'score', 'update'
+    function: Callable  # jax.jit's
+    arguments: dict[str, Shapes]  # by keyword, static ones included
+    devices: int
+    trips: int = 1  # iterations of a loop whose length the compiler does not know
+
+
+class Run:
+    """Everything of a run that has a shape: model, sizes, meshes, learner, sampler, buffers."""
+
+    def __init__(self, config: ConfigDict, model: QwenConfig, slice: Slice):
+        """config: of configs/ppo.py. Errors: ValueError naming what does not divide."""
+        block = lambda kind, name: settings.build(kind, config[name], name)
+        self.model, self.slice, self.sizes = model, slice, block(PPOSettings, 'ppo')
+        self.turns = block(TurnSettings, 'turns')
+        self.mesh = place(config.mesh.to_dict(), slice, slice.count)
+        updates = self.sizes.minibatches * self.sizes.epochs
+        optimizers = [block(OptimizerSettings, 'optimizer')]
+        if self.sizes.critic != 'none':
+            optimizers.append(block(OptimizerSettings, 'critic_optimizer'))
+        optimizer = make_optimizer(optimizers[0], self.sizes.steps * updates, *optimizers[1:],
+                                   critic_warmup_steps=self.sizes.critic_warmup_steps * updates)
+        forward = block(ForwardSettings, 'forward')
+        forward = dataclasses.replace(
+            forward, attention=attention.resolve(forward.attention, forward.row_width, slice.chip.platform))
+        self.loss = block(LossSettings, 'loss')
+        self.learner = Learner(model, forward, optimizer, self.mesh, loss=self.loss,
+                               advantage=block(AdvantageSettings, 'advantage'))
+        # Engines are local to as many devices as hold the sampling weights: the tensor axis.
+        self.sampler_mesh = place({'data': 1, 'fsdp': 1, 'tensor': self.mesh.shape['tensor']}, slice,
+                                  self.mesh.shape['tensor'])
+        sampler = block(SamplerSettings, 'sampler')
+        table = np.zeros((sum(map(len, tags.TAGS)) + 1, model.vocab_size), np.int32)
+        make = lambda mesh, settings: Sampler(model, settings, table, table[:, 0], (0,), mesh)
+        self.sampler = make(self.sampler_mesh, sampler)
+        self._spread = make(self.mesh, dataclasses.replace(sampler, rows=self.mesh.size))  # where sync's result lies
+
+        axes = qwen.logical_axes(model)
+        rules = qwen.fit_rules(model, self.mesh, meshes.TRAIN_RULES)
+        whole = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
+            name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
+        shapes = jax.eval_shape(lambda p: add_critic(model, p, self.sizes.critic), qwen.abstract_params(model))
+        words = _like(shapes, whole)
+        self.params = _put(shapes, meshes.shardings(self.mesh, words, rules))
+        self.state = self._train_state(optimizer)
+        self.sampling_params = self._sampling(self.sampler, self.sampler_mesh)
+
+    def _train_state(self, optimizer) -> TrainState:
+        """Parameters and moments; a moment lies as its parameter does."""
+        shapes = jax.eval_shape(lambda p: init_state(p, optimizer), self.params)
+        known = {_words(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)}
+        whole = jax.NamedSharding(self.mesh, jax.P())
+
+        def one(path, leaf):
+            words = _words(path)
+            tails = (words[i:] for i in range(len(words)))
+            match = next((known[t] for t in tails if t in known and known[t].shape == leaf.shape), None)
+            return _shape(leaf, whole if match is None else match.sharding)
+        return jax.tree_util.tree_map_with_path(one, shapes)
+
+    def _sampling(self, sampler: Sampler, mesh) -> Shapes:
+        weights, _, _ = sampler.placement(mesh)
+        return _put(jax.eval_shape(lambda p: qwen.to_sampling(self.model, p, jnp.dtype(sampler.settings.dtype)),
+                                   qwen.abstract_params(self.model)), weights)
+
+    @functools.cached_property
+    def sample_state(self) -> Shapes:
+        """The engine's slots: KV cache, logits, the rest is small."""
+        _, state, _ = self.sampler.placement(self.sampler_mesh)
+        return _put(jax.eval_shape(self.sampler._empty), state)
+
+    @functools.cached_property
+    def micro(self) -> tuple[Batch, Scores]:
+        """A micro-batch with its scores."""
+        f = self.learner.forward
+        bt = lambda dtype: jax.ShapeDtypeStruct((f.micro_rows, f.row_width), dtype, sharding=self.learner.rows)
+        bn = lambda dtype: jax.ShapeDtypeStruct((f.micro_rows, f.row_segments), dtype, sharding=self.learner.rows)
+        batch = Batch(tokens_BT=bt(jnp.int32), segment_ids_BT=bt(jnp.int32), positions_BT=bt(jnp.int32),
+                      acted_BT=bt(bool), sampler_logprob_BT=bt(jnp.float32), reward_BN=bn(jnp.float32),
+                      group_BN=bn(jnp.int32), baseline_BN=bn(bool), update_BN=bn(bool))
+        return batch, Scores(*(bt(jnp.float32) for _ in dataclasses.fields(Scores)))
+
+    def programs(self) -> Iterator[Program]:
+        """Every program that costs time or memory, the smallest first."""
+        micro, scores = self.micro
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.NamedSharding(self.mesh, jax.P()))
+        learner, size = self.learner, self.mesh.size
+        yield Program('sync', 'rollout', self._spread.sync, {'params': self.params['policy']}, size)
+        yield Program('apply', 'update', learner._apply, {'state': self.state, 'gradients': self.params}, size)
+        for part in apart(self.params):
+            name = name_of(part)
+            yield Program(f'score {name}', 'score', learner._score, {'params': part, 'micro': micro}, size)
+            yield Program(f'update {name}', 'update', learner._ppo, {
+                'params': part, 'gradients': part, 'micro': micro, 'scores': scores,
+                'denominators': (number, number)}, size)
+        yield from self._rollout_programs()
+
+    def _rollout_programs(self) -> Iterator[Program]:
+        s, v = self.sampler.settings, self.model.vocab_size
+        whole = jax.NamedSharding(self.sampler_mesh, jax.P())
+        ints = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+        feed = Feed(row_R=ints(s.group), tokens_RC=ints(s.group, s.chunk), count_R=ints(s.group),
+                    live_R=ints(s.group, dtype=bool), allowance_R=ints(s.group), tag_R=ints(s.group))
+        size = self.sampler_mesh.size
+        yield Program('extend', 'rollout', self.sampler._extend, {
+            'params': self.sampling_params, 'state': self.sample_state, 'feed': feed, 'bound': s.slots}, size)
+        states = self.sampler.table.shape[0]
+        yield Program('decode', 'rollout', self.sampler._decode, {
+            'params': self.sampling_params, 'table': ints(states, v), 'stops': ints(states),
+            'state': self.sample_state, 'bound': s.slots, 'truncate': False}, size, trips=s.quota)
+
+
+def name_of(part: Mapping[str, Shapes]) -> str:
+    """'policy', 'critic', or both where they share a trunk."""
+    return ' and '.join(name for name in ('policy', 'critic') if name in part)
+
+
+def place(shape: Mapping[str, int], slice: Slice, count: int) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:
+    """A mesh over the first `count` devices of a slice; an abstract one where the slice has no devices."""
+    if slice.devices is not None:
+        return meshes.make_mesh(shape, slice.devices[:count])
+    sizes = meshes.fill(shape, count)
+    return jax.sharding.AbstractMesh(sizes, meshes.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def per_device(tree: Shapes) -> int:
+    """Bytes of a tree on one device."""
+    size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf.dtype)
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _itemsize(dtype) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.dtype(dtype).itemsize
+
+
+def _shape(leaf, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _put(shapes: Shapes, shardings) -> Shapes:
+    return jax.tree.map(_shape, shapes, shardings)
+
+
+def _like(tree, words: dict) -> dict:
+    """The entries of `words` that `tree` has."""
+    return {name: _like(node, words[name]) if isinstance(node, dict) else words[name] for name, node in tree.items()}
+
+
+def _words(path) -> tuple[str, ...]:
+    return tuple(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))

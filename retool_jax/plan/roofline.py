@@ -1,0 +1,91 @@
+"""Times from published figures: a program is as slow as its slowest resource, a step the sum of its programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from retool_jax.model.config import QwenConfig
+from retool_jax.plan.chips import Chip
+from retool_jax.plan.facts import Facts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What the published figures do not say. Every one is printed beside the result."""
+
+    matmul: float = 0.75  # of the bf16 peak that large matmuls and fused attention reach
+    memory: float = 0.80  # of the HBM's bandwidth
+    links: float = 0.80  # of the links along one axis of the torus; exchanges overlap with work
+    packing: float = 0.95  # share of a packed row that is no padding
+    occupancy: float = 0.70  # of slots that decode: rows wait for tools, the last episodes run alone
+    feeds: float = 8.0  # chunks fed per episode: prompt and tool outputs
+    tokens: int  # mean length of an episode, prompt and tool output included
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """How long a program takes by each resource; `bound` names the slowest."""
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def total(self) -> float:
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def bound(self) -> str:
+        return max(('compute', 'memory', 'links'), key=lambda name: getattr(self, name))
+
+
+def seconds(facts: Facts, chip: Chip, a: Assumptions) -> Seconds:
+    """One run of a program."""
+    return Seconds(facts.flops / (chip.flops * a.matmul), facts.moved / (chip.hbm_bandwidth * a.memory),
+                   facts.sent_bytes / (chip.link * a.links))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much work an RL step is."""
+
+    episodes: int
+    minibatches: int
+    epochs: int
+    micro_rows: int
+    row_width: int
+    engines: int
+    rows: int  # slots of an engine
+    quota: int
+    group: int
+
+    def micro_batches(self, a: Assumptions) -> int:
+        """Micro-batches of a pass over the step's episodes."""
+        rows = self.episodes * a.tokens / (self.row_width * a.packing)
+        return self.minibatches * math.ceil(rows / self.minibatches / self.micro_rows)
+
+    def runs(self, name: str, a: Assumptions) -> float:
+        """How often an RL step runs a program."""
+        share = self.episodes / self.engines
+        if name == 'decode':
+            return share * a.tokens / (self.rows * a.occupancy * self.quota)
+        if name == 'extend':
+            return share * a.feeds / self.group
+        if name.startswith('score'):
+            return self.micro_batches(a)
+        if name == 'apply':
+            return self.minibatches * self.epochs
+        if name.startswith('update'):
+            return self.micro_batches(a) * self.epochs
+        return 1.0
+
+
+def model_flops(config: QwenConfig, rows: int, width: int) -> float:
+    """Floating-point operations that a gradient of `rows` full rows needs: 6 a weight and token, and causal
+    attention forwards and twice backwards; what is recomputed does not count."""
+    weights = config.parameter_count()
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size  # the table is looked up, not multiplied
+    scores = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * width / 2
+    return rows * width * (6.0 * weights + 3 * scores)

@@ -1,0 +1,55 @@
+"""Work is counted as it runs: scans by length, kernels by grid, devices by mesh."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from retool_jax.core import mesh as meshes
+from retool_jax.model import kernels
+from retool_jax.plan import flops
+
+X, W = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((5, 16, 16), jnp.float32)
+LAYERS = 5 * 2 * 8 * 16 * 16
+
+
+def layers(x, w):
+    one = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+    return jax.lax.scan(one, x, w)[0].sum()
+
+
+def counted(f, *args, **kwargs):
+    return flops.count(jax.jit(f).trace(*args).jaxpr, **kwargs)
+
+
+def test_a_scan_counts_by_its_length_and_recomputation_counts():
+    assert counted(layers, X, W) == LAYERS
+    assert counted(jax.grad(layers, (0, 1)), X, W) == 4 * LAYERS  # forwards, again, two products backwards
+
+
+def test_a_loop_without_a_length_counts_as_often_as_it_is_told():
+    f = lambda x, w: jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ w[0], x)
+    assert counted(f, X, W, trips=3) == 3 * LAYERS / 5
+    f = lambda x, w: jax.lax.cond(x.sum() > 0, lambda: x @ w[0] @ w[1], lambda: x @ w[0])
+    assert counted(f, X, W) == 2 * LAYERS / 5
+
+
+def test_the_body_of_a_shard_map_is_one_devices():
+    mesh = meshes.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 4})
+    split = jax.shard_map(lambda x, w: x @ w[0], mesh=mesh, in_specs=(jax.P('fsdp'), jax.P(None, None, 'tensor')),
+                          out_specs=jax.P('fsdp', 'tensor'))
+    assert counted(split, X, W) == LAYERS / 5
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_causal_kernel_counts_the_blocks_at_and_below_the_diagonal(monkeypatch):
+    monkeypatch.setattr(kernels, 'BLOCKS', (128,))
+    q = jax.ShapeDtypeStruct((1, 512, 4, 128), jnp.bfloat16)
+    s = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    pairs = 512 * 512 * 5 / 8  # 4 × 4 blocks, 10 of which count
+    assert counted(kernels.splash, q, q, q, s) == 4 * pairs * 128 * 4
+
+
+def test_traffic_is_what_matmuls_read_and_write():
+    assert flops.traffic(jax.jit(layers).trace(X, W).jaxpr) == 5 * 4 * (8 * 16 + 16 * 16 + 8 * 16)

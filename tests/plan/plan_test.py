@@ -1,0 +1,156 @@
+"""A plan's arithmetic: published sizes, residency, roofline, and what it says where something does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import pytest
+
+from retool_jax.core import cli
+from retool_jax.plan import chips, facts, guess, memory, models, page, roofline
+from retool_jax.plan.facts import Facts
+from retool_jax.plan.programs import Run, per_device
+from retool_jax.plan.roofline import Assumptions, Sizes
+from retool_jax.train.residency import ON_DEVICE
+
+PUBLISHED = {  # parameters, from the models' pages
+    'qwen2_5_0_5b': 494_032_768, 'qwen2_5_1_5b': 1_543_714_304, 'qwen2_5_7b': 7_615_616_512,
+    'qwen2_5_14b': 14_770_033_664, 'qwen2_5_32b': 32_763_876_352, 'qwen3_0_6b': 596_049_920,
+    'qwen3_4b': 4_022_468_096, 'qwen3_8b': 8_190_735_360, 'qwen3_32b': 32_762_123_264,
+}
+A = Assumptions(tokens=100)
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_sizes_give_the_published_number_of_parameters(name):
+    assert models.sizes(None, name).parameter_count() == PUBLISHED[name]
+
+
+def test_a_name_without_published_sizes_is_refused():
+    with pytest.raises(ValueError, match="model.name='qwen9' has no published sizes here; give model.path"):
+        models.sizes(None, 'qwen9')
+
+
+def make_run(*overrides: str, topology: str = 'h100:8') -> Run:
+    config = cli.parse_config(['plan', '--config=configs/ppo.py:tiny', *overrides])
+    return Run(config, models.sizes(None, 'tiny'), chips.open_slice(topology))
+
+
+@functools.cache
+def estimated() -> tuple[Run, list[Facts]]:
+    run = make_run('--config.ppo.critic=backbone', '--config.ppo.offload=True', '--config.mesh.tensor=2')
+    return run, [guess.estimate(run, program) for program in run.programs()]
+
+
+def test_every_program_of_a_step_is_there_and_split_by_critic():
+    _, found = estimated()
+    assert sorted(f.name for f in found) == sorted(['sync', 'apply', 'score policy', 'update policy', 'score critic',
+                                                    'update critic', 'extend', 'decode'])
+    assert [p.name for p in make_run().programs()] == ['sync', 'apply', 'score policy and critic',
+                                                       'update policy and critic', 'extend', 'decode']
+    assert all(f.estimated for f in found)
+
+
+def test_buffers_are_a_chips_share_of_the_weights():
+    run, _ = estimated()
+    sizes, weights = memory.buffers(run), run.model.parameter_count() * 4
+    assert weights / 8 <= sizes['policy'] < weights / 8 * 1.1  # norms are not split over every axis
+    assert sizes['optimizer'] == pytest.approx(2 * (sizes['policy'] + sizes['critic']), rel=1e-3)
+    assert sizes['gradients'] == sizes['policy'] + sizes['critic']
+    head = 4 * run.model.vocab_size * run.model.hidden_size
+    assert weights / 2 <= sizes['sampling weights'] <= (weights + head) / 2 * 1.1  # the tied head is a copy of its own
+    s, m = run.sampler.settings, run.model
+    assert sizes['KV cache'] == 2 * 4 * m.num_hidden_layers * s.rows * s.slots * m.num_key_value_heads * m.head_dim / 2
+
+
+def test_a_phase_holds_what_the_residency_table_says():
+    run, found = estimated()
+    phases = {p.name: p for p in memory.phases(run, found)}
+    assert set(phases) == set(ON_DEVICE) == set(memory.PHASES)
+    assert set(phases['rollout'].resident) == {'policy', 'sampling weights', 'KV cache', 'slots'}
+    assert set(phases['score'].resident) == {'policy', 'critic', 'batch'}
+    assert set(phases['update'].resident) == {'policy', 'critic', 'optimizer', 'gradients', 'batch'}
+    whole = dataclasses.replace(run.sizes, offload=False)
+    run, held = make_run('--config.ppo.critic=backbone', '--config.mesh.tensor=2'), found
+    assert run.sizes == whole
+    assert {'critic', 'optimizer'} <= set({p.name: p for p in memory.phases(run, held)}['rollout'].resident)
+    worst = max((f for f in found if f.phase == 'update'), key=lambda f: f.temporaries)
+    assert phases['update'].worst == worst.name and phases['update'].temporaries == worst.temporaries
+
+
+def test_the_cache_that_fits_fills_the_memory_to_its_limit():
+    run, found = estimated()
+    phase = memory.phases(run, found)[0]
+    hbm = int(phase.total * 3)
+    tokens, now = memory.tokens_that_fit(run, phase, hbm), run.sampler.settings.rows * run.sampler.settings.slots
+    rest = phase.total - phase.resident['KV cache']
+    assert rest + tokens * phase.resident['KV cache'] / now == pytest.approx(memory.LIMIT * hbm, rel=1e-4)
+    assert memory.tokens_that_fit(run, phase, rest // 2) == 0
+
+
+def test_a_program_is_as_slow_as_its_slowest_resource():
+    chip = chips.Chip('x', 'tpu', 2**30, 100.0, 1000.0, 10.0, 4)
+    fact = Facts('update policy', 'update', 0, 0, flops=1500.0, moved=80.0, sent={'all-gather': 8.0}, compile_s=0)
+    found = roofline.seconds(fact, chip, A)
+    assert (found.compute, found.memory, found.links) == (2.0, 1.0, 1.0)
+    assert (found.total, found.bound) == (2.0, 'compute')
+    assert roofline.seconds(dataclasses.replace(fact, sent={'all-reduce': 24.0}), chip, A).bound == 'links'
+
+
+def test_a_step_runs_each_program_as_often_as_its_episodes_need():
+    sizes = Sizes(episodes=64, minibatches=2, epochs=3, micro_rows=4, row_width=200, engines=2, rows=8, quota=10,
+                  group=4)
+    a = Assumptions(tokens=100, packing=1.0, occupancy=0.5, feeds=4)
+    assert sizes.micro_batches(a) == 8  # 32 rows in two mini-batches of 4 micro-batches
+    expected = {'sync': 1, 'apply': 6, 'score policy': 8, 'update critic': 24, 'extend': 32, 'decode': 80}
+    assert {name: sizes.runs(name, a) for name in expected} == expected
+
+
+def test_model_flops_are_six_per_weight_and_token_and_causal_attention():
+    model = models.sizes(None, 'qwen2_5_32b')
+    per_token = roofline.model_flops(model, 1, 1)
+    assert per_token == pytest.approx(6 * (model.parameter_count() - 152064 * 5120), rel=1e-3)
+    attention = roofline.model_flops(model, 1, 16384) - 16384 * per_token
+    assert attention == pytest.approx(3 * 4 * 64 * 5120 * 16384**2 / 2, rel=1e-3)
+
+
+def test_the_page_says_the_same_in_numbers_and_in_words():
+    run, found = estimated()
+    plan = json.loads(json.dumps(page.make(run, found, Assumptions(tokens=100))))
+    assert plan['fits'] and plan['estimated'] and plan['chips'] == 8 and plan['engines'] == 4
+    assert plan['step']['seconds'] == pytest.approx(sum(p['runs'] * p['seconds']['total'] for p in plan['programs']))
+    assert plan['run']['chip_hours'] == pytest.approx(plan['step']['chip_hours'] * run.sizes.steps)
+    text = page.text(plan)
+    for word in ('ESTIMATE', 'KV slots × context', 'all-gather', 'decode', '71.5%', 'matmul 0.75'):
+        assert word in text
+    assert 'does not fit' not in text
+
+
+def test_what_does_not_fit_is_said_with_what_to_change():
+    run, found = estimated()
+    big = [dataclasses.replace(f, temporaries=2**37) if f.name == 'decode' else f for f in found]
+    plan = page.make(run, big, A)
+    rollout, score, update = plan['phases']
+    assert not plan['fits'] and not rollout['fits'] and score['fits'] and update['fits']
+    assert 'rollout does not fit' in page.text(plan) and 'mesh.tensor=4' in rollout['remedies'][0]
+    big = [dataclasses.replace(f, temporaries=2**37) if f.name == 'update policy' else f for f in found]
+    assert 'forward.remat=full' in page.make(run, big, A)['phases'][2]['remedies']
+
+
+def test_a_compilers_refusal_tells_how_much_it_wanted():
+    text = 'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.50G of 15.75G hbm. Exceeded by 7.75G.'
+    assert facts.needed(text) == int(23.5 * 2**30) and facts.needed('something else') == 0
+
+
+@pytest.mark.parametrize('name', ['v5q:2x2', 'v5e', 'v5e:2y2', 'h100:', ''])
+def test_a_topology_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match='expected KIND:SHAPE like v5p:4x4x4'):
+        chips.open_slice(name)
+
+
+def test_the_policys_update_is_its_weights_four_times_and_its_temporaries():
+    run, found = estimated()
+    fact = next(f for f in found if f.name == 'update policy')
+    assert memory.policy_update(run, found) == 4 * per_device(run.params['policy']) + fact.temporaries
