@@ -29,9 +29,13 @@ def tiles(summary: dict[str, Any]) -> str:
     """The big numbers: one tile per model, then what the run was."""
     blocks = score_blocks(summary)
     shown = {name: b for name, b in blocks.items() if name in HEADLINE or name not in MODELS}
+    big = [(*labels.model(name, i), block) for i, (name, block) in enumerate(shown.items())]
+    if len(shown) == 1 and 'pass_ci' in big[0][2]:  # one set, scored in three ways
+        (name, colour, block), k = big[0], big[0][2].get('k', 'k')
+        big = [(f'{name}, {way}@{k}', colour, {'avg': block[way], 'ci': block[ci]})
+               for way, ci in (('avg', 'ci'), ('pass', 'pass_ci'), ('maj', 'maj_ci'))]
     made = []
-    for i, (name, block) in enumerate(shown.items()):
-        title, colour = labels.model(name, i)
+    for title, colour, block in big:
         made.append(f'<div class="tile k-{colour}"><h3>{escape(title)}</h3><p class="big">{100 * block["avg"]:.1f}'
                     f'<small> %</small></p>{_bar(block)}<p class="sub">{_interval(block)}</p></div>')
     facts = []
@@ -41,7 +45,8 @@ def tiles(summary: dict[str, Any]) -> str:
                      f'<b>{_percent(ratio["after"])}</b> after')
     first = next(iter(shown.values()), {})
     if 'problems' in first and 'k' in first:
-        facts.append(f'{first["problems"]} held-out problems × {first["k"]} samples')
+        kind = 'held-out problems' if blocks.keys() & MODELS.keys() else 'problems'
+        facts.append(f'{first["problems"]} {kind} × {first["k"]} samples')
     facts += [f'{summary[key]:,} {word}' for key, word in (('steps', 'RL steps'),) if key in summary]
     if 'seconds' in summary:
         facts.append(f'{_duration(summary["seconds"])} in all')
@@ -62,19 +67,50 @@ def tables(summary: dict[str, Any]) -> str:
         rows += [(s.replace('_', ' '), {name: b['apart'][s] for name, b in blocks.items() if s in b.get('apart', {})})
                  for s in apart]
     else:
-        rows = [('all problems', blocks)]
-    made = [_table('Score by set', 'avg@k with its 95 % interval over problems; each set is scored apart', blocks,
-                   [(title, {n: _score_cell(b) for n, b in row.items()}) for title, row in rows])]
+        rows = [('all problems', blocks)] if len(blocks) > 1 else []  # one score stands in its tile
+    cells = [(title, {n: _score_cell(b) for n, b in row.items()}) for title, row in rows]
+    note = 'avg@k with its 95 % interval over problems; each set is scored apart'
+    made = [_table('Score by set', note, blocks, cells, whole=True)] if rows else []
     families = sorted({f for block in blocks.values() for f in block.get('families', {}) if f})
     if families:
         made.append(_table('Score by family', 'avg@k on the headline set', blocks, [
             (f.replace('_', ' '), {n: _heat(b['families'][f]) for n, b in blocks.items() if f in b.get('families', {})})
             for f in families]))
-    rates = [(title, {n: _rate(b[key], kind) for n, b in blocks.items() if key in b}) for key, title, kind in RATES]
+    rates = [(title, {n: _rate(b[key], kind, b.get(f'{key}_ci')) for n, b in blocks.items() if key in b})
+             for key, title, kind in RATES]
     rates = [row for row in rates if row[1]]
     if rates:
         made.append(_table('Beside the score', 'of the same answers', blocks, rates))
-    return '<div class="tables">' + ''.join(made) + '</div>'
+    return '<div class="tables">' + ''.join(made) + '</div>' + _problems(blocks)
+
+
+def _problems(blocks: dict[str, dict[str, Any]]) -> str:
+    """A row per problem of the headline set, hardest last: what is known of it, or the score of every model."""
+    records = {name: block['by_problem'] for name, block in blocks.items()
+               if all(isinstance(r, dict) for r in block.get('by_problem', {0: 0}).values())}
+    if not records:
+        return ''
+    first = next(iter(records.values()))
+    order = sorted(first, key=lambda p: -sum(r[p]['avg'] for r in records.values() if p in r))
+    if len(records) == 1:
+        head = [title for _, title in SHARES] + ['tokens', 'gold', 'most frequent answer']
+        rows = [(p, [_heat(first[p][key]) for key, _ in SHARES] + [
+            f'<td>{first[p]["length"]:.0f}</td>', *(f'<td class="text">{escape(first[p][key])}</td>'
+                                                    for key in ('gold', 'answer'))]) for p in order]
+    else:
+        head = [labels.SHORT.get(name) or labels.model(name)[0] for name in records]
+        rows = [(p, [_heat(r[p]['avg']) if p in r else '<td class="none">–</td>' for r in records.values()])
+                for p in order]
+    body = ''.join(f'<tr><th scope="row">{escape(p)}</th>{"".join(cells)}</tr>' for p, cells in rows)
+    head = ''.join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    return (f'<details class="card space"{" open" if len(rows) <= 40 else ""}><summary><b>Score by problem</b> '
+            f'<small>{len(rows)} problems, shares of their samples in %, the hardest last</small></summary>'
+            f'<div class="scroll"><table class="dense problems"><thead><tr><td></td>{head}</tr></thead>'
+            f'<tbody>{body}</tbody></table></div></details>')
+
+
+SHARES = (('avg', 'avg@k'), ('maj', 'maj@k'), ('exact', 'exact'), ('lenient', 'lenient'), ('code', 'with code'),
+          ('truncated', 'truncated'))
 
 
 RATES = (
@@ -85,13 +121,13 @@ RATES = (
 )
 
 
-def _table(title: str, note: str, blocks: dict, rows: list[tuple[str, dict[str, str]]]) -> str:
+def _table(title: str, note: str, blocks: dict, rows: list[tuple[str, dict[str, str]]], whole: bool = False) -> str:
     head = ''.join(f'<th scope="col"><i class="swatch k-{labels.model(n, i)[1]}"></i>'
                    f'{escape(labels.SHORT.get(n) or labels.model(n)[0])}</th>' for i, n in enumerate(blocks))
     body = ''.join(f'<tr><th scope="row">{escape(name)}</th>' + ''.join(
         cells.get(n, '<td class="none">–</td>') for n in blocks) + '</tr>' for name, cells in rows)
-    return (f'<section class="card"><h3>{escape(title)} <small>{escape(note)}</small></h3><div class="scroll">'
-            f'<table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div></section>')
+    return (f'<section class="card{" whole" if whole else ""}"><h3>{escape(title)} <small>{escape(note)}</small></h3>'
+            f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div></section>')
 
 
 def _score_cell(block: dict) -> str:
@@ -104,8 +140,9 @@ def _heat(value: float) -> str:
     return f'<td class="heat" style="--v:{value:.3f}">{100 * value:.0f}</td>'
 
 
-def _rate(value: float, kind: str) -> str:
-    return f'<td>{_percent(value) if kind == "%" else number(value)}</td>'
+def _rate(value: float, kind: str, ci: list[float] | None) -> str:
+    reach = f'<small>{100 * ci[0]:.1f} – {100 * ci[1]:.1f}</small>' if ci else ''
+    return f'<td>{_percent(value) if kind == "%" else number(value)}{reach}</td>'
 
 
 def _bar(block: dict) -> str:

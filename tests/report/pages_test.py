@@ -66,6 +66,34 @@ def test_the_scores_of_the_summary_stand_on_the_page_with_their_intervals(run_di
     assert f'<b>{100 * summary["tool_rl"]["apart"]["larger_range"]["avg"]:.1f}</b>' in text
 
 
+def test_every_problem_has_its_row(run_dir):
+    text = pages.write(run_dir).read_text()
+    summary = json.loads((run_dir / 'summary.json').read_text())
+    table = text.split('Score by problem')[1].split('</table>')[0]
+    rows = re.findall(r'<tr><th scope="row">([^<]+)</th>(.*?)</tr>', table)
+    assert {name for name, _ in rows} == summary['sft']['by_problem'].keys()
+    marks = [(name, [float(x) for x in re.findall(r'--v:([\d.]+)', cells)]) for name, cells in rows]
+    for name, found in marks:
+        models = [summary[m]['by_problem'][name]['avg'] for m in ('base', 'sft', 'tool_rl', 'text_sft', 'text_rl')]
+        assert found == pytest.approx(models, abs=5e-4)
+    totals = [sum(found) for _, found in marks]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_an_evaluation_of_one_set_shows_its_three_scores_and_each_problem_s_answers(tmp_path):
+    record = {'avg': 0.5, 'maj': 1.0, 'exact': 0.5, 'lenient': 1.0, 'gold': r'\frac{1}{2}', 'answer': '<b>',
+              'family': '', 'code': 0.5, 'calls': 1.0, 'length': 123.4, 'truncated': 0.25}
+    scores = {'avg': 0.5, 'ci': [0.4, 0.6], 'pass': 0.9, 'pass_ci': [0.8, 1.0], 'maj': 0.7, 'maj_ci': [0.6, 0.8]}
+    summary = {'aime24': scores | {'k': 4, 'problems': 1, 'by_problem': {'p-1': record}}}
+    (tmp_path / 'summary.json').write_text(json.dumps(summary))
+    text = pages.write(tmp_path).read_text()
+    for title, value in (('aime24, avg@4', '50.0'), ('aime24, pass@4', '90.0'), ('aime24, maj@4', '70.0')):
+        assert re.search(rf'{title}</h3><p class="big">{value}', text)
+    row = re.search(r'<th scope="row">p-1</th>(.*?)</tr>', text)[1]
+    cells = re.sub(r'<[^>]+>', ' ', row).split()
+    assert cells == ['50', '100', '50', '100', '50', '25', '123', r'\frac{1}{2}', '&lt;b&gt;']
+
+
 def test_every_embedded_episode_is_the_saved_one_token_for_token(run_dir):
     text = pages.write(run_dir, Limits(episodes=300)).read_text()
     index, bodies = index_of(text), bodies_of(text)
