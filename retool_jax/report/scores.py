@@ -94,8 +94,8 @@ def _problems(blocks: dict[str, dict[str, Any]]) -> str:
     order = sorted(first, key=lambda p: -sum(r[p]['avg'] for r in records.values() if p in r))
     if len(records) == 1:
         head = [title for _, title in SHARES] + ['tokens', 'gold', 'most frequent answer']
-        rows = [(p, [_heat(first[p][key]) for key, _ in SHARES] + [
-            f'<td>{first[p]["length"]:.0f}</td>', *(f'<td class="text">{escape(first[p][key])}</td>'
+        rows = [(p, [_heat(first[p][key]) for key, _ in SHARES[:4]] + [
+            *(f'<td>{100 * first[p][key]:.0f}</td>' for key, _ in SHARES[4:]), f'<td>{first[p]["length"]:.0f}</td>', *(f'<td class="text">{escape(first[p][key])}</td>'
                                                     for key in ('gold', 'answer'))]) for p in order]
     else:
         head = [labels.SHORT.get(name) or labels.model(name)[0] for name in records]
@@ -127,7 +127,8 @@ def _table(title: str, note: str, blocks: dict, rows: list[tuple[str, dict[str, 
     body = ''.join(f'<tr><th scope="row">{escape(name)}</th>' + ''.join(
         cells.get(n, '<td class="none">–</td>') for n in blocks) + '</tr>' for name, cells in rows)
     return (f'<section class="card{" whole" if whole else ""}"><h3>{escape(title)} <small>{escape(note)}</small></h3>'
-            f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div></section>')
+            f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            '</section>')
 
 
 def _score_cell(block: dict) -> str:
