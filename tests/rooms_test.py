@@ -185,6 +185,15 @@ def test_light_children_load_without_the_heavy_libraries(module):
     assert child.stdout.split() == []
 
 
+def test_code_is_executed_inside_the_jail_alone():
+    inside = {'retool_jax.sandbox.runner'}  # what a jailed child runs; no other module may execute a string
+    found = {
+        module for _, module, tree in sources(PACKAGE) for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ('exec', 'eval')
+    }
+    assert found == inside
+
+
 def lengths(*folders: str) -> dict[str, int]:
     """Lines of every Python and shell file below the folders."""
     paths = [p for folder in folders for p in (ROOT / folder).rglob('*') if p.suffix in ('.py', '.sh')]
