@@ -20,8 +20,9 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
         'problems': config_dict.placeholder(str),  # .jsonl, .json, .parquet, .array_record or a folder of them
         'limit': config_dict.placeholder(int),  # the first problems only
         'samples': 8 if tiny else 32,  # per problem; P: 32
+        'backend': 'local',  # who samples: this project's own sampler
         'model': base.model(arg),
-        'mesh': base.mesh(),
+        'mesh': base.mesh(arg),
         'sampler': base.sampler(arg),
         'turns': base.turns(arg),
         'sampling': base.sampling(training=False),
@@ -29,6 +30,7 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
         'feedback': base.feedback(arg),
         'reward': base.reward(),
     })
-    if tiny:  # real problems are longer than the demo's
-        config.sampler.slots = config.turns.max_tokens = config.turns.max_turn_tokens = 2048
+    if tiny:  # real problems are longer than the demo's, and a few longer than this: they count as LENGTH
+        config.sampler.slots = config.turns.max_tokens = 1024
+        config.sampler.min_bound = 256
     return config

@@ -94,14 +94,15 @@ def _problems(blocks: dict[str, dict[str, Any]]) -> str:
     order = sorted(first, key=lambda p: -sum(r[p]['avg'] for r in records.values() if p in r))
     if len(records) == 1:
         head = [title for _, title in SHARES] + ['tokens', 'gold', 'most frequent answer']
-        rows = [(p, [_heat(first[p][key]) for key, _ in SHARES[:4]] + [
-            *(f'<td>{100 * first[p][key]:.0f}</td>' for key, _ in SHARES[4:]), f'<td>{first[p]["length"]:.0f}</td>', *(f'<td class="text">{escape(first[p][key])}</td>'
-                                                    for key in ('gold', 'answer'))]) for p in order]
+        cells = lambda r: [*(_heat(r[key]) for key, _ in SHARES[:4]),
+                           *(f'<td>{100 * r[key]:.0f}</td>' for key, _ in SHARES[4:]), f'<td>{r["length"]:.0f}</td>',
+                           *(f'<td class="text">{escape(r[key])}</td>' for key in ('gold', 'answer'))]
+        rows = [(p, cells(first[p])) for p in order]
     else:
         head = [labels.SHORT.get(name) or labels.model(name)[0] for name in records]
         rows = [(p, [_heat(r[p]['avg']) if p in r else '<td class="none">–</td>' for r in records.values()])
                 for p in order]
-    body = ''.join(f'<tr><th scope="row">{escape(p)}</th>{"".join(cells)}</tr>' for p, cells in rows)
+    body = ''.join(f'<tr><th scope="row">{escape(p)}</th>{"".join(row)}</tr>' for p, row in rows)
     head = ''.join(f'<th scope="col">{escape(title)}</th>' for title in head)
     return (f'<details class="card space"{" open" if len(rows) <= 40 else ""}><summary><b>Score by problem</b> '
             f'<small>{len(rows)} problems, shares of their samples in %, the hardest last</small></summary>'
