@@ -157,6 +157,9 @@ def update(learner: Learner, progress: Progress, settings: PPOSettings, episodes
     began = time.perf_counter()
     progress.state = residency.enter('score', progress.state)
     batch, minibatches = make_batch(episodes, settings, learner.forward, seed, step)
+    if (groups := 1 + int(batch.group_BN.max())) > settings.problems_per_step:  # of a run with other sizes
+        raise ValueError(f'step {step} holds {groups} groups of ppo.samples={settings.samples}, more than '
+                         f'ppo.problems_per_step={settings.problems_per_step}; set both as the episodes were made')
     batch = learner.put(batch)
     scores = learner.score(progress.state.params, batch, minibatches[-1][1], residency.reference,
                            num_groups=settings.problems_per_step)

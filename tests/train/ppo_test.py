@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from retool_jax.tasks.grader import Grader
 from retool_jax.text import template
 from retool_jax.train import ppo, rollouts
 from retool_jax.train.ppo import PPOSettings, Progress
+from retool_jax.train.residency import Residency
 from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
 from retool_jax.train.update import Learner
 from tests.train import small
@@ -87,6 +89,12 @@ def test_a_problem_that_a_step_holds_twice_is_two_groups():
     episodes = [small.make_episode(rng, 'p', 3, 4 + i, sample=i) for i in range(4)]
     found = unpacked(deal(episodes)[0])
     assert [found[tuple(e.tokens)][0] for e in episodes] == [0, 0, 1, 1]
+
+
+def test_more_groups_than_a_step_has_are_refused():
+    learner, progress = types.SimpleNamespace(forward=FORWARD), Progress(None)
+    with pytest.raises(ValueError, match='step 7 holds 6 groups of ppo.samples=2, more than ppo.problems_per_step=3'):
+        ppo.update(learner, progress, SETTINGS, small.make_episodes(11), 0, 7, Residency(False))
 
 
 @pytest.mark.parametrize(('kind', 'critic'), [('gae', 'none'), ('grpo', 'head'), ('rloo', 'backbone')])
@@ -163,6 +171,21 @@ def test_the_policy_moves_away_from_what_failed(runs):
     assert loss[1] > loss[0] + 0.01
     assert not np.any(states[0].params['critic']['head']['weight'])
     assert np.any(states[1].params['critic']['head']['weight'])
+
+
+def test_nothing_in_an_update_waits_for_the_device(runs, monkeypatch):
+    learner, states, results = runs
+    progress = Progress(jax.tree.map(jnp.copy, states[1]))
+    fetched = []
+    kind = type(progress.state.step)
+    value = kind._value
+    monkeypatch.setattr(kind, '_value', property(lambda self: fetched.append(self.shape) or value.fget(self)))
+    pending = ppo.update(learner, progress, SETTINGS, results[1].episodes, 0, 1, Residency(False))
+    assert fetched == []
+    result = pending.fetch(False)
+    assert fetched  # so it would have been noticed
+    assert result.metrics['actor/pg_loss'] == results[1].metrics['actor/pg_loss']
+    assert result.metrics['time/update_s'] > 0
 
 
 def test_a_resumed_run_goes_on_as_the_whole_one_also_with_buffers_moved_to_the_host(runs):

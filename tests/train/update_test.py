@@ -58,6 +58,18 @@ def test_any_cut_of_a_mini_batch_gives_the_same_step(learner):
         assert_same_step(found, whole)
 
 
+def test_neither_the_order_of_rows_nor_empty_ones_change_the_step(learner):
+    batch, stop = make_batch(rows=2)
+    whole = step(learner, batch, stop)
+    order = np.random.default_rng(0).permutation(stop)
+    assert (order != np.arange(stop)).any()
+    mixed = np.concatenate([order, np.arange(stop, len(batch.tokens_BT))])
+    assert_same_step(step(learner, jax.tree.map(lambda x: x[mixed], batch), stop), whole)
+    padded = make_batch(rows=8)
+    assert padded[1] > stop
+    assert_same_step(step(learner, *padded), whole)
+
+
 def test_any_cut_gives_the_same_supervised_step():
     batch, _ = make_batch()
     cut = lambda rows: sft_step(small.make_learner(rl=False, forward=small.make_forward(micro_rows=rows)), batch)

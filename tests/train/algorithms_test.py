@@ -1,0 +1,150 @@
+"""One trainer, many algorithms: each is chosen by values of the configuration and takes two real steps."""
+
+import numpy as np
+import pytest
+
+from configs import base
+from retool_jax.algo.settings import AdvantageSettings, LossSettings
+from retool_jax.core import cli, settings
+from retool_jax.core import episodes as episode_files
+from retool_jax.core import metrics as console
+from retool_jax.core.records import Reward
+from retool_jax.report import pages
+from retool_jax.train import evaluate, reinforce
+from retool_jax.train.ppo import PPOSettings
+from retool_jax.train.state import OptimizerSettings
+from retool_jax.train.watch import WatchSettings
+from tests.train import killable
+
+NO_CRITIC = {'ppo.critic': 'none', 'advantage.whiten': False}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('algorithms') / 'files'
+    killable.make_model(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def some_answers_are_right(monkeypatch):
+    """A random model solves nothing, so that groups would never differ."""
+    def grade(episodes, grader, tokenizer):
+        for e in episodes:
+            right = sum(e.tokens) % 3 == 0
+            e.reward = Reward(1.0 if right else -1.0, right, right, right, '1' if right else '')
+    monkeypatch.setattr(evaluate, 'grade', grade)
+
+
+def run(folder, name, algorithm='ppo', **values):
+    config = killable.make_config_of(folder, name, algorithm, **{'ppo.steps': 2, 'checkpoints.every': 2} | values)
+    with killable.tiny_world(folder, name):
+        reinforce.run(config)
+    lines = console.read(folder / name)
+    assert [line['step'] for line in lines] == [0, 1] and (folder / name / 'final').is_dir()
+    assert all(np.isfinite(x) for line in lines for x in line.values() if isinstance(x, float))
+    assert any(line['actor/grad_norm'] > 0 for line in lines)
+    assert all(abs(line['mismatch/logprob_abs_max']) < 1e-4 for line in lines)
+    return lines, config
+
+
+def test_grpo_takes_groups_without_a_critic(folder):
+    lines, config = run(folder, 'grpo', 'grpo', **{'ppo.samples': 4})
+    assert not any(name.startswith('critic/') for name in lines[0]) and config.advantage.kind == 'grpo'
+    episodes = episode_files.read(folder / 'grpo' / 'episodes', 'train_00000')
+    assert len(episodes) == 12 and {e.sample for e in episodes} == {0, 1, 2, 3}
+    summary = reinforce.summarise(config, folder / 'grpo')
+    assert summary['steps'] == 2 and summary['correct']['first'] == lines[0]['rewards/correct']
+    assert pages.write(folder / 'grpo').stat().st_size > 5000
+
+
+def test_dapo_replaces_groups_of_equal_rewards_and_penalises_length(folder):
+    lines, _ = run(folder, 'dapo', 'dapo', **{'ppo.samples': 3, 'ppo.minibatches': 2})
+    assert any(line['rollout/rounds'] > 1 for line in lines)
+    assert lines[1]['data/cursor'] > lines[0]['data/cursor'] >= 3
+    for step, line in enumerate(lines):
+        episodes = episode_files.read(folder / 'dapo' / 'episodes', f'train_{step:05d}')
+        groups = [episodes[i:i + 3] for i in range(0, len(episodes), 3)]
+        assert len(groups) == line['rollout/groups_taken'] > 0
+        assert all(len({e.reward.correct for e in group}) == 2 for group in groups)
+
+
+@pytest.mark.parametrize('name', ['ppo', 'grpo', 'dapo'])
+def test_every_size_of_every_algorithm_agrees_with_itself(name):
+    for arg in base.MODELS:
+        config = cli.load_config(f'configs/{name}.py:{arg}')
+        assert config.run.dir == f'runs/{name}_{arg}'
+        block = lambda kind, key: settings.build(kind, config[key], key)  # noqa: B023
+        sizes, advantage = block(PPOSettings, 'ppo'), block(AdvantageSettings, 'advantage')
+        sizes.check(advantage)
+        assert advantage.needs_groups == (sizes.samples > 1 and sizes.critic == 'none')
+        assert sizes.problems_per_step * sizes.samples % sizes.minibatches == 0
+        for kind, key in ((LossSettings, 'loss'), (WatchSettings, 'watch'), (reinforce.HalvesSettings, 'halves'),
+                          (reinforce.CheckpointSettings, 'checkpoints'), (OptimizerSettings, 'optimizer')):
+            block(kind, key)
+    assert f'python launch/ppo.py --config=configs/{name}.py:tiny' in (cli.ROOT / f'configs/{name}.py').read_text()
+
+
+VARIANTS = {
+    'dr_grpo': {'advantage.kind': 'dr_grpo', 'loss.aggregation': 'seq-mean-token-sum',
+                'loss.aggregation_constant': 48.0},
+    'rloo and cispo': {'advantage.kind': 'rloo', 'loss.kind': 'cispo', 'loss.correction': 'sequence'},
+    'reinforce_pp and kl in the reward': {'advantage.kind': 'reinforce_pp', 'advantage.whiten': True,
+                                          'loss.kl_coef': 0.1, 'loss.kl_in': 'reward', 'loss.kl_kind': 'k1'},
+    'gspo and void turns': {'advantage.kind': 'grpo', 'loss.kind': 'gspo', 'loss.aggregation': 'seq-mean-token-mean',
+                            'ppo.drop_void': True, 'ppo.mask_truncated': True},
+    'baseline, kl in the loss, verl rewards': {
+        'advantage.kind': 'reinforce_pp_baseline', 'advantage.whiten': True, 'loss.kl_coef': 0.1,
+        'loss.kl_kind': 'k2', 'reward.style': 'verl', 'loss.entropy_coef': 0.01},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', VARIANTS)
+def test_every_algorithm_is_a_choice_of_values(folder, name):
+    lines, config = run(folder, name.replace(' ', '_').replace(',', ''), **NO_CRITIC | {'ppo.samples': 4} |
+                        VARIANTS[name])
+    assert ('actor/kl' in lines[0]) == (config.loss.kl_coef > 0)
+
+
+@pytest.mark.slow
+def test_a_critic_with_a_backbone_warms_up_and_waits_on_the_host(folder):
+    lines, _ = run(folder, 'backbone', **{'ppo.critic': 'backbone', 'ppo.critic_warmup_steps': 1, 'ppo.offload': True,
+                                          'loss.value_clip': 0.2, 'ppo.epochs': 2})
+    assert abs(lines[0]['actor/ppo_kl']) < 1e-6 < abs(lines[1]['actor/ppo_kl'])  # held while the critic warms up
+    assert all(line['critic/vf_loss'] > 0 for line in lines)
+
+
+def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
+    flags = {'ppo.steps': 2, 'checkpoints.every': 2}
+    config = killable.make_config_of(folder, 'rolls', **flags, **{'halves.update': False})
+    with killable.tiny_world(folder, 'rolls'):
+        reinforce.run(config)
+    parts = episode_files.names(folder / 'rolls' / 'episodes')
+    assert parts == ['train_00000', 'train_00001'] and not (folder / 'rolls' / 'final').exists()
+    assert [line['phase'] for line in console.read(folder / 'rolls')] == ['rollout'] * 2
+    with killable.tiny_world(folder, 'rolls'):  # nothing is left to do
+        reinforce.run(config)
+    assert len(console.read(folder / 'rolls')) == 2
+
+    config = killable.make_config_of(folder, 'trained', **flags, **{'halves.episodes': folder / 'rolls' / 'episodes'})
+    with killable.tiny_world(folder, 'trained'), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reinforce.assembly, 'make_sampler', lambda *args: pytest.fail('a sampler was made'))
+        reinforce.run(config)
+    lines = console.read(folder / 'trained')
+    assert [line['phase'] for line in lines] == ['ppo'] * 2 and lines[0]['actor/grad_norm'] > 0
+    assert lines[0]['mismatch/logprob_abs_max'] < 1e-4 < lines[1]['mismatch/logprob_abs_max']  # off-policy by a step
+
+
+@pytest.mark.parametrize(('values', 'words'), [
+    ({'ppo.critic': 'none'}, "ppo.critic='none' contradicts advantage.kind='gae'"),
+    ({'advantage.kind': 'grpo'}, "ppo.critic='head' contradicts advantage.kind='grpo'"),
+    ({'ppo.dynamic_rounds': 2, 'ppo.samples': 1}, 'dynamic_rounds=2 compares the samples'),
+    ({'watch.faults': 'shout'}, "watch.faults='shout': choose one of ignore, warn, stop"),
+    ({'halves.episodes': '/nowhere'}, "halves.episodes='/nowhere' holds no training episodes"),
+])
+def test_contradictions_are_refused_before_anything_is_written(folder, values, words):
+    config = killable.make_config_of(folder, 'refused', **values)
+    with killable.tiny_world(folder, 'refused'), pytest.raises(ValueError, match=words) as refused:
+        reinforce.run(config)
+    assert cli.explain(refused.value) and not (folder / 'refused').exists()

@@ -1,0 +1,92 @@
+"""A real sandbox that fails, hangs and dies in the middle of a step: training goes on and nothing false is learnt."""
+
+import os
+import signal
+import zlib
+from concurrent.futures import Future
+
+import pytest
+
+from retool_jax.core import episodes as episode_files
+from retool_jax.core import metrics as console
+from retool_jax.core.cli import UserError
+from retool_jax.core.records import ExecResult, Stop, Verdict
+from retool_jax.sandbox.pool import Pool, SandboxSettings
+from retool_jax.train import reinforce
+from retool_jax.train.guard import Guard
+from tests.train import killable
+
+SMALL = SandboxSettings(zygotes=1, spares=2, preload=(), memory_mb=128)
+
+
+class Faulty:
+    """A pool of which a share of calls fails, by a hash of the code; at some calls its supervisor is sent a signal."""
+
+    def __init__(self, pool: Pool, share: float, accidents: dict[int, int]):
+        self.pool, self.share, self.accidents, self.calls = pool, share, accidents, 0
+
+    def submit(self, code):
+        if zlib.crc32(code.encode('utf-8', 'replace')) % 100 < 100 * self.share:
+            future = Future()
+            future.set_result(ExecResult(Verdict.SANDBOX_ERROR, '', 'injected'))
+            return future
+        self.calls += 1
+        future = self.pool.submit(code)
+        if self.calls in self.accidents:
+            os.kill(self.pool._process.pid, self.accidents[self.calls])
+        return future
+
+    def close(self):
+        self.pool.close()
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('faults') / 'files'
+    killable.make_model(folder)
+    return folder
+
+
+def run(folder, name, share, accidents, **values):
+    """Two steps; returns (episodes of the first, metrics, guard)."""
+    config = killable.make_config_of(folder, name, **{'ppo.steps': 2, 'ppo.problems_per_step': 6,
+                                                      'watch.faults': 'warn', 'watch.failures': 'ignore'} | values)
+    first = Faulty(Pool(SMALL), share, accidents)
+    with first.pool, Guard(first, lambda: Faulty(Pool(SMALL), share, {}), stall_s=4) as guard:
+        with killable.tiny_world(folder, name, executor=guard):
+            reinforce.run(config)
+        return episode_files.read(folder / name / 'episodes', 'train_00000'), console.read(folder / name), guard
+
+
+def same(a, b):
+    return a.tokens == b.tokens and a.logprobs == b.logprobs and a.stop == b.stop and a.reward == b.reward
+
+
+def test_faults_are_counted_and_leave_the_other_episodes_as_they_were(folder):
+    clean, calm, _ = run(folder, 'clean', 0.0, {})
+    assert sum(len(e.calls) for e in clean) > 6 and calm[0]['tools/fault_frequency'] == 0
+    episodes, lines, guard = run(folder, 'faulty', 0.3, {3: signal.SIGSTOP})
+    assert guard.renewals == 1
+    assert [line['step'] for line in lines] == [0, 1] and lines[0]['tools/fault_frequency'] > 0
+    lost = [e.stop == Stop.FAULT for e in episodes]
+    assert 0 < sum(lost) < len(lost)
+    for before, after, fault in zip(clean, episodes, lost):
+        if not fault:
+            assert same(before, after)
+        else:  # it ends where the fault was, and none of the sandbox's words are in it
+            assert after.calls[-1].verdict == Verdict.SANDBOX_ERROR and after.calls[-1].feedback == ''
+            assert after.tokens == before.tokens[:len(after.tokens)]
+
+
+@pytest.mark.slow
+def test_a_sandbox_that_dies_again_and_again_costs_no_more_than_time(folder):
+    clean, _, _ = run(folder, 'clean2', 0.0, {})
+    killed, lines, _ = run(folder, 'killed', 0.0, {2: signal.SIGKILL, 4: signal.SIGKILL, 7: signal.SIGKILL})
+    assert all(same(a, b) for a, b in zip(clean, killed)) and len(lines) == 2
+
+
+def test_a_sandbox_that_only_fails_stops_the_run_by_name(folder):
+    with pytest.raises(UserError, match=r'step 0: faults: tools/fault_frequency 1.00 exceeds 0.5.*alarms/faults_00000'):
+        run(folder, 'hopeless', 1.0, {}, **{'watch.faults': 'stop'})
+    assert all(e.stop == Stop.FAULT or not e.calls
+               for e in episode_files.read(folder / 'hopeless' / 'alarms', 'faults_00000'))

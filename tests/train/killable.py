@@ -1,0 +1,193 @@
+"""A tiny RL run that can be killed anywhere: `python -m tests.train.killable FOLDER NAME --at=…`.
+
+The model is random and so small that a life costs little more than its imports. Its tool is honest about time: a
+call that was answered in an earlier life is answered otherwise when it is asked again, as a clock or a random number
+would be. So a run whose journal loses an answer cannot end as the undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import signal
+import threading
+import time
+from unittest import mock
+
+import jax
+
+from retool_jax.core import cli
+from retool_jax.core import metrics as console
+from retool_jax.core.records import ExecResult, Verdict
+from retool_jax.model import config as model_config
+from retool_jax.model import hf, qwen
+from retool_jax.rollout.journal import Journal
+from retool_jax.text import tags, template
+from retool_jax.text import tokenizer as tokenizers
+from retool_jax.train import assembly, reinforce
+from tests.model.sizes import make_config
+from tests.train import small
+
+STEPS = 3
+VALUES = {
+    'ppo.steps': STEPS, 'ppo.problems_per_step': 3, 'ppo.samples': 2, 'ppo.minibatches': 2, 'checkpoints.every': 1,
+    'turns.max_tokens': 96, 'turns.max_turn_tokens': 24, 'turns.max_turns': 3, 'turns.max_calls': 2,
+    'sampler.rows': 4, 'sampler.slots': 96, 'sampler.chunk': 32, 'sampler.group': 2, 'sampler.quota': 8,
+    'sampler.min_bound': 96, 'forward.unroll': 1, 'forward.row_width': 96, 'forward.logprob_chunk': 96,
+    'forward.vocab_chunk': 264, 'forward.row_segments': 3, 'forward.micro_rows': 2, 'optimizer.lr': 1e-2,
+    'watch.equal_rewards': 'ignore',
+}  # fmt: skip
+
+
+def make_model(folder: pathlib.Path) -> None:
+    """A random model with a tokenizer, and the problems, below `folder`."""
+    folder.mkdir(parents=True)
+    tokenizers.train_bpe(['a b c'], 264, folder / 'source')
+    config = make_config(vocab_size=264, initializer_range=0.2, num_hidden_layers=1)
+    hf.save(folder / 'model', config, qwen.init(config, jax.random.key(0)), 'float32', folder / 'source')
+    assert model_config.load_config(folder / 'model').vocab_size == 264
+    lines = [f'{{"id": "p{i}", "problem": "Q{i}?", "answer": "{i}"}}\n' for i in range(20)]
+    (folder / 'problems.jsonl').write_text(''.join(lines))
+
+
+def make_config_of(folder: pathlib.Path, name: str, algorithm: str = 'ppo', **values):
+    """The configuration of run `name` below `folder`, `algorithm` being a file of configs/."""
+    values = VALUES | values | {'model.path': folder / 'model', 'run.dir': folder / name}
+    flags = [f'--config.{key}={value}' for key, value in values.items()]
+    sources = f"--config.data.sources=('{folder / 'problems.jsonl'}',)"
+    return cli.parse_config(['ppo', f'--config=configs/{algorithm}.py:tiny', sources, *flags])
+
+
+class HonestTool:
+    """Answers a call by who asks; otherwise once it has been answered in an earlier life (FOLDER/answered)."""
+
+    def __init__(self, ledger: pathlib.Path):
+        self.ledger, self.key, self.delivered = ledger, '', []
+        self.earlier = set(ledger.read_text().splitlines()) if ledger.exists() else set()
+
+    def submit(self, code: str) -> concurrent.futures.Future:
+        self.settle()
+        self.delivered.append(self.key)
+        text = f'{len(self.key)} again' if self.key in self.earlier else f'{sum(self.key.encode()) % 97}'
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        future.set_result(ExecResult(Verdict.OK, text, ''))
+        return future
+
+    def settle(self) -> None:
+        """What was answered before this moment has been acted upon."""
+        with open(self.ledger, 'a') as file:
+            file.writelines(f'{key}\n' for key in self.delivered)
+        self.delivered.clear()
+
+
+@contextlib.contextmanager
+def tiny_world(folder: pathlib.Path, name: str, journal: bool = True, moment=lambda what: None, executor=None):
+    """Everything of a run that is not under test, replaced; `moment` is called at every point where to be killed.
+
+    journal False: results are written, and never read. executor: instead of the honest tool.
+    """
+    tool = HonestTool(folder / f'{name}.answered')
+
+    class Noted(Journal):
+        def get(self, key):
+            tool.key = key
+            return super().get(key) if journal else None
+
+        def put(self, key, result):
+            moment('before journal')
+            tear(self._file, f'{{"key": "{key}", "resu'.encode(), 'inside journal')
+            super().put(key, result)
+            moment('after journal')
+
+    def tear(file, part: bytes, what: str) -> None:
+        """Half a line, which only a killed run leaves behind."""
+        if moment(what):
+            (file.write(part), file.flush()) if hasattr(file, 'write') else os.write(file, part)
+            die()
+
+    def around(function, what):
+        def call(*arguments, **keywords):
+            moment(f'before {what}')
+            found = function(*arguments, **keywords)
+            moment(f'after {what}')
+            return found
+        return call
+
+    write = console.Metrics.write
+
+    def write_metrics(self, step, metrics):
+        moment('before metrics')
+        tear(self._file, b'{"step": 1, "rewa', 'inside metrics')
+        write(self, step, metrics)
+        moment('after metrics')
+
+    def table(language, tools, on_answer):
+        stops = {'a': tags.CODE, 'e': tags.CODE, 'o': tags.CODE, 'z': tags.ANSWER}
+        return tags.build_table(language.tokenizer.token_bytes, 264, stops)
+
+    patches = [
+        mock.patch.object(reinforce, 'Journal', Noted),
+        mock.patch.object(reinforce, 'open_guarded', lambda *_: contextlib.nullcontext(executor or tool)),
+        mock.patch.object(assembly, 'make_table', table),
+        mock.patch.object(assembly, 'make_mesh', lambda config: small.one_device()),
+        mock.patch.object(template, 'extract_snippet', lambda text: template.Snippet(text, 0)),
+        mock.patch.object(console.Metrics, 'write', write_metrics),
+        mock.patch.object(os, 'replace', around(os.replace, 'rename')),
+        mock.patch.object(os, 'rename', around(os.rename, 'rename')),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Moments:
+    """Counts the moments of one life; at `at`, as in 'before rename:2', the process dies. `log` keeps their names."""
+
+    def __init__(self, at: str | None = None):
+        self.kind, _, number = (at or '').partition(':')
+        self.number, self.log = int(number or 0), []
+
+    def __call__(self, what: str) -> bool:
+        """Whether a torn write is to be made now, by the one who asks."""
+        self.log.append(what)
+        if what != self.kind or self.log.count(what) - 1 != self.number:
+            return False
+        if not what.startswith('inside'):
+            die()
+        return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('folder', type=pathlib.Path)
+    parser.add_argument('name')
+    parser.add_argument('--at')  # a moment, as in 'before rename:2'
+    parser.add_argument('--after', type=float)  # seconds from the first moment on
+    parser.add_argument('--signal', default='SIGKILL')
+    parser.add_argument('--no_journal', action='store_true')
+    given = parser.parse_args()
+    moments = Moments(given.at)
+
+    def moment(what: str) -> bool:
+        if not moments.log and given.after is not None:
+            number = getattr(signal, given.signal)
+            strike = lambda: (time.sleep(given.after), os.kill(os.getpid(), number))
+            threading.Thread(target=strike, daemon=True).start()
+        return moments(what)
+
+    def body(config) -> None:
+        with tiny_world(given.folder, given.name, not given.no_journal, moment):
+            reinforce.run(config)
+    cli._run(lambda argv: body(make_config_of(given.folder, given.name)), body)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,138 @@
+"""Nothing is lost: killed anywhere, a run that is started again ends as the undisturbed one, bit for bit."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from retool_jax.core import episodes as episode_files
+from retool_jax.core import metrics as console
+from retool_jax.core.checkpoint import Checkpoints
+from retool_jax.core.cli import ROOT
+from retool_jax.core.records import Episode, ExecResult, Problem, Verdict
+from retool_jax.rollout.journal import Journal, call_key
+from retool_jax.train import reinforce
+from tests.core.metrics_test import events
+from tests.train import killable
+from tests.train.killable import STEPS
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """A folder with a model and problems, what the undisturbed run left there, and the moments it passed."""
+    folder = tmp_path_factory.mktemp('world') / 'files'
+    killable.make_model(folder)
+    moments = killable.Moments()
+    left = finish(folder, 'whole', moments)
+    assert len(left[1]) == STEPS * 6 and any(e.calls for e in left[1])
+    return folder, left, moments.log
+
+
+def finish(folder, name, moments=lambda what: False, journal=True):
+    """Runs to the end within this process: (state, episodes, metrics lines without clocks, model file)."""
+    states = []
+
+    def keep(parts, directory):
+        states.append(jax.device_get(parts.progress.state))
+        export(parts, directory)
+    export = reinforce.export
+    with mock.patch.object(reinforce, 'export', keep), killable.tiny_world(folder, name, journal, moments):
+        reinforce.run(killable.make_config_of(folder, name))
+    lines = [{k: v for k, v in line.items() if not k.startswith(('time', 'rollout/tokens'))}
+             for line in console.read(folder / name)]
+    return (states[0], episode_files.read(folder / name / 'episodes'), lines,
+            (folder / name / 'final' / 'model.safetensors').read_bytes())
+
+
+def live(folder, name, *flags):
+    """One life of the run in a process of its own."""
+    return subprocess.run([sys.executable, '-m', 'tests.train.killable', str(folder), name, *flags], cwd=ROOT,
+                          env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=600)
+
+
+def assert_same(found, whole, directory):
+    """Bit-equal in everything that is no clock, and every step once in every file."""
+    jax.tree.map(np.testing.assert_array_equal, found[0], whole[0])
+    assert found[1] == whole[1] and found[2] == whole[2] and found[3] == whole[3]
+    assert [line['step'] for line in found[2]] == list(range(STEPS))
+    assert episode_files.names(directory / 'episodes') == [f'train_{step:05d}' for step in range(STEPS)]
+    rewards = [step for step, name, _ in events(directory) if name == 'rewards/mean']
+    assert rewards == list(range(STEPS))
+    with Checkpoints(directory / 'checkpoints', keep_last=2, keep_best_metric='score') as checkpoints:
+        assert checkpoints.latest() == STEPS
+        assert checkpoints.meta(STEPS) == {'step': STEPS, 'cursor': 3 * STEPS, 'seed': 0}
+
+
+def test_killed_at_three_moments_a_run_ends_as_the_undisturbed_one(world):
+    folder, whole, log = world
+    middle = log.count('inside journal') // STEPS - 1  # most calls of the first step have been answered
+    for moment in (f'inside journal:{middle}', 'before metrics:0', f'after rename:{log.count("after rename") // 2}'):
+        done = live(folder, 'three', f'--at={moment}')
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert_same(finish(folder, 'three'), whole, folder / 'three')
+
+
+@pytest.mark.slow
+def test_without_the_journal_that_test_fails(world):
+    folder, whole, _ = world
+    assert live(folder, 'careless', '--at=before metrics:0', '--no_journal').returncode < 0
+    found = finish(folder, 'careless', journal=False)
+    assert found[1] != whole[1] and found[3] != whole[3]
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_a_run_ends_as_the_undisturbed_one(world):
+    folder, whole, log = world
+    rng = random.Random(0)
+    kinds = sorted(set(log))
+    assert len(kinds) == 8
+    flags = [f'--at={what}:{rng.randrange(log.count(what))}' for what in kinds]
+    flags += [f'--at={what}:0' for what in kinds] + [f'--after={rng.uniform(0, 4):.2f}' for _ in range(8)]
+    rng.shuffle(flags)
+    killed = runs = 0
+    while killed < 20:  # four deaths a run; a life that ends before its moment has finished the run
+        done = live(folder, f'run{runs}', flags[killed % len(flags)])
+        assert done.returncode in (-signal.SIGKILL, 0), done.stderr
+        killed += done.returncode != 0
+        if done.returncode == 0:
+            rng.shuffle(flags)
+        if done.returncode == 0 or killed % 4 == 0:
+            assert_same(finish(folder, f'run{runs}'), whole, folder / f'run{runs}')
+            runs += 1
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_last_whole_step_and_says_how_to_go_on(world):
+    folder, whole, _ = world
+    for after in (0.5, 2.0, 3.5):
+        done = live(folder, 'told', f'--after={after}', '--signal=SIGTERM')
+        assert done.returncode in (143, 0), done.stderr
+        if done.returncode == 143:
+            assert 'stopped; the same command goes on from the last checkpoint' in done.stderr
+            with Checkpoints(folder / 'told' / 'checkpoints', keep_last=2, keep_best_metric='score') as checkpoints:
+                assert (checkpoints.latest() or 0) == len(console.read(folder / 'told'))
+    assert_same(finish(folder, 'told'), whole, folder / 'told')
+
+
+def test_a_journal_forgets_steps_that_are_committed_and_goes_on(tmp_path):
+    problem = Problem('p/1', 'Q?', '1', 'test', '')
+    keys = [call_key(Episode(problem, sample=0, step=step), 'x') for step in (0, 1, 1, 10)]
+    keys[2] += 'y'
+    with contextlib.closing(Journal(tmp_path / 'j')) as journal:
+        for key in keys:
+            journal.put(key, ExecResult(Verdict.OK, key, ''))
+        journal.forget(1)
+        journal.put('10/z/0/0/q', ExecResult(Verdict.OK, 'later', ''))
+        assert journal.get(keys[0]) is None
+    with contextlib.closing(Journal(tmp_path / 'j')) as journal:
+        assert [journal.get(key) and journal.get(key).stdout for key in keys] == [None, *keys[1:]]
+        assert journal.get('10/z/0/0/q').stdout == 'later'
+        journal.forget(11)
+        assert not journal.results and (tmp_path / 'j').read_bytes() == b''
