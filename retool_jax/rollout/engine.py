@@ -15,7 +15,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from retool_jax.core.pytrees import Params
+from retool_jax.core.pytrees import Params, SampleState
 from retool_jax.core.records import Episode, ExecResult, Problem
 from retool_jax.rollout import turns
 from retool_jax.rollout.journal import Journal
@@ -86,6 +86,8 @@ class Engine:
         self.key_data = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), purpose)))
         self.stats = RolloutStats()
         self.timeline: Timeline | None = None
+        self.keeps_cache = False  # keeps the KV cache between runs: quicker, where nothing else needs the memory
+        self.kept: SampleState | None = None
 
     def run(self, params: Params, version: int, requests: Sequence[Request], step: int, *,
             journal: Journal | None = None, quanta: int | None = None,

@@ -59,7 +59,8 @@ class Flight:
         self.quanta = -1 if quanta is None else quanta
         self.queue = collections.deque(enumerate(requests))
         self.slots: list[Slot | None] = [None] * self.sampler.settings.rows
-        self.state: SampleState = self.sampler.empty()
+        self.state: SampleState = engine.kept or self.sampler.empty()
+        engine.kept = None  # given to the device's calls from now on
         self.prefilled: dict[str, tuple[int, jax.Array]] = {}  # problem → row that holds its prompt, logits
         self.ended: collections.deque[tuple[int, Episode]] = collections.deque()  # not handed out yet
         self.fed: tuple[float, jax.Array, list[int]] | None = None  # since when, ready when done, rows
@@ -81,6 +82,8 @@ class Flight:
             elif not moved:
                 self._wait()
             self.stats.total_s = time.perf_counter() - began
+        if self.engine.keeps_cache:
+            self.engine.kept = self.state
         yield from self.ended
 
     def _leave(self, row: int, stop: Stop | None) -> None:

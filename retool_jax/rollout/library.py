@@ -80,6 +80,7 @@ class Engine(engines.Engine):
                          Rules(turns, model.tokenizer, table, lambda result: render(result, shown)),
                          SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
                          executor, seed, purpose=0)
+        self.keeps_cache = True
 
     def ask(self, questions: Sequence[str], samples: int = 1, step: int = 0) -> list[Episode]:
         """`samples` episodes per question, side by side; another `step` draws others."""

@@ -1,0 +1,226 @@
+"""How fast rollout is: against transformers and google-tunix, against its own floor, and with slow tools.
+
+All sides of a figure are measured in one run, in turns, and compared by medians. The peers run as child processes
+of the interpreters that `make baselines` made and load the same weights; without them their figures are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retool_jax.bench import rollout_cache, rollout_tools
+from retool_jax.bench.timing import clock, compilations, in_turns
+from retool_jax.core.pytrees import Params
+from retool_jax.core.records import Problem
+from retool_jax.model import hf, qwen
+from retool_jax.model.config import QwenConfig
+from retool_jax.rollout.engine import Engine, Request, SamplingSettings
+from retool_jax.rollout.sampler import Sampler, SamplerSettings
+
+ROOT = pathlib.Path(__file__).parents[2]
+PEERS = {'transformers': ('torch', 'rollout_torch.py'), 'tunix': ('tunix', 'rollout_tunix.py')}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The model and the calls; the defaults are those of docs/benchmarks.md."""
+
+    layers: int = 6
+    width: int = 256
+    mlp: int = 1024
+    heads: int = 4
+    kv_heads: int = 2
+    vocab: int = 4096
+    slots: int = 4224  # allocated per row
+    short_slots: int = 320  # what the long cache is compared with
+    prompt: int = 64
+    new: int = 192
+    rows: tuple[int, ...] = (1, 16, 64)
+    tunix_rows: int = 16
+    quota: int = 64
+    chunk: int = 64
+    tool_s: float = 1.0  # latency of a tool, and how long a turn takes to write
+    turns: int = 3  # tool calls of an episode
+    tool_rows: tuple[int, ...] = (8, 32, 64)  # slots with slow tools
+    long: int = 4096  # tokens before a tool's output
+    dtype: str = 'float32'
+
+
+def measure(shape: Shape, repeats: int, parts: Sequence[str], say: Callable[[str], None]) -> dict:
+    """The figures of `parts` ('peers', 'tools', 'cache'): tokens/s, ratios, seconds."""
+    config = model_config(shape)
+    params = qwen.init(config, jax.random.key(0))
+    weights = jax.jit(lambda p: qwen.to_sampling(config, p, jnp.dtype(shape.dtype)))(params)
+    figures = {'device': jax.devices()[0].device_kind, **dataclasses.asdict(shape)}
+    if 'peers' in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            hf.save(pathlib.Path(folder) / 'model', config, params, jnp.dtype(shape.dtype))
+            with open_peers(pathlib.Path(folder) / 'model', shape.slots, say) as peers:
+                figures |= against_peers(config, weights, shape, repeats, peers, say)
+                if 'tunix' in peers:
+                    figures |= against_new_budgets(config, weights, shape, repeats, peers['tunix'], say)
+    if 'tools' in parts:
+        figures |= rollout_tools.measure(config, weights, shape, repeats, say)
+    if 'cache' in parts:
+        figures |= rollout_cache.measure(config, weights, shape, repeats, say)
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+
+
+def model_config(shape: Shape) -> QwenConfig:
+    return QwenConfig(model_type='qwen2', vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.mlp,
+                      num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+                      num_key_value_heads=shape.kv_heads, head_dim=shape.width // shape.heads,
+                      tie_word_embeddings=False, max_position_embeddings=max(shape.slots, 4096))
+
+
+class Peer:
+    """A child process that answers one line of JSON with one line of JSON."""
+
+    def __init__(self, interpreter: pathlib.Path, script: pathlib.Path, *arguments: str):
+        self.child = subprocess.Popen([interpreter, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE, text=True)
+        self.version = self._read()['version']
+
+    def ask(self, rows: int, prompt: int, new: int) -> float:
+        """Seconds of one call."""
+        self.child.stdin.write(json.dumps({'rows': rows, 'prompt': prompt, 'new': new}) + '\n')
+        self.child.stdin.flush()
+        found = self._read()
+        if found['tokens'] != rows * new:
+            raise RuntimeError(f'{self.child.args[1].name} wrote {found["tokens"]} tokens, not {rows * new}')
+        return found['seconds']
+
+    def _read(self) -> dict:
+        for line in self.child.stdout:
+            if line.startswith('{'):  # libraries may talk
+                return json.loads(line)
+        raise RuntimeError(f'{self.child.args[1].name}: {self.child.stderr.read().strip()[-500:]}')
+
+    def close(self) -> None:
+        self.child.stdin.close()
+        try:
+            self.child.wait(10)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        self.child.stdout.close()
+        self.child.stderr.close()
+
+
+@contextlib.contextmanager
+def open_peers(directory: pathlib.Path, slots: int, say: Callable[[str], None]) -> Iterator[dict[str, Peer]]:
+    """The peers that are installed, with the weights of `directory` loaded."""
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for name, (environment, script) in PEERS.items():
+            interpreter = ROOT / '.baselines' / environment / 'bin' / 'python'
+            if not interpreter.exists():
+                say(f'{name} is not here: make baselines')
+                continue
+            found[name] = Peer(interpreter, pathlib.Path(__file__).with_name(script), str(directory), str(slots))
+            stack.callback(found[name].close)
+        yield found
+
+
+def make_engine(config: QwenConfig, shape: Shape, rows: int) -> Engine:
+    """An engine whose episodes end at their budget alone."""
+    sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=shape.chunk, group=min(8, rows), quota=shape.quota,
+                            min_bound=shape.chunk, dtype=shape.dtype, cache_dtype=shape.dtype)
+    sampler = Sampler(config, sizes, np.zeros((1, shape.vocab), np.int32), np.zeros(1, np.int8), ())
+    engine = Engine(sampler, rollout_tools.Script(shape.new, shape.slots, 0), PLAIN, None, seed=0, purpose=0)
+    engine.keeps_cache = True
+    return engine
+
+
+PLAIN = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+
+
+def make_requests(shape: Shape, count: int, seed: int) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    prompt = lambda: tuple(rng.integers(0, shape.vocab, shape.prompt).tolist())
+    return [Request(Problem(f'{seed}/{i}', '', '', '', ''), 0, prompt()) for i in range(count)]
+
+
+def run_seconds(engine: Engine, params: Params, requests: list[Request], tokens: int) -> float:
+    """Seconds of one run, which must write so many tokens."""
+    began = time.perf_counter()
+    engine.run(params, 0, requests, step=0)
+    seconds = time.perf_counter() - began
+    if engine.stats.sampled_tokens != tokens:
+        raise RuntimeError(f'{engine.stats.sampled_tokens} tokens were sampled, not {tokens}')
+    return seconds
+
+
+def against_peers(config: QwenConfig, weights: Params, shape: Shape, repeats: int, peers: dict[str, Peer],
+                  say: Callable[[str], None]) -> dict:
+    """tokens/s of engine, floor and transformers at each batch size."""
+    figures = {}
+    for rows in shape.rows:
+        say(f'{rows} rows')
+        tokens, engine = rows * shape.new, make_engine(config, shape, rows)
+        floor = floor_program(config, shape, rows)
+        sides = {'engine': lambda i, e=engine, r=rows, t=tokens: run_seconds(e, weights, make_requests(shape, r, i), t),
+                 'floor': lambda i, f=floor: clock(f, weights)}
+        if 'transformers' in peers:
+            sides['transformers'] = lambda i, r=rows: peers['transformers'].ask(r, shape.prompt, shape.new)
+        seconds = in_turns(sides, repeats)
+        figures |= {f'{name}_tokens_per_s_{rows}': tokens / s for name, s in seconds.items()}
+        figures[f'share_of_floor_{rows}'] = seconds['floor'] / seconds['engine']
+        if 'transformers' in peers:
+            figures[f'over_transformers_{rows}'] = seconds['transformers'] / seconds['engine']
+    if 'transformers' in peers:
+        figures['transformers_version'] = peers['transformers'].version
+    return figures
+
+
+def against_new_budgets(config: QwenConfig, weights: Params, shape: Shape, repeats: int, peer: Peer,
+                        say: Callable[[str], None]) -> dict:
+    """A new token budget on every call, as in an agent's turns; ours compiles nothing for it."""
+    say('new budgets')
+    engine = make_engine(config, shape, shape.tunix_rows)
+    budget = lambda i: shape.new - i
+
+    def ours(i: int) -> float:
+        engine.rules = rollout_tools.Script(budget(i), shape.slots, 0)
+        return run_seconds(engine, weights, make_requests(shape, shape.tunix_rows, i), shape.tunix_rows * budget(i))
+    theirs = lambda i: peer.ask(shape.tunix_rows, shape.prompt, budget(i))
+    compiled = compilations()
+    seconds = in_turns({'engine': ours, 'tunix': theirs}, repeats, warm=compiled.clear)
+    return {'tunix_s': seconds['tunix'], 'engine_new_budget_s': seconds['engine'],
+            'over_tunix': seconds['tunix'] / seconds['engine'], 'new_budget_compilations': len(compiled),
+            'tunix_version': peer.version}
+
+
+def floor_program(config: QwenConfig, shape: Shape, rows: int) -> Callable:
+    """What cannot be avoided: a step's matmuls and one read of the live KV, `new` times in one loop."""
+    live = shape.prompt + shape.new // 2
+    kv = jnp.ones((2, config.num_hidden_layers, rows, config.num_key_value_heads, live, config.head_dim), shape.dtype)
+    groups = config.num_attention_heads // config.num_key_value_heads
+
+    @jax.jit
+    def run(params: Params, kv: jax.Array) -> jax.Array:
+        def step(_, x_BD):
+            for layer, p in enumerate(params['layers']):
+                project = lambda name, x, p=p: jnp.einsum('BD,DNH->BNH', x, p['self_attn'][name]['weight'])
+                q_BNH, k_BKH, v_BKH = (project(name, x_BD) for name in ('q_proj', 'k_proj', 'v_proj'))
+                q_BKGH = q_BNH.reshape(rows, -1, groups, config.head_dim)
+                score = jnp.einsum('BKGH,BKSH->BKGS', q_BKGH + (k_BKH + v_BKH)[:, :, None], kv[0, layer])
+                mixed = jnp.einsum('BKGS,BKSH->BKGH', score, kv[1, layer]).reshape(rows, -1, config.head_dim)
+                x_BD = x_BD + jnp.einsum('BNH,NHD->BD', mixed, p['self_attn']['o_proj']['weight'])
+                weight = lambda name, p=p: p['mlp'][name]['weight']
+                x_BD = x_BD + (x_BD @ weight('gate_proj') * (x_BD @ weight('up_proj'))) @ weight('down_proj')
+                x_BD = x_BD * 1e-3  # stays finite
+            return x_BD + (x_BD @ params['lm_head']['weight']).max(axis=-1, keepdims=True)
+        return jax.lax.fori_loop(0, shape.new, step, jnp.ones((rows, shape.width), shape.dtype))
+    return lambda params: run(params, kv)

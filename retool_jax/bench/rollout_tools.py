@@ -1,0 +1,151 @@
+"""Rollout with slow tools: slots that go on while others wait, against instant tools and against a barrier per turn."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from retool_jax.core.pytrees import Params
+from retool_jax.core.records import Episode, ExecResult, Problem, Stop, ToolCall, Verdict
+from retool_jax.model.config import QwenConfig
+from retool_jax.rollout import turns
+from retool_jax.rollout.engine import Engine, Request, SamplingSettings
+from retool_jax.rollout.sampler import STOP_CODE, STOP_NONE, Sampler, SamplerSettings
+from retool_jax.text import tags
+
+FED = 32  # tokens of a tool's output
+ROUNDS = 3  # episodes per slot
+ANSWERED = ExecResult(Verdict.OK, '', '')
+
+
+class Script:
+    """Turn rules for a random model, with those parts of turns.Rules that an engine uses: a turn that the table
+    ends is a call, the output is the same ids each time, `calls` of them and the episode ends."""
+
+    def __init__(self, turn_tokens: int, max_tokens: int, calls: int):
+        self.settings = turns.TurnSettings(tools=calls > 0, max_tokens=max_tokens, max_turn_tokens=turn_tokens,
+                                           max_turns=calls + 1, max_calls=calls, on_cap='end', on_answer='end')
+        self.table = tags.TagTable(*(np.zeros((1, 1), np.int32) for _ in range(5)))
+
+    def turn_ids(self, episode: Episode) -> list[int]:
+        return []  # nothing is taken up again
+
+    def allowance(self, episode: Episode, written: int = 0) -> int:
+        return min(self.settings.max_turn_tokens - written, self.settings.max_tokens - len(episode.tokens))
+
+    def advance(self, episode: Episode, tokens, logprobs, stop: int, version: int) -> turns.Next:
+        episode.append(tokens, acted=True, logprobs=logprobs, version=version)
+        assert stop != STOP_NONE
+        episode.turns += 1
+        more = stop == STOP_CODE and episode.turns <= self.settings.max_calls
+        return turns.Run('') if more else turns.End(Stop.EOS)
+
+    def resume(self, episode: Episode, code: str, result: ExecResult) -> turns.Next:
+        episode.calls.append(ToolCall(episode.turns - 1, code, result.verdict, '', '', '', len(episode.tokens), 0.0))
+        fed = list(range(FED))
+        episode.append(fed, acted=False)
+        return turns.Feed(fed, self.allowance(episode))
+
+
+class Tool:
+    """Answers every call after `seconds`, all at once and none before the other."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def submit(self, code: str) -> concurrent.futures.Future[ExecResult]:
+        future: concurrent.futures.Future[ExecResult] = concurrent.futures.Future()
+        if self.seconds > 0:
+            timer = threading.Timer(self.seconds, future.set_result, (ANSWERED,))
+            timer.daemon = True
+            timer.start()
+        else:
+            future.set_result(ANSWERED)
+        return future
+
+
+class Barrier:
+    """A turn of all rows, then all tools at once: what a loop of batched generation and batched tools does."""
+
+    def __init__(self, seconds: float, slots: int, episodes: int):
+        self.seconds, self.slots, self.left = seconds, slots, episodes
+        self.waiting: list[concurrent.futures.Future[ExecResult]] = []
+
+    def submit(self, code: str) -> concurrent.futures.Future[ExecResult]:
+        self.waiting.append(concurrent.futures.Future())
+        future = self.waiting[-1]
+        self._release()
+        return future
+
+    def finished(self, episode: Episode) -> None:
+        self.left -= 1
+        self._release()
+
+    def _release(self) -> None:
+        if not self.waiting or len(self.waiting) < min(self.slots, self.left):
+            return
+        futures, self.waiting = self.waiting, []
+        timer = threading.Timer(self.seconds, lambda: [f.set_result(ANSWERED) for f in futures])
+        timer.daemon = True
+        timer.start()
+
+
+class Case:
+    """An engine of so many slots whose turns end at random after `mean` tokens on average."""
+
+    def __init__(self, config: QwenConfig, shape, rows: int, mean: float):
+        self.shape, self.rows = shape, rows
+        # Two states: a random share of the vocabulary ends the turn. Of a random model that is a fixed hazard.
+        ends = max(round(shape.vocab / mean), 1)
+        table = np.zeros((2, shape.vocab), np.int32)
+        table[:, np.random.default_rng(0).choice(shape.vocab, ends, replace=False)] = 1
+        sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=shape.chunk, group=min(4, rows), quota=16,
+                                min_bound=shape.chunk, dtype=shape.dtype, cache_dtype=shape.dtype)
+        self.sampler = Sampler(config, sizes, table, np.array([0, tags.CODE], np.int8), ())
+        self.engine: Engine | None = None
+
+    def run(self, weights: Params, tool, count: int, step: int = 0,
+            finished: Callable[[Episode], None] = lambda episode: None) -> float:
+        """tokens/s of `count` episodes."""
+        rules = Script(self.shape.slots, self.shape.slots - FED, self.shape.turns)
+        plain = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+        self.engine = Engine(self.sampler, rules, plain, tool, seed=0, purpose=0)
+        rng = np.random.default_rng(step)
+        prompt = lambda: tuple(rng.integers(0, self.shape.vocab, self.shape.prompt).tolist())
+        requests = [Request(Problem(f'{i}', '', '', '', ''), 0, prompt()) for i in range(count)]
+        self.engine.run(weights, 0, requests, step, finished=finished)
+        return self.engine.stats.tokens_per_s
+
+
+def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Callable[[str], None]) -> dict:
+    """tokens/s with tools that take as long as a turn takes to write, and their ratios."""
+    say('pace of a row')
+    probe = Case(config, shape, 4, shape.new)
+    pace = [probe.run(weights, Tool(0.0), 8, step) / 4 for step in range(3)][1:]  # the first compiles
+    mean = max(float(np.median(pace)) * shape.tool_s, 4.0)
+    instant = Case(config, shape, 4, mean)
+    slow = {rows: Case(config, shape, rows, mean) for rows in shape.tool_rows}
+    first = shape.tool_rows[0]
+
+    def barrier(step: int) -> float:
+        count = ROUNDS * first
+        tool = Barrier(shape.tool_s, first, count)
+        return slow[first].run(weights, tool, count, step, tool.finished)
+    sides = {'instant_4': lambda i: instant.run(weights, Tool(0.0), 4 * ROUNDS, i)}
+    sides |= {f'tools_{rows}': lambda i, c=case: c.run(weights, Tool(shape.tool_s), c.rows * ROUNDS, i)
+              for rows, case in slow.items()}
+    sides[f'barrier_{first}'] = barrier
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(repeats + 1):
+        for name, work in sides.items():
+            say(f'{name}, round {i}')
+            found[name].append(work(i))
+    rate = {name: float(np.median(values[1:])) for name, values in found.items()}
+    stats = slow[first].engine.stats
+    return {f'{name}_tokens_per_s': value for name, value in rate.items()} | {
+        'turn_tokens': mean, 'tools_over_instant': rate[f'tools_{first}'] / rate['instant_4'],
+        'tools_over_barrier': rate[f'tools_{first}'] / rate[f'barrier_{first}'],
+        'barrier_blocked_share': stats.summary()['rollout/blocked_share']}
