@@ -37,6 +37,10 @@ _OUTSIDE = {
 }  # fmt: skip
 
 
+# Finalisers, and JAX's callback of the garbage collector: Python prints what they raise and goes on.
+_SWALLOWING = ('__del__', '_xla_gc_callback')
+
+
 class UserError(ValueError):
     """What the user can mend: the door prints its text as one line and exits 2."""
 
@@ -187,7 +191,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 def _run(body: Callable[[list[str]], None], main: Callable) -> None:
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
     try:
         if any(a in ('-h', '--help', '--helpfull') for a in sys.argv[1:]):
             _help(main)
@@ -209,8 +214,16 @@ def _run(body: Callable[[list[str]], None], main: Callable) -> None:
     sys.exit(0)
 
 
-def _terminate(signum, frame) -> None:
-    raise Terminated
+def _stop(number: int, frame) -> None:
+    """Ends the main thread's work by an exception; where Python would swallow it, a moment later."""
+    while frame is not None:
+        if frame.f_code.co_name in _SWALLOWING:
+            again = threading.Timer(0.01, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
+        frame = frame.f_back
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _say(line: str) -> None:

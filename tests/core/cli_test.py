@@ -32,7 +32,7 @@ from absl import flags
 from retool_jax.core import cli
 from retool_jax.core.records import Episode
 
-FLAG = flags.DEFINE_enum('act', 'show', ['show', 'bug', 'words', 'int', 'missing', 'wait'], 'what to do')
+FLAG = flags.DEFINE_enum('act', 'show', ['show', 'bug', 'words', 'int', 'missing', 'wait', 'collect'], 'what to do')
 
 def main(config):
     if FLAG.value == 'bug':
@@ -43,6 +43,13 @@ def main(config):
         Episode(None, 0, 0).append([1], acted=True)
     if FLAG.value == 'missing':
         open('no/such/file')
+    if FLAG.value == 'collect':
+        class Held:
+            def __del__(self):
+                print('ready', flush=True)
+                time.sleep(1)
+        Held()
+        time.sleep(60)
     if FLAG.value == 'wait':
         print('ready', flush=True)
         time.sleep(60)
@@ -130,9 +137,10 @@ def test_a_fault_of_ours_keeps_its_traceback(door, act):
     assert code == 1 and 'Traceback' in err and 'binary.py' in err
 
 
+@pytest.mark.parametrize('act', ['wait', 'collect'])  # collect: where exceptions are swallowed
 @pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_process_says_so_in_one_line(door, number, status):
-    child = door.start('--act=wait')
+def test_a_stopped_process_says_so_in_one_line(door, number, status, act):
+    child = door.start(f'--act={act}')
     assert child.stdout.readline() == 'ready\n'
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
