@@ -27,7 +27,6 @@ STYLES = ('paper', 'verl')
 START_LIMIT_S = 120.0  # importing sympy on a loaded machine; after that the installation is broken
 GRACE_S = 2.0  # beyond the time limit, for a reply of the child that its own alarm should have made
 CACHE_SIZE = 100_000
-GOLD_TRIES = 3  # a gold answer is read once a run: a busy machine must not condemn it
 
 
 class Grader:
@@ -97,14 +96,12 @@ class Grader:
         return self._cache[key]
 
     def parses(self, gold: str) -> bool:
-        """Whether a gold answer can be read as mathematics at all (one that cannot equals only itself)."""
+        """Whether a gold answer can be read as mathematics (one that cannot equals only itself); one that the judge
+        was too late for may be readable, and the machine busy."""
         if answers.integer(gold) is not None:
             return True
-        for _ in range(GOLD_TRIES):
-            reply = self._ask(gold, gold)
-            if 'late' not in reply:
-                break
-        return bool(reply.get('parsed'))
+        reply = self._ask(gold, gold)
+        return 'late' in reply or 'died' in reply or bool(reply.get('parsed'))
 
     def _ask(self, answer: str, gold: str) -> dict:
         child = self._idle.get()
