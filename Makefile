@@ -26,7 +26,7 @@ test-all: setup
 	@$(PY) -m pytest -m 'not soak' $(ARGS)
 
 soak: setup
-	@$(PY) -m pytest -m soak $(ARGS)
+	@$(PY) -m pytest -m soak -o faulthandler_timeout=3600 $(ARGS)
 
 bench: setup
 	@$(PY) launch/bench_sandbox.py $(ARGS)
