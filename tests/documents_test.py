@@ -1,0 +1,102 @@
+"""What README and docs tell people to type works: every command parses, every link leads somewhere, the chain runs."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from retool_jax.core import cli
+from tests.launch import launcher
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENTS = ('README.md', 'docs/guide.md', 'docs/troubleshooting.md', 'docs/sandbox.md')
+VARIABLES = {'SIZE': 'qwen2_5_7b', 'MODEL': 'Qwen2.5-7B-Instruct'}
+TAKES_CONFIG = ('demo', 'cold_start', 'sft', 'ppo', 'evaluate', 'plan')
+
+
+def commands(document):
+    """The lines of its shell blocks, continued ones joined, comments and variables away."""
+    found = []
+    for language, block in re.findall(r'^```(\w*)\n(.*?)^```', (ROOT / document).read_text(), re.DOTALL | re.MULTILINE):
+        if language in ('', 'bash'):
+            lines = re.sub(r'\\\n', ' ', block).splitlines()
+            found += [re.sub(r'\$(\w+)', lambda m: VARIABLES.get(m[1], m[0]), line) for line in lines]
+    return [shlex.split(line, comments=True) for line in found if 'launch/' in line]
+
+
+LAUNCHES = [(document, words) for document in DOCUMENTS for words in commands(document)
+            if any(re.fullmatch(r'launch/\w+\.py', word) for word in words)]
+
+
+def test_there_are_commands_of_every_binary():
+    names = {pathlib.Path(next(w for w in words if w.startswith('launch/'))).stem for _, words in LAUNCHES}
+    assert {*TAKES_CONFIG, 'sandbox_server'} <= names
+
+
+@pytest.mark.parametrize('document, words', LAUNCHES, ids=lambda value: ' '.join(value)[:100] if value else '')
+def test_a_command_of_the_documents_is_understood(document, words):
+    at = next(i for i, word in enumerate(words) if word.startswith('launch/'))
+    script, arguments = ROOT / words[at], words[at + 1:]
+    assert script.is_file()
+    given = [a for a in arguments if a.startswith('--config')]
+    own = [a.lstrip('-').split('=')[0] for a in arguments if a not in given and a != '--help']
+    assert all(re.search(rf"DEFINE_\w+\(\s*'{name}'", script.read_text()) for name in own), own
+    if script.stem in TAKES_CONFIG:
+        config = cli.parse_config(['x', *given])
+        assert config.run.dir
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize('document', DOCUMENTS)
+def test_a_link_or_file_that_is_named_is_there(document):
+    text = (ROOT / document).read_text()
+    folder = (ROOT / document).parent
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', text):
+        assert (folder / target).exists(), target
+    for target in re.findall(r'`((?:docs|launch|configs|notebooks|tests|retool_jax)/[\w./]+\.\w+)`', text):
+        assert (ROOT / target).exists(), target
+    for target in re.findall(r'`?make ([a-z-]+)', ' '.join(re.findall(r'`[^`]+`|```.*?```', text, re.DOTALL))):
+        assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE), target
+
+
+def test_a_key_that_is_named_in_prose_is_a_key():
+    keys = set(cli.flatten(cli.load_config('configs/ppo.py:tiny'))) | set(
+        cli.flatten(cli.load_config('configs/evaluate.py:tiny')))
+    named = set()
+    for document in DOCUMENTS:
+        named |= set(re.findall(r'`(?:--config\.)?((?:sampler|forward|ppo|loss|mesh|sandbox|model|turns|run)\.\w+)[=`]',
+                                (ROOT / document).read_text()))
+    assert len(named) > 8 and named <= keys | {'run.dir'}, named - keys
+
+
+@pytest.mark.slow
+def test_the_chain_of_the_readme_runs(tmp_path):
+    """Its commands for the tiny model, one after another, with fewer steps and folders of their own."""
+    small = {
+        'cold_start': ['problems=300', f'run.dir={tmp_path}/cold_start'],
+        'sft': ['sft.steps=4', f'traces={tmp_path}/cold_start/episodes', f'run.dir={tmp_path}/sft'],
+        'ppo': ['ppo.steps=2', 'ppo.problems_per_step=4', 'sampler.rows=16', f'model.path={tmp_path}/sft/final',
+                f'run.dir={tmp_path}/ppo'],
+        'evaluate': ['samples=2', 'sampler.rows=8', f'problems={tmp_path}/sums.jsonl', f'run.dir={tmp_path}/evaluate'],
+    }
+    (tmp_path / 'sums.jsonl').write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n')
+    told = {pathlib.Path(words[1]).stem: words for document, words in LAUNCHES
+            if document == 'README.md' and not {'--help', '--dry_run'} & set(words)}
+    with launcher.start() as launch:
+        for name, changes in small.items():
+            done = launch(name, *told[name][2:], *(f'--config.{change}' for change in changes))
+            assert done.returncode == 0, (name, done.stderr)
+    for name in ('sft', 'ppo', 'evaluate'):
+        assert (tmp_path / name / 'report.html').is_file()
+
+
+@pytest.mark.slow
+def test_the_doctor_and_the_report_run_as_told(tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'retool_jax.sandbox.doctor'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 1) and 'snippets run isolated' in done.stdout
