@@ -89,6 +89,10 @@ class Engine:
         self.keeps_cache = False  # keeps the KV cache between runs: quicker, where nothing else needs the memory
         self.kept: SampleState | None = None
 
+    def warm_up(self, params: Params) -> None:
+        """Compiles everything that runs call, for every length; takes the cache's memory for a moment."""
+        self.sampler.warm_up(params, self.sampling.truncates)
+
     def run(self, params: Params, version: int, requests: Sequence[Request], step: int, *,
             journal: Journal | None = None, quanta: int | None = None,
             finished: Callable[[Episode], None] = lambda episode: None) -> list[Episode]:

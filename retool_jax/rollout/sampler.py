@@ -162,6 +162,23 @@ class Sampler:
             found.append(self.bound(found[-1] + 1))
         return found
 
+    def warm_up(self, params: Params, truncate: bool) -> None:
+        """Compiles all that a run may call, once per bound on reads; afterwards nothing compiles."""
+        s, state = self.settings, self.empty()
+        nobody, none = np.full(s.group, s.rows, np.int32), np.zeros(s.group, np.int32)
+        real = np.zeros(s.group, np.float32)
+        state = self.place(state, np.zeros(2, np.uint32), Placement(
+            row_R=nobody, step_R=none.astype(np.uint32), problem_R=none.astype(np.uint32), sample_R=none,
+            temperature_R=real, top_p_R=real, top_k_R=none, min_p_R=real))
+        logits_V = self.logits_of(state, 0)
+        feed = Feed(row_R=nobody, tokens_RC=np.zeros((s.group, s.chunk), np.int32), count_R=none,
+                    live_R=none.astype(bool), allowance_R=none, tag_R=none)
+        for bound in self.bounds():
+            state, _ = self.extend(params, state, feed, bound)
+            state = self.fork(state, nobody, nobody, bound, logits_V, none)
+            state, _ = self.decode(params, state, max(bound - s.quota, 0), truncate)
+        jax.block_until_ready(state.live_B)
+
     def place(self, state: SampleState, key_data: np.ndarray, placement: Placement) -> SampleState:
         """Clears rows and gives them to new episodes, whose randomness is folded from
         (the key of `key_data`, step, problem, sample)."""
@@ -175,7 +192,7 @@ class Sampler:
     def fork(self, state: SampleState, source_R: np.ndarray, target_R: np.ndarray, length: int,
              logits_RV: jax.Array, allowance_R: np.ndarray) -> SampleState:
         """Gives rows `target` the first `length` slots of rows `source` and makes them live."""
-        return self._fork(state=state, source_R=source_R, target_R=target_R, length=jnp.int32(length),
+        return self._fork(state=state, source_R=source_R, target_R=target_R, length=np.int32(length),
                           logits_RV=logits_RV, allowance_R=allowance_R, bound=self.bound(length))
 
     def decode(self, params: Params, state: SampleState, longest: int, truncate: bool) -> tuple[SampleState, Decoded]:
