@@ -19,9 +19,9 @@ def main(config):
         raise cli.UserError('config.traces is missing; give a file of rewritten answers')
     feedback = settings.build(FeedbackSettings, config.feedback, 'feedback')
     rewritten = list(problem_files.read_traces(config.traces)) if config.traces else None
-    directory = folder.claim(config)
-    language = assembly.open_language(config.model, directory)
-    with assembly.open_sandbox(config.sandbox) as pool, assembly.open_grader(config.reward) as grader:
+    with (folder.claimed(config) as directory, assembly.open_sandbox(config.sandbox) as pool,
+          assembly.open_grader(config.reward) as grader):
+        language = assembly.open_language(config.model, directory)
         metrics.banner(model=language, sandbox=pool, run=directory)
         if rewritten is not None:
             made, counts = cold_start.verify(rewritten, pool, feedback, language.template, language.tokenizer,
@@ -31,10 +31,10 @@ def main(config):
             mix = cold_start.Mix(easy=dict(config.mix.easy), needy=dict(config.mix.needy))
             made, counts = cold_start.build(drawn, mix, pool, feedback, language.template, language.tokenizer,
                                             config.run.seed, config.max_tokens)
-    if not made:
-        raise cli.UserError(f'no trace was kept: {counts}')
-    episodes.write(directory / 'episodes', 'cold_start', made, language.tokenizer.decode)
-    (directory / 'summary.json').write_text(json.dumps({'counts': counts}, indent=2))
+        if not made:
+            raise cli.UserError(f'no trace was kept: {counts}')
+        episodes.write(directory / 'episodes', 'cold_start', made, language.tokenizer.decode)
+        (directory / 'summary.json').write_text(json.dumps({'counts': counts}, indent=2))
     metrics.table('traces', ('', 'number'), list(counts.items()))
     print(f'episodes: {directory / "episodes"}')
 

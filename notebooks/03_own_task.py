@@ -65,7 +65,7 @@ Nearness().grade(r'so \boxed{19}', '20')
 config = cli.load_config('configs/ppo.py:tiny')
 config.model.path = MODEL
 config.ppo.steps, config.ppo.problems_per_step, config.ppo.samples = 2, 4, 4
-config.sampler.rows = 16
+config.sampler.rows, config.forward.unroll = 16, 1  # small programs compile sooner
 parts = reinforce.build(config, pathlib.Path(tempfile.mkdtemp()))
 results = []
 

@@ -15,7 +15,7 @@ from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core.cli import UserError
 from retool_jax.core.pytrees import Params
-from retool_jax.core.records import Episode, Problem
+from retool_jax.core.records import Episode, Problem, Stop
 from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
@@ -24,6 +24,7 @@ from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.train import assembly, evaluate, folder
+from retool_jax.train.reinforce import open_guarded
 
 BACKENDS = ('local',)
 UNFINISHED = 'unfinished'  # below episodes/: parts of an evaluation that is not through
@@ -51,7 +52,7 @@ def run(config: ConfigDict) -> dict:
         language = assembly.open_language(config.model, directory)
         sampler = assembly.make_sampler(language, config, tools)
         params = assembly.load_policy(config.model, language, config.run.seed, mesh)
-        pool = stack.enter_context(assembly.open_executor(config.sandbox, tools))
+        pool = stack.enter_context(open_guarded(config.sandbox, tools))
         engine = assembly.make_engine(language, sampler, config, config.sampling, tools, pool, config.run.seed,
                                       assembly.EVALUATION)
         journal = stack.enter_context(contextlib.closing(Journal(directory / 'journal.jsonl')))
@@ -61,6 +62,9 @@ def run(config: ConfigDict) -> dict:
         episodes = run_kept(engine, sampler.sync(params), problems, config.samples, directory / 'episodes',
                             f'val_{name}', language.template, language.tokenizer, grader, journal, advance)
     found = {name: evaluate.summarise(episodes)}
+    if faults := found[name]['stops'].get(Stop.FAULT, 0):
+        console.say(f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
+                    'see python -m retool_jax.sandbox.doctor')
     (directory / 'summary.json').write_text(json.dumps(found, indent=2))
     with console.Metrics(directory) as writer:
         writer.rewind(None)
