@@ -62,25 +62,21 @@ def make_config_of(folder: pathlib.Path, name: str, algorithm: str = 'ppo', **va
 
 
 class HonestTool:
-    """Answers a call by who asks; otherwise once it has been answered in an earlier life (FOLDER/answered)."""
+    """Answers a call by who asks; otherwise once its answer has been acted upon in an earlier life (`ledger`)."""
 
     def __init__(self, ledger: pathlib.Path):
-        self.ledger, self.key, self.delivered = ledger, '', []
+        self.ledger, self.key = ledger, ''
         self.earlier = set(ledger.read_text().splitlines()) if ledger.exists() else set()
 
     def submit(self, code: str) -> concurrent.futures.Future:
-        self.settle()
-        self.delivered.append(self.key)
         text = f'{len(self.key)} again' if self.key in self.earlier else f'{sum(self.key.encode()) % 97}'
         future: concurrent.futures.Future = concurrent.futures.Future()
         future.set_result(ExecResult(Verdict.OK, text, ''))
         return future
 
-    def settle(self) -> None:
-        """What was answered before this moment has been acted upon."""
+    def acted_upon(self, key: str) -> None:
         with open(self.ledger, 'a') as file:
-            file.writelines(f'{key}\n' for key in self.delivered)
-        self.delivered.clear()
+            file.write(f'{key}\n')
 
 
 @contextlib.contextmanager
@@ -100,6 +96,7 @@ def tiny_world(folder: pathlib.Path, name: str, journal: bool = True, moment=lam
             moment('before journal')
             tear(self._file, f'{{"key": "{key}", "resu'.encode(), 'inside journal')
             super().put(key, result)
+            tool.acted_upon(key)
             moment('after journal')
 
     def tear(file, part: bytes, what: str) -> None:
@@ -125,7 +122,7 @@ def tiny_world(folder: pathlib.Path, name: str, journal: bool = True, moment=lam
         moment('after metrics')
 
     def table(language, tools, on_answer):
-        stops = {'a': tags.CODE, 'e': tags.CODE, 'o': tags.CODE, 'z': tags.ANSWER}
+        stops = dict.fromkeys('abcdefghij', tags.CODE) | {'z': tags.ANSWER}  # often enough without training
         return tags.build_table(language.tokenizer.token_bytes, 264, stops)
 
     patches = [
