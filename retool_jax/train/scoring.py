@@ -120,6 +120,7 @@ def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], sample
         with uninterrupted():
             episode_files.write(directory, name, episodes, tokenizer.decode)
             shutil.rmtree(unfinished, ignore_errors=True)
+    journal.forget(1)  # of step 0, and nothing is unfinished any more
     return episodes
 
 

@@ -73,6 +73,7 @@ def test_a_stopped_evaluation_ends_as_the_unbroken_one(parts, tmp_path):
     for name in ('val_set.jsonl', 'val_set.npz'):
         assert (stopped / 'episodes' / name).read_bytes() == (tmp_path / 'whole/episodes' / name).read_bytes()
     assert not (stopped / 'episodes' / scoring.UNFINISHED).exists()
+    assert (stopped / 'journal.jsonl').read_bytes() == b''
 
 
 @pytest.mark.parametrize('finished', [True, False])
