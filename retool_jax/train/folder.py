@@ -67,7 +67,8 @@ def claimed(config: ConfigDict, free: Sequence[str] = ()) -> Iterator[pathlib.Pa
             error.filename = str(directory)  # a write that fails does not know of which file
         if fresh and directory.is_dir() and not has_results(directory):
             for path in list(directory.iterdir()) if there else [directory]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                # Other processes of the run may be at it too.
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         raise
 
 
