@@ -86,11 +86,13 @@ def load_language(path: str | pathlib.Path, template: str, tools: bool) -> Langu
     return Language(config, tokenizer, make_template(template, tools))
 
 
-def make_sampler(language: Language, config: ConfigDict, tools: bool) -> Sampler:
-    """The compiled half of rollout, from blocks `sampler` and (for `</answer>`) `turns`."""
+def make_sampler(language: Language, config: ConfigDict, tools: bool, mesh: jax.sharding.Mesh | None = None) -> Sampler:
+    """The compiled half of rollout, from blocks `sampler` and (for `</answer>`) `turns`; over `mesh` where it has
+    more than one device."""
     sampler = settings.build(SamplerSettings, config.sampler, 'sampler')
     table = make_table(language, tools, config.turns.on_answer)
-    return Sampler(language.config, sampler, table.next_state, table.stops, language.tokenizer.eos_ids)
+    return Sampler(language.config, sampler, table.next_state, table.stops, language.tokenizer.eos_ids,
+                   mesh if mesh is not None and mesh.size > 1 else None)
 
 
 @functools.lru_cache(maxsize=4)

@@ -50,7 +50,7 @@ def run(config: ConfigDict) -> dict:
         directory = stack.enter_context(folder.claimed(config))
         stack.enter_context(folder.stoppable())
         language = assembly.open_language(config.model, directory)
-        sampler = assembly.make_sampler(language, config, tools)
+        sampler = assembly.make_sampler(language, config, tools, mesh)
         params = assembly.load_policy(config.model, language, config.run.seed, mesh)
         pool = stack.enter_context(open_guarded(config.sandbox, tools))
         engine = assembly.make_engine(language, sampler, config, config.sampling, tools, pool, config.run.seed,

@@ -105,6 +105,18 @@ def test_an_evaluation_from_files_to_report(files, tmp_path):
     assert other.returncode == 2 and '(samples: 2, now 4)' in other.stderr
 
 
+@pytest.mark.slow
+def test_eight_devices_write_what_one_writes(files, tmp_path):
+    eight = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+    with launcher.start() as launch:
+        for name, mesh, env in (('one', {}, {}), ('eight', {'mesh.fsdp': 2, 'mesh.tensor': 4}, eight)):
+            done = launch('evaluate', *evaluate_flags(files, tmp_path / name, **mesh), env=env)
+            assert done.returncode == 0, done.stderr
+    one, many = (episode_files.read(tmp_path / name / 'episodes') for name in ('one', 'eight'))
+    # Sums in another order differ by 1e-6, which flips one sampled token in many thousands.
+    assert sum(a.tokens == b.tokens for a, b in zip(one, many)) >= len(one) - 2
+
+
 def test_a_stopped_fine_tuning_goes_on_to_the_same_model(files, tmp_path, monkeypatch):
     def run(name, stop_at=None):
         write = metrics.Metrics.write
