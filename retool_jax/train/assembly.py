@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from retool_jax.core import mesh as meshes
 from retool_jax.core import metrics as console
-from retool_jax.core import settings
+from retool_jax.core import processes, settings
 from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
 from retool_jax.model import hf, qwen
@@ -162,5 +162,6 @@ def open_grader(config: ConfigDict) -> Iterator[Grader]:
 
 
 def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
-    """The training mesh from block `mesh`."""
+    """The training mesh from block `mesh`, over the devices of all processes of the run."""
+    processes.join()
     return meshes.make_mesh(config.to_dict())

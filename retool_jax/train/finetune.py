@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
-from retool_jax.core import settings
+from retool_jax.core import processes, settings
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.cli import UserError
 from retool_jax.core.records import Episode
@@ -38,7 +38,7 @@ def run(config: ConfigDict) -> None:
         learner = Learner(language.config, forward, optimizer, mesh)
         state = init_state({'policy': assembly.load_policy(config.model, language, config.run.seed, mesh)}, optimizer)
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last))
-        writer = stack.enter_context(console.Metrics(directory))
+        writer = stack.enter_context(console.Metrics(directory, processes.leads()))
         console.banner(model=language, mesh=dict(mesh.shape), traces=len(traces), run=directory)
         start = checkpoints.latest() or 0
         if start:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from ml_collections import ConfigDict
 
 from retool_jax.core import episodes as episode_files
-from retool_jax.core import settings
+from retool_jax.core import processes, settings
 from retool_jax.core.cli import UserError, command
 from retool_jax.core.metrics import Metrics
 
@@ -26,6 +26,8 @@ def claim(config: ConfigDict, free: Sequence[str] = ()) -> pathlib.Path:
     free: keys or blocks that may differ from last time. Errors: UserError naming the keys that differ.
     """
     directory = pathlib.Path(config.run.dir)
+    if not processes.leads():  # of a run's processes one asks and writes
+        return directory
     file = directory / 'config.json'
     if file.exists():
         try:

@@ -6,7 +6,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from retool_jax.core.pytrees import Params, TrainState
 from retool_jax.model.config import QwenConfig
@@ -83,5 +85,11 @@ def add_critic(config: QwenConfig, policy: Params, kind: str) -> Params:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state at step 0."""
-    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+    """A fresh state at step 0; counters lie on every device of the parameters' mesh."""
+    state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+    home = getattr(jax.tree.leaves(params)[0], 'sharding', None)
+    if not isinstance(home, NamedSharding):  # one device, or shapes alone
+        return state
+    whole = NamedSharding(home.mesh, PartitionSpec())
+    spread = lambda x: jax.make_array_from_callback((), whole, lambda _: np.asarray(x))
+    return jax.tree.map(lambda x: spread(x) if x.ndim == 0 and x.sharding != whole else x, state)

@@ -136,8 +136,9 @@ class Learner:
         return state, merged | norms
 
     def put(self, tree):
-        """Moves host arrays with a leading batch axis onto the mesh."""
-        return jax.device_put(tree, self.rows)
+        """Moves host arrays with a leading batch axis onto the mesh; each process reads its own rows of them."""
+        return jax.tree.map(lambda x: jax.make_array_from_callback(
+            np.shape(x), self.rows, lambda index: np.asarray(x)[index]), tree)
 
     def _zeros(self, params: Params) -> Params:
         """Gradients to add to, laid out as the parameters are."""
@@ -153,7 +154,7 @@ class Learner:
 
     def _micro(self, tree, start: int, stop: int) -> Iterator:
         for row in range(start, stop, self.forward.micro_rows):
-            yield self._cut(tree, jnp.int32(row))
+            yield self._cut(tree, np.int32(row))
 
     def _evaluate(self, params: Params, micro: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """logprob, entropy and value of every token, [B, T] each; zeros where `params` lacks the part."""
