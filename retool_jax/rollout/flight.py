@@ -234,12 +234,12 @@ class Flight:
         if known is not None and link is None:
             self._resume(row, known)
             return
+        slot.asked_s = time.perf_counter()
         if known is not None:
             slot.future = concurrent.futures.Future()
             slot.future.set_result(known)
         else:
             slot.future = self.engine.executor.submit(code)
-        slot.asked_s = time.perf_counter()
 
     def _feed(self, only: list[int] | None = None) -> None:
         """Runs pending ids through the cache, a chunk at a time, until none is left."""

@@ -37,15 +37,15 @@ class SamplerSettings:
     quota: int  # decode steps per call
     min_bound: int  # smallest bound on reads
     dtype: str  # of activations and the sampling weights
-    cache_dtype: str
+    cache_dtype: str  # 'int8' keeps a scale per slot and head
 
     def __post_init__(self):
         for name in ('rows', 'slots', 'chunk', 'group', 'quota', 'min_bound'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-        for name in ('dtype', 'cache_dtype'):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f'{name}={getattr(self, name)!r}: choose one of {", ".join(DTYPES)}')
+        for name, known in (('dtype', DTYPES), ('cache_dtype', (*DTYPES, 'int8'))):
+            if getattr(self, name) not in known:
+                raise ValueError(f'{name}={getattr(self, name)!r}: choose one of {", ".join(known)}')
 
 
 @jax.tree_util.register_dataclass
