@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ import jax.numpy as jnp
 from retool_jax.core.pytrees import Int8KV
 from retool_jax.model import kernels
 from retool_jax.model.cache import KV
+
+if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
+    from jaxtyping import Array, Float, Int
 
 MASKED = -1e30  # finite, so that a fully masked (padding) row stays free of NaN
 
@@ -29,15 +33,16 @@ def _mix(score_BKGTS: jax.Array, mask_BTS: jax.Array, v_BSKH: jax.Array) -> jax.
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 
-def dense(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+def dense(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_BTKH: Float[Array, 'B T K H'],
+          segment_ids_BT: Int[Array, 'B T']) -> Float[Array, 'B T N H']:
     """Causal attention within segments by a whole [T, T] score matrix: for short rows."""
     t = q_BTNH.shape[1]
     mask = jnp.tril(jnp.ones((t, t), bool)) & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
     return _mix(_scores(q_BTNH, k_BTKH), mask, v_BTKH)
 
 
-def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array,
-            block: int = 512) -> jax.Array:
+def blocked(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_BTKH: Float[Array, 'B T K H'],
+            segment_ids_BT: Int[Array, 'B T'], block: int = 512) -> Float[Array, 'B T N H']:
     """The same, a block of queries at a time, recomputed in the backward pass: memory B·N·block·T."""
     b, t, n, h = q_BTNH.shape
     if t % block:
@@ -78,7 +83,8 @@ def choose(implementation: str, length: int) -> Callable[..., jax.Array]:
     return table[implementation]
 
 
-def cached(q_BCNH: jax.Array, k_BKSH: KV, v_BKSH: KV, positions_BC: jax.Array) -> jax.Array:
+def cached(q_BCNH: Float[Array, 'B C N H'], k_BKSH: KV, v_BKSH: KV,
+           positions_BC: Int[Array, 'B C']) -> Float[Array, 'B C N H']:
     """Attention over cache slots up to each query's own position, [B, C, N, H].
 
     The cache already holds the queries' own keys; slots beyond are masked, so stale KV is harmless.

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from retool_jax.core import mesh as meshes
 
+if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
+    from jaxtyping import Array, Float, Int
+
 LANES = 128  # of a TPU's vector unit: rows of scores come in such widths
 BLOCKS = (1024, 512, 256, LANES)  # tiles tried for splash attention, the largest that divides
 
 
-def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array,
-           interpret: bool = False) -> jax.Array:
+def splash(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_BTKH: Float[Array, 'B T K H'],
+           segment_ids_BT: Int[Array, 'B T'], interpret: bool = False) -> Float[Array, 'B T N H']:
     """Causal attention within segments by JAX's TPU kernel, each device its own rows and heads.
 
     interpret: runs the kernel's program on any platform, for tests. Errors: ValueError for a length
@@ -45,8 +49,8 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_
     return _on_each_device(local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
-def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array,
-          implementation: str = 'cudnn') -> jax.Array:
+def cudnn(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_BTKH: Float[Array, 'B T K H'],
+          segment_ids_BT: Int[Array, 'B T'], implementation: str = 'cudnn') -> Float[Array, 'B T N H']:
     """Causal attention by cuDNN's flash kernel over rows of one right-padded episode each.
 
     The kernel knows lengths, not segments: forward.row_segments must be 1, a row's second episode comes

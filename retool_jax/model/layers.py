@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from flax import nnx
 
 from retool_jax.core.mesh import constrain
 from retool_jax.model.config import QwenConfig
+
+if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
+    from jaxtyping import Array, Float, Int
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH → BTNH
 
@@ -113,7 +117,8 @@ class Block(nnx.Module):
         return x_BTD + split(self.mlp(whole(self.post_attention_layernorm(x_BTD))))
 
 
-def rope_table(config: QwenConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_table(config: QwenConfig, positions_BT: Int[Array, 'B T'],
+               ) -> tuple[Float[Array, 'B T half'], Float[Array, 'B T half']]:
     """cos and sin of the rotary angles, f32 [B, T, H/2] (bf16 angles are wrong beyond a few hundred tokens)."""
     inv_freq, scale = inverse_frequencies(config)
     angle = positions_BT[..., None].astype(jnp.float32) * inv_freq
@@ -149,7 +154,8 @@ def _stretch(config: QwenConfig, period: np.ndarray) -> tuple[np.ndarray, float]
     return 1 / (np.float32(yarn.factor) * period) * (1 - kept) + 1 / period * kept, scale
 
 
-def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x_BTNH: Float[Array, 'B T N H'], rope: tuple[Float[Array, 'B T half'], Float[Array, 'B T half']],
+           ) -> Float[Array, 'B T N H']:
     """Rotary embedding, halves convention (dimension i pairs with i + H/2)."""
     cos, sin = (t[:, :, None, :] for t in rope)
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,16 @@ from retool_jax.core import mesh as meshes
 from retool_jax.core.pytrees import Params
 from retool_jax.model.qwen import head_weight
 
+if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
+    from jaxtyping import Array, Float, Int
+
+LANES = 128  # of an accelerator's vectors
 FLOOR = -1e30  # below every logit, and finite: its exponential is 0, and 0 times it is 0
 
 
-def token_logprobs(params: Params, hidden_BTD: jax.Array, tokens_BT: jax.Array, *, temperature: float = 1.0,
-                   chunk: int = 256, vocab_chunk: int = 1 << 16) -> tuple[jax.Array, jax.Array]:
+def token_logprobs(params: Params, hidden_BTD: Float[Array, 'B T D'], tokens_BT: Int[Array, 'B T'], *,
+                   temperature: float = 1.0, chunk: int = 256, vocab_chunk: int = 1 << 16,
+                   ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
     """log p(token t | tokens before t) and the entropy of that distribution, both f32 [B, T].
 
     Aligned to the token: entry t comes from hidden state t − 1, entry 0 is 0. `chunk` positions of a
@@ -48,39 +54,45 @@ def _rows(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, *, temperatur
     b, t, _ = x_BTD.shape
     if over is not None:
         target_BT = target_BT - jax.lax.axis_index(over) * w_DV.shape[1]
-    w_PDV, width = _pieces(w_DV, vocab_chunk)
-
-    @jax.checkpoint
-    def one(x_BCD, target_BC):
-        def piece(found, xs):
-            w, first = xs
-            logits = jnp.matmul(x_BCD, w.astype(x_BCD.dtype), preferred_element_type=jnp.float32) / temperature
-            if w_PDV.shape[0] * width > w_DV.shape[1]:  # the last piece is filled up
-                logits = jnp.where(first + jnp.arange(width) < w_DV.shape[1], logits, FLOOR)
-            return _join(found, _sums(logits, target_BC - first))
-        first_P = jnp.arange(w_PDV.shape[0]) * width
-        found = piece(None, (w_PDV[0], first_P[0]))
-        if len(first_P) > 1:
-            again = jax.checkpoint(lambda found, xs: (piece(found, xs), None))
-            found, _ = jax.lax.scan(again, found, (w_PDV[1:], first_P[1:]))
-        return _finish(found if over is None else _over_devices(found, over))
-
+        # Another device's token may not hit what a piece is filled up with.
+        target_BT = jnp.where(target_BT < w_DV.shape[1], target_BT, -1)
+    w_PDV, filled = _pieces(w_DV, vocab_chunk)
     split = lambda x: jnp.moveaxis(x.reshape(b, t // chunk, chunk, *x.shape[2:]), 1, 0)
-    _, found = jax.lax.scan(lambda carry, xs: (carry, one(*xs)), None, (split(x_BTD), split(target_BT)))
+    x_CBTD, target_CBT = split(x_BTD), split(target_BT)
+
+    # The vocabulary outside, the row inside: a piece's gradient is whole when the next piece begins.
+    def piece(found, w, first):
+        @jax.checkpoint
+        def one(_, xs):
+            x, target, found = xs
+            logits = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
+            if filled:
+                logits = jnp.where(first + jnp.arange(w.shape[1]) < w_DV.shape[1], logits, FLOOR)
+            return None, _join(found, _sums(logits, target - first))
+        return jax.lax.scan(one, None, (x_CBTD, target_CBT, found))[1]
+
+    found = piece(None, w_PDV[0], 0)
+    if len(w_PDV) > 1:
+        again = jax.checkpoint(lambda found, xs: (piece(found, *xs), None))
+        found, _ = jax.lax.scan(again, found, (w_PDV[1:], jnp.arange(1, len(w_PDV)) * w_PDV.shape[2]))
+    found = _finish(found if over is None else _over_devices(found, over))
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(b, t)
     return join(found[0]), join(found[1])
 
 
-def _pieces(w_DV: jax.Array, vocab_chunk: int) -> tuple[jax.Array, int]:
-    """The output matrix as [pieces, D, width], the last piece filled up with zeros, and the width."""
+def _pieces(w_DV: jax.Array, vocab_chunk: int) -> tuple[jax.Array, bool]:
+    """The output matrix as [pieces, D, width], and whether the last piece is filled up with zeros."""
     d, v = w_DV.shape
+    if v <= vocab_chunk:
+        return w_DV[None], False
+    # Whole vectors of an accelerator; without a rest where the width need not shrink to less than a quarter.
+    widths = [w for w in range(vocab_chunk // LANES * LANES, vocab_chunk // 4, -LANES) if v % w == 0]
     count = -(-v // vocab_chunk)
-    width = -(-v // count)
-    if count > 1:
-        width = -(-width // 128) * 128  # whole vectors
-        count = -(-v // width)
+    even = -(-v // count)  # rounded up, as below
+    width = widths[0] if widths else min(-(-even // LANES) * LANES, vocab_chunk)
+    count = -(-v // width)
     padded = jnp.pad(w_DV, ((0, 0), (0, count * width - v))) if count * width > v else w_DV
-    return jnp.moveaxis(padded.reshape(d, count, width), 1, 0), width
+    return jnp.moveaxis(padded.reshape(d, count, width), 1, 0), count * width > v
 
 
 def _sums(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
@@ -123,6 +135,7 @@ def _finish(sums: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     return (hit - peak) - log_total, log_total - mean / total
 
 
-def score(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+def score(logits: Float[Array, '*rows V'], target: Int[Array, '*rows'],
+          ) -> tuple[Float[Array, '*rows'], Float[Array, '*rows']]:
     """log softmax(z)[target] and the entropy of softmax(z) over the last axis."""
     return _finish(_sums(logits, target))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from retool_jax.model import attention
 from retool_jax.model import cache as kv_cache
 from retool_jax.model.config import QwenConfig
 from retool_jax.model.layers import Block, Projection, RMSNorm, declare, rope_table
+
+if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
+    from jaxtyping import Array, Float, Int
 
 
 class Embedding(nnx.Module):
@@ -110,9 +114,9 @@ def fit_rules(config: QwenConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, t
     return fitted
 
 
-def forward(config: QwenConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array,
-            segment_ids_BT: jax.Array, *, dtype=jnp.float32, attend: str = 'auto', remat: str = 'none',
-            unroll: int = 1) -> jax.Array:
+def forward(config: QwenConfig, params: Params, tokens_BT: Int[Array, 'B T'], positions_BT: Int[Array, 'B T'],
+            segment_ids_BT: Int[Array, 'B T'], *, dtype=jnp.float32, attend: str = 'auto', remat: str = 'none',
+            unroll: int = 1) -> Float[Array, 'B T D']:
     """Hidden states after the final norm, [B, T, D] in `dtype`, by a scan over layers.
 
     `remat`: 'none' keeps activations, 'full' recomputes each layer in the backward pass, 'dots'
@@ -148,7 +152,7 @@ def head_weight(params: Params) -> jax.Array:
     return params['embed_tokens']['weight'].T
 
 
-def unembed(params: Params, x_BD: jax.Array) -> jax.Array:
+def unembed(params: Params, x_BD: Float[Array, '*rows D']) -> Float[Array, '*rows V']:
     """Logits in f32 for the last axis of `x`."""
     w_DV = head_weight(params)
     return jnp.matmul(x_BD, w_DV.astype(x_BD.dtype), preferred_element_type=jnp.float32)
@@ -163,8 +167,8 @@ def to_sampling(config: QwenConfig, params: Params, dtype=jnp.float32) -> Params
             'lm_head': {'weight': head_weight(params).astype(dtype)}}
 
 
-def extend(config: QwenConfig, params: Params, cache: KVCache, tokens_BC: jax.Array, count_B: jax.Array,
-           bound: int, row_B: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
+def extend(config: QwenConfig, params: Params, cache: KVCache, tokens_BC: Int[Array, 'B C'], count_B: Int[Array, B],
+           bound: int, row_B: Int[Array, B] | None = None) -> tuple[Float[Array, 'B C D'], KVCache]:
     """Runs a right-padded chunk per row through the cache; the sampling layout.
 
     tokens_BC: int32 [B, C]; count_B: valid tokens in each row (0 leaves the row's cache untouched).

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from retool_jax.core import mesh as meshes
 from retool_jax.model.logprobs import score, token_logprobs
 
 B, T, D, V = 2, 12, 8, 50
@@ -41,6 +44,23 @@ def test_pieces_of_any_length_give_the_float64_reference(params, chunk, temperat
         np.testing.assert_allclose(found, expected, atol=3e-6)
 
 
+@pytest.mark.parametrize('vocab_chunk', [13, 25, 49])
+@pytest.mark.parametrize('tensor', [1, 2])
+def test_pieces_of_the_vocabulary_on_any_part_of_a_mesh_give_values_and_gradients_of_the_whole(tensor, vocab_chunk):
+    def loss(head, hidden, **kwargs):
+        found = token_logprobs({'lm_head': {'weight': head}}, hidden, TOKENS, chunk=4, temperature=0.6, **kwargs)
+        return found[0].sum() + 0.3 * found[1].sum(), found
+
+    run = lambda **kwargs: jax.jit(jax.value_and_grad(functools.partial(loss, **kwargs), (0, 1), has_aux=True))
+    mesh = meshes.make_mesh({'data': 1, 'fsdp': 2, 'tensor': tensor}, jax.devices()[:2 * tensor])
+    place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        found = run(vocab_chunk=vocab_chunk)(place(HEAD, 'fsdp', 'tensor'), place(HIDDEN, 'fsdp'))
+    expected = run()(HEAD, HIDDEN)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected))):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_are_those_of_log_softmax():
     def plain(head, hidden):
         logp = jax.nn.log_softmax(hidden @ head)
@@ -56,12 +76,15 @@ def test_gradients_are_those_of_log_softmax():
 
 
 def test_no_array_of_all_positions_times_the_vocabulary_exists():
-    loss = lambda params, hidden: sum(x.sum() for x in token_logprobs(params, hidden, tokens, chunk=16))
+    loss = lambda params, hidden: sum(x.sum() for x in token_logprobs(params, hidden, tokens, chunk=16,
+                                                                      vocab_chunk=512))
     tokens = np.zeros((2, 512), np.int32)
     shape = jax.ShapeDtypeStruct((2, 512, D), jnp.float32)
     head = {'lm_head': {'weight': jax.ShapeDtypeStruct((D, 4096), jnp.float32)}}
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(head, shape).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 512 * 4096 * 4 / 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 512 * 4096 * 4 / 8
+    sizes = [math.prod(map(int, dims.split(','))) for dims in re.findall(r'f32\[([\d,]+)\]', compiled.as_text())]
+    assert max(sizes) < 2 * 512 * 4096 / 8  # all rows × a piece of the vocabulary would be that much
 
 
 def test_logits_of_any_size_do_not_overflow():
