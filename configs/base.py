@@ -194,7 +194,7 @@ def halves() -> ConfigDict:
     """Both halves of a step, unless one is asked for alone."""
     return ConfigDict({
         'episodes': config_dict.placeholder(str),  # an episodes/ folder to train on, without a sampler
-        'update': True,  # False: episodes are made and kept, weights stay as they are
+        'train': True,  # False: episodes are made and kept, weights stay as they are
     })
 
 

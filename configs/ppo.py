@@ -13,7 +13,7 @@ The algorithm is a choice of values; configs/grpo.py and configs/dapo.py are two
     loss.correction   sampler against trainer: none, token, sequence
     reward.style      paper (±1), verl (shaped)
     ppo.drop_void, ppo.mask_truncated, ppo.overlong_buffer, ppo.dynamic_rounds
-One half alone: halves.update=False keeps episodes without training, halves.episodes=runs/NAME/episodes trains
+One half alone: halves.train=False keeps episodes without training, halves.episodes=runs/NAME/episodes trains
 on kept ones. --dry_run takes one step on fake tools, writes nothing and prints the memory.
 
 Hardware: tiny, 2 CPU cores, minutes; 32B, a v5p-128 slice or 64 × 80 GiB (launch/plan.py proves it first).

@@ -54,7 +54,7 @@ class HalvesSettings:
     """One half of a step alone."""
 
     episodes: str | None  # an episodes/ folder to train on, a part a step: no sampler, sandbox or grader
-    update: bool  # False: episodes are made and kept, weights stay as they are
+    train: bool  # False: episodes are made and kept, weights stay as they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,24 +171,24 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
                 metrics = metrics | validate(step)
             with uninterrupted():
                 keep('episodes', f'train_{step:05d}', result.episodes)
-                writer.write(step, {'phase': 'ppo' if halves.update else 'rollout'} | metrics)
-                if halves.update and saves(step + 1) and progress.done == step + 1:
+                writer.write(step, {'phase': 'ppo' if halves.train else 'rollout'} | metrics)
+                if halves.train and saves(step + 1) and progress.done == step + 1:
                     save()
             advance(f'correct {metrics["rewards/correct"]:.2f} code {metrics["tools/code_ratio"]:.2f}')
             ring(watch, result, keep)
 
         try:
-            if halves.update:
+            if halves.train:
                 ppo.train(parts.learner, progress, sizes, collect=source, seed=config.run.seed,
                           residency=parts.residency, report=report, due=lambda done: saves(done) or validates(done),
                           spoiled=lambda step, episodes: keep('alarms', f'not_finite_{step:05d}', episodes))
             else:
                 roll_out(source, progress, sizes.steps, report, journal)
         except KeyboardInterrupt:
-            if halves.update and progress.done and writer.last == progress.done - 1:
+            if halves.train and progress.done and writer.last == progress.done - 1:
                 save(wait=True)
             raise
-    if halves.update:
+    if halves.train:
         export(parts, directory)
     (directory / 'summary.json').write_text(json.dumps(summarise(config, directory), indent=2))
 
@@ -196,7 +196,7 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
 def restore(progress: Progress, checkpoints: Checkpoints, directory: pathlib.Path, halves: HalvesSettings,
             seed: int) -> None:
     """Sets `progress` to the last checkpoint; rollouts alone go on behind the last line of metrics."""
-    if not halves.update:
+    if not halves.train:
         lines = console.read(directory)
         if lines:
             progress.done, progress.cursor = lines[-1]['step'] + 1, int(lines[-1]['data/cursor'])

@@ -33,7 +33,7 @@ def test_a_small_shape_is_measured(monkeypatch):
 def test_a_field_that_a_shape_has_not_is_named():
     done = subprocess.run([sys.executable, ROOT / 'launch/bench_update.py', "--shape={'depth': 3}"], text=True,
                           capture_output=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.strip() == "error: unknown config key 'shape.depth'"
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown config key 'shape.depth'")
 
 
 @pytest.mark.slow

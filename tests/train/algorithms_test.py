@@ -117,7 +117,7 @@ def test_a_critic_with_a_backbone_warms_up_and_waits_on_the_host(folder):
 
 def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
     flags = {'ppo.steps': 2, 'checkpoints.every': 2}
-    config = killable.make_config_of(folder, 'rolls', **flags, **{'halves.update': False})
+    config = killable.make_config_of(folder, 'rolls', **flags, **{'halves.train': False})
     with killable.tiny_world(folder, 'rolls'):
         reinforce.run(config)
     parts = episode_files.names(folder / 'rolls' / 'episodes')
