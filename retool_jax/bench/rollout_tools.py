@@ -17,7 +17,7 @@ from retool_jax.rollout.sampler import STOP_CODE, STOP_NONE, Sampler, SamplerSet
 from retool_jax.text import tags
 
 FED = 32  # tokens of a tool's output
-ROUNDS = 3  # episodes per slot
+ROUNDS = 4, 2  # episodes per slot: of the smallest case, of the others
 ANSWERED = ExecResult(Verdict.OK, '', '')
 
 
@@ -128,24 +128,22 @@ def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Calla
     mean = max(float(np.median(pace)) * shape.tool_s, 4.0)
     instant = Case(config, shape, 4, mean)
     slow = {rows: Case(config, shape, rows, mean) for rows in shape.tool_rows}
-    first = shape.tool_rows[0]
+    first, last = shape.tool_rows[0], shape.tool_rows[-1]
+    count = lambda case: case.rows * ROUNDS[case.rows > first]
 
-    def barrier(step: int) -> float:
-        count = ROUNDS * first
-        tool = Barrier(shape.tool_s, first, count)
-        return slow[first].run(weights, tool, count, step, tool.finished)
-    sides = {'instant_4': lambda i: instant.run(weights, Tool(0.0), 4 * ROUNDS, i)}
-    sides |= {f'tools_{rows}': lambda i, c=case: c.run(weights, Tool(shape.tool_s), c.rows * ROUNDS, i)
+    def barrier(case: Case, step: int) -> float:
+        tool = Barrier(shape.tool_s, case.rows, count(case))
+        return case.run(weights, tool, count(case), step, tool.finished)
+    sides = {'instant_4': lambda i: instant.run(weights, Tool(0.0), count(instant), i)}
+    sides |= {f'tools_{rows}': lambda i, c=case: c.run(weights, Tool(shape.tool_s), count(c), i)
               for rows, case in slow.items()}
-    sides[f'barrier_{first}'] = barrier
+    sides |= {f'barrier_{rows}': lambda i, c=slow[rows]: barrier(c, i) for rows in (first, last)}
     found: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(repeats + 1):
         for name, work in sides.items():
             say(f'{name}, round {i}')
             found[name].append(work(i))
     rate = {name: float(np.median(values[1:])) for name, values in found.items()}
-    stats = slow[first].engine.stats
     return {f'{name}_tokens_per_s': value for name, value in rate.items()} | {
-        'turn_tokens': mean, 'tools_over_instant': rate[f'tools_{first}'] / rate['instant_4'],
-        'tools_over_barrier': rate[f'tools_{first}'] / rate[f'barrier_{first}'],
-        'barrier_blocked_share': stats.summary()['rollout/blocked_share']}
+        f'tools_over_barrier_{rows}': rate[f'tools_{rows}'] / rate[f'barrier_{rows}'] for rows in (first, last)} | {
+        'turn_tokens': mean, 'tools_over_instant': rate[f'tools_{first}'] / rate['instant_4']}

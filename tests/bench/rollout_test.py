@@ -79,7 +79,7 @@ def test_the_binary_ends_in_one_line_of_json_with_the_peers_beside_it():
                           text=True, capture_output=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    ratios = ['share_of_floor_2', 'tools_over_instant', 'tools_over_barrier', 'decode_long_over_short',
+    ratios = ['share_of_floor_2', 'tools_over_instant', 'tools_over_barrier_4', 'decode_long_over_short',
               'extend_long_over_short', 'prefill_over_resume']
     for name, (environment, _) in rollout.PEERS.items():
         if (ROOT / '.baselines' / environment / 'bin' / 'python').exists():
