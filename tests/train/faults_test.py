@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 def run(folder, name, share, accidents, **values):
     """Two steps; returns (episodes of the first, metrics, guard)."""
-    config = killable.make_config_of(folder, name, **{'ppo.steps': 2, 'ppo.problems_per_step': 6,
+    config = killable.make_config_of(folder, name, **{'ppo.steps': 2, 'ppo.problems_per_step': 12,
                                                       'watch.faults': 'warn', 'watch.failures': 'ignore'} | values)
     first = Faulty(Pool(SMALL), share, accidents)
     with first.pool, Guard(first, lambda: Faulty(Pool(SMALL), share, {}), stall_s=4) as guard:
