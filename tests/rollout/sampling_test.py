@@ -109,7 +109,8 @@ def test_inversion_at_the_ends_never_takes_a_weightless_token():
 def test_keys_depend_on_step_problem_and_sample_alone():
     base = jax.random.key(3)
     keys = lambda step, problems, samples: np.asarray(jax.random.key_data(sampling.row_keys(
-        base, jnp.full(len(problems), step, jnp.uint32), jnp.asarray(problems, jnp.uint32), jnp.asarray(samples, jnp.int32))))
+        base, jnp.full(len(problems), step, jnp.uint32), jnp.asarray(problems, jnp.uint32),
+        jnp.asarray(samples, jnp.int32))))
     one, other = keys(1, [5, 6, 5], [0, 0, 1]), keys(1, [6, 5, 5], [0, 1, 0])
     assert (one[0] == other[2]).all() and (one[1] == other[0]).all() and (one[2] == other[1]).all()
     assert len(np.unique(np.concatenate([one, keys(2, [5, 6, 5], [0, 0, 1])]), axis=0)) == 6
