@@ -64,8 +64,8 @@ def same(a, b):
 
 def test_faults_are_counted_and_leave_the_other_episodes_as_they_were(folder):
     clean, calm, _ = run(folder, 'clean', 0.0, {})
-    assert sum(len(e.calls) for e in clean) > 6 and calm[0]['tools/fault_frequency'] == 0
-    episodes, lines, guard = run(folder, 'faulty', 0.3, {3: signal.SIGSTOP})
+    assert sum(len(e.calls) for e in clean) > 9 and calm[0]['tools/fault_frequency'] == 0
+    episodes, lines, guard = run(folder, 'faulty', 0.3, {2: signal.SIGSTOP})
     assert guard.renewals == 1
     assert [line['step'] for line in lines] == [0, 1] and lines[0]['tools/fault_frequency'] > 0
     lost = [e.stop == Stop.FAULT for e in episodes]
