@@ -167,8 +167,8 @@ def to_sampling(config: QwenConfig, params: Params, dtype=jnp.float32) -> Params
             'lm_head': {'weight': head_weight(params).astype(dtype)}}
 
 
-def extend(config: QwenConfig, params: Params, cache: KVCache, tokens_BC: Int[Array, 'B C'], count_B: Int[Array, B],
-           bound: int, row_B: Int[Array, B] | None = None) -> tuple[Float[Array, 'B C D'], KVCache]:
+def extend(config: QwenConfig, params: Params, cache: KVCache, tokens_BC: Int[Array, 'B C'], count_B: Int[Array, ' B'],
+           bound: int, row_B: Int[Array, ' B'] | None = None) -> tuple[Float[Array, 'B C D'], KVCache]:
     """Runs a right-padded chunk per row through the cache; the sampling layout.
 
     tokens_BC: int32 [B, C]; count_B: valid tokens in each row (0 leaves the row's cache untouched).
