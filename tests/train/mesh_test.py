@@ -1,0 +1,81 @@
+"""PPO on meshes: every factorisation of the devices makes the step of one device, critic and all."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from retool_jax.core import mesh as meshes
+from retool_jax.model import qwen
+from retool_jax.rollout.pack import join, pack
+from retool_jax.train.state import add_critic, init_state
+from retool_jax.train.update import Learner
+from tests.model.sizes import make_config, make_params
+from tests.train import small
+
+CONFIG = make_config('qwen2', num_attention_heads=8, num_key_value_heads=2, head_dim=8, intermediate_size=64)
+SIZES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8]
+QUICK = ((1, 2, 4),)  # more tensor parts than KV heads
+EPISODES = small.make_episodes(16)
+
+
+@functools.cache
+def make_tree():
+    """Policy and critic of CONFIG on the host; the critic's head is not zero."""
+    tree = jax.tree.map(np.asarray, add_critic(CONFIG, make_params(CONFIG), 'backbone'))
+    tree['critic']['head']['weight'] = np.random.default_rng(0).normal(0, 0.1, (32, 1)).astype(np.float32)
+    return tree
+
+
+def step_on(mesh):
+    """Gradients, parameters after AdamW, metrics and scores of one PPO step."""
+    rules, axes = qwen.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES), qwen.logical_axes(CONFIG)
+    words = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
+        name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
+    learner = Learner(CONFIG, small.make_forward(micro_rows=8, vocab_chunk=40), small.recording(), mesh,
+                      loss=small.make_loss(), advantage=small.make_advantage())
+    state = init_state(jax.device_put(make_tree(), meshes.shardings(mesh, words, rules)), learner.optimizer)
+    placed = jax.tree.map(lambda x: x.sharding, state.params)
+    batch, ((_, stop),) = join([pack(EPISODES, width=48, rows=8, segments=2,
+                                     groups=[int(e.problem.id[1:]) for e in EPISODES])])
+    batch = learner.put(batch)
+    scores = learner.score(state.params, batch, stop, None, num_groups=8)
+    state, metrics = learner.ppo_step(state, batch, scores, (0, stop))
+    for before, after in zip(jax.tree.leaves(placed), jax.tree.leaves(state.params)):
+        assert after.sharding.is_equivalent_to(before, after.ndim)
+    return small.gradient(state), jax.device_get(state.params), jax.device_get(metrics), jax.device_get(scores)
+
+
+@functools.cache
+def on_one_device():
+    return step_on(small.one_device())
+
+
+@pytest.mark.parametrize('sizes', [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SIZES],
+                         ids=lambda s: 'x'.join(map(str, s)))
+def test_a_ppo_step_is_that_of_one_device(sizes):
+    found, expected = step_on(meshes.make_mesh(dict(zip(meshes.AXES, sizes)))), on_one_device()
+    for part in ('policy', 'critic'):
+        assert small.distance(found[0][part], expected[0][part]) < 1e-5
+        assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected[0][part]))
+    change = np.concatenate([np.abs(a - b).ravel() for a, b in zip(*map(jax.tree.leaves, (found[1], expected[1])))])
+    assert change.mean() < 0.05 * small.LR and change.max() < 2 * small.LR
+    for name, value in expected[2].items():
+        np.testing.assert_allclose(found[2][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(found[3]), jax.tree.leaves(expected[3])):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize('forward, message', [
+    (dict(micro_rows=6), r'forward.micro_rows=6 does not divide over data × fsdp = 4 devices; choose a multiple, or 0'),
+    (dict(row_width=49, logprob_chunk=49), r'forward.row_width=49 does not divide over tensor=2')])
+def test_rows_that_do_not_divide_are_refused_by_name(forward, message):
+    mesh = meshes.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+    with pytest.raises(ValueError, match=message):
+        Learner(CONFIG, small.make_forward(**({'micro_rows': 4} | forward)), small.recording(), mesh)
+    whole = Learner(CONFIG, small.make_forward(micro_rows=0), small.recording(), mesh)
+    assert whole.forward.micro_rows == 4

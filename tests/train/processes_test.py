@@ -1,0 +1,96 @@
+"""Two processes of four devices do what one of eight does, and each other number takes up their checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from retool_jax.core import episodes as episode_files
+from retool_jax.core import processes
+from tests.fakes import byte_tokenizer
+from tests.train import small
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run(count: int, work: str, directory: pathlib.Path, name: str) -> list[list[np.ndarray]]:
+    """The worker in so many processes; what each saw at the end."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ.get('XLA_FLAGS', ''))
+    env = os.environ | {'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={8 // count}'}
+    if count > 1:
+        env |= {'RETOOL_PROCESSES': str(count), 'RETOOL_COORDINATOR': f'127.0.0.1:{port}'}
+    children = [subprocess.Popen([sys.executable, '-m', 'tests.train.worker', work, str(directory), name], cwd=ROOT,
+                                 env=env | {'RETOOL_PROCESS': str(i)}, stderr=subprocess.PIPE, text=True)
+                for i in range(count)]
+    try:
+        errors = [child.communicate(timeout=1200)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+            child.stderr.close()
+    assert [child.returncode for child in children] == [0] * count, '\n'.join(errors)[-4000:]
+    loaded = [np.load(directory / f'{name}_{i}.npz') for i in range(count)]
+    return [[x[key] for key in x.files] for x in loaded]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A fixed episode file, and the run of two processes over it."""
+    directory = tmp_path_factory.mktemp('two')
+    episode_files.write(directory / 'episodes', 'fixed', small.make_episodes(8), byte_tokenizer().decode)
+    return directory, run(2, 'update', directory, 'two')
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_updates_of_one(folder, tmp_path):
+    directory, (first, second) = folder
+    episode_files.write(tmp_path / 'episodes', 'fixed', small.make_episodes(8), byte_tokenizer().decode)
+    (one,) = run(1, 'update', tmp_path, 'one')
+    for a, b in zip(first, second):
+        np.testing.assert_array_equal(a, b)  # both hold the same
+    assert len(one) == len(first)
+    change = np.concatenate([np.abs(a - b).ravel() for a, b in zip(one, first)])
+    assert change.mean() < 0.05 * small.LR and change.max() < 2 * small.LR
+    read = lambda where: [json.loads(line) for line in (where / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    for a, b in zip(read(tmp_path), read(directory), strict=True):  # one process wrote, every step once
+        assert a.keys() == b.keys()
+        for name in a.keys() - {'time'}:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [1, 4])
+def test_a_checkpoint_of_two_processes_is_taken_up_by_another_number(folder, count):
+    directory, (saved, _) = folder
+    for found in run(count, 'restore', directory, f'restored{count}'):
+        for a, b in zip(found, saved[-len(found):], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('env, missing', [
+    ({'RETOOL_PROCESSES': '2'}, 'RETOOL_COORDINATOR'),
+    ({'RETOOL_PROCESSES': '2', 'RETOOL_COORDINATOR': 'x:1'}, 'RETOOL_PROCESS'),
+    ({'RETOOL_PROCESSES': 'two', 'RETOOL_COORDINATOR': 'x:1', 'RETOOL_PROCESS': '0'}, 'RETOOL_PROCESSES')])
+def test_a_process_that_is_not_told_which_it_is_is_refused(monkeypatch, env, missing):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f'^{missing}: '):
+        processes.join()
+
+
+def test_a_process_alone_joins_nobody_and_leads(monkeypatch):
+    monkeypatch.delenv('RETOOL_PROCESSES', raising=False)
+    processes.join()
+    assert processes.leads()
