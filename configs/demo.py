@@ -2,7 +2,7 @@
 
     make demo        (python launch/demo.py --config=configs/demo.py)
 
-Hardware: 2 CPU cores, 6 GiB. Time: about 13 minutes. Expected: see the table in README.md.
+Hardware: 2 CPU cores, 6 GiB. Time: about 12 minutes. Expected: see the table in README.md.
 """
 
 from ml_collections import ConfigDict
