@@ -20,6 +20,7 @@ def test_operations_are_those_of_the_matrices_and_of_the_square_of_attention():
     assert update.flops_per_token(config, 8) == 6 * (3 * layer + 16 * 100) + 12 * 3 * 16 * 8
 
 
+@pytest.mark.slow
 def test_a_small_shape_is_measured(monkeypatch):
     monkeypatch.setattr(update, 'MATMUL', 64)
     monkeypatch.setattr(update, 'PEER', ROOT / 'nowhere')

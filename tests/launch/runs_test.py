@@ -117,6 +117,7 @@ def test_eight_devices_write_what_one_writes(files, tmp_path):
     assert sum(a.tokens == b.tokens for a, b in zip(one, many)) >= len(one) - 2
 
 
+@pytest.mark.slow
 def test_a_stopped_fine_tuning_goes_on_to_the_same_model(files, tmp_path, monkeypatch):
     def run(name, stop_at=None):
         write = metrics.Metrics.write

@@ -67,6 +67,7 @@ def test_an_episode_longer_than_a_step_is_a_step_of_its_own(episodes):
     assert [len(texts(b)) for b in batches] == [1] * 12
 
 
+@pytest.mark.slow
 def test_the_loss_falls_until_a_few_answers_are_known_by_heart():
     rng, logged = np.random.default_rng(0), []
     episodes = [small.make_episode(rng, f'p{i}', 4, 12) for i in range(4)]

@@ -50,6 +50,7 @@ def learner():
     return small.make_learner()
 
 
+@pytest.mark.slow
 def test_any_cut_of_a_mini_batch_gives_the_same_step(learner):
     cut = lambda rows: step(small.make_learner(forward=small.make_forward(micro_rows=rows)), *make_batch())
     whole = cut(4)
@@ -160,7 +161,7 @@ def test_rows_without_a_token_of_the_policy_have_no_gradient(learner):
     assert not any(x.any() for x in jax.tree.leaves(gradients)) and metrics['actor/grad_norm'] == 0
 
 
-@pytest.mark.parametrize('critic', ['head', 'backbone'])
+@pytest.mark.parametrize('critic', ['head', pytest.param('backbone', marks=pytest.mark.slow)])
 def test_only_a_head_on_the_trunk_turns_the_policy_by_the_value_loss(learner, critic):
     batch, stop = make_batch()
     learner = learner if critic == 'head' else small.make_learner()  # of another tree
