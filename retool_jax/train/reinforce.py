@@ -71,7 +71,7 @@ class Parts:
     residency: Residency
 
     def sampler(self) -> Sampler:
-        return assembly.make_sampler(self.language, self.config, self.config.model.tools)
+        return assembly.make_sampler(self.language, self.config, self.config.model.tools, self.mesh)
 
     def engine(self, sampler: Sampler, executor: Executor | None, block: str, purpose: int) -> Engine:
         return assembly.make_engine(self.language, sampler, self.config, self.config[block], self.config.model.tools,

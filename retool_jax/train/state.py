@@ -76,20 +76,28 @@ def add_critic(config: QwenConfig, policy: Params, kind: str) -> Params:
     'backbone' that starts from the policy's weights, or 'none'."""
     if kind == 'none':
         return {'policy': policy}
-    if kind == 'head':
-        return {'policy': policy, 'critic': {'head': init_value_head(config)}}
+    if kind not in ('head', 'backbone'):
+        raise ValueError(f'critic.kind: {kind!r} is unknown; choose none, head, backbone')
+    critic = {'head': _everywhere(init_value_head(config), policy)}
     if kind == 'backbone':
-        trunk = {name: jax.tree.map(jnp.copy, policy[name]) for name in ('embed_tokens', 'layers', 'norm')}
-        return {'policy': policy, 'critic': {'head': init_value_head(config), 'backbone': trunk}}
-    raise ValueError(f'critic.kind: {kind!r} is unknown; choose none, head, backbone')
+        critic['backbone'] = {name: jax.tree.map(jnp.copy, policy[name]) for name in ('embed_tokens', 'layers', 'norm')}
+    return {'policy': policy, 'critic': critic}
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state at step 0; counters lie on every device of the parameters' mesh."""
-    state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+    moments = jax.tree.map(lambda x: _everywhere(x, params) if x.ndim == 0 else x, optimizer.init(params))
+    return TrainState(step=_everywhere(jnp.int32(0), params), params=params, opt_state=moments)
+
+
+def _everywhere(tree, params: Params):
+    """`tree`, the same in every process, whole on each device of the mesh that `params` lie on."""
     home = getattr(jax.tree.leaves(params)[0], 'sharding', None)
     if not isinstance(home, NamedSharding):  # one device, or shapes alone
-        return state
+        return tree
     whole = NamedSharding(home.mesh, PartitionSpec())
-    spread = lambda x: jax.make_array_from_callback((), whole, lambda _: np.asarray(x))
-    return jax.tree.map(lambda x: spread(x) if x.ndim == 0 and x.sharding != whole else x, state)
+
+    def spread(x):
+        held = np.asarray(x)
+        return jax.make_array_from_callback(held.shape, whole, held.__getitem__)
+    return jax.tree.map(lambda x: x if x.sharding == whole else spread(x), tree)
