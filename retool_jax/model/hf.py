@@ -243,8 +243,7 @@ def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: Qwe
         extra.discard('lm_head.weight')  # some exports store the tied matrix twice
     wrong = [f'{name} is missing' for name in shapes if name not in tensors]
     wrong += [f'{name} is not part of this architecture' for name in sorted(extra)]
-    for name in shapes.keys() & tensors.keys():
-        tensor = tensors[name]
+    for name, tensor in ((name, tensors[name]) for name in shapes if name in tensors):
         if tensor.shape != shapes[name]:
             wrong.append(f'{name} is {list(tensor.shape)}, config.json makes it {list(shapes[name])}')
         elif tensor.dtype not in DTYPES:

@@ -86,6 +86,7 @@ def stop(child, number, ready):
     return child.returncode, err
 
 
+@pytest.mark.slow
 def test_an_evaluation_from_files_to_report(files, tmp_path):
     with launcher.start() as launch:
         done = launch('evaluate', *evaluate_flags(files, tmp_path / 'run'))

@@ -62,6 +62,7 @@ def same(a, b):
     return a.tokens == b.tokens and a.logprobs == b.logprobs and a.stop == b.stop and a.reward == b.reward
 
 
+@pytest.mark.slow
 def test_faults_are_counted_and_leave_the_other_episodes_as_they_were(folder):
     clean, calm, _ = run(folder, 'clean', 0.0, {})
     assert sum(len(e.calls) for e in clean) > 9 and calm[0]['tools/fault_frequency'] == 0

@@ -77,6 +77,7 @@ def test_any_cut_gives_the_same_supervised_step():
     assert_same_step(cut(2), cut(4))
 
 
+@pytest.mark.slow
 def test_several_episodes_per_row_give_the_step_of_one_per_row():
     packed, alone = make_batch(segments=3), make_batch(segments=1)
     assert packed[1] < alone[1] == len(EPISODES)
@@ -99,6 +100,7 @@ def test_the_first_mini_batch_has_ratio_one_and_the_second_has_not(learner):
     assert abs(found['actor/ppo_kl']) > 1e-3 and found['actor/pg_clipfrac'] > 0
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_each_episode_alone(learner):
     batch, stop = make_batch()
     tree = small.make_tree()
