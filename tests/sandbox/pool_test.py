@@ -245,13 +245,14 @@ def _survives_kills(count: int, seed: int) -> None:
         futures = [
             pool.submit(f'import time\ntime.sleep({rng.random() * 0.02})\nprint({i} ** 2)') for i in range(count)
         ]
+        futures[0].result()  # the workers are up, and most of the snippets still to come
         while not all(f.done() for f in futures):
-            time.sleep(0.25 + rng.random() * 0.5)
             if workers := _workers(pool):
                 try:
                     os.kill(rng.choice(workers), signal.SIGKILL)
                 except ProcessLookupError:
                     continue
+            time.sleep(0.25 + rng.random() * 0.5)
         assert [f.result().stdout for f in futures] == [f'{i**2}\n' for i in range(count)]
         stats = pool.stats()
         assert stats['respawned'] > 0 and stats['verdicts'] == {'ok': count}
