@@ -76,7 +76,7 @@ def sampled(engine: Engine, settings: RolloutSettings, stream: Problems, templat
             requests = number(evaluate.make_requests(asked, settings.samples, template, tokenizer), seen)
             made = engine.run(weights, step, requests, step, journal=journal, finished=finished)
             evaluate.grade(made, grader, tokenizer)
-            tally.update(stats(engine))
+            tally.update(stats(engine) | {'made': len(made), 'correct': sum(e.reward.correct for e in made)})
             groups = [made[i:i + settings.samples] for i in range(0, len(made), settings.samples)]
             first = first or groups
             found = groups if not settings.dynamic_rounds else [g for g in groups if differs(g)]
@@ -151,10 +151,11 @@ def stats(engine: Engine) -> dict[str, float]:
 
 
 def rates(sums: dict[str, float]) -> dict[str, float]:
-    """How the rollout's time went, from sums over its rounds."""
-    tokens, live, slots = (sums.pop(name, 0.0) for name in ('tokens', 'live', 'slots'))
+    """How the rollout's time went and how good it was before any group was replaced, from sums over its rounds."""
+    tokens, live, slots, made, correct = (sums.pop(name, 0.0) for name in ('tokens', 'live', 'slots', 'made', 'correct'))
     return sums | {'rollout/tokens_per_s': tokens / max(sums['time/rollout_s'], 1e-9),
-                   'rollout/slot_occupancy': live / max(slots, 1)}
+                   'rollout/slot_occupancy': live / max(slots, 1),
+                   'rollout/correct': correct / max(made, 1)}
 
 
 def part_names(directory: str) -> list[str]:
