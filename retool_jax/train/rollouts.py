@@ -152,7 +152,8 @@ def stats(engine: Engine) -> dict[str, float]:
 
 def rates(sums: dict[str, float]) -> dict[str, float]:
     """How the rollout's time went and how good it was before any group was replaced, from sums over its rounds."""
-    tokens, live, slots, made, correct = (sums.pop(name, 0.0) for name in ('tokens', 'live', 'slots', 'made', 'correct'))
+    took = lambda name: sums.pop(name, 0.0)
+    tokens, live, slots, made, correct = map(took, ('tokens', 'live', 'slots', 'made', 'correct'))
     return sums | {'rollout/tokens_per_s': tokens / max(sums['time/rollout_s'], 1e-9),
                    'rollout/slot_occupancy': live / max(slots, 1),
                    'rollout/correct': correct / max(made, 1)}
