@@ -57,7 +57,7 @@ def forward(arg: str) -> ConfigDict:
         'logprob_chunk': 200 if tiny else 2048,
         'vocab_chunk': 1024 if tiny else 8192,
         'micro_rows': 16 if tiny else 0,  # 0: one for each device of data × fsdp
-        'row_width': 200 if tiny else 18432,  # prompt 2,048 + response 16,384 (R)
+        'row_width': 200 if tiny else 16384,  # P: longest sequence
         'row_segments': 8 if tiny else 16,
     })
 
@@ -66,7 +66,7 @@ def sampler(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
     return ConfigDict({
         'rows': 32 if '32b' in arg else 64,
-        'slots': 256 if tiny else 18432,  # prompt 2,048 + response 16,384 (R)
+        'slots': 256 if tiny else 16384,  # P: longest sequence
         'chunk': 64 if tiny else 256,
         'group': 8,
         'quota': 16 if tiny else 64,
@@ -82,7 +82,7 @@ def turns(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
     return ConfigDict({
         'tools': True,
-        'max_tokens': 200 if tiny else 18432,  # P: 16,384 of response; R: 2,048 of prompt
+        'max_tokens': 200 if tiny else 16384,  # P: longest sequence (R: 2,048 of prompt + 16,384)
         'max_turn_tokens': 200 if tiny else 16384,
         'max_turns': 4 if tiny else 8,  # ? in P; R: at most 8 assistant turns
         'max_calls': 3 if tiny else 7,  # ? in P; leaves the last turn for the answer
