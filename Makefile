@@ -19,8 +19,9 @@ setup:
 demo: setup
 	@$(PY) launch/demo.py $(ARGS)
 
+# Two processes: most tests keep one core busy. A file stays in one of them, with what its tests share.
 test: setup
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: setup
 	@$(PY) -m pytest -m 'not soak' $(ARGS)

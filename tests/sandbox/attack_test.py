@@ -29,8 +29,9 @@ def test_hostile_case_gets_its_verdict_and_leaves_nothing(path, case, pools, cen
     if case.exit_code is not None:
         assert result.exit_code == case.exit_code
     assert len(result.stdout) <= pool.settings.output_bytes and len(result.stderr) <= pool.settings.output_bytes
-    # CPU time, unlike wall time, means the same on a busy machine.
-    assert result.cpu_s <= case.limits.get('cpu_s', pool.settings.cpu_s) + 0.5
+    # CPU time, unlike wall time, means the same on a busy machine. A fork bomb goes on spending it, on every core,
+    # until the watch has had its turn and 64 processes are dead.
+    assert result.cpu_s <= case.limits.get('cpu_s', pool.settings.cpu_s) + 1.0
     following = pool.submit('print(6 * 7)').result(120)
     assert (following.verdict, following.stdout, following.stderr) == (cases.OK, '42\n', '')
     watch.settle()
