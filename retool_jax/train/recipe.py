@@ -13,7 +13,7 @@ import pathlib
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,10 @@ class Story:
             self._samplers = {tools: assembly.make_sampler(self.language, self.config, tools)
                               for tools in (True, False)}
         return self._samplers
+
+    def random_model(self) -> Params:
+        """What everything starts from."""
+        return assembly.load_policy(self.config.model, self.language, self.seed, self.mesh)
 
     def log(self, name: str, step: int, metrics: dict[str, float]) -> None:
         self.writer.write(self.clock, {'phase': name, 'phase_step': step} | metrics)
@@ -175,11 +179,11 @@ def needy_code_ratio(episodes: Sequence[Episode]) -> float:
     return float(np.mean(asked)) if asked else 0.0
 
 
-def run(config: ConfigDict) -> dict:
-    """The whole story; returns what summary.json holds."""
-    began = time.perf_counter()
+@contextlib.contextmanager
+def opened(config: ConfigDict) -> Iterator[Story]:
+    """The story of a run's folder, with sandbox, grader and log; what an earlier telling left there is deleted."""
     directory = folder.claim(config)
-    for old in ('model', 'tool_rl', 'checkpoints', 'episodes'):  # the same story told again
+    for old in ('model', 'tool_rl', 'checkpoints', 'episodes'):
         shutil.rmtree(directory / old, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(assembly.open_sandbox(config.sandbox))
@@ -188,9 +192,15 @@ def run(config: ConfigDict) -> dict:
         writer.rewind(None)
         story = Story(config, directory, pool, grader, writer)
         console.banner(model=story.language, mesh=dict(story.mesh.shape), sandbox=pool, run=directory)
+        yield story
 
+
+def run(config: ConfigDict) -> dict:
+    """The whole story; returns what summary.json holds."""
+    began = time.perf_counter()
+    with opened(config) as story:
         # One random model; two cold starts from it.
-        base = assembly.load_policy(config.model, story.language, story.seed, story.mesh)
+        base = story.random_model()
         scores = {'base': story.score('base', True, base, apart=False)}
         tool = story.sft(True, story.traces(True), base)
         scores['sft'] = story.score('sft', True, tool)
@@ -201,14 +211,14 @@ def run(config: ConfigDict) -> dict:
         text = story.reinforce(False, text)
         scores['text_rl'] = story.score('text_rl', False, text)
 
-        checkpoints = Checkpoints(directory / 'checkpoints', keep_last=1)
+        checkpoints = Checkpoints(story.directory / 'checkpoints', keep_last=1)
         checkpoints.save(story.ppo.steps, {'tool': tool, 'text': text}, {'steps': story.ppo.steps}, wait=True)
         checkpoints.close()
-        hf.save(directory / 'tool_rl', story.language.config, tool, jnp.float32, directory / 'model')
+        hf.save(story.directory / 'tool_rl', story.language.config, tool, jnp.float32, story.directory / 'model')
     summary = scores | {
         'code_ratio': {'before': scores['sft']['code_ratio_needy'], 'after': scores['tool_rl']['code_ratio_needy']},
         'steps': story.ppo.steps, 'seconds': time.perf_counter() - began, 'seed': story.seed}
-    (directory / 'summary.json').write_text(json.dumps(summary, indent=2))
+    (story.directory / 'summary.json').write_text(json.dumps(summary, indent=2))
     return summary
 
 
