@@ -186,6 +186,9 @@ def ppo(arg: str) -> ConfigDict:
         'mask_truncated': False,
         'overlong_buffer': 0,  # DAPO's shaping (2503.14476)
         'dynamic_rounds': 0,  # DAPO's dynamic sampling: rounds of problems_per_step problems at most; 0 is off
+        # Partial rollouts: decode calls (of sampler.quota tokens) that an episode gets in a step; who is not done
+        # then goes on in the next step, under its weights. 0: every episode is waited for.
+        'quanta': 0,
         'offload': not tiny,  # what a phase does not need waits in the host's memory
     })
 

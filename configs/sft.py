@@ -5,7 +5,8 @@
         --config.traces=runs/cold_start_qwen2_5_32b/episodes
 
 Hardware: tiny, 2 CPU cores, 3 minutes; 32B, a v5p-64 slice or 32 × 80 GiB. The model is written to
-`final/` of the run's folder as a Hugging Face directory.
+`final/` of the run's folder as a Hugging Face directory. --config.sft.evaluation_share=0.05 keeps a share of the
+problems apart, and `final/` is then the checkpoint of the lowest loss on them; --config.sft.epochs=6 counts passes.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -25,7 +26,11 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
                       else base.optimizer(1e-5, schedule='cosine', warmup_steps=10)),  # 1e-5: R
         'sft': {
             'steps': 540 if tiny else 190,  # ? in P (2 epochs); R: 6 epochs of 2,000 traces, 64 a step
+            'epochs': 0,  # passes over the traces instead of `steps`; 0: `steps` decides
             'batch_tokens': 2900 if tiny else 262144,
+            # Of the problems, whose traces are kept apart (H). Their loss is measured at every checkpoint, and the
+            # best one becomes `final/`.
+            'evaluation_share': 0.0 if tiny else 0.02,
         },
-        'checkpoints': base.checkpoints(every=100),
+        'checkpoints': base.checkpoints(every=100 if tiny else 32),  # 32: a pass over 2,000 traces
     })

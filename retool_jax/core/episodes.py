@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ SCHEMA = 1
 
 
 def write(
-    directory: str | os.PathLike, name: str, episodes: Sequence[Episode], decode: Callable[[list[int]], str]
+    directory: str | os.PathLike, name: str, episodes: Sequence[Episode], decode: Callable[[list[int]], str],
+    step: int | None = None
 ) -> Path:
     """Writes one part and returns its JSONL file; a part of that name is replaced.
 
@@ -31,6 +32,7 @@ def write(
       directory: the run's `episodes` folder, made where it is missing.
       name: of the part, e.g. 'step_00012'.
       decode: ids to text, for the segments' texts.
+      step: that the part belongs to, by which `rewind` goes; default: the latest that asked for one of them.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,7 @@ def write(
         'logprobs': _narrow(_join([e.logprobs for e in episodes], np.float64)),
         'versions': _join([e.versions for e in episodes], np.int32),
     }
-    step = max((e.step for e in episodes), default=0)
+    step = max((e.step for e in episodes), default=0) if step is None else step
     lines = [{'schema': SCHEMA, 'step': step, 'episodes': len(episodes)}]
     lines += [_to_json(episode, decode) for episode in episodes]
     text = ''.join(json.dumps(line, ensure_ascii=True) + '\n' for line in lines)
@@ -89,7 +91,7 @@ def read(directory: str | os.PathLike, name: str | None = None) -> list[Episode]
 
 
 def rewind(directory: str | os.PathLike, step: int) -> None:
-    """Removes every part with an episode of a later step, and what a killed run left half written."""
+    """Removes every part of a later step, and what a killed run left half written."""
     directory = Path(directory)
     for path in directory.glob('.*.new'):
         path.unlink()
@@ -101,6 +103,13 @@ def rewind(directory: str | os.PathLike, step: int) -> None:
     for path in directory.glob('*.npz'):
         if not path.with_suffix('.jsonl').exists():
             path.unlink()
+
+
+def remove(directory: str | os.PathLike, but: Collection[str]) -> None:
+    """Removes every part whose name is not among `but`."""
+    for name in set(names(directory)) - set(but):
+        for end in ('.jsonl', '.npz'):  # in this order: without the first the part does not exist
+            (Path(directory) / f'{name}{end}').unlink(missing_ok=True)
 
 
 class _replacing:

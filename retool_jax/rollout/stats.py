@@ -26,6 +26,10 @@ class RolloutStats:
     tool_wall_s: list[float] = dataclasses.field(default_factory=list)  # in the sandbox, one per call
     tool_wait_s: list[float] = dataclasses.field(default_factory=list)  # from `</code>` to the engine's notice
 
+    def __add__(self, other: RolloutStats) -> RolloutStats:
+        """What two runs did, one after the other."""
+        return RolloutStats(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
     @property
     def tokens_per_s(self) -> float:
         return self.sampled_tokens / max(self.total_s, 1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -13,6 +14,7 @@ from retool_jax.core import metrics as console
 from retool_jax.core import processes, settings
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.cli import UserError
+from retool_jax.core.pytrees import TrainState
 from retool_jax.core.records import Episode
 from retool_jax.model import hf
 from retool_jax.train import assembly, folder, sft
@@ -23,23 +25,32 @@ from retool_jax.train.update import ForwardSettings, Learner
 
 
 def run(config: ConfigDict) -> None:
-    """Trains to the last step, or goes on where the folder's last checkpoint stands."""
+    """Trains to the last step, or goes on where the folder's last checkpoint stands.
+
+    `final/` is the last state; with a held-out share, the one of those saved whose loss on it was lowest.
+    """
     sizes = settings.build(SFTSettings, config.sft, 'sft')
     saving = settings.build(CheckpointSettings, config.checkpoints, 'checkpoints')
     forward = settings.build(ForwardSettings, config.forward, 'forward')
-    traces = read_traces(config.traces, forward.row_width)
+    everything = read_traces(config.traces, forward.row_width)
+    traces, held_out = sft.hold_out(everything, sizes.evaluation_share)
+    if not traces or (sizes.evaluation_share and not held_out):
+        raise UserError(f'sft.evaluation_share={sizes.evaluation_share} holds out {len(held_out)} of '
+                        f'{len(everything)} traces; choose a share that leaves some on both sides, or 0')
+    sizes = sft.settle(sizes, traces, config.run.seed)
     mesh = assembly.make_mesh(config.mesh)
     optimizer = make_optimizer(settings.build(OptimizerSettings, config.optimizer, 'optimizer'), sizes.steps)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(folder.claimed(config, free=('checkpoints',)))
         stack.enter_context(folder.stoppable())
         language = assembly.open_language(config.model, directory)
-        check_ids(traces, language, config.traces)
+        check_ids(everything, language, config.traces)
         learner = Learner(language.config, forward, optimizer, mesh)
         state = init_state({'policy': assembly.load_policy(config.model, language, config.run.seed, mesh)}, optimizer)
-        checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last))
+        checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
         writer = stack.enter_context(console.Metrics(directory, processes.leads()))
-        console.banner(model=language, mesh=dict(mesh.shape), traces=len(traces), run=directory)
+        console.banner(model=language, mesh=dict(mesh.shape), traces=len(traces), held_out=len(held_out),
+                       run=directory)
         start = checkpoints.latest() or 0
         if start:
             state, _ = checkpoints.restore(start, state)
@@ -51,8 +62,18 @@ def run(config: ConfigDict) -> None:
             writer.write(step, {'phase': 'sft'} | metrics)
             advance(f'loss {metrics["sft/loss"]:.3f}')
 
-        save = lambda step, state: checkpoints.save(step, state, {'step': step})
-        state = sft.train(learner, state, traces, sizes, config.run.seed, log, save, saving.every)
+        def save(step: int, state: TrainState, metrics: dict[str, float]) -> None:
+            score = {'score': -metrics[sft.HELD_OUT]} if sft.HELD_OUT in metrics else {}
+            checkpoints.save(step, state, {'step': step} | score)
+
+        state = sft.train(learner, state, traces, sizes, config.run.seed, log, save, saving.every, held_out)
+        best = checkpoints.best()
+        if best is not None:
+            console.say(f'best: step {best}, held-out loss {-checkpoints.meta(best)["score"]:.4f}')
+            if best < sizes.steps:
+                like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+                del state  # or there would be two of them
+                state, _ = checkpoints.restore(best, like)
     export = directory / 'final'
     if not export.exists():
         hf.save(export, language.config, state.params['policy'], jnp.dtype(config.forward.dtype),

@@ -55,6 +55,12 @@ class Progress:
     state: TrainState
     done: int = 0  # RL steps
     cursor: int = 0  # problems taken from the stream
+    carried: tuple[Episode, ...] = ()  # groups that the next step takes up (ppo.quanta)
+
+    @property
+    def oldest(self) -> int:
+        """The first step whose tool results going on from here may ask the journal for."""
+        return min([self.done, *(e.step for e in self.carried)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +139,12 @@ def train(learner: Learner, progress: Progress, settings: PPOSettings, *, collec
         for step in range(progress.done, settings.steps):
             began = time.perf_counter()
             progress.state = residency.enter('rollout', progress.state)
-            collected = collect(progress.state.params['policy'], step, progress.cursor)
+            collected = collect(progress.state.params['policy'], step, progress.cursor, progress.carried)
             flush()
             # The state is given to the update and comes back changed: there is no whole one in between.
             with uninterrupted():
                 late = update(learner, progress, settings, collected.episodes, seed, step, residency)
-                progress.done, progress.cursor = step + 1, collected.cursor
+                progress.done, progress.cursor, progress.carried = step + 1, collected.cursor, collected.carried
                 late.metrics.update(collected.metrics | {
                     'data/cursor': float(collected.cursor), 'time/step_s': time.perf_counter() - began})
             if due(step + 1):
@@ -176,19 +182,20 @@ def make_batch(episodes: Sequence[Episode], settings: PPOSettings, forward: Forw
                step: int) -> tuple[Batch, list[tuple[int, int]]]:
     """The global batch and the rows of each mini-batch: episodes are dealt at random, then packed.
 
-    Every process makes the same one from the same episodes. A group is `samples` samples of a problem: a problem
-    that the step holds twice has two.
+    Every process makes the same one from the same episodes. A group is `samples` samples of a problem that were
+    asked for together: a problem that the step holds twice has two.
     """
     groups, number = [], {}
     for episode in episodes:
-        groups.append(number.setdefault((episode.problem.id, episode.sample // settings.samples), len(number)))
+        key = (episode.problem.id, episode.step, episode.sample // settings.samples)
+        groups.append(number.setdefault(key, len(number)))
     fault = np.array([e.stop == Stop.FAULT for e in episodes])
     baseline, update = episode_masks(np.array([e.void for e in episodes]),
                                      np.array([e.stop == Stop.LENGTH for e in episodes]), ~fault,
                                      drop_void=settings.drop_void, mask_truncated=settings.mask_truncated)
     order = np.random.default_rng((seed, step)).permutation(len(episodes))
     parts = []
-    for chosen in np.array_split(order, settings.minibatches):
+    for chosen in np.array_split(order, min(settings.minibatches, len(order))):
         pick = lambda values: [values[i] for i in chosen]  # noqa: B023
         parts.append(pack(pick(episodes), width=forward.row_width, rows=forward.micro_rows,
                           segments=forward.row_segments, groups=pick(groups), baseline=pick(baseline),

@@ -115,7 +115,8 @@ class Story:
         optimizer = make_optimizer(settings.build(OptimizerSettings, self.config.sft_optimizer, 'sft_optimizer'),
                                    self.recipe.sft_steps)
         learner = Learner(self.language.config, self.forward, optimizer, self.mesh)
-        sizes = SFTSettings(steps=self.recipe.sft_steps, batch_tokens=self.recipe.sft_batch_tokens)
+        sizes = SFTSettings(steps=self.recipe.sft_steps, epochs=0, batch_tokens=self.recipe.sft_batch_tokens,
+                            evaluation_share=0.0)
         with console.progress(f'SFT ({_kind(tools)})', sizes.steps) as advance:
             def log(step, metrics):
                 self.log(f'sft_{_kind(tools)}', step, metrics)

@@ -36,6 +36,7 @@ from retool_jax.train.update import ForwardSettings, Learner
 from retool_jax.train.watch import Watch, WatchSettings
 
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
+CARRIED = 'carried'  # folder of the unfinished episodes of each checkpoint
 FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox')  # may change between two starts of a run
 STALL_S = 60.0  # beyond all retries of a call, after which a silent sandbox is given up
 REMOTE_S = 900.0  # beyond sandbox.remote's own patience with servers that are gone
@@ -55,6 +56,12 @@ class HalvesSettings:
 
     episodes: str | None  # an episodes/ folder to train on, a part a step: no sampler, sandbox or grader
     train: bool  # False: episodes are made and kept, weights stay as they are
+
+    def check(self, sizes: PPOSettings) -> None:
+        """Refuses to cut episodes that no later weights will go on with."""
+        if sizes.quanta and not (self.train and self.episodes is None):
+            raise ValueError(f'ppo.quanta={sizes.quanta} carries episodes over to the weights of the next step, which '
+                             'one half alone has not; set ppo.quanta=0')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +98,8 @@ def build(config: ConfigDict, directory: pathlib.Path) -> Parts:
     sizes, loss, advantage = block(PPOSettings, 'ppo'), block(LossSettings, 'loss'), block(AdvantageSettings,
                                                                                            'advantage')
     sizes.check(advantage)
+    halves = block(HalvesSettings, 'halves')
+    halves.check(sizes)
     mesh = assembly.make_mesh(config.mesh)
     language = assembly.open_language(config.model, directory)
     policy = assembly.load_policy(config.model, language, config.run.seed, mesh)
@@ -102,7 +111,7 @@ def build(config: ConfigDict, directory: pathlib.Path) -> Parts:
     reference = jax.tree.map(jnp.copy, policy) if loss.needs_reference else None
     learner = Learner(language.config, block(ForwardSettings, 'forward'), optimizer, mesh, loss=loss,
                       advantage=advantage, temperature=config.train_sampling.temperature)
-    return Parts(config, sizes, block(HalvesSettings, 'halves'), language, mesh, learner,
+    return Parts(config, sizes, halves, language, mesh, learner,
                  Progress(init_state(tree, optimizer)), Residency(sizes.offload, reference))
 
 
@@ -110,8 +119,9 @@ def run(config: ConfigDict) -> None:
     """Trains to the last step, or goes on where the folder's last checkpoint stands."""
     saving = settings.build(CheckpointSettings, config.checkpoints, 'checkpoints')
     watch = Watch(settings.build(WatchSettings, config.watch, 'watch'))
-    settings.build(PPOSettings, config.ppo, 'ppo').check(settings.build(AdvantageSettings, config.advantage,
-                                                                        'advantage'))
+    sizes = settings.build(PPOSettings, config.ppo, 'ppo')
+    sizes.check(settings.build(AdvantageSettings, config.advantage, 'advantage'))
+    settings.build(HalvesSettings, config.halves, 'halves').check(sizes)
     stream, held_out = open_stream(config.data, config.run.seed), open_validation(config.validation)
     if config.halves.episodes:
         rollouts.part_names(config.halves.episodes)
@@ -142,10 +152,10 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
         advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
         validates = lambda done: bool(held_out) and (done == sizes.steps or done % config.validation.every == 0)
         saves = lambda done: done == sizes.steps or done % saving.every == 0
-        saved, score = [progress.done], {}
+        saved, score = [progress.oldest], {}
 
-        def keep(folder_name: str, name: str, episodes: Sequence[Episode]) -> None:
-            episode_files.write(directory / folder_name, name, episodes, language.tokenizer.decode)
+        def keep(folder_name: str, name: str, episodes: Sequence[Episode], step: int | None = None) -> None:
+            episode_files.write(directory / folder_name, name, episodes, language.tokenizer.decode, step)
 
         def validate(step: int) -> dict[str, float]:
             engine = parts.engine(sampler, executor, 'evaluate_sampling', assembly.EVALUATION)
@@ -157,10 +167,14 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
             return evaluate.as_metrics(pathlib.Path(config.validation.problems).stem, found)
 
         def save(wait: bool = False) -> None:
-            meta = {'step': progress.done, 'cursor': progress.cursor, 'seed': config.run.seed} | score
+            episode_files.remove(directory / CARRIED, {carried_part(step) for step in checkpoints.steps()})
+            if progress.carried:
+                keep(CARRIED, carried_part(progress.done), progress.carried, progress.done)
+            meta = {'step': progress.done, 'cursor': progress.cursor, 'seed': config.run.seed,
+                    'carried': len(progress.carried)} | score
             checkpoints.save(progress.done, parts.residency.whole(progress.state), meta, wait=wait)
-            journal.forget(progress.done if wait else saved[-1])  # the save before this one is complete
-            saved.append(progress.done)
+            journal.forget(progress.oldest if wait else saved[-1])  # the save before this one is complete
+            saved.append(progress.oldest)
 
         def report(result: StepResult) -> None:
             step, metrics = result.step, result.metrics
@@ -170,7 +184,7 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
                     return  # the step is made again, and then measured
                 metrics = metrics | validate(step)
             with uninterrupted():
-                keep('episodes', f'train_{step:05d}', result.episodes)
+                keep('episodes', f'train_{step:05d}', result.episodes, step)
                 writer.write(step, {'phase': 'ppo' if halves.train else 'rollout'} | metrics)
                 if halves.train and saves(step + 1) and progress.done == step + 1:
                     save()
@@ -208,7 +222,14 @@ def restore(progress: Progress, checkpoints: Checkpoints, directory: pathlib.Pat
     if meta['seed'] != seed:
         raise UserError(f'{directory}: the checkpoint of step {step} was made with run.seed={meta["seed"]}, not {seed}')
     progress.done, progress.cursor = step, meta['cursor']
+    if meta['carried']:
+        progress.carried = tuple(episode_files.read(directory / CARRIED, carried_part(step)))
     console.say(f'goes on at step {step}')
+
+
+def carried_part(step: int) -> str:
+    """Names the episodes that are unfinished when so many steps are done."""
+    return f'after_{step:05d}'
 
 
 def roll_out(source: rollouts.Source, progress: Progress, steps: int, report: Callable[[StepResult], None],
@@ -217,7 +238,7 @@ def roll_out(source: rollouts.Source, progress: Progress, steps: int, report: Ca
     for step in range(progress.done, steps):
         made = source(progress.state.params['policy'], step, progress.cursor)
         progress.done, progress.cursor = step + 1, made.cursor
-        report(StepResult(step, rollouts.describe(made.episodes) | made.metrics | {'data/cursor': float(made.cursor)},
+        report(StepResult(step, made.metrics | rollouts.describe(made.episodes) | {'data/cursor': float(made.cursor)},
                           made.episodes))
         journal.forget(step + 1)
 

@@ -1,4 +1,4 @@
-"""The episodes of one RL step: rollout, grading, shaping, and dynamic sampling over whole groups."""
+"""The episodes of one RL step: rollout, grading, shaping, dynamic sampling, and what is carried into the next."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop, Verdict
 from retool_jax.rollout.engine import Engine, Request
 from retool_jax.rollout.journal import Journal
+from retool_jax.rollout.stats import RolloutStats
 from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template
 from retool_jax.text.tokenizer import Tokenizer
@@ -29,11 +30,14 @@ class RolloutSettings:
     samples: int  # episodes per problem: a group
     dynamic_rounds: int  # 0: every group is taken; else groups of equal rewards are replaced, in at most so many rounds
     overlong_buffer: int  # tokens before the budget in which the reward falls by up to 1; 0 is off
+    quanta: int  # decode calls that an episode gets in a step, then it is carried into the next; 0: until it ends
 
     def __post_init__(self):
         if self.dynamic_rounds and self.samples < 2:
             raise ValueError(f'dynamic_rounds={self.dynamic_rounds} compares the samples of a problem, of which there '
                              f'is samples={self.samples}; raise it, or set dynamic_rounds=0')
+        if self.quanta < 0:
+            raise ValueError(f'quanta={self.quanta} must be 0, for whole episodes, or the decode calls of a step')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +47,16 @@ class Collected:
     episodes: list[Episode]
     cursor: int
     metrics: dict[str, float]
+    carried: tuple[Episode, ...] = ()  # groups with an unfinished episode (its stop is None), not graded yet
 
 
 class Source(Protocol):
-    """Where a step's episodes come from; `params` are in the training layout."""
+    """Where a step's episodes come from.
 
-    def __call__(self, params: Params, step: int, cursor: int) -> Collected: ...
+    `params` are in the training layout; `carried`, what the step before left unfinished, stays as it is.
+    """
+
+    def __call__(self, params: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected: ...
 
 
 class Problems(Protocol):
@@ -65,35 +73,65 @@ def sampled(engine: Engine, settings: RolloutSettings, stream: Problems, templat
     With `dynamic_rounds` it asks for `problems_per_step` further problems of the stream until that many groups
     have unequal rewards, and takes them in the stream's order, so what is accepted depends on no latency. The
     cursor then stands behind the last one taken; what was sampled beyond it is sampled anew next time.
+
+    With `quanta` a step begins with the groups that the one before left unfinished, tops them up to
+    `problems_per_step`, and takes those that are whole when every episode has had its decode calls; where none is,
+    it goes around again. Tokens keep the logprobs and the version of the weights that wrote them.
     """
-    def collect(params: Params, step: int, cursor: int) -> Collected:
-        weights, tally = engine.sampler.sync(params), collections.Counter()
+    rounds = max(settings.dynamic_rounds, 1)
+
+    def collect(params: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected:
+        weights, spent, tally = engine.sampler.sync(params), RolloutStats(), collections.Counter()
+        open_groups = split([dataclasses.replace(e) for e in carried], settings.samples)  # grading writes into them
         taken: list[list[Episode]] = []
         first: list[list[Episode]] = []
         seen: collections.Counter = collections.Counter()
-        for _ in range(max(settings.dynamic_rounds, 1)):
-            asked = [stream[i] for i in range(cursor, cursor + settings.problems_per_step)]
-            requests = number(evaluate.make_requests(asked, settings.samples, template, tokenizer), seen)
-            made = engine.run(weights, step, requests, step, journal=journal, finished=finished)
-            evaluate.grade(made, grader, tokenizer)
-            tally.update(stats(engine) | {'made': len(made), 'correct': sum(e.reward.correct for e in made)})
-            groups = [made[i:i + settings.samples] for i in range(0, len(made), settings.samples)]
-            first = first or groups
-            found = groups if not settings.dynamic_rounds else [g for g in groups if differs(g)]
+        while len(taken) < settings.problems_per_step and (tally['rounds'] < rounds or not (taken or first)):
             missing = settings.problems_per_step - len(taken)
+            room = missing - len(open_groups) if settings.quanta else settings.problems_per_step
+            asked = [stream[i] for i in range(cursor, cursor + room)]
+            requests = [Request.resume(copied(e)) for group in open_groups for e in group if e.stop is None]
+            requests += number(evaluate.make_requests(asked, settings.samples, template, tokenizer), seen)
+            made = iter(engine.run(weights, step, requests, step, journal=journal, quanta=settings.quanta or None,
+                                   finished=finished))
+            groups = [[next(made) if e.stop is None else e for e in group] for group in open_groups]
+            groups += split(list(made), settings.samples)
+            whole = [group for group in groups if all(e.stop is not None for e in group)]
+            open_groups = [group for group in groups if any(e.stop is None for e in group)]
+            graded = [e for group in whole for e in group]
+            evaluate.grade_shared(graded, grader, tokenizer)
+            spent += engine.stats
+            tally.update(rounds=1, made=len(graded), correct=sum(e.reward.correct for e in graded))
+            first = first or whole
+            found = whole if not settings.dynamic_rounds else [group for group in whole if differs(group)]
             taken += found[:missing]
-            if len(found) >= missing:
-                cursor += next(i for i, g in enumerate(groups) if g is found[missing - 1]) + 1
-                break
-            cursor += settings.problems_per_step
+            cursor += room
+            if not settings.quanta and len(found) >= missing:
+                cursor -= len(whole) - 1 - next(i for i, group in enumerate(whole) if group is found[missing - 1])
         episodes = [e for group in taken or first for e in group]
-        rounds = tally.pop('rounds')
-        metrics = {name: float(value) for name, value in tally.items()}
-        if settings.dynamic_rounds:
-            metrics |= {'rollout/rounds': float(rounds), 'rollout/groups_taken': float(len(taken))}
+        metrics = spent.summary() | {
+            'time/rollout_s': spent.total_s, 'time/tools_blocked_s': spent.tools_blocked_s,
+            'time/decode_s': spent.decode_s, 'time/extend_s': spent.extend_s,
+            'rollout/correct': tally['correct'] / max(tally['made'], 1)}  # before any group was replaced
+        if settings.dynamic_rounds or settings.quanta:
+            metrics |= {'rollout/rounds': float(tally['rounds']), 'rollout/groups_taken': float(len(taken))}
+        carried = tuple(e for group in open_groups for e in group)
+        if settings.quanta:
+            metrics |= describe_carried(episodes, carried, step)
         shape_overlong(episodes, settings.overlong_buffer, engine.rules.settings.max_tokens)
-        return Collected(episodes, cursor, rates(metrics))
+        return Collected(episodes, cursor, metrics, carried)
     return collect
+
+
+def split(episodes: Sequence[Episode], samples: int) -> list[list[Episode]]:
+    """Groups of so many samples each, in order."""
+    return [list(episodes[i:i + samples]) for i in range(0, len(episodes), samples)]
+
+
+def copied(episode: Episode) -> Episode:
+    """An episode that may go on while the original stays as a checkpoint has it."""
+    return dataclasses.replace(episode, **{name: list(getattr(episode, name)) for name in (
+        'tokens', 'acted', 'logprobs', 'versions', 'calls')})
 
 
 def number(requests: Sequence[Request], seen: collections.Counter) -> list[Request]:
@@ -127,7 +165,7 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
     mean = lambda pick: float(np.mean([float(pick(e)) for e in episodes]))
     calls = [call for e in episodes for call in e.calls]
     share = lambda *verdicts: float(np.mean([c.verdict in verdicts for c in calls])) if calls else 0.0
-    waits = [c.wall_s for c in calls] or [0.0]
+    waits = [c.wall_s for c in calls if c.verdict not in (Verdict.FORMAT, Verdict.CAP)] or [0.0]  # those that ran
     return {
         'rewards/mean': mean(lambda e: e.reward.value), 'rewards/correct': mean(lambda e: e.reward.correct),
         'response_length/mean': mean(lambda e: e.acted_count),
@@ -142,21 +180,13 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
-def stats(engine: Engine) -> dict[str, float]:
-    """Sums of the engine's last run, which those of several runs add up to."""
-    s = engine.stats
-    return {'rounds': 1, 'time/rollout_s': s.total_s, 'time/tools_blocked_s': s.tools_blocked_s,
-            'time/decode_s': s.decode_s, 'time/extend_s': s.extend_s, 'tokens': s.sampled_tokens,
-            'live': s.live_steps, 'slots': s.slot_steps}
-
-
-def rates(sums: dict[str, float]) -> dict[str, float]:
-    """How the rollout's time went and how good it was before any group was replaced, from sums over its rounds."""
-    took = lambda name: sums.pop(name, 0.0)
-    tokens, live, slots, made, correct = map(took, ('tokens', 'live', 'slots', 'made', 'correct'))
-    return sums | {'rollout/tokens_per_s': tokens / max(sums['time/rollout_s'], 1e-9),
-                   'rollout/slot_occupancy': live / max(slots, 1),
-                   'rollout/correct': correct / max(made, 1)}
+def describe_carried(episodes: Sequence[Episode], carried: Sequence[Episode], step: int) -> dict[str, float]:
+    """How much a step leaves unfinished, and how old what it trains on is, in steps."""
+    ages = [step - e.step for e in episodes]
+    versions = np.array([v for e in episodes for v, acted in zip(e.versions, e.acted) if acted])
+    return {'partial/carried': float(sum(e.stop is None for e in carried)), 'partial/age_mean': float(np.mean(ages)),
+            'partial/age_max': float(max(ages)),
+            'partial/stale_tokens': float(np.mean(versions < step)) if len(versions) else 0.0}
 
 
 def part_names(directory: str) -> list[str]:
@@ -175,7 +205,7 @@ def dumped(directory: str, vocab_size: int) -> Source:
     """
     names = part_names(directory)
 
-    def collect(params: Params, step: int, cursor: int) -> Collected:
+    def collect(params: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected:
         name = names[step % len(names)]
         episodes = episode_files.read(directory, name)
         if any(e.reward is None for e in episodes):

@@ -1,24 +1,73 @@
-"""Supervised fine-tuning on episodes: packed rows, loss on acted tokens, epochs from one seed."""
+"""Supervised fine-tuning on episodes: packed rows, loss on acted tokens, epochs from one seed, held-out loss."""
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.core.records import Episode
+from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout.pack import pack
 from retool_jax.train.update import ForwardSettings, Learner, mean_metrics
+
+HELD_OUT = 'sft/held_out_loss'  # mean −log p of the acted tokens, in nats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTSettings:
-    """Length of a supervised run."""
+    """Length of a supervised run, and what of its traces is kept apart."""
 
     steps: int  # optimizer steps
+    epochs: int  # passes over the traces, which then decide the number of steps; 0: `steps` does
     batch_tokens: int  # tokens per step, padding not counted
+    evaluation_share: float  # of the problems, whose traces are never trained on; 0 measures no held-out loss
+
+    def __post_init__(self):
+        if not 0 <= self.evaluation_share < 1:
+            raise ValueError(f'sft.evaluation_share={self.evaluation_share} must lie in [0, 1), a share of problems')
+        if self.epochs < 0:
+            raise ValueError(f'sft.epochs={self.epochs} must be 0, for sft.steps steps, or the passes to make')
+
+
+def hold_out(episodes: Sequence[Episode], share: float) -> tuple[list[Episode], list[Episode]]:
+    """Traces to train on, and those kept apart: about `share` of the problems, by a hash of their question.
+
+    All traces of a question are on one side, and on the same one whatever else the folder holds.
+    """
+    apart = [zlib.crc32(e.problem.question.encode('utf-8', 'surrogatepass')) < share * 2 ** 32 for e in episodes]
+    return ([e for e, out in zip(episodes, apart) if not out], [e for e, out in zip(episodes, apart) if out])
+
+
+def deal(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[tuple[list[int], int]]:
+    """The episodes of step 0, 1, …, and how many passes are over then: epochs, each shuffled anew, end to end."""
+    order: list[int] = []
+    epoch = 0
+    while True:
+        chosen, tokens = [], 0
+        while True:
+            if not order:
+                order = list(np.random.default_rng((seed, epoch)).permutation(len(lengths)))
+                epoch += 1
+            length = lengths[order[-1]]
+            if chosen and tokens + length > batch_tokens:
+                break
+            chosen.append(int(order.pop()))
+            tokens += length
+        yield chosen, epoch - bool(order)
+
+
+def settle(settings: SFTSettings, episodes: Sequence[Episode], seed: int) -> SFTSettings:
+    """The settings with the number of steps that `epochs` passes take; the last step may begin the next pass."""
+    if not settings.epochs:
+        return settings
+    steps = deal([len(e.tokens) for e in episodes], settings.batch_tokens, seed)
+    count = next(i for i, (_, passes) in enumerate(steps, start=1) if passes >= settings.epochs)
+    return dataclasses.replace(settings, steps=count)
 
 
 def batches(episodes: Sequence[Episode], settings: SFTSettings, forward: ForwardSettings, seed: int,
@@ -27,40 +76,58 @@ def batches(episodes: Sequence[Episode], settings: SFTSettings, forward: Forward
 
     A step depends on the seed and its number alone, so a resumed run sees what the whole one would.
     """
-    order: list[int] = []
-    epoch = 0
-    for step in range(settings.steps):
-        chosen, tokens = [], 0
-        while True:
-            if not order:
-                order = list(np.random.default_rng((seed, epoch)).permutation(len(episodes)))
-                epoch += 1
-            length = len(episodes[order[-1]].tokens)
-            if chosen and tokens + length > settings.batch_tokens:
-                break
-            chosen.append(episodes[order.pop()])
-            tokens += length
+    steps = deal([len(e.tokens) for e in episodes], settings.batch_tokens, seed)
+    for step, (chosen, _) in zip(range(settings.steps), steps):
         if step >= start:
-            yield pack(chosen, width=forward.row_width, rows=forward.micro_rows, segments=forward.row_segments)
+            yield packed([episodes[i] for i in chosen], forward)
+
+
+def packed(episodes: Sequence[Episode], forward: ForwardSettings) -> Batch:
+    """Episodes in rows, as the learner takes them."""
+    return pack(episodes, width=forward.row_width, rows=forward.micro_rows, segments=forward.row_segments)
 
 
 def train(learner: Learner, state: TrainState, episodes: Sequence[Episode], settings: SFTSettings, seed: int,
           log: Callable[[int, dict[str, float]], None],
-          save: Callable[[int, TrainState], None] | None = None, save_every: int = 1) -> TrainState:
+          save: Callable[[int, TrainState, dict[str, float]], None] | None = None, save_every: int = 1,
+          held_out: Sequence[Episode] = ()) -> TrainState:
     """Runs the remaining steps of `state`.
 
     `log(step, metrics)` is called one step late, so that the host never waits for the step in flight;
-    `save(steps done, state)` after every `save_every` steps and the last, when all of them are logged.
+    `save(steps done, state, metrics of the last)` after every `save_every` steps and the last, when all of them are
+    logged, and on Ctrl-C. Before such a save the loss on `held_out` is measured and logged as sft/held_out_loss.
     """
-    start, late = int(state.step), None
-    for step, batch in enumerate(batches(episodes, settings, learner.forward, seed, start), start=start):
-        state, metrics = learner.sft_step(state, batch)
-        if late is not None:
-            log(step - 1, mean_metrics(step - 1, [late]))
-        late = metrics
-        if step + 1 == settings.steps or (save is not None and (step + 1) % save_every == 0):
-            log(step, mean_metrics(step, [late]))
-            late = None
-            if save is not None:
-                save(step + 1, state)
+    start, late = int(state.step), []
+    due = lambda done: done == settings.steps or (save is not None and done % save_every == 0)
+    measured = packed(held_out, learner.forward) if held_out else None
+
+    def flush(extra: dict[str, float]) -> dict[str, float]:
+        step, found = late[0]
+        metrics = mean_metrics(step, [found]) | extra
+        late.pop(0)
+        log(step, metrics)
+        return metrics
+
+    try:
+        for step, batch in enumerate(batches(episodes, settings, learner.forward, seed, start), start=start):
+            with uninterrupted():  # the state is given to the step and comes back changed
+                state, found = learner.sft_step(state, batch)
+                late.append((step, found))
+            if len(late) > 1:
+                with uninterrupted():
+                    flush({})
+            if due(step + 1):
+                extra = {} if measured is None else {HELD_OUT: learner.sft_loss(state.params, measured)}
+                with uninterrupted():
+                    metrics = flush(extra)
+                    if save is not None:
+                        save(step + 1, state, metrics)
+    except KeyboardInterrupt:
+        done = late[-1][0] + 1 if late else 0
+        # To be measured, a step is made again; of several processes each hears of the stop at another point.
+        if save is not None and late and jax.process_count() == 1 and (measured is None or not due(done)):
+            while late:
+                metrics = flush({})
+            save(done, state, metrics)
+        raise
     return state

@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument('--after', type=float)  # seconds from the first moment on
     parser.add_argument('--signal', default='SIGKILL')
     parser.add_argument('--no_journal', action='store_true')
+    parser.add_argument('--quanta', type=int, default=0)  # ppo.quanta
     given = parser.parse_args()
     moments = Moments(given.at)
 
@@ -183,7 +184,7 @@ def main() -> None:
     def body(config) -> None:
         with tiny_world(given.folder, given.name, not given.no_journal, moment):
             reinforce.run(config)
-    cli._run(lambda argv: body(make_config_of(given.folder, given.name)), body)
+    cli._run(lambda argv: body(make_config_of(given.folder, given.name, **{'ppo.quanta': given.quanta})), body)
 
 
 if __name__ == '__main__':

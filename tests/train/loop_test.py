@@ -33,9 +33,10 @@ class Run:
         self.log.append((what, step))
         self.during(what, step)
 
-    def collect(self, params, step, cursor):
+    def collect(self, params, step, cursor, carried=()):
         self.happen('collect', step)
-        return Collected(EPISODES, cursor + 3, {'time/rollout_s': 1.0})
+        assert [e.step for e in carried] == [step - 1] * (step > 0)
+        return Collected(EPISODES, cursor + 3, {'time/rollout_s': 1.0}, (dataclasses.replace(EPISODES[0], step=step),))
 
     def update(self, learner, progress, settings, episodes, seed, step, residency):
         self.happen('update', step)
@@ -59,6 +60,7 @@ def test_steps_are_reported_one_late_while_the_device_works(monkeypatch):
     assert run.log == [('collect', 0), ('update', 0), ('collect', 1), ('report', 0), ('update', 1), ('collect', 2),
                        ('report', 1), ('update', 2), ('report', 2)]
     assert (run.progress.done, run.progress.cursor, run.progress.state.updates) == (3, 9, 3)
+    assert run.progress.oldest == 2  # the step that asked for what is carried
 
 
 def test_a_step_that_is_due_is_reported_while_the_progress_is_its_own(monkeypatch):

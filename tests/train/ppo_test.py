@@ -24,7 +24,7 @@ from tests.train import small
 
 SETTINGS = PPOSettings(steps=2, problems_per_step=3, samples=2, minibatches=2, epochs=1, critic='head',
                        critic_warmup_steps=0, drop_void=False, mask_truncated=False, overlong_buffer=0,
-                       dynamic_rounds=0, offload=False)
+                       dynamic_rounds=0, quanta=0, offload=False)
 FORWARD = small.make_forward()
 # The contract with other tools.
 NAMES = {'rewards/mean', 'actor/pg_clipfrac', 'actor/ppo_kl', 'actor/entropy', 'actor/grad_norm', 'critic/vf_loss',
@@ -89,6 +89,19 @@ def test_a_problem_that_a_step_holds_twice_is_two_groups():
     episodes = [small.make_episode(rng, 'p', 3, 4 + i, sample=i) for i in range(4)]
     found = unpacked(deal(episodes)[0])
     assert [found[tuple(e.tokens)][0] for e in episodes] == [0, 0, 1, 1]
+
+
+def test_a_problem_carried_over_and_asked_for_again_is_two_groups():
+    rng = np.random.default_rng(0)
+    episodes = [small.make_episode(rng, 'p', 3, 4 + i, sample=i % 2) for i in range(4)]
+    episodes[2].step = episodes[3].step = 1
+    found = unpacked(deal(episodes)[0])
+    assert [found[tuple(e.tokens)][0] for e in episodes] == [0, 0, 1, 1]
+
+
+def test_a_step_of_fewer_episodes_than_mini_batches_takes_none_that_is_empty():
+    batch, parts = deal(small.make_episodes(2), minibatches=4)
+    assert [len(unpacked(batch, part)) for part in parts] == [1, 1]
 
 
 def test_more_groups_than_a_step_has_are_refused():

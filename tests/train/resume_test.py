@@ -1,7 +1,10 @@
 """Nothing is lost: killed anywhere, a run that is started again ends as the undisturbed one, bit for bit."""
 
 import contextlib
+import dataclasses
+import functools
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -24,101 +27,145 @@ from tests.train import killable
 from tests.train.killable import STEPS
 
 
-@pytest.fixture(scope='module')
-def world(tmp_path_factory):
+@dataclasses.dataclass(frozen=True)
+class World:
     """A folder with a model and problems, what the undisturbed run left there, and the moments it passed."""
-    folder = tmp_path_factory.mktemp('world') / 'files'
-    killable.make_model(folder)
-    moments = killable.Moments()
-    left = finish(folder, 'whole', moments)
-    assert len(left[1]) == STEPS * 6 and sum(len(e.calls) for e in left[1]) >= 2 * STEPS
-    return folder, left, moments.log
+
+    folder: pathlib.Path
+    quanta: int
+    whole: tuple
+    log: list[str]
 
 
-def finish(folder, name, moments=lambda what: False, journal=True):
-    """Runs to the end within this process: (state, episodes, metrics lines without clocks, model file)."""
-    states = []
+@pytest.fixture(scope='module')
+def make_world(tmp_path_factory):
+    @functools.cache
+    def make(quanta):
+        folder = tmp_path_factory.mktemp('world') / 'files'
+        killable.make_model(folder)
+        moments = killable.Moments()
+        return World(folder, quanta, finish(folder, 'whole', quanta, moments), moments.log)
+    return make
+
+
+@pytest.fixture(scope='module')
+def carrying(make_world):
+    """Episodes get two quanta a step: most of them end steps after they began."""
+    world = make_world(2)
+    episodes, lines = world.whole[1:3]
+    assert any(len(set(e.versions)) > 2 for e in episodes)  # -1 is that of prompts and tool output
+    assert all(line['partial/carried'] > 0 for line in lines) and lines[-1]['partial/age_max'] > 0
+    # Calls of a carried episode that were made under later weights: the journal must keep them.
+    assert any(call.position < len(e.tokens) and e.versions[call.position - 1] > e.step for e in episodes
+               for call in e.calls)
+    return world
+
+
+@pytest.fixture(scope='module')
+def waiting(make_world):
+    """Every episode is waited for."""
+    world = make_world(0)
+    episodes = world.whole[1]
+    assert len(episodes) == STEPS * 6 and sum(len(e.calls) for e in episodes) >= 2 * STEPS
+    return world
+
+
+def finish(folder, name, quanta, moments=lambda what: False, journal=True):
+    """Runs to the end within this process: (state, episodes, metrics lines without clocks, model file, carried)."""
+    left = []
 
     def keep(parts, directory):
-        states.append(jax.device_get(parts.progress.state))
+        left.append((jax.device_get(parts.progress.state), parts.progress.carried))
         export(parts, directory)
     export = reinforce.export
     with mock.patch.object(reinforce, 'export', keep), killable.tiny_world(folder, name, journal, moments):
-        reinforce.run(killable.make_config_of(folder, name))
-    lines = [{k: v for k, v in line.items() if not k.startswith(('time', 'rollout/'))}
-             for line in console.read(folder / name)]
-    return (states[0], episode_files.read(folder / name / 'episodes'), lines,
-            (folder / name / 'final' / 'model.safetensors').read_bytes())
+        reinforce.run(killable.make_config_of(folder, name, **{'ppo.quanta': quanta}))
+    clocks = ('time', 'rollout/', 'tools/wait')
+    lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in console.read(folder / name)]
+    (state, carried), = left
+    return (state, episode_files.read(folder / name / 'episodes'), lines,
+            (folder / name / 'final' / 'model.safetensors').read_bytes(), carried)
 
 
-def live(folder, name, *flags):
+def live(world, name, *flags):
     """One life of the run in a process of its own."""
-    return subprocess.run([sys.executable, '-m', 'tests.train.killable', str(folder), name, *flags], cwd=ROOT,
-                          env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=600)
+    return subprocess.run([sys.executable, '-m', 'tests.train.killable', str(world.folder), name,
+                           f'--quanta={world.quanta}', *flags], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)},
+                          capture_output=True, text=True, timeout=600)
 
 
-def assert_same(found, whole, directory):
+def assert_ends_alike(world, name):
     """Bit-equal in everything that is no clock, and every step once in every file."""
+    found, whole, directory = finish(world.folder, name, world.quanta), world.whole, world.folder / name
     jax.tree.map(np.testing.assert_array_equal, found[0], whole[0])
-    assert found[1] == whole[1] and found[2] == whole[2] and found[3] == whole[3]
+    assert found[1] == whole[1] and found[2] == whole[2] and found[3] == whole[3] and found[4] == whole[4]
     assert [line['step'] for line in found[2]] == list(range(STEPS))
     assert episode_files.names(directory / 'episodes') == [f'train_{step:05d}' for step in range(STEPS)]
     rewards = [step for step, name, _ in events(directory) if name == 'rewards/mean']
     assert rewards == list(range(STEPS))
-    with Checkpoints(directory / 'checkpoints', keep_last=2, keep_best_metric='score') as checkpoints:
+    with open_checkpoints(directory) as checkpoints:
         assert checkpoints.latest() == STEPS
-        assert checkpoints.meta(STEPS) == {'step': STEPS, 'cursor': 3 * STEPS, 'seed': 0}
+        assert checkpoints.meta(STEPS) == {'step': STEPS, 'cursor': found[2][-1]['data/cursor'], 'seed': 0,
+                                           'carried': len(whole[4])}
+        kept = [reinforce.carried_part(step) for step in checkpoints.steps()] if whole[4] else []
+        assert set(episode_files.names(directory / reinforce.CARRIED)) >= set(kept)
 
 
-def test_killed_at_three_moments_a_run_ends_as_the_undisturbed_one(world):
-    folder, whole, log = world
+def open_checkpoints(directory):
+    return Checkpoints(directory / 'checkpoints', keep_last=2, keep_best_metric='score')
+
+
+def test_killed_at_three_moments_a_run_ends_as_the_undisturbed_one(carrying):
+    log = carrying.log
     middle = log.count('inside journal') // STEPS - 1  # most calls of the first step have been answered
     for moment in (f'inside journal:{middle}', 'before metrics:0', f'after rename:{log.count("after rename") // 2}'):
-        done = live(folder, 'three', f'--at={moment}')
+        done = live(carrying, 'three', f'--at={moment}')
         assert done.returncode == -signal.SIGKILL, done.stderr
-    assert_same(finish(folder, 'three'), whole, folder / 'three')
+    assert_ends_alike(carrying, 'three')
 
 
 @pytest.mark.slow
-def test_without_the_journal_that_test_fails(world):
-    folder, whole, _ = world
-    assert live(folder, 'careless', '--at=before metrics:0', '--no_journal').returncode < 0
-    found = finish(folder, 'careless', journal=False)
-    assert found[1] != whole[1] and found[3] != whole[3]
+@pytest.mark.parametrize('kind', ['waiting', 'carrying'])
+def test_without_the_journal_that_test_fails(kind, request):
+    world = request.getfixturevalue(kind)
+    assert live(world, 'careless', '--at=before metrics:0', '--no_journal').returncode < 0
+    found = finish(world.folder, 'careless', world.quanta, journal=False)
+    assert found[1] != world.whole[1] and found[3] != world.whole[3]
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_a_run_ends_as_the_undisturbed_one(world):
-    folder, whole, log = world
-    rng = random.Random(0)
-    kinds = sorted(set(log))
+@pytest.mark.parametrize('kind', ['waiting', 'carrying'])
+def test_killed_at_twenty_moments_a_run_ends_as_the_undisturbed_one(kind, request):
+    world, rng = request.getfixturevalue(kind), random.Random(0)
+    kinds = sorted(set(world.log))
     assert len(kinds) == 8
-    flags = [f'--at={what}:{rng.randrange(log.count(what))}' for what in kinds]
+    flags = [f'--at={what}:{rng.randrange(world.log.count(what))}' for what in kinds]
     flags += [f'--at={what}:0' for what in kinds] + [f'--after={rng.uniform(0, 4):.2f}' for _ in range(8)]
     rng.shuffle(flags)
     killed = runs = 0
     while killed < 20:  # four deaths a run; a life that ends before its moment has finished the run
-        done = live(folder, f'run{runs}', flags[killed % len(flags)])
+        done = live(world, f'run{runs}', flags[killed % len(flags)])
         assert done.returncode in (-signal.SIGKILL, 0), done.stderr
         killed += done.returncode != 0
         if done.returncode == 0:
             rng.shuffle(flags)
         if done.returncode == 0 or killed % 4 == 0:
-            assert_same(finish(folder, f'run{runs}'), whole, folder / f'run{runs}')
+            assert_ends_alike(world, f'run{runs}')
             runs += 1
 
 
 @pytest.mark.slow
-def test_sigterm_saves_the_last_whole_step_and_says_how_to_go_on(world):
-    folder, whole, _ = world
+@pytest.mark.parametrize('kind', ['waiting', 'carrying'])
+def test_sigterm_saves_the_last_whole_step_and_says_how_to_go_on(kind, request):
+    world = request.getfixturevalue(kind)
     for after in (0.5, 2.0, 3.5):
-        done = live(folder, 'told', f'--after={after}', '--signal=SIGTERM')
+        done = live(world, 'told', f'--after={after}', '--signal=SIGTERM')
         assert done.returncode in (143, 0), done.stderr
         if done.returncode == 143:
             assert 'stopped; the same command goes on from the last checkpoint' in done.stderr
-            with Checkpoints(folder / 'told' / 'checkpoints', keep_last=2, keep_best_metric='score') as checkpoints:
-                assert (checkpoints.latest() or 0) == len(console.read(folder / 'told'))
-    assert_same(finish(folder, 'told'), whole, folder / 'told')
+            with open_checkpoints(world.folder / 'told') as checkpoints:
+                assert (checkpoints.latest() or 0) == len(console.read(world.folder / 'told'))
+    assert_ends_alike(world, 'told')
 
 
 def test_a_journal_forgets_steps_that_are_committed_and_goes_on(tmp_path):

@@ -1,6 +1,7 @@
 """Episodes of a step: which groups are taken, how samples are numbered, what shaping does, what is counted."""
 
 import collections
+import copy
 import dataclasses
 import types
 
@@ -15,11 +16,15 @@ from retool_jax.train import evaluate, rollouts
 from retool_jax.train.rollouts import RolloutSettings
 from tests.train import small
 
-SETTINGS = RolloutSettings(problems_per_step=2, samples=2, dynamic_rounds=3, overlong_buffer=0)
+SETTINGS = RolloutSettings(problems_per_step=2, samples=2, dynamic_rounds=3, overlong_buffer=0, quanta=0)
+CUT = dataclasses.replace(SETTINGS, dynamic_rounds=0, quanta=1)
 
 
 class ScriptedEngine:
-    """Every problem's answer says how its samples end: '+' right, '-' wrong, 'f' a fault of the sandbox."""
+    """Every problem's answer says how its samples end: '+' right, '-' wrong, 'f' a fault of the sandbox.
+
+    Its family says how many quanta the last sample takes; the others take one.
+    """
 
     def __init__(self):
         self.sampler = types.SimpleNamespace(sync=lambda params: params)
@@ -27,12 +32,21 @@ class ScriptedEngine:
         self.stats = RolloutStats(sampled_tokens=10, total_s=2.0, live_steps=3, slot_steps=4)
         self.asked = []
 
-    def run(self, weights, version, requests, step, journal=None, finished=None):
+    def run(self, weights, version, requests, step, journal=None, quanta=None, finished=None):
         self.asked.append([r.problem.id for r in requests])
         rng = np.random.default_rng(0)
-        made = [small.make_episode(rng, r.problem.id, 3, 4, sample=r.sample,
-                                   stop=Stop.FAULT if outcome(r) == 'f' else Stop.EOS) for r in requests]
-        return [dataclasses.replace(e, problem=r.problem) for e, r in zip(made, requests)]
+        made = []
+        for r in requests:
+            e = r.begun or dataclasses.replace(small.make_episode(rng, r.problem.id, 3, sample=r.sample, step=step),
+                                               problem=r.problem, reward=None)
+            e.append([1, 2], acted=True, logprobs=[-1.0, -1.0], version=version)
+            takes = int(r.problem.family or 1) if r.sample % 2 else 1
+            if quanta is None or e.acted_count == 2 * takes:
+                e.stop = Stop.FAULT if outcome(r) == 'f' else Stop.EOS
+            else:
+                e.stop = None
+            made.append(e)
+        return made
 
 
 def outcome(made):
@@ -48,10 +62,15 @@ def scripted(monkeypatch):
     monkeypatch.setattr(evaluate, 'grade', grade)
 
 
-def collect(answers, settings=SETTINGS, cursor=0):
+def make_source(answers, settings):
+    """'+-3' is a problem whose last sample takes three quanta."""
     engine = ScriptedEngine()
-    stream = [Problem(f'p{i}', 'Q?', answer, 'test', '') for i, answer in enumerate(answers)]
-    source = rollouts.sampled(engine, settings, stream, make_template('tiny'), small.TOKENIZER, None)
+    stream = [Problem(f'p{i}', 'Q?', answer[:2], 'test', answer[2:]) for i, answer in enumerate(answers)]
+    return rollouts.sampled(engine, settings, stream, make_template('tiny'), small.TOKENIZER, None), engine
+
+
+def collect(answers, settings=SETTINGS, cursor=0):
+    source, engine = make_source(answers, settings)
     return source(None, 5, cursor), engine
 
 
@@ -86,6 +105,47 @@ def test_rounds_end_and_what_was_found_is_trained_on():
     assert [problem for problem, _ in ids(found)] == ['p1', 'p1'] and found.cursor == 6 and len(engine.asked) == 3
     none, _ = collect(['++'] * 6)
     assert ids(none) == [('p0', 0), ('p0', 1), ('p1', 0), ('p1', 1)] and none.metrics['rollout/groups_taken'] == 0
+
+
+def test_unfinished_groups_are_carried_into_the_next_step_and_topped_up():
+    source, engine = make_source(['+-3', '++', '--2', '++', '+-'], CUT)
+    first = source(None, 0, 0)
+    assert ids(first) == [('p1', 0), ('p1', 1)] and first.cursor == 2
+    assert [(e.problem.id, e.stop, e.reward) for e in first.carried] == [('p0', Stop.EOS, None), ('p0', None, None)]
+    assert first.metrics['partial/carried'] == 1 and first.metrics['partial/age_max'] == 0
+    kept = copy.deepcopy(first.carried)
+
+    second = source(None, 1, first.cursor, first.carried)
+    assert first.carried == kept  # a checkpoint of the step before may still be written
+    assert engine.asked[1] == ['p0', 'p2', 'p2']  # the one that was cut, and the place of the group that was taken
+    # Neither was whole: the same step goes around again, with the same weights.
+    assert engine.asked[2] == ['p0', 'p2'] and ids(second) == [('p0', 0), ('p0', 1), ('p2', 0), ('p2', 1)]
+    assert second.cursor == 3 and not second.carried
+    cut = second.episodes[1]
+    assert cut.step == 0 and cut.versions[-6:] == [0, 0, 1, 1, 1, 1] and cut.reward.value == -1.0
+    assert second.metrics['partial/age_max'] == 1 and second.metrics['partial/age_mean'] == 0.5
+    assert second.metrics['partial/stale_tokens'] == pytest.approx(4 / 14)
+
+
+def test_what_a_step_holds_of_a_problem_depends_on_no_order_of_the_steps_before():
+    source, _ = make_source(['+-4', '+-', '-+', '++'], CUT)
+    found, cursor, carried = [], 0, ()
+    for step in range(3):
+        made = source(None, step, cursor, carried)
+        cursor, carried = made.cursor, made.carried
+        found.append(sorted({e.problem.id for e in made.episodes}))
+    assert found == [['p1'], ['p2'], ['p3']] and [e.problem.id for e in carried] == ['p0', 'p0']
+    assert carried[1].versions[-6:] == [0, 0, 1, 1, 2, 2]
+
+
+def test_groups_of_equal_rewards_are_replaced_while_others_are_carried():
+    settings = dataclasses.replace(CUT, dynamic_rounds=2)
+    source, engine = make_source(['+-3', '++', '+-', '++', '-+'], settings)
+    first = source(None, 0, 0)
+    assert ids(first) == [('p2', 0), ('p2', 1)] and engine.asked == [['p0', 'p0', 'p1', 'p1'], ['p0', 'p2', 'p2']]
+    assert first.cursor == 3 and [e.problem.id for e in first.carried] == ['p0', 'p0']
+    second = source(None, 1, first.cursor, first.carried)
+    assert ids(second) == [('p0', 0), ('p0', 1), ('p4', 0), ('p4', 1)] and second.cursor == 5
 
 
 def test_faults_of_the_sandbox_make_no_group_differ():
@@ -165,8 +225,8 @@ def test_metrics_of_hand_made_episodes_are_what_counting_gives():
     expected = {'rewards/mean': -1 / 3, 'rewards/correct': 1 / 3, 'response_length/mean': 5.0,
                 'response_length/clip_ratio': 1 / 3, 'num_turns/mean': 4 / 3, 'void_turn_ratio': 1 / 3,
                 'tools/calls': 4 / 3, 'tools/code_ratio': 2 / 3, 'tools/failure_frequency': 0.75,
-                'tools/timeout_frequency': 0.25, 'tools/fault_frequency': 0.0, 'tools/seconds_p50': 1.5,
-                'tools/seconds_p99': 2.97}
+                'tools/timeout_frequency': 0.25, 'tools/fault_frequency': 0.0, 'tools/seconds_p50': 2.0,
+                'tools/seconds_p99': 2.98}  # of the three that ran
     assert rollouts.describe(episodes) == pytest.approx(expected)
     silent = rollouts.describe(episodes[2:])
     assert not any(value for name, value in silent.items() if name.startswith('tools/'))

@@ -1,6 +1,8 @@
 """Supervised fine-tuning: what a step is given, resuming, and that it learns."""
 
 import collections
+import dataclasses
+import signal
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from retool_jax.train import sft
 from retool_jax.train.sft import SFTSettings
 from tests.train import small
 
-SETTINGS = SFTSettings(steps=12, batch_tokens=60)
+SETTINGS = SFTSettings(steps=12, epochs=0, batch_tokens=60, evaluation_share=0.0)
 
 
 @pytest.fixture(scope='module')
@@ -18,8 +20,7 @@ def episodes():
 
 
 def make(episodes, seed=0, start=0, **changes):
-    settings = SFTSettings(**(dict(steps=12, batch_tokens=60) | changes))
-    return list(sft.batches(episodes, settings, small.make_forward(), seed, start))
+    return list(sft.batches(episodes, dataclasses.replace(SETTINGS, **changes), small.make_forward(), seed, start))
 
 
 def texts(batch):
@@ -74,7 +75,7 @@ def test_the_loss_falls_until_a_few_answers_are_known_by_heart():
     learner = small.make_learner(rl=False)
     state = small.make_state(learner.optimizer, 'none')
     before = learner.sft_loss(state.params, make(episodes)[0])
-    state = sft.train(learner, state, episodes, SFTSettings(steps=60, batch_tokens=64), 0,
+    state = sft.train(learner, state, episodes, dataclasses.replace(SETTINGS, steps=60, batch_tokens=64), 0,
                       lambda step, metrics: logged.append((step, metrics['sft/loss'])))
     assert [step for step, _ in logged] == list(range(60)) and int(state.step) == 60
     assert before > 3 and logged[-1][1] < 0.1 * logged[0][1]
@@ -83,7 +84,7 @@ def test_the_loss_falls_until_a_few_answers_are_known_by_heart():
 def test_a_resumed_training_ends_at_the_same_weights(episodes):
     learner, seen = small.make_learner(rl=False), []
     log = lambda step, metrics: seen.append((step, metrics['sft/loss']))
-    run = lambda state, steps: sft.train(learner, state, episodes, SFTSettings(steps=steps, batch_tokens=60), 0, log)
+    run = lambda state, steps: sft.train(learner, state, episodes, dataclasses.replace(SETTINGS, steps=steps), 0, log)
     whole = run(small.make_state(learner.optimizer, 'none'), 5)
     steps, seen[:] = list(seen), []
     half = run(small.make_state(learner.optimizer, 'none'), 2)
@@ -96,8 +97,104 @@ def test_a_resumed_training_ends_at_the_same_weights(episodes):
 def test_states_are_saved_when_the_steps_before_are_logged(episodes):
     learner, seen = small.make_learner(rl=False), []
     state = small.make_state(learner.optimizer, 'none')
-    sft.train(learner, state, episodes, SFTSettings(steps=5, batch_tokens=60), 0,
+    sft.train(learner, state, episodes, dataclasses.replace(SETTINGS, steps=5), 0,
               lambda step, metrics: seen.append(('log', step)),
-              lambda done, state: seen.append(('save', done, int(state.step))), save_every=2)
+              lambda done, state, metrics: seen.append(('save', done, int(state.step))), save_every=2)
     assert seen == [('log', 0), ('log', 1), ('save', 2, 2), ('log', 2), ('log', 3), ('save', 4, 4), ('log', 4),
                     ('save', 5, 5)]
+
+
+def test_passes_decide_the_steps_and_the_last_one_ends_the_last_pass(episodes):
+    for epochs in (1, 3):
+        settings = sft.settle(dataclasses.replace(SETTINGS, epochs=epochs), episodes, 0)
+        counts = collections.Counter(text for batch in make(episodes, steps=settings.steps) for text in texts(batch))
+        fewer = collections.Counter(text for batch in make(episodes, steps=settings.steps - 1) for text in texts(batch))
+        assert min(counts.values()) == epochs and len(counts) == len(episodes)
+        assert len(fewer) < len(episodes) or min(fewer.values()) < epochs
+    assert sft.settle(SETTINGS, episodes, 0) is SETTINGS
+
+
+def test_a_share_of_the_problems_is_held_out_whatever_else_there_is():
+    rng = np.random.default_rng(0)
+    traces = [small.make_episode(rng, f'p{i // 2}', 3, 4) for i in range(4000)]
+    for i, trace in enumerate(traces):
+        trace.problem = dataclasses.replace(trace.problem, question=f'How much is {i // 2}?')
+    trained, apart = sft.hold_out(traces, 0.1)
+    assert len(trained) + len(apart) == 4000 and 300 < len(apart) < 500
+    assert not {e.problem.question for e in trained} & {e.problem.question for e in apart}
+    some = [e for e in traces if rng.random() < 0.5]
+    assert sft.hold_out(some[::-1], 0.1)[1] == [e for e in some[::-1] if any(e is out for out in apart)]
+    assert sft.hold_out(traces, 0.0) == (traces, [])
+    with pytest.raises(ValueError, match='evaluation_share=1.0 must lie in'):
+        dataclasses.replace(SETTINGS, evaluation_share=1.0)
+
+
+class Counting:
+    """A learner whose states are numbers of steps and whose held-out loss is least after four."""
+
+    forward = small.make_forward()
+
+    def sft_step(self, state, batch):
+        return Steps(state.step + 1), {'sft/loss': np.float32(state.step)}
+
+    def sft_loss(self, params, batch):
+        return abs(params - 4.0)
+
+
+@dataclasses.dataclass
+class Steps:
+    step: int
+
+    @property
+    def params(self):
+        return self.step
+
+
+def test_the_held_out_loss_is_measured_before_every_save_and_logged_with_its_step(episodes):
+    logged, saved = {}, {}
+    sft.train(Counting(), Steps(0), episodes[:8], dataclasses.replace(SETTINGS, steps=5), 0,
+              lambda step, metrics: logged.setdefault(step, metrics),
+              lambda done, state, metrics: saved.setdefault(done, (state.step, metrics)), 2, episodes[8:])
+    assert {step: m.get(sft.HELD_OUT) for step, m in logged.items()} == {0: None, 1: 2.0, 2: None, 3: 0.0, 4: 1.0}
+    assert saved == {done: (done, logged[done - 1]) for done in (2, 4, 5)}
+
+
+@pytest.mark.parametrize('held_out', [0, 2])
+@pytest.mark.parametrize('during', ['step', 'log', 'measure'])
+@pytest.mark.parametrize('at', [2, 3])  # after 4 steps a save is due
+def test_a_signal_saves_the_last_step_unless_it_is_still_to_be_measured(episodes, monkeypatch, held_out, during, at):
+    logged, saved = [], []
+
+    def strike(what, step):
+        if (what, step) == (during, at):
+            signal.raise_signal(signal.SIGINT)
+
+    class Struck(Counting):
+        def sft_step(self, state, batch):
+            strike('step', state.step)
+            return super().sft_step(state, batch)
+
+        def sft_loss(self, params, batch):
+            strike('measure', params - 1)
+            return super().sft_loss(params, batch)
+
+    def log(step, metrics):
+        logged.append((step, metrics.get(sft.HELD_OUT)))
+        strike('log', step)
+
+    def train(state):
+        return sft.train(Struck(), state, episodes[:8], dataclasses.replace(SETTINGS, steps=7), 0, log,
+                         lambda done, state, metrics: saved.append((done, state.step)), 4, episodes[8:8 + held_out])
+    if during == 'measure' and (at == 2 or not held_out):
+        train(Steps(0))  # nothing is measured there
+        return
+    with pytest.raises(KeyboardInterrupt):
+        train(Steps(0))
+    assert [step for step, _ in logged] == list(range(len(logged)))
+    done, state = saved[-1] if saved else (0, 0)
+    assert done == state and len(logged) >= done >= (0 if held_out else 1)
+    assert not saved or done == len(logged)
+    during = None  # the same command goes on
+    del logged[done:]
+    assert train(Steps(done)).step == 7
+    assert logged == [(step, None if not held_out or step not in (3, 6) else float(abs(step - 3))) for step in range(7)]
