@@ -1,13 +1,12 @@
 """Compares PPO, GRPO and DAPO on the embedded task, each from the same cold starts; the last line is one JSON object.
 
     python launch/bench_algorithms.py
-    python launch/bench_algorithms.py --seeds=0 --algorithms=grpo
+    python launch/bench_algorithms.py --seeds=0 --algorithms=grpo --config.optimizer.lr=3e-4
 
 Each takes its advantage, loss and ppo blocks from configs/NAME.py:tiny, all else from configs/demo.py. A seed takes
 about a quarter of an hour on 2 CPU cores.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -22,23 +21,19 @@ NAMES = ('ppo', 'grpo', 'dapo')
 ALGORITHMS = flags.DEFINE_list('algorithms', list(NAMES), 'Which to run.')
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of the whole story, cold start included.')
 TARGET = flags.DEFINE_float('target', 0.9, 'Share of right answers whose time is taken.', 0.0, 1.0)
-DIR = flags.DEFINE_string('dir', 'runs/algorithms', 'Where the run folders go.')
 
 
-def main() -> None:
-    from configs import demo
+def main(config) -> None:
     from retool_jax.bench import algorithms
 
     if unknown := set(ALGORITHMS.value) - set(NAMES):
         raise cli.UserError(f'--algorithms={",".join(sorted(unknown))}: choose of {", ".join(NAMES)}')
     if not all(seed.isdecimal() for seed in SEEDS.value):
         raise cli.UserError(f'--seeds={",".join(SEEDS.value)}: whole numbers, separated by commas')
-    config = demo.get_config()
-    config.run.dir = DIR.value
-    blocks = {name: importlib.import_module(f'configs.{name}').get_config('tiny') for name in ALGORITHMS.value}
+    blocks = {name: cli.load_config(f'configs/{name}.py:tiny') for name in ALGORITHMS.value}
     say = lambda line: print(line, file=sys.stderr, flush=True)
     print(json.dumps(algorithms.measure(config, blocks, [int(s) for s in SEEDS.value], TARGET.value, say)))
 
 
 if __name__ == '__main__':
-    cli.run_plain(main)
+    cli.run(main, default_config='configs/demo.py')
