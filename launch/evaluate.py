@@ -6,10 +6,13 @@ from retool_jax.core import cli
 
 
 def main(config):
+    from retool_jax.core import processes
     from retool_jax.report import pages
     from retool_jax.train import evaluate, scoring
 
     found = scoring.run(config)
+    if not processes.leads():
+        return
     report = pages.write(config.run.dir)
     for name, scores in found.items():
         evaluate.show(name, scores)

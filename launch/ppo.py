@@ -9,6 +9,7 @@ DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Build and compile everything, tak
 
 
 def main(config):
+    from retool_jax.core import processes
     from retool_jax.report import pages
     from retool_jax.train import rehearsal, reinforce
 
@@ -16,7 +17,8 @@ def main(config):
         rehearsal.run(config)
         return
     reinforce.run(config)
-    print(f'report: {pages.write(config.run.dir)}')
+    if processes.leads():
+        print(f'report: {pages.write(config.run.dir)}')
 
 
 if __name__ == '__main__':

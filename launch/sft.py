@@ -4,11 +4,13 @@ from retool_jax.core import cli
 
 
 def main(config):
+    from retool_jax.core import processes
     from retool_jax.report import pages
     from retool_jax.train import finetune
 
     finetune.run(config)
-    print(f'report: {pages.write(config.run.dir)}')
+    if processes.leads():
+        print(f'report: {pages.write(config.run.dir)}')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,24 @@
-"""Several processes, one run: joining them, and which of them writes."""
+"""Several processes, one run: joining them, waiting and telling each other, and which of them writes."""
 
 from __future__ import annotations
 
 import os
+import pickle
+import threading
+from collections.abc import Callable
 
 import jax
+import numpy as np
+from jax._src import distributed
+from jax.experimental import multihost_utils
+
+from retool_jax.core.cli import UserError, explain
 
 PROCESSES = 'RETOOL_PROCESSES'  # environment variable: a number of processes, or 'auto' on TPU pods and under SLURM
+START_S = 1800  # until every process has started: hosts of a pod, or a loaded machine, are minutes apart
+SILENT_S = 300  # without a sign of life a process counts as dead, and the others end too
+PATIENCE_S = 7 * 24 * 3600  # `wait` waits for tools, validation, reports; who is dead is found by its silence
+SMALL = 4096  # bytes that go with the first all-gather of `gather`
 
 
 def join() -> None:
@@ -20,17 +32,75 @@ def join() -> None:
     wanted = os.environ.get(PROCESSES, '')
     if not wanted or jax.distributed.is_initialized():
         return
+    patience = dict(initialization_timeout=START_S, heartbeat_timeout_seconds=SILENT_S)
     if wanted == 'auto':
-        jax.distributed.initialize()
+        jax.distributed.initialize(**patience)
         return
     given = {name: os.environ.get(name, '') for name in ('RETOOL_COORDINATOR', 'RETOOL_PROCESS')}
     missing = next((name for name, value in given.items() if not value), None)
     if missing or not wanted.isdigit():
         raise ValueError(f'{missing or PROCESSES}: {PROCESSES}={wanted!r} is "auto", or a number that goes with '
                          'RETOOL_COORDINATOR=host:port and RETOOL_PROCESS=0, 1, …')
-    jax.distributed.initialize(given['RETOOL_COORDINATOR'], int(wanted), int(given['RETOOL_PROCESS']))
+    jax.distributed.initialize(given['RETOOL_COORDINATOR'], int(wanted), int(given['RETOOL_PROCESS']), **patience)
 
 
 def leads() -> bool:
     """Whether this process is the one that writes metrics, episodes and configuration."""
     return jax.process_index() == 0
+
+
+def wait() -> None:
+    """Returns when every process of the run has called it as often; alone at once.
+
+    Not a collective of the devices, which give up after half a minute on CPU, and of which there may be none yet.
+    """
+    if jax.process_count() == 1:
+        return
+    failed: list[Exception] = []
+
+    def block() -> None:
+        try:
+            distributed.global_state.client.wait_at_barrier('retool_jax', PATIENCE_S * 1000)
+        except Exception as error:
+            failed.append(error)
+    thread = threading.Thread(target=block, daemon=True)  # the main one still hears Ctrl-C
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def gather(item: object) -> list:
+    """What each process gives, in the order of the processes; every process must call it."""
+    if jax.process_count() == 1:
+        return [item]
+    wait()
+    data = np.frombuffer(pickle.dumps(item), np.uint8)
+    first = np.zeros(8 + SMALL, np.uint8)
+    first[:8] = np.frombuffer(np.int64(len(data)).tobytes(), np.uint8)
+    first[8:8 + min(len(data), SMALL)] = data[:SMALL]
+    all_first = np.asarray(multihost_utils.process_allgather(first))
+    sizes = [int(np.frombuffer(row[:8].tobytes(), np.int64)[0]) for row in all_first]
+    rests = [b''] * len(sizes)
+    if (longest := max(sizes) - SMALL) > 0:  # padded to a power of two: few shapes are ever compiled
+        rest = np.zeros(1 << (longest - 1).bit_length(), np.uint8)
+        rest[:max(len(data) - SMALL, 0)] = data[SMALL:]
+        rests = [row.tobytes() for row in np.asarray(multihost_utils.process_allgather(rest))]
+    return [pickle.loads((row[8:].tobytes()[:size] + tail[:max(size - SMALL, 0)])[:size])
+            for row, tail, size in zip(all_first, rests, sizes)]
+
+
+def first[T](work: Callable[[], T]) -> T:
+    """What `work` returns, called by the process that leads alone; what it refuses, all processes refuse."""
+    found, refused = None, None
+    if leads():
+        try:
+            found = work()
+        except (ValueError, OSError) as error:
+            if jax.process_count() == 1:
+                raise
+            refused = explain(error) or str(error)
+    found, refused = gather((found, refused))[0]
+    if refused is not None:
+        raise UserError(refused)
+    return found

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterable
 
 from retool_jax.core.records import Episode, ExecResult, Verdict
 
@@ -17,24 +18,33 @@ def call_key(episode: Episode, code: str) -> str:
 
 
 class Journal:
-    """An append-only JSONL file of results; a torn last line (killed run) is cut off on opening."""
+    """An append-only JSONL file of results; a torn last line (killed run) is cut off on opening.
 
-    def __init__(self, path: str | pathlib.Path):
+    others: files of a run's other processes, which are read too: the next start may deal episodes out otherwise.
+    """
+
+    def __init__(self, path: str | pathlib.Path, others: Iterable[pathlib.Path] = ()):
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.results: dict[str, ExecResult] = {}
-        whole = 0
-        if self.path.exists():
-            for line in self.path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b'\n'):
-                    break
-                entry = json.loads(line)
-                entry['result']['verdict'] = Verdict(entry['result']['verdict'])
-                self.results[entry['key']] = ExecResult(**entry['result'])
-                whole += len(line)
+        for other in others:
+            self._read(other)
+        whole = self._read(self.path)
         self._file = self.path.open('r+b' if self.path.exists() else 'w+b')
         self._file.truncate(whole)
         self._file.seek(whole)
+
+    def _read(self, path: pathlib.Path) -> int:
+        """Takes in the whole lines of a file; how many bytes they are."""
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            if not line.endswith(b'\n'):
+                break
+            entry = json.loads(line)
+            entry['result']['verdict'] = Verdict(entry['result']['verdict'])
+            self.results[entry['key']] = ExecResult(**entry['result'])
+            whole += len(line)
+        return whole
 
     def get(self, key: str) -> ExecResult | None:
         return self.results.get(key)

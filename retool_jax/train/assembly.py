@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -21,6 +21,7 @@ from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
 from retool_jax.model import hf, qwen
 from retool_jax.model.config import QwenConfig
+from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine, Executor, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 from retool_jax.rollout.turns import Rules, TurnSettings
@@ -59,7 +60,11 @@ def open_language(config: ConfigDict, directory: pathlib.Path) -> Language:
     if config.path is None:
         if config.template != 'tiny':
             raise ValueError('model.path is missing; give a Hugging Face model directory')
-        embedded.write_model(directory / 'model')
+        if processes.leads():
+            embedded.write_model(directory / 'model')
+        processes.wait()
+        if not (directory / 'model' / 'config.json').exists():  # a directory of this machine alone
+            embedded.write_model(directory / 'model')
     return load_language(config.path or directory / 'model', config.template, config.tools)
 
 
@@ -69,8 +74,10 @@ def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sha
     rules = qwen.fit_rules(sizes, mesh, meshes.TRAIN_RULES)
     shardings = meshes.shardings(mesh, qwen.logical_axes(sizes), rules)
     if config.path is None:
-        return jax.jit(lambda key: embedded.init(sizes, key), out_shardings=shardings)(jax.random.key(seed))
-    with console.progress('loading weights', sum(len(leaf.names) for leaf in hf.leaves(sizes))) as advance:
+        key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))  # plain numbers lie on no device
+        return jax.jit(lambda data: embedded.init(sizes, jax.random.wrap_key_data(data)),
+                       out_shardings=shardings)(key_data)
+    with progress('loading weights', sum(len(leaf.names) for leaf in hf.leaves(sizes))) as advance:
         return hf.load(config.path, sizes, shardings, progress=lambda done, total: advance())
 
 
@@ -88,11 +95,18 @@ def load_language(path: str | pathlib.Path, template: str, tools: bool) -> Langu
 
 def make_sampler(language: Language, config: ConfigDict, tools: bool, mesh: jax.sharding.Mesh | None = None) -> Sampler:
     """The compiled half of rollout, from blocks `sampler` and (for `</answer>`) `turns`; over `mesh` where it has
-    more than one device."""
-    sampler = settings.build(SamplerSettings, config.sampler, 'sampler')
+    more than one device. Of several processes each has its own, over its part of `mesh`, unless the weights need
+    the devices of more than one."""
+    sizes = settings.build(SamplerSettings, config.sampler, 'sampler')
     table = make_table(language, tools, config.turns.on_answer)
-    return Sampler(language.config, sampler, table.next_state, table.stops, language.tokenizer.eos_ids,
-                   mesh if mesh is not None and mesh.size > 1 else None)
+    build = lambda on: Sampler(language.config, sizes, table.next_state, table.stops, language.tokenizer.eos_ids, on)
+    if mesh is None or mesh.size == 1:
+        return build(None)
+    if jax.process_count() == 1 or hosts.spans(mesh):
+        return build(mesh)
+    sampler = build(hosts.local_mesh(mesh))
+    sampler.sync = hosts.make_sync(language.config, sizes.dtype, mesh, hosts.local_mesh(mesh))
+    return sampler
 
 
 @functools.lru_cache(maxsize=4)
@@ -112,12 +126,16 @@ def make_table(language: Language, tools: bool, on_answer: str) -> tags.TagTable
 
 def make_engine(language: Language, sampler: Sampler, config: ConfigDict, sampling: ConfigDict, tools: bool,
                 executor: Executor | None, seed: int, purpose: int) -> Engine:
-    """The engine of one purpose; engines may share a sampler."""
+    """The engine of one purpose; engines may share a sampler. Of several processes all call it alike."""
     turns = dataclasses.replace(settings.build(TurnSettings, config.turns, 'turns'), tools=tools)
     feedback = settings.build(FeedbackSettings, config.feedback, 'feedback')
     rules = Rules(turns, language.tokenizer, make_table(language, tools, turns.on_answer),
                   lambda result: render(result, feedback))
-    return Engine(sampler, rules, settings.build(SamplingSettings, sampling, 'sampling'), executor, seed, purpose)
+    draws = settings.build(SamplingSettings, sampling, 'sampling')
+    if sampler.table.is_fully_addressable:
+        kind = Engine if jax.process_count() == 1 else hosts.Apart
+        return kind(sampler, rules, draws, executor, seed, purpose)
+    return Engine(sampler, rules, draws, executor, seed, purpose, link=hosts.Lockstep())
 
 
 def make_sandbox(config: ConfigDict) -> Sandbox:
@@ -163,5 +181,24 @@ def open_grader(config: ConfigDict) -> Iterator[Grader]:
 
 def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     """The training mesh from block `mesh`, over the devices of all processes of the run."""
-    processes.join()
     return meshes.make_mesh(config.to_dict())
+
+
+def progress(title: str, total: int) -> contextlib.AbstractContextManager[Callable[..., None]]:
+    """`core.metrics.progress`, shown by one process of a run."""
+    if processes.leads():
+        return console.progress(title, total)
+    return contextlib.nullcontext(lambda text='', n=1: None)
+
+
+def say(line: str) -> None:
+    """`core.metrics.say` by one process of a run."""
+    if processes.leads():
+        console.say(line)
+
+
+def banner(**rows: object) -> None:
+    """`core.metrics.banner`, shown by one process of a run, which says how many there are."""
+    if processes.leads():
+        more = {'processes': jax.process_count()} if jax.process_count() > 1 else {}
+        console.banner(**rows, **more)

@@ -6,9 +6,11 @@ import collections
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import numpy as np
 
 from retool_jax.core import metrics as console
+from retool_jax.core import processes
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop, Verdict
 from retool_jax.rollout.engine import Engine, Request
@@ -38,13 +40,23 @@ def grade(episodes: Sequence[Episode], grader: Grader, tokenizer: Tokenizer) -> 
         episode.reward = reward
 
 
+def grade_shared(episodes: Sequence[Episode], grader: Grader, tokenizer: Tokenizer) -> None:
+    """`grade` where every process of a run holds all episodes: each judges a share, and all see the same verdicts."""
+    count = jax.process_count()
+    mine = episodes[jax.process_index()::count]
+    grade(mine, grader, tokenizer)
+    for first, rewards in enumerate(processes.gather([e.reward for e in mine])):
+        for episode, reward in zip(episodes[first::count], rewards):
+            episode.reward = reward
+
+
 def run(engine: Engine, params: Params, version: int, problems: Sequence[Problem], samples: int, template: Template,
         tokenizer: Tokenizer, grader: Grader, step: int = 0,
         finished: Callable[[Episode], None] = lambda episode: None) -> list[Episode]:
     """Graded episodes, problem by problem; params are in the sampling layout."""
     episodes = engine.run(params, version, make_requests(problems, samples, template, tokenizer), step,
                           finished=finished)
-    grade(episodes, grader, tokenizer)
+    grade_shared(episodes, grader, tokenizer)
     return episodes
 
 

@@ -29,6 +29,7 @@ def run(config: ConfigDict) -> None:
 
     `final/` is the last state; with a held-out share, the one of those saved whose loss on it was lowest.
     """
+    processes.join()
     sizes = settings.build(SFTSettings, config.sft, 'sft')
     saving = settings.build(CheckpointSettings, config.checkpoints, 'checkpoints')
     forward = settings.build(ForwardSettings, config.forward, 'forward')
@@ -49,14 +50,14 @@ def run(config: ConfigDict) -> None:
         state = init_state({'policy': assembly.load_policy(config.model, language, config.run.seed, mesh)}, optimizer)
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
         writer = stack.enter_context(console.Metrics(directory, processes.leads()))
-        console.banner(model=language, mesh=dict(mesh.shape), traces=len(traces), held_out=len(held_out),
+        assembly.banner(model=language, mesh=dict(mesh.shape), traces=len(traces), held_out=len(held_out),
                        run=directory)
         start = checkpoints.latest() or 0
         if start:
             state, _ = checkpoints.restore(start, state)
-            console.say(f'goes on at step {start}')
+            assembly.say(f'goes on at step {start}')
         folder.rewind(directory, start, writer)
-        advance = stack.enter_context(console.progress('SFT', sizes.steps - start))
+        advance = stack.enter_context(assembly.progress('SFT', sizes.steps - start))
 
         def log(step: int, metrics: dict[str, float]) -> None:
             writer.write(step, {'phase': 'sft'} | metrics)
@@ -69,7 +70,7 @@ def run(config: ConfigDict) -> None:
         state = sft.train(learner, state, traces, sizes, config.run.seed, log, save, saving.every, held_out)
         best = checkpoints.best()
         if best is not None:
-            console.say(f'best: step {best}, held-out loss {-checkpoints.meta(best)["score"]:.4f}')
+            assembly.say(f'best: step {best}, held-out loss {-checkpoints.meta(best)["score"]:.4f}')
             if best < sizes.steps:
                 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
                 del state  # or there would be two of them
@@ -78,7 +79,7 @@ def run(config: ConfigDict) -> None:
     if not export.exists():
         hf.save(export, language.config, state.params['policy'], jnp.dtype(config.forward.dtype),
                 config.model.path or directory / 'model')
-    console.say(f'model: {export} (a Hugging Face directory)')
+    assembly.say(f'model: {export} (a Hugging Face directory)')
 
 
 def read_traces(path: str | None, width: int) -> list[Episode]:
@@ -92,7 +93,7 @@ def read_traces(path: str | None, width: int) -> list[Episode]:
     if not fitting:
         raise UserError(f'config.traces={path!r}: no trace fits forward.row_width={width}; raise it')
     if len(fitting) < len(traces):
-        console.say(f'{len(traces) - len(fitting)} of {len(traces)} traces are longer than forward.row_width={width} '
+        assembly.say(f'{len(traces) - len(fitting)} of {len(traces)} traces are longer than forward.row_width={width} '
                     'and left out')
     return fitting
 

@@ -23,11 +23,15 @@ RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints')
 def claim(config: ConfigDict, free: Sequence[str] = ()) -> pathlib.Path:
     """Makes `run.dir` with its config.json, or goes on in one that the same configuration made.
 
-    free: keys or blocks that may differ from last time. Errors: UserError naming the keys that differ.
+    free: keys or blocks that may differ from last time. Errors: UserError naming the keys that differ. Of a run's
+    processes one asks and writes, and the others end as it does.
     """
+    processes.first(lambda: _claim(config, free))
+    return pathlib.Path(config.run.dir)
+
+
+def _claim(config: ConfigDict, free: Sequence[str]) -> None:
     directory = pathlib.Path(config.run.dir)
-    if not processes.leads():  # of a run's processes one asks and writes
-        return directory
     file = directory / 'config.json'
     if file.exists():
         try:
@@ -47,7 +51,6 @@ def claim(config: ConfigDict, free: Sequence[str] = ()) -> pathlib.Path:
     new = directory / 'config.json.new'  # a run killed here must not damage what it goes on from
     new.write_text(json.dumps(settings.to_json(config), indent=2))
     new.replace(file)
-    return directory
 
 
 def has_results(directory: pathlib.Path) -> bool:
@@ -67,10 +70,9 @@ def claimed(config: ConfigDict, free: Sequence[str] = ()) -> Iterator[pathlib.Pa
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
             error.filename = str(directory)  # a write that fails does not know of which file
-        if fresh and directory.is_dir() and not has_results(directory):
+        if fresh and processes.leads() and directory.is_dir() and not has_results(directory):
             for path in list(directory.iterdir()) if there else [directory]:
-                # Other processes of the run may be at it too.
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
 
@@ -84,7 +86,13 @@ def stoppable() -> Iterator[None]:
 
 
 def rewind(directory: pathlib.Path, step: int, writer: Metrics) -> None:
-    """Cuts metrics, TensorBoard and episodes back to the steps before `step`, which is run next."""
+    """Cuts metrics, TensorBoard and episodes back to the steps before `step`, which is run next.
+
+    Of a run's processes one cuts, once all have read what they go on from.
+    """
+    processes.wait()
+    if not processes.leads():
+        return
     writer.rewind(step - 1 if step else None)
     if (directory / 'episodes').is_dir():
         episode_files.rewind(directory / 'episodes', step - 1)

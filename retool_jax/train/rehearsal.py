@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import pathlib
 import resource
 import tempfile
 import time
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from retool_jax.core import metrics as console
+from retool_jax.core import processes
 from retool_jax.core.records import ExecResult, Verdict
+from retool_jax.model import qwen
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.train import assembly, folder, ppo, reinforce
 
@@ -37,11 +41,12 @@ def run(config: ConfigDict) -> dict[str, float]:
 
     Errors: those of the configuration, as in a real run; out of memory as the device reports it.
     """
+    processes.join()
     stream = reinforce.open_stream(config.data, config.run.seed)
     reinforce.open_validation(config.validation)
     with tempfile.TemporaryDirectory() as place, folder.stoppable():
         parts = reinforce.build(config, pathlib.Path(place))
-        console.banner(model=parts.language, mesh=dict(parts.mesh.shape), sandbox=FakeTools(), run='none: a dry run')
+        assembly.banner(model=parts.language, mesh=dict(parts.mesh.shape), sandbox=FakeTools(), run='none: a dry run')
         sampler = parts.sampler()
         table = memory(parts, sampler)
         with assembly.open_grader(config.reward) as grader:
@@ -53,6 +58,8 @@ def run(config: ConfigDict) -> dict[str, float]:
             seconds = time.perf_counter() - began
     table |= peaks()
     metrics = results[0].metrics
+    if not processes.leads():
+        return table
     console.table('memory', ('buffer', 'GiB'), [(name, f'{size / GIB:.3f}') for name, size in table.items()])
     console.table('one step', ('', ''), [
         ('seconds, compilation included', f'{seconds:.1f}'), ('episodes', len(results[0].episodes)),
@@ -64,11 +71,13 @@ def run(config: ConfigDict) -> dict[str, float]:
 def memory(parts: reinforce.Parts, sampler: Sampler) -> dict[str, float]:
     """Bytes of the large buffers, over all devices; which of them are there at once: train/residency.py."""
     params = parts.progress.state.params
+    to_sampling = functools.partial(qwen.to_sampling, parts.language.config,
+                                    dtype=jnp.dtype(sampler.settings.dtype))
     sizes = {'policy, f32': size(params['policy']),
              'critic': size(params.get('critic')),
              'optimizer state': size(parts.progress.state.opt_state),
              'reference policy': size(parts.residency.reference),
-             'sampling weights': size(jax.eval_shape(sampler.sync, params['policy'])),
+             'sampling weights': size(jax.eval_shape(to_sampling, params['policy'])),
              'KV cache': size(jax.eval_shape(sampler.empty).cache)}
     return {name: found for name, found in sizes.items() if found}
 

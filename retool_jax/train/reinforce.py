@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
-from retool_jax.core import settings
+from retool_jax.core import processes, settings
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.cli import UserError
 from retool_jax.core.records import Episode, Problem
@@ -117,6 +117,7 @@ def build(config: ConfigDict, directory: pathlib.Path) -> Parts:
 
 def run(config: ConfigDict) -> None:
     """Trains to the last step, or goes on where the folder's last checkpoint stands."""
+    processes.join()
     saving = settings.build(CheckpointSettings, config.checkpoints, 'checkpoints')
     watch = Watch(settings.build(WatchSettings, config.watch, 'watch'))
     sizes = settings.build(PPOSettings, config.ppo, 'ppo')
@@ -141,21 +142,22 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
         executor = stack.enter_context(open_guarded(config.sandbox, tools))
         grader = stack.enter_context(assembly.open_grader(config.reward))
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
-        writer = stack.enter_context(console.Metrics(directory))
-        journal = stack.enter_context(contextlib.closing(Journal(directory / 'journal.jsonl')))
-        console.banner(model=language, mesh=dict(parts.mesh.shape), sandbox=executor or 'none', run=directory)
+        writer = stack.enter_context(console.Metrics(directory, processes.leads()))
+        journal = stack.enter_context(contextlib.closing(open_journal(directory)))
+        assembly.banner(model=language, mesh=dict(parts.mesh.shape), sandbox=executor or 'none', run=directory)
         restore(progress, checkpoints, directory, halves, config.run.seed)
         folder.rewind(directory, progress.done, writer)
         sampler = parts.sampler() if rolls or held_out else None
         source = (parts.source(sampler, executor, stream, grader, journal) if rolls else
                   rollouts.dumped(halves.episodes, language.config.vocab_size))
-        advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
+        advance = stack.enter_context(assembly.progress('RL', sizes.steps - progress.done))
         validates = lambda done: bool(held_out) and (done == sizes.steps or done % config.validation.every == 0)
         saves = lambda done: done == sizes.steps or done % saving.every == 0
         saved, score = [progress.oldest], {}
 
         def keep(folder_name: str, name: str, episodes: Sequence[Episode], step: int | None = None) -> None:
-            episode_files.write(directory / folder_name, name, episodes, language.tokenizer.decode, step)
+            if processes.leads():
+                episode_files.write(directory / folder_name, name, episodes, language.tokenizer.decode, step)
 
         def validate(step: int) -> dict[str, float]:
             engine = parts.engine(sampler, executor, 'evaluate_sampling', assembly.EVALUATION)
@@ -167,7 +169,9 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
             return evaluate.as_metrics(pathlib.Path(config.validation.problems).stem, found)
 
         def save(wait: bool = False) -> None:
-            episode_files.remove(directory / CARRIED, {carried_part(step) for step in checkpoints.steps()})
+            there = {carried_part(step) for step in checkpoints.steps()}
+            if processes.leads():
+                episode_files.remove(directory / CARRIED, there)
             if progress.carried:
                 keep(CARRIED, carried_part(progress.done), progress.carried, progress.done)
             meta = {'step': progress.done, 'cursor': progress.cursor, 'seed': config.run.seed,
@@ -199,12 +203,14 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
             else:
                 roll_out(source, progress, sizes.steps, report, journal)
         except KeyboardInterrupt:
-            if halves.train and progress.done and writer.last == progress.done - 1:
+            # Of several processes each hears of it at another point: the last checkpoint has to do.
+            if jax.process_count() == 1 and halves.train and progress.done and writer.last == progress.done - 1:
                 save(wait=True)
             raise
     if halves.train:
         export(parts, directory)
-    (directory / 'summary.json').write_text(json.dumps(summarise(config, directory), indent=2))
+    if processes.leads():
+        (directory / 'summary.json').write_text(json.dumps(summarise(config, directory), indent=2))
 
 
 def restore(progress: Progress, checkpoints: Checkpoints, directory: pathlib.Path, halves: HalvesSettings,
@@ -224,7 +230,13 @@ def restore(progress: Progress, checkpoints: Checkpoints, directory: pathlib.Pat
     progress.done, progress.cursor = step, meta['cursor']
     if meta['carried']:
         progress.carried = tuple(episode_files.read(directory / CARRIED, carried_part(step)))
-    console.say(f'goes on at step {step}')
+    assembly.say(f'goes on at step {step}')
+
+
+def open_journal(directory: pathlib.Path) -> Journal:
+    """The tool results of a run: each process writes its own file, and reads those of all."""
+    name = 'journal.jsonl' if processes.leads() else f'journal_{jax.process_index()}.jsonl'
+    return Journal(directory / name, others=sorted(directory.glob('journal*.jsonl')))
 
 
 def carried_part(step: int) -> str:
@@ -251,7 +263,7 @@ def ring(watch: Watch, result: StepResult, keep: Callable[[str, str, Sequence[Ep
         text = f'step {result.step}: {alarm.name}: {alarm.text} (episodes: alarms/{name}.jsonl)'
         if alarm.stop:
             raise UserError(f'{text}; the last checkpoint is intact, and watch.{alarm.name}=warn goes on from it')
-        console.say(f'warning: {text}')
+        assembly.say(f'warning: {text}')
 
 
 def export(parts: Parts, directory: pathlib.Path) -> None:
@@ -260,7 +272,7 @@ def export(parts: Parts, directory: pathlib.Path) -> None:
     if not target.exists():
         hf.save(target, parts.language.config, parts.progress.state.params['policy'],
                 jnp.dtype(parts.config.forward.dtype), parts.config.model.path or directory / 'model')
-    console.say(f'model: {target} (a Hugging Face directory)')
+    assembly.say(f'model: {target} (a Hugging Face directory)')
 
 
 def summarise(config: ConfigDict, directory: pathlib.Path) -> dict:

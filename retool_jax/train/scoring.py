@@ -9,14 +9,17 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 
+import jax
 from ml_collections import ConfigDict
 
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
+from retool_jax.core import processes
 from retool_jax.core.cli import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop
 from retool_jax.core.signals import uninterrupted
+from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
 from retool_jax.tasks import problems as problem_files
@@ -24,7 +27,7 @@ from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.train import assembly, evaluate, folder
-from retool_jax.train.reinforce import open_guarded
+from retool_jax.train.reinforce import open_guarded, open_journal
 
 BACKENDS = ('local',)
 UNFINISHED = 'unfinished'  # below episodes/: parts of an evaluation that is not through
@@ -33,6 +36,7 @@ KEEP_S = 60.0  # finished episodes wait no longer than this before they are on d
 
 def run(config: ConfigDict) -> dict:
     """Scores the model on `config.problems`; returns what summary.json holds."""
+    processes.join()
     if config.backend not in BACKENDS:
         raise UserError(f'backend={config.backend!r} is not known; use one of {", ".join(BACKENDS)}')
     if config.samples < 1:
@@ -55,16 +59,18 @@ def run(config: ConfigDict) -> dict:
         pool = stack.enter_context(open_guarded(config.sandbox, tools))
         engine = assembly.make_engine(language, sampler, config, config.sampling, tools, pool, config.run.seed,
                                       assembly.EVALUATION)
-        journal = stack.enter_context(contextlib.closing(Journal(directory / 'journal.jsonl')))
-        console.banner(model=language, mesh=dict(mesh.shape), sandbox=pool or 'none',
-                       problems=f'{len(problems)} of {name} × {config.samples} samples', run=directory)
-        advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * config.samples))
+        journal = stack.enter_context(contextlib.closing(open_journal(directory)))
+        assembly.banner(model=language, mesh=dict(mesh.shape), sandbox=pool or 'none',
+                        problems=f'{len(problems)} of {name} × {config.samples} samples', run=directory)
+        advance = stack.enter_context(assembly.progress(f'evaluate {name}', len(problems) * config.samples))
         episodes = run_kept(engine, sampler.sync(params), problems, config.samples, directory / 'episodes',
                             f'val_{name}', language.template, language.tokenizer, grader, journal, advance)
     found = {name: evaluate.summarise(episodes)}
     if faults := found[name]['stops'].get(Stop.FAULT, 0):
-        console.say(f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
-                    'see python -m retool_jax.sandbox.doctor')
+        assembly.say(f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
+                     'see python -m retool_jax.sandbox.doctor')
+    if not processes.leads():
+        return found
     (directory / 'summary.json').write_text(json.dumps(found, indent=2))
     with console.Metrics(directory) as writer:
         writer.rewind(None)
@@ -79,7 +85,8 @@ def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], sample
 
     While it runs they are parts of `directory`/unfinished, in the end the one part `name`. What an episode holds
     does not depend on what else is made with it, and tool results of unfinished episodes are in the journal, so
-    a killed evaluation ends as it would have. `advance(n=…)` counts episodes.
+    a killed evaluation ends as it would have. `advance(n=…)` counts episodes. Of several processes each keeps what
+    its engine makes, and one puts it together.
 
     Errors: ValueError for kept episodes of other problems or samples.
     """
@@ -95,17 +102,23 @@ def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], sample
                          'choose another run.dir')
     advance(n=len(found))
     missing = [request for key, request in asked.items() if key not in found]
+    processes.wait()  # until all have read what is there
+    process, own = jax.process_index(), engine.link is None
+    mine = hosts.part(missing, process, jax.process_count()) if own else missing
     waiting: list[Episode] = []
+    count = len(episode_files.names(unfinished))
 
     def keep() -> None:
-        evaluate.grade(waiting, grader, tokenizer)
-        episode_files.write(unfinished, f'part_{len(episode_files.names(unfinished)):05d}', waiting, tokenizer.decode)
-        found.update({(e.problem.id, e.sample): e for e in waiting})
+        nonlocal count
+        if own or processes.leads():  # in lockstep every process makes all of them
+            evaluate.grade(waiting, grader, tokenizer)
+            episode_files.write(unfinished, f'part_{process:03d}_{count:05d}', waiting, tokenizer.decode)
+        count += 1
         waiting.clear()
 
     kept = time.monotonic()
     try:
-        for _, episode in engine.stream(params, 0, missing, 0, journal=journal) if missing else ():
+        for _, episode in engine.stream(params, 0, mine, 0, journal=journal) if mine else ():
             waiting.append(episode)
             advance()
             if len(waiting) >= engine.sampler.settings.rows or time.monotonic() - kept > KEEP_S:
@@ -115,13 +128,15 @@ def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], sample
         if waiting:
             with uninterrupted():
                 keep()
-    episodes = [found[key] for key in order]
-    if folder_of == unfinished:
+    processes.wait()
+    if folder_of == unfinished and processes.leads():
+        found = {(e.problem.id, e.sample): e for e in episode_files.read(unfinished)}
         with uninterrupted():
-            episode_files.write(directory, name, episodes, tokenizer.decode)
+            episode_files.write(directory, name, [found[key] for key in order], tokenizer.decode)
             shutil.rmtree(unfinished, ignore_errors=True)
+    processes.wait()
     journal.forget(1)  # of step 0, and nothing is unfinished any more
-    return episodes
+    return episode_files.read(directory, name)
 
 
 def times(episodes: Sequence[Episode]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 apart: an engine per process on the devices of that process, weights from the global training mesh, episodes gathered.
 together: one engine on a mesh over all processes, in lockstep. one: an engine on the first device.
-Tools answer at other times in every process. Writes DIRECTORY/<work>_<process>.pkl.
+Each rolls out twice; tools answer at other times in every process and both times. Writes
+DIRECTORY/<work>_<process>.pkl.
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ from tests.fakes import FakePool
 from tests.rollout.engine_test import CONFIG, PLAIN, SIZES, TABLE, TOKENIZER, TURNS, answer, requests
 
 
-def make_engine(sampler: Sampler, link=None) -> tuple[Engine, FakePool]:
-    rng = random.Random(jax.process_index())
-    pool = FakePool(answer, lambda code: rng.random() * 0.1 * (1 + jax.process_index()))
+def make_engine(sampler: Sampler, kind=Engine, link=None) -> Engine:
     rules = turns.Rules(TURNS, TOKENIZER, TABLE, lambda r: r.stdout)
-    return Engine(sampler, rules, PLAIN, pool, seed=1, purpose=1, link=link), pool
+    return kind(sampler, rules, PLAIN, FakePool(answer), seed=1, purpose=1, link=link)
 
 
 def make_sampler(mesh=None) -> Sampler:
@@ -45,40 +44,43 @@ def train_params(mesh):
 
 
 def apart():
-    """The tensor axis lies inside a process."""
+    """The tensor axis lies inside a process, which has two engines' worth of it."""
     mesh = meshes.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 2})
     local = hosts.local_mesh(mesh)
-    spread, sampler = make_sampler(mesh), make_sampler(local)
-    weights = hosts.localise(spread.sync(train_params(mesh)), sampler.placement(local)[0])
-    engine, pool = make_engine(sampler)
-    return hosts.run(engine, weights, 0, requests(), 4), pool
+    assert not hosts.spans(mesh) and dict(local.shape) == {'data': 2, 'fsdp': 1, 'tensor': 2}
+    weights = hosts.make_sync(CONFIG, SIZES.dtype, mesh, local)(train_params(mesh))
+    return make_engine(make_sampler(local), hosts.Apart), weights
 
 
 def together():
     """The tensor axis spans the processes: its devices are dealt out in turns."""
     devices = np.array(jax.devices()).reshape(jax.process_count(), -1).T.ravel().tolist()
     mesh = meshes.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 4}, devices)
-    assert len({d.process_index for d in mesh.devices[0, 0]}) == jax.process_count()
+    assert hosts.spans(mesh)
     sampler = make_sampler(mesh)
-    engine, pool = make_engine(sampler, hosts.Lockstep())
-    return engine.run(sampler.sync(train_params(mesh)), 0, requests(), 4), pool
+    return make_engine(sampler, link=hosts.Lockstep()), sampler.sync(train_params(mesh))
 
 
 def one():
     mesh = meshes.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.local_devices()[:1])
     sampler = make_sampler(mesh)
-    engine, pool = make_engine(sampler)
-    return engine.run(sampler.sync(train_params(mesh)), 0, requests(), 4), pool
+    return make_engine(sampler), sampler.sync(train_params(mesh))
 
 
 def main(work: str, directory: str) -> None:
     processes.join()
     template.extract_snippet = lambda text: template.Snippet(text, 0)
-    episodes, pool = {'apart': apart, 'together': together, 'one': one}[work]()
-    long = hosts.gather('x' * (10_000 * (1 + jax.process_index())))  # beyond what goes with the first all-gather
+    engine, weights = {'apart': apart, 'together': together, 'one': one}[work]()
+    found = []
+    for seed in range(2):
+        rng = random.Random(2 * jax.process_index() + seed)
+        engine.executor = FakePool(answer, lambda code: rng.random() * 0.1 * (1 + jax.process_index()))  # noqa: B023
+        episodes = engine.run(weights, 0, requests(), 4)
+        found.append((episodes, len(engine.executor.codes), engine.stats.episodes))
+    long = processes.gather('x' * (10_000 * (1 + jax.process_index())))  # beyond what goes with the first all-gather
     assert [len(x) for x in long] == [10_000 * (1 + i) for i in range(jax.process_count())]
     with open(pathlib.Path(directory) / f'{work}_{jax.process_index()}.pkl', 'wb') as file:
-        pickle.dump((episodes, len(pool.codes)), file)
+        pickle.dump(found, file)
 
 
 if __name__ == '__main__':

@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import re
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import processes
+from tests import several
 from tests.fakes import byte_tokenizer
 from tests.train import small
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(count: int, work: str, directory: pathlib.Path, name: str) -> list[list[np.ndarray]]:
     """The worker in so many processes; what each saw at the end."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ.get('XLA_FLAGS', ''))
-    env = os.environ | {'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={8 // count}'}
-    if count > 1:
-        env |= {'RETOOL_PROCESSES': str(count), 'RETOOL_COORDINATOR': f'127.0.0.1:{port}'}
-    children = [subprocess.Popen([sys.executable, '-m', 'tests.train.worker', work, str(directory), name], cwd=ROOT,
-                                 env=env | {'RETOOL_PROCESS': str(i)}, stderr=subprocess.PIPE, text=True)
-                for i in range(count)]
-    try:
-        errors = [child.communicate(timeout=1200)[1] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-            child.stderr.close()
-    assert [child.returncode for child in children] == [0] * count, '\n'.join(errors)[-4000:]
+    several.run(count, ['-m', 'tests.train.worker', work, str(directory), name])
     loaded = [np.load(directory / f'{name}_{i}.npz') for i in range(count)]
     return [[x[key] for key in x.files] for x in loaded]
 

@@ -56,7 +56,7 @@ def test_a_stopped_evaluation_ends_as_the_unbroken_one(parts, tmp_path):
     every = [(p.id, sample) for p in problems for sample in range(2)]
     assert asked == every == [(e.problem.id, e.sample) for e in whole] and counted == 14
     assert all(e.reward is not None for e in whole) and sum(len(e.calls) for e in whole) > 3
-    assert [e.stop for e in whole if e.problem is long] == [Stop.LENGTH] * 2
+    assert [e.stop for e in whole if e.problem == long] == [Stop.LENGTH] * 2
     assert episode_files.names(tmp_path / 'whole/episodes') == ['val_set']
     assert run(parts, tmp_path / 'whole', problems) == (whole, [], 14)
 
