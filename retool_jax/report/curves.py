@@ -39,6 +39,7 @@ CURVES = (
     )),
 )  # fmt: skip
 SFT_CURVES = (('sft/loss', 'Loss', 'nats per token the model should write', ''),
+              ('sft/held_out_loss', 'Held-out loss', 'the same, on traces never trained on', ''),
               ('sft/entropy', 'Entropy', 'nats per token', ''),
               ('actor/grad_norm', 'Gradient norm', 'before clipping', ''))
 # Evaluations of the demo's models stand at the ends of the RL curves.

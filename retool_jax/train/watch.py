@@ -59,6 +59,9 @@ class Watch:
         self._equal = self._equal + 1 if len({e.reward.value for e in episodes}) == 1 else 0
         of = lambda name: metrics.get(name, 0.0)
         entropy = metrics.get('actor/entropy')
+        why = ('weights move faster than carried episodes end; raise ppo.quanta or lower optimizer.lr'
+               if of('partial/stale_tokens') else
+               'sampler and trainer disagree; compare sampler.dtype with forward.dtype')
         found = {
             'entropy': (entropy is not None and entropy < s.entropy_below,
                         f'actor/entropy {entropy or 0.0:.3g} is below {s.entropy_below:g}: the policy has collapsed; '
@@ -67,8 +70,7 @@ class Watch:
                               f'all rewards of {self._equal} steps are equal: there is nothing to learn from; choose '
                               'problems that the model solves sometimes'),
             'mismatch': (abs(of('mismatch/kl')) > s.mismatch_above,
-                         f'mismatch/kl {of("mismatch/kl"):.3g} exceeds {s.mismatch_above:g}: sampler and trainer '
-                         'disagree; compare sampler.dtype with forward.dtype'),
+                         f'mismatch/kl {of("mismatch/kl"):.3g} exceeds {s.mismatch_above:g}: {why}'),
             'failures': (of('tools/failure_frequency') > s.failures_above,
                          f'tools/failure_frequency {of("tools/failure_frequency"):.2f} exceeds {s.failures_above:g}: '
                          'most code fails; read the episodes'),

@@ -45,6 +45,11 @@ def test_each_threshold_has_its_alarm_with_the_number_and_a_remedy(name, metric,
     assert Watch(dataclasses.replace(SETTINGS, **{name: 'ignore'})).look(CALM | {metric: value}, MIXED) == []
 
 
+def test_episodes_of_older_weights_have_a_remedy_of_their_own():
+    (alarm,) = Watch(SETTINGS).look(CALM | {'mismatch/kl': 0.06, 'partial/stale_tokens': 0.4}, MIXED)
+    assert alarm.name == 'mismatch' and 'raise ppo.quanta' in alarm.text and 'sampler.dtype' not in alarm.text
+
+
 def test_equal_rewards_ring_after_so_many_steps_in_a_row():
     watch, equal = Watch(SETTINGS), episodes(-1.0, -1.0)
     steps = [equal, MIXED, equal, equal, equal, MIXED, equal, equal]
