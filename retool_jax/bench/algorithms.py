@@ -6,6 +6,8 @@ import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from retool_jax.core import metrics
@@ -35,7 +37,8 @@ def measure(demo: ConfigDict, algorithms: Mapping[str, ConfigDict], seeds: Seque
             config.run.dir = str(folder / f'{name}_{seed}')
             config.update({block: changes[block] for block in BLOCKS})
             with recipe.opened(config) as story:
-                after = story.score('rl', True, story.reinforce(True, start), apart=False)['avg']
+                learnt = story.reinforce(True, jax.tree.map(jnp.copy, start))  # which gives its memory to the first step
+                after = story.score('rl', True, learnt, apart=False)['avg']
             found[name][str(seed)] = {'sft': before, 'rl': after} | pace(story.directory, target)
             say(f'{name}, seed {seed}: {json.dumps(found[name][str(seed)])}')
     return found
