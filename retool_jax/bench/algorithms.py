@@ -37,7 +37,7 @@ def measure(demo: ConfigDict, algorithms: Mapping[str, ConfigDict], seeds: Seque
             config.run.dir = str(folder / f'{name}_{seed}')
             config.update({block: changes[block] for block in BLOCKS})
             with recipe.opened(config) as story:
-                learnt = story.reinforce(True, jax.tree.map(jnp.copy, start))  # which gives its memory to the first step
+                learnt = story.reinforce(True, jax.tree.map(jnp.copy, start))  # a step takes its memory
                 after = story.score('rl', True, learnt, apart=False)['avg']
             found[name][str(seed)] = {'sft': before, 'rl': after} | pace(story.directory, target)
             say(f'{name}, seed {seed}: {json.dumps(found[name][str(seed)])}')
