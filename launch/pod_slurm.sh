@@ -6,10 +6,11 @@
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
 # Runs one of this project's commands on GPU nodes under SLURM, a process for each GPU:
-#   sbatch --nodes=8 launch/pod_slurm.sh launch/sft.py --config=configs/sft.py:qwen2_5_32b \
-#       --config.model.path=/shared/Qwen2.5-32B-Instruct --config.run.dir=/shared/runs/sft --config.mesh.tensor=8
-# Five minutes before its time is up the job gets SIGTERM, saves, and is queued again; it then goes on from the
-# last checkpoint. The checkout must be on storage that all nodes see, with `.venv/bin/pip install .[cuda12]` done.
+#   sbatch --nodes=8 launch/pod_slurm.sh launch/ppo.py --config=configs/ppo.py:qwen2_5_32b \
+#       --config.model.path=/shared/runs/sft/final --config.run.dir=/shared/runs/ppo --config.mesh.tensor=8
+# Five minutes before its time is up the job gets SIGTERM, ends, and is queued again; it then goes on from the last
+# checkpoint (--config.checkpoints.every). The checkout must be on storage that all nodes see, with
+# `.venv/bin/pip install .[cuda12]` done.
 set -euo pipefail
 [ $# -gt 0 ] || { echo 'pod_slurm.sh: which binary? launch/sft.py --config=...' >&2; exit 2; }
 cd "${SLURM_SUBMIT_DIR:-.}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -20,24 +21,25 @@ GRACE_S = 5
 
 
 def run(count: int, arguments: Sequence[str], devices: int = DEVICES) -> list[str]:
-    """`python ARGUMENTS` in so many processes at once; what each wrote to stderr. All have to end well.
+    """Runs a script (…/NAME.py) or a module in so many processes at once; what each wrote to stderr.
 
-    A program that is not in the compilation cache is compiled by the first process and sent to the others: with each
-    compiling for itself on a loaded machine, one may reach a collective more than 30 s before another, which is as
-    long as the CPU's collectives wait.
+    arguments: the script or module, and what it is called with. All processes have to end well.
     """
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ.get('XLA_FLAGS', ''))
-    env = os.environ | {'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count={devices // count}',
-                        'JAX_SHARE_BINARY_BETWEEN_HOSTS': 'true'}
+    patience = [f'--xla_cpu_collective_{name}timeout_seconds={PATIENCE_S}' for name in ('', 'call_terminate_')]
+    env = os.environ | {'XLA_FLAGS': ' '.join([
+        flags, *patience, f'--xla_force_host_platform_device_count={devices // count}'])}
     if count > 1:
-        env |= {'RETOOL_PROCESSES': str(count), 'RETOOL_COORDINATOR': f'127.0.0.1:{port}'}
+        env |= {'RETOOL_PROCESSES': str(count), 'RETOOL_COORDINATOR': f'127.0.0.1:{port}',
+                'JAX_SHARE_BINARY_BETWEEN_HOSTS': 'true'}
     with contextlib.ExitStack() as stack:
         texts = [stack.enter_context(tempfile.TemporaryFile('w+')) for _ in range(count)]  # a full pipe would block
-        children = [subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env | {'RETOOL_PROCESS': str(i)},
-                                     stdout=subprocess.DEVNULL, stderr=text) for i, text in enumerate(texts)]
+        children = [subprocess.Popen([sys.executable, '-m', 'tests.several', *arguments], cwd=ROOT,
+                                     env=env | {'RETOOL_PROCESS': str(i)}, stdout=subprocess.DEVNULL,
+                                     stderr=text) for i, text in enumerate(texts)]
         try:
             statuses = _statuses(children)
         finally:
@@ -60,3 +62,27 @@ def _statuses(children: Sequence[subprocess.Popen]) -> list[int | None]:
             return [child.poll() for child in children]
         time.sleep(0.2)
     return found
+
+
+def _main() -> None:
+    """A process of `run`: what is not in the compilation cache one compiles for all, so that none is left behind.
+
+    The collectives of the CPU wait for a process no longer than 30 s, and on a loaded machine two that compile
+    the same program are further apart. JAX sends a program by its key in the cache; on CPU that key holds a fingerprint
+    of the process, which is left out here (nor would the others ever find in the cache what the first has written).
+    """
+    from jax._src import cache_key
+
+    def kinds(hasher, devices) -> None:
+        for device in devices.flat:
+            hasher.update(f'{device.device_kind} of {os.environ.get("RETOOL_PROCESSES", "1")};'.encode())
+    cache_key._hash_accelerator_config = kinds
+    del sys.argv[0]
+    if sys.argv[0].endswith('.py'):
+        runpy.run_path(sys.argv[0], run_name='__main__')
+    else:
+        runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+
+
+if __name__ == '__main__':
+    _main()

@@ -3,8 +3,8 @@
 A model that fits the devices of one process is sampled by an engine per process, with no collective while tools
 answer; finished episodes are gathered at the end. A larger one is sampled on a mesh over all processes: every
 process runs the same loop over the same slots, each runs the tools of its own rows, and one small all-gather
-per pass makes the answers known to all at the same point of the loop. Which of the two is the mesh's choice: whether
-its tensor axis stays inside a process.
+per pass makes the answers known to all at the same point of the loop. Which of the two follows from the mesh: whether
+its tensor axis fits into a process.
 """
 
 from __future__ import annotations
@@ -76,32 +76,40 @@ def total(parts: Sequence[RolloutStats]) -> RolloutStats:
 
 
 def spans(mesh: jax.sharding.Mesh) -> bool:
-    """Whether the tensor axis spans processes: then no process holds the sampling weights whole."""
-    return any(len({d.process_index for d in lane}) > 1 for lane in _lanes(mesh))
+    """Whether the tensor axis needs the devices of several processes: none of them holds the sampling weights whole."""
+    return any(len(devices) % mesh.shape['tensor'] for devices in _by_process(mesh).values())
 
 
-def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    """The mesh of this process's own engine: its devices of `mesh`, the tensor axis as there, rows over the rest.
+def engines_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The devices of `mesh` in another order: the tensor axis as long, and inside a process; rows over the rest.
 
+    On a torus the training mesh's axes run along the torus, through several hosts.
     Errors: ValueError where the tensor axis spans processes; such a model is sampled in lockstep.
     """
     if spans(mesh):
         raise ValueError(f'mesh: tensor={mesh.shape["tensor"]} spans processes; sample on the whole mesh')
-    mine = [lane for lane in _lanes(mesh) if lane[0].process_index == jax.process_index()]
-    return jax.sharding.Mesh(np.array(mine).reshape(len(mine), 1, -1), mesh.axis_names, axis_types=mesh.axis_types)
+    return _mesh([d for _, devices in sorted(_by_process(mesh).items()) for d in devices], mesh)
 
 
-def make_sync(config: QwenConfig, dtype: str, mesh: jax.sharding.Mesh,
-              local: jax.sharding.Mesh) -> Callable[[Params], Params]:
-    """`Sampler.sync` from the training layout on `mesh` to the sampling layout on each process's `local` mesh."""
-    place = lambda mesh: meshes.shardings(mesh, qwen.sampling_axes(config),
-                                          qwen.fit_rules(config, mesh, meshes.SAMPLE_RULES))
-    spread = jax.jit(functools.partial(qwen.to_sampling, config, dtype=jnp.dtype(dtype)), out_shardings=place(mesh))
-    return lambda params: localise(spread(params), place(local))
+def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The part of `engines_mesh` that is this process's: the mesh of its own engine."""
+    own = [d for d in engines_mesh(mesh).devices.ravel() if d.process_index == jax.process_index()]
+    return _mesh(own, mesh)
+
+
+def make_sync(config: QwenConfig, dtype: str, mesh: jax.sharding.Mesh) -> Callable[[Params], Params]:
+    """`Sampler.sync` from the training layout on `mesh` to the sampling layout on each process's `local_mesh`."""
+    axes = qwen.sampling_axes(config)
+    place = lambda on, rules: meshes.shardings(on, axes, qwen.fit_rules(config, on, rules))
+    # Split as in training until the devices change places: at no time are there two copies of the whole.
+    cast = jax.jit(functools.partial(qwen.to_sampling, config, dtype=jnp.dtype(dtype)),
+                   out_shardings=place(mesh, meshes.TRAIN_RULES))
+    spread, own = place(engines_mesh(mesh), meshes.SAMPLE_RULES), place(local_mesh(mesh), meshes.SAMPLE_RULES)
+    return lambda params: localise(jax.device_put(cast(params), spread), own)
 
 
 def localise(tree: Params, shardings) -> Params:
-    """Weights that every lane of a global mesh holds whole as arrays of a local mesh; no copy."""
+    """Weights that lie on `engines_mesh`, whole in every process, as arrays of its own part; no copy."""
     def one(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
         held = {shard.device: shard.data for shard in x.addressable_shards}
         return jax.make_array_from_single_device_arrays(
@@ -109,6 +117,13 @@ def localise(tree: Params, shardings) -> Params:
     return jax.tree.map(one, tree, shardings)
 
 
-def _lanes(mesh: jax.sharding.Mesh) -> list:
-    """Devices along the tensor axis, one array for each place on data × fsdp."""
-    return list(mesh.devices.reshape(-1, mesh.shape['tensor']))
+def _by_process(mesh: jax.sharding.Mesh) -> dict[int, list[jax.Device]]:
+    found: dict[int, list[jax.Device]] = {}
+    for device in sorted(mesh.devices.ravel(), key=lambda d: d.id):
+        found.setdefault(device.process_index, []).append(device)
+    return found
+
+
+def _mesh(devices: list[jax.Device], like: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(devices).reshape(-1, 1, like.shape['tensor']), like.axis_names,
+                             axis_types=like.axis_types)

@@ -105,7 +105,7 @@ def make_sampler(language: Language, config: ConfigDict, tools: bool, mesh: jax.
     if jax.process_count() == 1 or hosts.spans(mesh):
         return build(mesh)
     sampler = build(hosts.local_mesh(mesh))
-    sampler.sync = hosts.make_sync(language.config, sizes.dtype, mesh, hosts.local_mesh(mesh))
+    sampler.sync = hosts.make_sync(language.config, sizes.dtype, mesh)
     return sampler
 
 

@@ -19,7 +19,7 @@ from tests.rollout.engine_test import CONFIG, TURNS, requests
 
 def run(count: int, work: str, directory) -> list:
     """The worker in so many processes: what each wrote, twice (episodes, calls run there, episodes counted)."""
-    several.run(count, ['-m', 'tests.rollout.worker', work, str(directory)])
+    several.run(count, ['tests.rollout.worker', work, str(directory)])
     return [pickle.loads((directory / f'{work}_{i}.pkl').read_bytes()) for i in range(count)]
 
 

@@ -43,20 +43,25 @@ def train_params(mesh):
     return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), host, shardings)
 
 
+def dealt_out() -> list[jax.Device]:
+    """All devices, of each process in turn."""
+    return np.array(jax.devices()).reshape(jax.process_count(), -1).T.ravel().tolist()
+
+
 def apart():
-    """The tensor axis lies inside a process, which has two engines' worth of it."""
-    mesh = meshes.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 2})
+    """The tensor axis fits twice into a process, though on the training mesh it runs through both."""
+    mesh = meshes.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 2}, dealt_out())
+    assert len({d.process_index for d in mesh.devices[0, 0]}) == jax.process_count() and not hosts.spans(mesh)
+    assert hosts.spans(meshes.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 8}))
     local = hosts.local_mesh(mesh)
-    assert not hosts.spans(mesh) and dict(local.shape) == {'data': 2, 'fsdp': 1, 'tensor': 2}
-    weights = hosts.make_sync(CONFIG, SIZES.dtype, mesh, local)(train_params(mesh))
-    return make_engine(make_sampler(local), hosts.Apart), weights
+    assert dict(local.shape) == {'data': 2, 'fsdp': 1, 'tensor': 2}
+    return make_engine(make_sampler(local), hosts.Apart), hosts.make_sync(CONFIG, SIZES.dtype, mesh)(train_params(mesh))
 
 
 def together():
-    """The tensor axis spans the processes: its devices are dealt out in turns."""
-    devices = np.array(jax.devices()).reshape(jax.process_count(), -1).T.ravel().tolist()
-    mesh = meshes.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 4}, devices)
-    assert hosts.spans(mesh)
+    """The tensor axis runs through both processes."""
+    mesh = meshes.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 4}, dealt_out())
+    assert len({d.process_index for d in mesh.devices[0, 0]}) == jax.process_count()
     sampler = make_sampler(mesh)
     return make_engine(sampler, link=hosts.Lockstep()), sampler.sync(train_params(mesh))
 

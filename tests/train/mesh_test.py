@@ -14,10 +14,10 @@ from retool_jax.model import qwen
 from retool_jax.rollout.pack import join, pack
 from retool_jax.train.state import add_critic, init_state
 from retool_jax.train.update import Learner
-from tests.model.sizes import make_config, make_params
+from tests.model.mesh_test import CONFIG, collectives, is_logits
+from tests.model.sizes import make_params
 from tests.train import small
 
-CONFIG = make_config('qwen2', num_attention_heads=8, num_key_value_heads=2, head_dim=8, intermediate_size=64)
 SIZES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8]
 QUICK = ((1, 2, 4),)  # more tensor parts than KV heads
 EPISODES = small.make_episodes(16)
@@ -31,19 +31,24 @@ def make_tree():
     return tree
 
 
-def step_on(mesh):
-    """Gradients, parameters after AdamW, metrics and scores of one PPO step."""
+def scored_on(mesh):
+    """A learner on a mesh, its first state, a batch and how many of its rows count, and the batch's scores."""
     rules, axes = qwen.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES), qwen.logical_axes(CONFIG)
     words = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
         name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
     learner = Learner(CONFIG, small.make_forward(micro_rows=8, vocab_chunk=40), small.recording(), mesh,
                       loss=small.make_loss(), advantage=small.make_advantage())
     state = init_state(jax.device_put(make_tree(), meshes.shardings(mesh, words, rules)), learner.optimizer)
-    placed = jax.tree.map(lambda x: x.sharding, state.params)
     batch, ((_, stop),) = join([pack(EPISODES, width=48, rows=8, segments=2,
                                      groups=[int(e.problem.id[1:]) for e in EPISODES])])
     batch = learner.put(batch)
-    scores = learner.score(state.params, batch, stop, None, num_groups=8)
+    return learner, state, batch, stop, learner.score(state.params, batch, stop, None, num_groups=8)
+
+
+def step_on(mesh):
+    """Gradients, parameters after AdamW, metrics and scores of one PPO step."""
+    learner, state, batch, stop, scores = scored_on(mesh)
+    placed = jax.tree.map(lambda x: x.sharding, state.params)
     state, metrics = learner.ppo_step(state, batch, scores, (0, stop))
     for before, after in zip(jax.tree.leaves(placed), jax.tree.leaves(state.params)):
         assert after.sharding.is_equivalent_to(before, after.ndim)
@@ -68,6 +73,17 @@ def test_a_ppo_step_is_that_of_one_device(sizes):
         np.testing.assert_allclose(found[2][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     for a, b in zip(jax.tree.leaves(found[3]), jax.tree.leaves(expected[3])):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_ppo_update_gathers_no_logits_of_the_whole_vocabulary():
+    learner, state, batch, stop, scores = scored_on(meshes.make_mesh(dict(zip(meshes.AXES, QUICK[0]))))
+    micro, scored = next(learner._micro((batch, scores), 0, stop))
+    policy = {'policy': state.params['policy']}
+    found = collectives(learner._ppo.lower(params=policy, gradients=policy, micro=micro, scores=scored,
+                                           denominators=learner._denominators(batch, 0, stop)).compile())
+    assert {'all-gather', 'all-reduce'} <= {kind for kind, _ in found}
+    assert [x for x in found if is_logits(x[1])] == []
 
 
 @pytest.mark.parametrize('forward, message', [

@@ -17,7 +17,7 @@ from tests.train import small
 
 def run(count: int, work: str, directory: pathlib.Path, name: str) -> list[list[np.ndarray]]:
     """The worker in so many processes; what each saw at the end."""
-    several.run(count, ['-m', 'tests.train.worker', work, str(directory), name])
+    several.run(count, ['tests.train.worker', work, str(directory), name])
     loaded = [np.load(directory / f'{name}_{i}.npz') for i in range(count)]
     return [[x[key] for key in x.files] for x in loaded]
 
