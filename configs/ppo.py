@@ -12,7 +12,7 @@ The algorithm is a choice of values; configs/grpo.py and configs/dapo.py are two
     loss.kl_coef      against the first policy, loss.kl_kind k1, k2, k3, in loss.kl_in loss or reward
     loss.correction   sampler against trainer: none, token, sequence
     reward.style      paper (±1), verl (shaped)
-    ppo.drop_void, ppo.mask_truncated, ppo.overlong_buffer, ppo.dynamic_rounds
+    ppo.drop_void, ppo.mask_truncated, ppo.overlong_buffer, ppo.dynamic_rounds, ppo.quanta (partial rollouts)
 One half alone: halves.train=False keeps episodes without training, halves.episodes=runs/NAME/episodes trains
 on kept ones. --dry_run takes one step on fake tools, writes nothing and prints the memory.
 

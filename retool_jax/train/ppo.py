@@ -36,7 +36,6 @@ class PPOSettings(RolloutSettings):
     epochs: int  # passes
     critic: str  # 'none', 'head' on the policy's trunk, or its own 'backbone'
     critic_warmup_steps: int  # RL steps in which only the critic learns
-    drop_void: bool  # episodes with a void turn leave the update and the baseline
     mask_truncated: bool  # episodes that ran out of budget leave the update
     offload: bool  # what a phase does not need waits in the host's memory (train/residency.py)
 

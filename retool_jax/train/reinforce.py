@@ -21,7 +21,7 @@ from retool_jax.core.cli import UserError
 from retool_jax.core.records import Episode, Problem
 from retool_jax.core.signals import uninterrupted
 from retool_jax.model import hf
-from retool_jax.rollout.engine import Engine, Executor
+from retool_jax.rollout.engine import Engine, Executor, SamplingSettings
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.tasks import arithmetic
@@ -94,12 +94,9 @@ class Parts:
 
 def build(config: ConfigDict, directory: pathlib.Path) -> Parts:
     """Model, learner and first state; the embedded model's files are written below `directory`."""
+    check(config)
     block = lambda kind, name: settings.build(kind, config[name], name)
-    sizes, loss, advantage = block(PPOSettings, 'ppo'), block(LossSettings, 'loss'), block(AdvantageSettings,
-                                                                                           'advantage')
-    sizes.check(advantage)
-    halves = block(HalvesSettings, 'halves')
-    halves.check(sizes)
+    sizes, loss = block(PPOSettings, 'ppo'), block(LossSettings, 'loss')
     mesh = assembly.make_mesh(config.mesh)
     language = assembly.open_language(config.model, directory)
     policy = assembly.load_policy(config.model, language, config.run.seed, mesh)
@@ -110,9 +107,21 @@ def build(config: ConfigDict, directory: pathlib.Path) -> Parts:
                                sizes.critic_warmup_steps * updates)
     reference = jax.tree.map(jnp.copy, policy) if loss.needs_reference else None
     learner = Learner(language.config, block(ForwardSettings, 'forward'), optimizer, mesh, loss=loss,
-                      advantage=advantage, temperature=config.train_sampling.temperature)
-    return Parts(config, sizes, halves, language, mesh, learner,
+                      advantage=block(AdvantageSettings, 'advantage'), temperature=config.train_sampling.temperature)
+    return Parts(config, sizes, block(HalvesSettings, 'halves'), language, mesh, learner,
                  Progress(init_state(tree, optimizer)), Residency(sizes.offload, reference))
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses blocks that contradict each other; ValueError naming the keys."""
+    block = lambda kind, name: settings.build(kind, config[name], name)
+    sizes, sampling = block(PPOSettings, 'ppo'), block(SamplingSettings, 'train_sampling')
+    sizes.check(block(AdvantageSettings, 'advantage'))
+    block(HalvesSettings, 'halves').check(sizes)
+    if sampling.truncates or sampling.temperature <= 0:  # ratios are between whole distributions
+        raise ValueError(f'train_sampling draws with temperature={sampling.temperature}, top_p={sampling.top_p}, '
+                         f'top_k={sampling.top_k}, min_p={sampling.min_p}; the update knows a temperature above 0 and '
+                         'no truncation: set top_p=1, top_k=0, min_p=0')
 
 
 def run(config: ConfigDict) -> None:
@@ -120,9 +129,7 @@ def run(config: ConfigDict) -> None:
     processes.join()
     saving = settings.build(CheckpointSettings, config.checkpoints, 'checkpoints')
     watch = Watch(settings.build(WatchSettings, config.watch, 'watch'))
-    sizes = settings.build(PPOSettings, config.ppo, 'ppo')
-    sizes.check(settings.build(AdvantageSettings, config.advantage, 'advantage'))
-    settings.build(HalvesSettings, config.halves, 'halves').check(sizes)
+    check(config)
     stream, held_out = open_stream(config.data, config.run.seed), open_validation(config.validation)
     if config.halves.episodes:
         rollouts.part_names(config.halves.episodes)
@@ -169,9 +176,11 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
             return evaluate.as_metrics(pathlib.Path(config.validation.problems).stem, found)
 
         def save(wait: bool = False) -> None:
-            there = {carried_part(step) for step in checkpoints.steps()}
+            there = checkpoints.steps()
+            if progress.done in there:  # its part of `carried/` must not be touched again
+                return
             if processes.leads():
-                episode_files.remove(directory / CARRIED, there)
+                episode_files.remove(directory / CARRIED, {carried_part(step) for step in there})
             if progress.carried:
                 keep(CARRIED, carried_part(progress.done), progress.carried, progress.done)
             meta = {'step': progress.done, 'cursor': progress.cursor, 'seed': config.run.seed,

@@ -29,6 +29,7 @@ class RolloutSettings:
     problems_per_step: int
     samples: int  # episodes per problem: a group
     dynamic_rounds: int  # 0: every group is taken; else groups of equal rewards are replaced, in at most so many rounds
+    drop_void: bool  # episodes with a void turn leave the update and the baseline
     overlong_buffer: int  # tokens before the budget in which the reward falls by up to 1; 0 is off
     quanta: int  # decode calls that an episode gets in a step, then it is carried into the next; 0: until it ends
 
@@ -103,7 +104,7 @@ def sampled(engine: Engine, settings: RolloutSettings, stream: Problems, templat
             spent += engine.stats
             tally.update(rounds=1, made=len(graded), correct=sum(e.reward.correct for e in graded))
             first = first or whole
-            found = whole if not settings.dynamic_rounds else [group for group in whole if differs(group)]
+            found = whole if not settings.dynamic_rounds else [g for g in whole if differs(g, settings.drop_void)]
             taken += found[:missing]
             cursor += room
             if not settings.quanta and len(found) >= missing:
@@ -144,10 +145,11 @@ def number(requests: Sequence[Request], seen: collections.Counter) -> list[Reque
     return found
 
 
-def differs(group: Sequence[Episode]) -> bool:
-    """Whether a group's graded rewards say anything: those of sandbox faults do not."""
+def differs(group: Sequence[Episode], drop_void: bool) -> bool:
+    """Whether a group's graded rewards say anything: those of episodes that leave the baseline do not."""
+    counts = np.array([e.stop != Stop.FAULT and not (drop_void and e.void) for e in group])
     return bool(unequal_groups(np.array([e.reward.value for e in group]), np.zeros(len(group), int),
-                               np.array([e.stop != Stop.FAULT for e in group]), 1)[0])
+                               counts, 1)[0])
 
 
 def shape_overlong(episodes: Sequence[Episode], buffer: int, budget: int) -> None:

@@ -141,6 +141,9 @@ def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
     ({'advantage.kind': 'grpo'}, "ppo.critic='head' contradicts advantage.kind='grpo'"),
     ({'ppo.dynamic_rounds': 2, 'ppo.samples': 1}, 'dynamic_rounds=2 compares the samples'),
     ({'watch.faults': 'shout'}, "watch.faults='shout': choose one of ignore, warn, stop"),
+    ({'train_sampling.top_p': 0.9}, 'train_sampling draws with temperature=1.0, top_p=0.9, .* set top_p=1'),
+    ({'train_sampling.temperature': 0.0}, 'train_sampling draws with temperature=0.0, .* a temperature above 0'),
+    ({'ppo.quanta': 4, 'halves.train': False}, 'ppo.quanta=4 carries episodes over .* set ppo.quanta=0'),
     ({'halves.episodes': '/nowhere'}, "halves.episodes='/nowhere' holds no training episodes"),
 ])
 def test_contradictions_are_refused_before_anything_is_written(folder, values, words):

@@ -1,7 +1,12 @@
 """A dry run takes a real step, says what it needs and leaves nothing behind."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
+from retool_jax.core.cli import ROOT
 from retool_jax.train import rehearsal
 from tests.train import killable
 
@@ -30,3 +35,20 @@ def test_one_step_on_fake_tools_prints_its_memory_and_writes_nothing(folder, cap
 
 def test_fake_tools_answer_at_once():
     assert rehearsal.FakeTools().submit('print(1)').result(0).stdout == '42\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['ppo', 'grpo', 'dapo'])
+def test_the_binary_rehearses_every_algorithm_with_the_embedded_model(tmp_path, name):
+    done = subprocess.run(
+        [sys.executable, ROOT / 'launch/ppo.py', f'--config=configs/{name}.py:tiny', '--dry_run',
+         f'--config.run.dir={tmp_path / "run"}', '--config.ppo.problems_per_step=4', '--config.turns.max_tokens=128',
+         '--config.turns.max_turn_tokens=64'],
+        cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert 'fake: every snippet prints 42' in done.stderr and not list(tmp_path.iterdir())
+    rows = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines() if len(line.split()) > 1)
+    assert float(rows['policy, f32']) > 0 and float(rows['KV cache']) > 0
+    samples = {'ppo': 4, 'grpo': 8, 'dapo': 8}[name]
+    assert int(rows['episodes']) == 4 * samples and float(rows['time/update_s']) > 0
+    assert float(rows['mismatch/logprob_abs_max']) < 1e-4

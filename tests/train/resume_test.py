@@ -56,8 +56,7 @@ def carrying(make_world):
     assert any(len(set(e.versions)) > 2 for e in episodes)  # -1 is that of prompts and tool output
     assert all(line['partial/carried'] > 0 for line in lines) and lines[-1]['partial/age_max'] > 0
     # Calls of a carried episode that were made under later weights: the journal must keep them.
-    assert any(call.position < len(e.tokens) and e.versions[call.position - 1] > e.step for e in episodes
-               for call in e.calls)
+    assert any(e.versions[call.position - 1] > e.step for e in episodes for call in e.calls)
     return world
 
 
@@ -91,7 +90,7 @@ def live(world, name, *flags):
     """One life of the run in a process of its own."""
     return subprocess.run([sys.executable, '-m', 'tests.train.killable', str(world.folder), name,
                            f'--quanta={world.quanta}', *flags], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)},
-                          capture_output=True, text=True, timeout=600)
+                          capture_output=True, text=True, timeout=1800)
 
 
 def assert_ends_alike(world, name):

@@ -16,7 +16,8 @@ from retool_jax.train import evaluate, rollouts
 from retool_jax.train.rollouts import RolloutSettings
 from tests.train import small
 
-SETTINGS = RolloutSettings(problems_per_step=2, samples=2, dynamic_rounds=3, overlong_buffer=0, quanta=0)
+SETTINGS = RolloutSettings(problems_per_step=2, samples=2, dynamic_rounds=3, drop_void=False, overlong_buffer=0,
+                           quanta=0)
 CUT = dataclasses.replace(SETTINGS, dynamic_rounds=0, quanta=1)
 
 
@@ -148,10 +149,13 @@ def test_groups_of_equal_rewards_are_replaced_while_others_are_carried():
     assert ids(second) == [('p0', 0), ('p0', 1), ('p4', 0), ('p4', 1)] and second.cursor == 5
 
 
-def test_faults_of_the_sandbox_make_no_group_differ():
+def test_faults_of_the_sandbox_and_dropped_episodes_make_no_group_differ():
     found, _ = collect(['f-', '+-', '+-', '++'])
     assert [problem for problem, _ in ids(found)] == ['p1', 'p1', 'p2', 'p2']
-    assert rollouts.differs([e for e in found.episodes if e.problem.id == 'p1'])
+    group = [e for e in found.episodes if e.problem.id == 'p1']
+    assert rollouts.differs(group, drop_void=False) and rollouts.differs(group, drop_void=True)
+    group[1].void = True  # what leaves the baseline is compared with nobody
+    assert rollouts.differs(group, drop_void=False) and not rollouts.differs(group, drop_void=True)
 
 
 def test_a_problem_asked_for_twice_has_samples_of_its_own():

@@ -1,0 +1,88 @@
+"""A supervised run from traces to `final/`: held-out loss, the best checkpoint, and a stop in between."""
+
+import signal
+from unittest import mock
+
+import pytest
+
+from retool_jax.core import cli
+from retool_jax.core import episodes as episode_files
+from retool_jax.core import metrics as console
+from retool_jax.core.checkpoint import Checkpoints
+from retool_jax.core.records import Episode, Problem, Stop
+from retool_jax.model import config as model_config
+from retool_jax.model import hf
+from retool_jax.text import template
+from retool_jax.text import tokenizer as tokenizers
+from retool_jax.train import assembly, finetune, sft
+from retool_jax.train.update import Learner
+from tests.train import killable, small
+
+VALUES = {
+    'sft.steps': 6, 'sft.batch_tokens': 200, 'sft.evaluation_share': 0.3, 'checkpoints.every': 2,
+    'checkpoints.keep_last': 1, 'forward.unroll': 1, 'forward.row_width': 96, 'forward.logprob_chunk': 96,
+    'forward.vocab_chunk': 264, 'forward.row_segments': 3, 'forward.micro_rows': 4,
+    'optimizer.lr': 1.0, 'optimizer.warmup_steps': 6,
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('finetune') / 'files'
+    killable.make_model(folder)
+    tokenizer, tiny = tokenizers.load(folder / 'model'), template.make_template('tiny')
+    traces = []
+    for i in range(20):
+        trace = Episode(Problem(f'p{i}', f'{i}?', str(i), 'test', ''), sample=0, step=0, stop=Stop.EOS, turns=1)
+        trace.append(template.prompt_ids(tiny, tokenizer, trace.problem.question), acted=False)
+        trace.prompt_length = len(trace.tokens)
+        ids = [*tokenizer.encode(template.wrap_answer(str(i))), *template.end_ids(tiny, tokenizer)]
+        trace.append(ids, acted=True, logprobs=[0.0] * len(ids))
+        traces.append(trace)
+    episode_files.write(folder / 'traces', 'cold_start', traces, tokenizer.decode)
+    return folder
+
+
+def run(folder, name, stop_at=None, **values):
+    """A run in this process, told to stop when it writes step `stop_at`; (metrics lines, model file)."""
+    values = VALUES | {'traces': folder / 'traces', 'model.path': folder / 'model', 'run.dir': folder / name} | values
+    write = console.Metrics.write
+
+    def stopping(self, step, metrics):
+        write(self, step, metrics)
+        if step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+    with (mock.patch.object(console.Metrics, 'write', stopping),
+          mock.patch.object(assembly, 'make_mesh', lambda config: small.one_device())):
+        finetune.run(cli.parse_config(['sft', '--config=configs/sft.py:tiny',
+                                       *(f'--config.{key}={value}' for key, value in values.items())]))
+    lines = [{k: v for k, v in line.items() if k != 'time'} for line in console.read(folder / name)]
+    return lines, (folder / name / 'final' / 'model.safetensors').read_bytes()
+
+
+def test_the_checkpoint_of_the_lowest_held_out_loss_is_the_model_also_of_a_stopped_run(folder):
+    whole = run(folder, 'whole')
+    losses = {line['step'] + 1: line.get(sft.HELD_OUT) for line in whole[0]}
+    assert [step for step, loss in losses.items() if loss is not None] == [2, 4, 6] and losses[2] < losses[6]
+    with Checkpoints(folder / 'whole' / 'checkpoints', 1, 'score') as checkpoints:
+        assert checkpoints.steps() == [2, 6] and checkpoints.best() == 2  # kept beside the last
+    config = model_config.load_config(folder / 'whole' / 'final')
+    forward = small.make_forward(row_width=96, logprob_chunk=96, vocab_chunk=264, micro_rows=4)
+    learner = Learner(config, forward, small.recording(), small.one_device())
+    apart = sft.packed(sft.hold_out(episode_files.read(folder / 'traces'), 0.3)[1], forward)
+    loss = learner.sft_loss({'policy': hf.load(folder / 'whole' / 'final', config)}, apart)
+    assert loss == pytest.approx(losses[2], rel=1e-5)
+
+    for stop_at in (2, 4):  # both a step after a save: what was learnt since is saved as well
+        with pytest.raises(KeyboardInterrupt, match='the same command goes on'):
+            run(folder, 'stopped', stop_at)
+        with Checkpoints(folder / 'stopped' / 'checkpoints', 1, 'score') as checkpoints:
+            assert checkpoints.latest() == len(console.read(folder / 'stopped')) > stop_at
+    assert run(folder, 'stopped') == whole
+
+
+@pytest.mark.parametrize('share', [0.001, 0.999])
+def test_a_share_that_leaves_nothing_on_one_side_is_refused_before_anything_is_written(folder, share):
+    with pytest.raises(cli.UserError, match=f'sft.evaluation_share={share} holds out .* choose a share'):
+        run(folder, 'refused', **{'sft.evaluation_share': share})
+    assert not (folder / 'refused').exists()
