@@ -1,6 +1,7 @@
 """Two processes at one run's binaries: what one process on as many devices would write, each line once."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ TINY = {
     'ppo.steps': 2, 'ppo.problems_per_step': 4, 'ppo.samples': 2, 'ppo.overlong_buffer': 40, 'checkpoints.every': 1,
     'validation.every': 2, 'validation.samples': 1, 'evaluate_sampling.top_p': 1.0, 'advantage.whiten': False,
     'turns.max_tokens': 96, 'turns.max_turn_tokens': 96, 'sampler.slots': 128, 'sampler.min_bound': 128,
-    'forward.micro_rows': 4, 'forward.row_width': 96, 'forward.logprob_chunk': 96, 'mesh.tensor': 2,
+    'forward.micro_rows': 4, 'forward.row_width': 96, 'forward.logprob_chunk': 96, 'forward.unroll': 1,
+    'mesh.tensor': 2,
     'sandbox.zygotes': 1, 'sandbox.spares': 1, 'optimizer.lr': LR}
 
 
@@ -61,7 +63,8 @@ def test_rl_of_two_processes_is_that_of_one(problems, tmp_path):
     assert first.keys() == second.keys()
     change = np.concatenate([np.abs(first[name] - second[name]).ravel() for name in first])
     assert change.mean() < 0.05 * LR and change.max() < 2 * LR
-    assert 'processes' in written[0] and 'processes' not in written[1]  # the banner
+    banner = re.compile(r'^processes +2$', re.MULTILINE)
+    assert [len(banner.findall(text)) for text in written] == [1, 0]
     assert {path.name for path in two.glob('journal*')} == {'journal.jsonl', 'journal_1.jsonl'}
     assert {path.name for path in (two / 'checkpoints').iterdir()} == {'1', '2'}
     assert (two / 'report.html').exists() and len(list((two / 'tensorboard').iterdir())) == 1
