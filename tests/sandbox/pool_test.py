@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -245,14 +246,14 @@ def _survives_kills(count: int, seed: int) -> None:
         futures = [
             pool.submit(f'import time\ntime.sleep({rng.random() * 0.02})\nprint({i} ** 2)') for i in range(count)
         ]
-        futures[0].result()  # the workers are up, and most of the snippets still to come
-        while not all(f.done() for f in futures):
-            if workers := _workers(pool):
-                try:
+        struck_at = 0  # snippets done when the last worker was killed
+        while (done := sum(f.done() for f in futures)) < count:
+            # Only a pool that answers again is struck again: one that is killed faster than it starts gives up.
+            if done > struck_at and (workers := _workers(pool)):
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(rng.choice(workers), signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            time.sleep(0.25 + rng.random() * 0.5)
+                    struck_at = done
+            time.sleep(0.05 + rng.random() * 0.5 * (struck_at == done))
         assert [f.result().stdout for f in futures] == [f'{i**2}\n' for i in range(count)]
         stats = pool.stats()
         assert stats['respawned'] > 0 and stats['verdicts'] == {'ok': count}
