@@ -10,6 +10,7 @@ estimate from shapes. Exit status 1 where a phase does not fit; the last lines s
 import json
 import os
 import sys
+import time
 
 from absl import flags
 
@@ -27,12 +28,14 @@ def main(config):
 
     model = models.sizes(config.model.path, config.model.name)
     run = programs.Run(config, model, chips.open_slice(TOPOLOGY.value))
-    todo, found = list(run.programs()), []
-    with metrics.progress(f'{TOPOLOGY.value}: compiling', len(todo)) as advance:
-        for program in todo:
-            found.append(facts.compile(program) if run.slice.devices else guess.estimate(run, program))
-            advance(program.name)
-    plan = page.make(run, found, roofline.Assumptions(tokens=TOKENS.value))
+    todo, began = list(run.programs()), time.perf_counter()
+    if run.slice.devices:
+        with metrics.progress(f'{TOPOLOGY.value}: compiling', len(todo)) as advance:
+            found = facts.compile_all(todo, advance)
+    else:
+        found = [guess.estimate(run, program) for program in todo]
+    plan = page.make(run, found, roofline.Assumptions(tokens=TOKENS.value), time.perf_counter() - began,
+                     time.process_time())
     print(json.dumps(plan) if JSON.value else page.text(plan))
     sys.exit(0 if plan['fits'] else 1)
 

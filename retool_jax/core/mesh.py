@@ -17,6 +17,8 @@ TRAIN_RULES: dict[str, tuple[str, ...]] = {
     'batch': ('data', 'fsdp'), 'embed': ('fsdp',), 'heads': ('tensor',), 'kv_heads': ('tensor',),
     'mlp': ('tensor',), 'vocab': ('tensor',), 'seq': ('tensor',), 'head_dim': (), 'layers': (),
 }
+# What a training matmul reads: weights whole over fsdp.
+GATHERED_RULES: dict[str, tuple[str, ...]] = TRAIN_RULES | {'embed': ()}
 # Sampling: weights split over tensor alone, so that no step gathers them.
 SAMPLE_RULES: dict[str, tuple[str, ...]] = TRAIN_RULES | {'embed': (), 'seq': ()}
 
@@ -74,3 +76,19 @@ def constrain(x: jax.Array, *axes: str | None, rules: Mapping[str, tuple[str, ..
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, rules))
+
+
+def gather(weight: jax.Array, dtype, *axes: str) -> jax.Array:
+    """A weight as a training matmul reads it: in `dtype`, whole over fsdp; its gradient is summed and split again.
+
+    Said outright, because the partitioner otherwise turns each product into a ring of partial products that
+    reads and writes the activations once for every device of fsdp.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape['fsdp'] == 1:
+        return weight.astype(dtype)
+    ways = lambda word: math.prod(mesh.shape[axis] for axis in TRAIN_RULES[word])
+    words = [word if size % ways(word) == 0 else None for word, size in zip(axes, weight.shape, strict=True)]
+    # Behind the barrier the cast stays in the scan over layers; before it, it is a copy of the whole model.
+    split = constrain(jax.lax.optimization_barrier(weight).astype(dtype), *words)
+    return constrain(split, *words, rules=GATHERED_RULES)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from retool_jax.core.mesh import constrain
+from retool_jax.core.mesh import constrain, gather
 from retool_jax.model.config import QwenConfig
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
@@ -49,11 +49,11 @@ class Projection(nnx.Module):
         shape = (*inputs.values(), *outputs.values())
         self.weight = declare(rngs, shape, (*inputs, *outputs), scale)
         self.bias = declare(rngs, tuple(outputs.values()), tuple(outputs)) if bias else nnx.data(None)
-        self.contracted = len(inputs)
+        self.axes, self.contracted = (*inputs, *outputs), len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         dims = (tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted)))
-        y = jax.lax.dot_general(x, self.weight[...].astype(x.dtype), (dims, ((), ())))
+        y = jax.lax.dot_general(x, gather(self.weight[...], x.dtype, *self.axes), (dims, ((), ())))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -35,7 +35,8 @@ def token_logprobs(params: Params, hidden_BTD: Float[Array, 'B T D'], tokens_BT:
         raise ValueError(f'sequence length {t} is not a multiple of the logprob chunk {chunk}')
     target_BT = jnp.roll(tokens_BT, -1, axis=1)  # hidden t predicts token t + 1; the last entry is unused
     run = functools.partial(_rows, temperature=temperature, chunk=chunk, vocab_chunk=vocab_chunk)
-    w_DV, mesh = head_weight(params), jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.get_abstract_mesh()
+    w_DV = meshes.gather(head_weight(params), hidden_BTD.dtype, 'embed', 'vocab')
     if mesh.empty:
         found = run(hidden_BTD, w_DV, target_BT, over=None)
     else:
@@ -62,6 +63,7 @@ def _rows(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, *, temperatur
 
     # The vocabulary outside, the row inside: a piece's gradient is whole when the next piece begins.
     def piece(found, w, first):
+        w = w.astype(jnp.float32)  # in which the pieces of a row add up to its gradient
         @jax.checkpoint
         def one(_, xs):
             x, target, found = xs

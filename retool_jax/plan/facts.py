@@ -6,6 +6,8 @@ import collections
 import dataclasses
 import re
 import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
 
 import jax
 
@@ -22,7 +24,7 @@ class Facts:
     name: str
     phase: str
     arguments: int
-    temporaries: int  # with results that take no argument's place
+    temporaries: int  # with results that are neither an argument's place nor a buffer of the phase
     flops: float  # of matmuls, a chip's share
     moved: float  # to and from the chip's memory
     sent: dict[str, float]  # to other chips, by kind of collective
@@ -35,10 +37,26 @@ class Facts:
         return sum(self.sent.values())
 
 
-def compile(program: Program) -> Facts:
-    """Compiles for the devices that the program's shapes lie on."""
+def compile_all(programs: Sequence[Program], done: Callable[[str], None], workers: int = 2) -> list[Facts]:
+    """Compiles each program for the devices that its shapes lie on; `done` hears the name of each that is ready.
+
+    Tracing holds the interpreter, the compiler does not: it works on one program while others are traced, on
+    `workers` at most (a 32B program takes 2 GB of this machine's memory).
+    """
+    with futures.ThreadPoolExecutor(workers) as pool:
+        running = []
+        for program in programs:
+            running.append(pool.submit(_compile, program, program.function.trace(**program.arguments)))
+            running[-1].add_done_callback(lambda _, name=program.name: done(name))
+        try:
+            return [one.result() for one in running]
+        except BaseException:  # one is wrong, or Ctrl-C: the others need not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _compile(program: Program, traced: jax.stages.Traced) -> Facts:
     began = time.perf_counter()
-    traced = program.function.trace(**program.arguments)
     work = flops.count(traced.jaxpr, program.trips) / program.devices
     arguments = sum(per_device(tree) for tree in program.arguments.values() if not isinstance(tree, int | bool))
     try:
@@ -54,10 +72,21 @@ def compile(program: Program) -> Facts:
     sent: collections.Counter[str] = collections.Counter()
     for collective in module.collectives():
         sent[collective.kind] += collective.sent
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Facts(program.name, program.phase, memory.argument_size_in_bytes,
-                 memory.temp_size_in_bytes + results + memory.generated_code_size_in_bytes, work,
-                 module.bytes_moved(), dict(sent), time.perf_counter() - began)
+                 beside_arguments(memory, program.held), work, module.bytes_moved(), dict(sent),
+                 time.perf_counter() - began)
+
+
+def beside_arguments(memory, held: bool) -> int:
+    """Bytes of temporaries, of the program itself, and (unless `held`) of results that take no argument's place.
+
+    What the compiler allocates, where jaxlib tells it: the TPU compiler's `temp_size_in_bytes` is larger than its
+    own buffer assignment (12.5 for 8.1 GiB in the update of a 32B policy).
+    """
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = getattr(memory, 'total_allocation_bytes', 0)
+    temporaries = total - memory.argument_size_in_bytes - results if total else memory.temp_size_in_bytes
+    return max(temporaries, 0) + memory.generated_code_size_in_bytes + (0 if held else results)
 
 
 def needed(text: str) -> int:

@@ -13,7 +13,6 @@ from retool_jax.train.update import apart
 
 PHASES = ('rollout', 'score', 'update')
 LIMIT = 0.9  # of a chip's memory: the runtime and fragmentation take their part
-POLICY_LIMIT = 0.2  # what a 32B policy's update may take of 64 v5p: the rest is the critic's and the batch's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +23,14 @@ class Phase:
     resident: dict[str, int]  # buffer → bytes, whatever program runs
     temporaries: int  # of the program that needs most
     worst: str  # its name
+    refused: tuple[str, ...] = ()  # programs that the compiler found no room for
 
     @property
     def total(self) -> int:
         return sum(self.resident.values()) + self.temporaries
+
+    def fits(self, hbm: int) -> bool:
+        return not self.refused and self.total <= LIMIT * hbm
 
 
 def buffers(run: Run) -> dict[str, int]:
@@ -61,7 +64,8 @@ def phases(run: Run, facts: Sequence[Facts]) -> list[Phase]:
                    'update': {'batch', 'gradients'}}[name]
         resident = {key: size for key, size in sizes.items() if key in wanted}
         worst = max((f for f in facts if f.phase == name), key=lambda f: f.temporaries)
-        found.append(Phase(name, resident, worst.temporaries, worst.name))
+        refused = tuple(f.name for f in facts if f.phase == name and f.refused)
+        found.append(Phase(name, resident, worst.temporaries, worst.name, refused))
     return found
 
 
@@ -87,6 +91,8 @@ def remedies(run: Run, phase: Phase, hbm: int) -> list[str]:
         found.append('ppo.offload=True (critic and optimizer wait on the host)')
     if phase.name == 'rollout':
         rows = tokens_that_fit(run, phase, hbm) // settings.slots
+        if phase.refused:  # what such a program needs is the compiler's guess
+            rows = min(rows, settings.rows // 2)
         if rows >= 1:
             found.append(f'sampler.rows={rows} (now {settings.rows})')
         else:

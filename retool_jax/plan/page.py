@@ -19,8 +19,11 @@ REASONS = (
 )
 
 
-def make(run: Run, facts: list[Facts], assumptions: Assumptions) -> dict:
-    """Everything that is known of the plan, as JSON types; bytes are one chip's."""
+def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: float = 0.0, cpu_s: float = 0.0) -> dict:
+    """Everything that is known of the plan, as JSON types; bytes are one chip's.
+
+    compile_s, cpu_s: what making the facts took of the clock and of this machine's processors.
+    """
     chip, count = run.slice.chip, run.slice.count
     sizes = _sizes(run)
     programs, total = [], {phase: 0.0 for phase in memory.PHASES}
@@ -32,11 +35,11 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions) -> dict:
             'runs': runs})
     phases = []
     for phase in memory.phases(run, facts):
-        share = phase.total / chip.hbm
+        fits = phase.fits(chip.hbm)
         phases.append({'name': phase.name, 'resident': phase.resident, 'temporaries': phase.temporaries,
-                       'worst': phase.worst, 'total': phase.total, 'share': share, 'fits': share <= memory.LIMIT,
-                       'remedies': [] if share <= memory.LIMIT else memory.remedies(run, phase, chip.hbm),
-                       'seconds': total[phase.name]})
+                       'worst': phase.worst, 'total': phase.total, 'share': phase.total / chip.hbm, 'fits': fits,
+                       'refused': phase.refused, 'seconds': total[phase.name],
+                       'remedies': [] if fits else memory.remedies(run, phase, chip.hbm)})
         if phase.name == 'rollout':
             fit = memory.tokens_that_fit(run, phase, chip.hbm)
     step = sum(total.values())
@@ -63,7 +66,7 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions) -> dict:
             width=forward.row_width, attention=1 - weights_only / useful, rows=forward.micro_rows,
             matmul=assumptions.matmul) for reason in REASONS]},
         'assumptions': dataclasses.asdict(assumptions), 'fits': all(p['fits'] for p in phases),
-        'compile_s': sum(f.compile_s for f in facts)}
+        'compile_s': compile_s, 'cpu_s': cpu_s}
 
 
 def _sizes(run: Run) -> Sizes:
@@ -110,7 +113,8 @@ def text(plan: dict) -> str:
         f'{plan["mfu"]["published"]:.1%} for pretraining 32B on v5p-128. Why less:',
         *(f'  - {reason}' for reason in plan['mfu']['reasons']),
         'Assumed: ' + ', '.join(f'{name} {value:g}' for name, value in plan['assumptions'].items())
-        + ' (see retool_jax/plan/roofline.py)', f'Compiled in {plan["compile_s"]:,.0f} s']
+        + ' (see retool_jax/plan/roofline.py)',
+        f'Compiled in {plan["compile_s"]:,.0f} s, {plan["cpu_s"]:,.0f} s of CPU time']
     for phase in plan['phases']:
         if not phase['fits']:
             lines.append(f'{phase["name"]} does not fit ({phase["share"]:.0%} of memory): set '

@@ -41,6 +41,7 @@ class Program:
     arguments: dict[str, Shapes]  # by keyword, static ones included
     devices: int
     trips: int = 1  # iterations of a loop whose length the compiler does not know
+    held: bool = False  # its results are buffers that its phase counts (plan.memory), not temporaries
 
 
 class Run:
@@ -123,7 +124,8 @@ class Run:
         micro, scores = self.micro
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.NamedSharding(self.mesh, jax.P()))
         learner, size = self.learner, self.mesh.size
-        yield Program('sync', 'rollout', self._spread.sync, {'params': self.params['policy']}, size)
+        yield Program('sync', 'rollout', self._spread.sync, {'params': self.params['policy']}, size,
+                      held=True)
         yield Program('apply', 'update', learner._apply, {'state': self.state, 'gradients': self.params}, size)
         for part in apart(self.params):
             name = name_of(part)

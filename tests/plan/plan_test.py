@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from retool_jax.core import cli
 from retool_jax.plan import chips, facts, guess, memory, models, page, roofline
 from retool_jax.plan.facts import Facts
-from retool_jax.plan.programs import Run, per_device
+from retool_jax.plan.programs import Program, Run, per_device
 from retool_jax.plan.roofline import Assumptions, Sizes
 from retool_jax.train.residency import ON_DEVICE
 
@@ -137,6 +140,39 @@ def test_what_does_not_fit_is_said_with_what_to_change():
     assert 'rollout does not fit' in page.text(plan) and 'mesh.tensor=4' in rollout['remedies'][0]
     big = [dataclasses.replace(f, temporaries=2**37) if f.name == 'update policy' else f for f in found]
     assert 'forward.remat=full' in page.make(run, big, A)['phases'][2]['remedies']
+
+
+def test_a_program_that_the_compiler_refused_does_not_fit_whatever_it_seemed_to_need():
+    run, found = estimated()
+    small = [dataclasses.replace(f, refused='no room') if f.name == 'extend' else f for f in found]
+    plan = page.make(run, small, A)
+    assert plan['phases'][0]['refused'] == ('extend',) and plan['phases'][0]['share'] < memory.LIMIT
+    assert not plan['phases'][0]['fits'] and plan['phases'][0]['remedies'] and not plan['fits']
+
+
+def test_temporaries_are_what_is_allocated_beside_the_arguments():
+    told = types.SimpleNamespace(total_allocation_bytes=100, argument_size_in_bytes=30, output_size_in_bytes=20,
+                                 alias_size_in_bytes=15, temp_size_in_bytes=90, generated_code_size_in_bytes=1)
+    assert facts.beside_arguments(told, held=False) == 71 and facts.beside_arguments(told, held=True) == 66
+    del told.total_allocation_bytes  # an older jaxlib
+    assert facts.beside_arguments(told, held=False) == 96
+
+
+def toy(name: str, function) -> Program:
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    return Program(name, 'update', jax.jit(function), {'x': x}, devices=1)
+
+
+def test_programs_compile_side_by_side_and_are_given_in_order():
+    heard = []
+    found = facts.compile_all([toy('product', lambda x: x @ x), toy('sum', lambda x: x.sum())], heard.append)
+    assert [f.name for f in found] == ['product', 'sum'] and sorted(heard) == ['product', 'sum']
+    assert found[0].flops == 2 * 64**3 and found[0].arguments == 64 * 64 * 4 and not found[0].sent
+
+    def wrong(x):
+        raise ValueError('a size that does not divide')
+    with pytest.raises(ValueError, match='does not divide'):
+        facts.compile_all([toy('sum', lambda x: x.sum()), toy('wrong', wrong)], heard.append)
 
 
 def test_a_compilers_refusal_tells_how_much_it_wanted():
