@@ -89,6 +89,4 @@ def gather(weight: jax.Array, dtype, *axes: str) -> jax.Array:
         return weight.astype(dtype)
     ways = lambda word: math.prod(mesh.shape[axis] for axis in TRAIN_RULES[word])
     words = [word if size % ways(word) == 0 else None for word, size in zip(axes, weight.shape, strict=True)]
-    # Behind the barrier the cast stays in the scan over layers; before it, it is a copy of the whole model.
-    split = constrain(jax.lax.optimization_barrier(weight).astype(dtype), *words)
-    return constrain(split, *words, rules=GATHERED_RULES)
+    return constrain(constrain(weight.astype(dtype), *words), *words, rules=GATHERED_RULES)
