@@ -43,7 +43,8 @@ def _claim(config: ConfigDict, free: Sequence[str]) -> None:
         if found and has_results(directory):
             raise UserError(f'run.dir={str(directory)!r} holds a run of another configuration '
                             f'({settings.describe(found)}); choose another folder')
-    elif directory.is_dir() and any(path.name != 'config.json.new' for path in directory.iterdir()):
+    # Empty folders are nobody's: a thread that opens checkpoints may make one after its run was told to stop.
+    elif any(path.name != 'config.json.new' and not path.is_dir() for path in directory.rglob('*')):
         raise UserError(f'run.dir={str(directory)!r} holds other files; choose a new or empty folder')
     elif directory.is_file():
         raise UserError(f'run.dir={str(directory)!r} is a file; choose a new or empty folder')

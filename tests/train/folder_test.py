@@ -69,6 +69,11 @@ def test_free_keys_may_differ_and_the_new_values_are_kept(tmp_path):
         assert json.loads((directory / 'config.json').read_text())['ppo']['steps'] == steps
 
 
+def test_empty_folders_of_a_run_that_was_stopped_at_once_are_in_nobodys_way(tmp_path):
+    (tmp_path / 'run/checkpoints').mkdir(parents=True)
+    assert (folder.claim(make_config(tmp_path / 'run')) / 'config.json').is_file()
+
+
 def test_a_folder_of_other_files_is_refused_untouched(tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     with pytest.raises(UserError, match='holds other files; choose a new or empty folder'):
