@@ -1,7 +1,8 @@
-"""The tiny run's own programs through the TPU compiler: phases, exchanged bytes, exit status and remedy are real."""
+"""A small run's own programs through the TPU compiler: phases, exchanged bytes, exit status and remedy are real."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,29 +11,40 @@ from pathlib import Path
 
 import pytest
 
-from retool_jax.model.config import TINY
+from retool_jax.model.config import TINY, to_hf
 from retool_jax.plan import chips
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {'sync', 'apply', 'score policy', 'update policy', 'score critic', 'update critic', 'extend', 'decode'}
-WEIGHTS = 4 * TINY.parameter_count()  # bytes in f32
+# Whole vectors of 128 everywhere: nothing is padded, and bytes of shapes are bytes of memory.
+MODEL = dataclasses.replace(TINY, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
+                            num_key_value_heads=2, head_dim=128, tie_word_embeddings=False)
+WEIGHTS = 4 * MODEL.parameter_count()  # bytes in f32
 TENSOR = FSDP = 2
+ROWS, QUOTA = 64, 16  # of the tiny sampler
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     chips.compiler() is None, reason='needs the TPU compiler: bash launch/baselines.sh plan')]
 
 
-def plan(*overrides: str) -> tuple[int, dict]:
-    """Exit status and numbers of launch/plan.py for two by two v5e."""
-    command = [sys.executable, 'launch/plan.py', '--config=configs/ppo.py:tiny', '--topology=v5e:2x2', '--json',
-               '--config.mesh.tensor=2', '--config.ppo.critic=backbone', '--config.ppo.offload=True', *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900,
-                          env=os.environ | {'XLA_FLAGS': ''})
-    assert done.returncode in (0, 1), done.stderr[-3000:]
-    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope='module')
+def plan(tmp_path_factory):
+    """Runs launch/plan.py for two by two v5e: exit status and numbers."""
+    folder = tmp_path_factory.mktemp('model')
+    (folder / 'config.json').write_text(json.dumps(to_hf(MODEL)))
+
+    def run(*overrides: str) -> tuple[int, dict]:
+        command = [sys.executable, 'launch/plan.py', '--config=configs/ppo.py:tiny', '--topology=v5e:2x2', '--json',
+                   f'--config.model.path={folder}', '--config.mesh.tensor=2', '--config.ppo.critic=backbone',
+                   '--config.ppo.offload=True', f'--config.sampler.rows={ROWS}', *overrides]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900,
+                              env=os.environ | {'XLA_FLAGS': ''})
+        assert done.returncode in (0, 1), done.stderr[-3000:]
+        return done.returncode, json.loads(done.stdout.splitlines()[-1])
+    return run
 
 
 @pytest.fixture(scope='module')
-def fitting() -> dict:
+def fitting(plan) -> dict:
     status, found = plan()
     assert status == 0
     return found
@@ -45,26 +57,25 @@ def test_every_program_is_compiled_and_every_phase_holds_its_largest(fitting):
         mine = [p for p in programs.values() if p['phase'] == phase['name']]
         assert phase['temporaries'] == max(p['temporaries'] for p in mine) > 0
         assert phase['total'] == sum(phase['resident'].values()) + phase['temporaries']
-    for name in ('policy', 'critic'):  # what the compiler counts as arguments is what the table says is there
-        update, resident = programs[f'update {name}'], fitting['phases'][2]['resident']
-        assert update['arguments'] == pytest.approx(2 * resident[name], rel=0.1)
-    assert programs['apply']['arguments'] == pytest.approx(sum(
-        fitting['phases'][2]['resident'][key] for key in ('policy', 'critic', 'optimizer', 'gradients')), rel=0.1)
+    resident = fitting['phases'][2]['resident']  # what the compiler takes as arguments is what the table holds
+    for name in ('policy', 'critic'):
+        assert programs[f'update {name}']['arguments'] == pytest.approx(2 * resident[name], rel=0.15)
+    assert programs['apply']['arguments'] == pytest.approx(
+        sum(resident[key] for key in ('policy', 'critic', 'optimizer', 'gradients')), rel=0.15)
 
 
 def test_what_is_exchanged_is_what_the_layout_asks_for(fitting):
     sent = {p['name']: p['sent'] for p in fitting['programs']}
+    total = {name: sum(kinds.values()) for name, kinds in sent.items()}
     share = WEIGHTS / TENSOR * (FSDP - 1) / FSDP  # what a chip lacks of its tensor part of the weights
-    assert share * 0.9 < sent['sync']['all-gather'] < share * 1.5  # a tied head is gathered once more
-    assert sum(sent['apply'].values()) < 1e5  # norms of gradients: numbers, no arrays
-    forwards = sum(sent['score policy'].values())
-    assert share * 0.9 < forwards < sum(sent['update policy'].values()) / 2
-    settings = {'rows': 64, 'quota': 16}  # of the tiny sampler: two sums a layer and token, nothing else that is large
-    sums = 2 * TINY.num_hidden_layers * settings['rows'] * settings['quota'] * TINY.hidden_size * 4
-    assert sums * 0.9 < sent['decode']['all-reduce'] * TENSOR / (2 * (TENSOR - 1)) < sums * 1.5
+    assert share * 0.9 < sent['sync']['all-gather'] < share * 1.2
+    assert total['apply'] < 1e5  # norms of gradients: numbers, no arrays
+    assert share * 0.9 < total['score policy'] < total['update policy'] * 0.7
+    sums = 2 * MODEL.num_hidden_layers * ROWS * QUOTA * MODEL.hidden_size * 4  # two a layer and token, in f32
+    assert sums * 0.9 < sent['decode']['all-reduce'] * TENSOR / (2 * (TENSOR - 1)) < sums * 2
 
 
-def test_a_cache_that_does_not_fit_is_said_with_a_number_of_rows_that_does():
+def test_a_cache_that_does_not_fit_is_said_with_a_number_of_rows_that_does(plan):
     status, found = plan('--config.sampler.rows=40000')  # 20 GiB of keys and values on chips of 16
     rollout, score, update = found['phases']
     assert status == 1 and not found['fits'] and not rollout['fits'] and score['fits'] and update['fits']
@@ -72,4 +83,4 @@ def test_a_cache_that_does_not_fit_is_said_with_a_number_of_rows_that_does():
     remedy = rollout['remedies'][0]
     assert remedy.startswith('sampler.rows=')
     status, found = plan(f'--config.{remedy.split()[0]}')
-    assert status == 0 and 0.5 < found['phases'][0]['share'] <= 0.9
+    assert status == 0 and 0.3 < found['phases'][0]['share'] <= 0.9
