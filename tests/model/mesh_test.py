@@ -126,7 +126,6 @@ def test_every_weight_has_its_words_and_no_large_one_is_left_whole():
         assert sorted(mesh_axes) == ['fsdp', 'tensor'] or not matrix
 
 
-
 def test_a_weight_is_gathered_over_fsdp_in_the_matmuls_dtype_and_its_gradient_is_split_again():
     mesh, put = make_mesh((1, 2, 4)), jax.P('fsdp', 'tensor')
     w = jax.device_put(jnp.ones((8, 16)), jax.NamedSharding(mesh, put))
@@ -136,7 +135,7 @@ def test_a_weight_is_gathered_over_fsdp_in_the_matmuls_dtype_and_its_gradient_is
             return meshes.gather(w, jnp.bfloat16, *words)
     out, whole = jax.jit(lambda w: gather(w, 'embed', 'mlp'))(w), jax.NamedSharding(mesh, jax.P(None, 'tensor'))
     assert out.dtype == jnp.bfloat16 and out.sharding.is_equivalent_to(whole, 2)
-    gradient = jax.jit(jax.grad(lambda w: gather(w, 'embed', 'mlp').astype(jnp.float32).sum()))(w)
+    gradient = jax.jit(jax.grad(lambda w: jnp.square(gather(w, 'embed', 'mlp').astype(jnp.float32)).sum()))(w)
     assert gradient.dtype == jnp.float32 and gradient.sharding.is_equivalent_to(w.sharding, 2)
     heads = jax.device_put(jnp.ones((8, 2, 4)), jax.NamedSharding(mesh, jax.P('fsdp')))  # 2 do not divide by 4
     assert jax.jit(lambda w: gather(w, 'embed', 'kv_heads', 'head_dim'))(heads).sharding.is_fully_replicated
