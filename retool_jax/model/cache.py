@@ -45,12 +45,15 @@ def write(kv_BKSH: KV, new_RCKH: jax.Array, slot_RC: jax.Array, row_R: jax.Array
         new = quantise(new_RCKH)
         return Int8KV(values=write(kv_BKSH.values, new.values, slot_RC, row_R),
                       scale=write(kv_BKSH.scale, new.scale, slot_RC, row_R))
+    # Indices of its own for each KV head: were they shared, the heads would be part of what is scattered, and a TPU
+    # would copy the cache into a layout that has them side by side, and back.
     new_RCKH = new_RCKH.astype(kv_BKSH.dtype)
-    if row_R is not None:
-        return kv_BKSH.at[row_R[:, None], :, slot_RC].set(new_RCKH, mode='drop')
-    store = lambda kv_KSH, new_CKH, slot_C: kv_KSH.at[:, slot_C].set(new_CKH.swapaxes(0, 1), mode='drop',
-                                                                     unique_indices=False)
-    return jax.vmap(store)(kv_BKSH, new_RCKH, slot_RC)
+    slot_RKC = jnp.broadcast_to(slot_RC[:, None], (len(slot_RC), kv_BKSH.shape[1], slot_RC.shape[1]))
+    if row_R is None:
+        store = jax.vmap(lambda kv_SH, new_CH, slot_C: kv_SH.at[slot_C].set(new_CH, mode='drop'), in_axes=(0, 1, 0))
+        return jax.vmap(store)(kv_BKSH, new_RCKH, slot_RKC)
+    store = lambda kv_BSH, new_RCH, slot_RC: kv_BSH.at[row_R[:, None], slot_RC].set(new_RCH, mode='drop')
+    return jax.vmap(store, in_axes=(1, 2, 1), out_axes=1)(kv_BKSH, new_RCKH, slot_RKC)
 
 
 def read(kv_BKSH: KV, bound: int, row_R: jax.Array | None = None) -> KV:

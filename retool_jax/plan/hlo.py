@@ -20,6 +20,7 @@ KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
         'partition-id', 'replica-id', 'iota', 'optimization-barrier', 'opt-barrier', 'domain', 'add-dependency'}
 SLICES = {'slice', 'dynamic-slice', 'gather'}  # of a large operand they read what they return
+UPDATES = {'dynamic-update-slice': 1, 'scatter': -1}  # in place: the operand that is written
 
 _ARRAY = re.compile(r'\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\](\{[^{}]*\})?')
 _HEAD = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$')
@@ -162,8 +163,8 @@ class Module:
         result = memory_bytes(i.shape)
         if i.kind in SLICES:
             return 2 * result
-        if i.kind in ('dynamic-update-slice', 'scatter'):
-            update = i.operands[1 if i.kind == 'dynamic-update-slice' else -1]
+        if i.kind in UPDATES:
+            update = i.operands[UPDATES[i.kind]]
             return 2 * (memory_bytes(scope[update].shape) if update in scope else 0.0)
         if i.kind.endswith('-start'):  # its result repeats its operands
             return 2 * sum(memory_bytes(scope[o].shape) for o in i.operands if o in scope)
@@ -184,13 +185,13 @@ class Module:
             ends = list(_through(i, users))
             if ends and all(u.kind in SLICES and u.operands[0] == via for u, via in ends):
                 reads[int(re.match(r'(\d+)', i.rest)[1])] = sum(array_bytes(u.shape) for u, _ in ends)
-            elif ends and all(u.kind == 'dynamic-update-slice' and u.operands[0] == via for u, via in ends):
+            elif ends and all(u.kind in UPDATES and u.operands[0] == via for u, via in ends):
                 reads[int(re.match(r'(\d+)', i.rest)[1])] = 0.0
         root = next((i for i in scope.values() if i.root), None)
         while root is not None and root.kind in ('bitcast', 'copy', 'convert') and root.operands:
             root = scope.get(root.operands[0])
-        if root is not None and root.kind == 'dynamic-update-slice' and root.operands[1] in scope:
-            return reads, array_bytes(scope[root.operands[1]].shape)
+        if root is not None and root.kind in UPDATES and root.operands[UPDATES[root.kind]] in scope:
+            return reads, array_bytes(scope[root.operands[UPDATES[root.kind]]].shape)
         return reads, None
 
 
