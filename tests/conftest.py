@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,3 +23,6 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # quiet after a fork
 os.environ['HF_HUB_OFFLINE'] = '1'  # nothing is fetched
 os.environ['MPLBACKEND'] = 'agg'
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests interrupt themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -28,7 +28,9 @@ def uninterrupted() -> Iterator[None]:
             os.write(2, b'stopping as soon as this step is whole\n')
         seen.append(number)
 
-    before = {number: signal.signal(number, note) for number in STOPS}
+    # What a process ignores (a shell's background job: Ctrl-C) it goes on ignoring.
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield
     finally:
