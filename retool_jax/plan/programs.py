@@ -65,9 +65,11 @@ class Run:
         self.loss = block(LossSettings, 'loss')
         self.learner = Learner(model, forward, optimizer, self.mesh, loss=self.loss,
                                advantage=block(AdvantageSettings, 'advantage'))
-        # Engines are local to as many devices as hold the sampling weights: the tensor axis.
-        self.sampler_mesh = place({'data': 1, 'fsdp': 1, 'tensor': self.mesh.shape['tensor']}, slice,
-                                  self.mesh.shape['tensor'])
+        # Engines are local to as many devices as hold the sampling weights, the tensor axis; where it is longer than a
+        # host's devices, all hosts step one engine together (rollout/hosts.py).
+        tensor = self.mesh.shape['tensor']
+        together = slice.count > slice.chip.host and slice.chip.host % tensor
+        self.sampler_mesh = self.mesh if together else place({'data': 1, 'fsdp': 1, 'tensor': tensor}, slice, tensor)
         sampler = block(SamplerSettings, 'sampler')
         table = np.zeros((sum(map(len, tags.TAGS)) + 1, model.vocab_size), np.int32)
         make = lambda mesh, settings: Sampler(model, settings, table, table[:, 0], (0,), mesh)
