@@ -54,6 +54,7 @@ class Slice:
     chip: Chip
     count: int
     devices: list[jax.Device] | None
+    host_devices: list[jax.Device] | None = None  # those of one host, of a slice of several
 
 
 def open_slice(name: str) -> Slice:
@@ -74,11 +75,13 @@ def open_slice(name: str) -> Slice:
     prepare()
     from jax.experimental import topologies
 
+    describe = lambda name: list(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
     try:
-        found = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+        found = describe(name)
     except Exception as error:  # the compiler's own words, of many types
         raise ValueError(f'--topology={name}: {" ".join(str(error).split())[:300]}') from None
-    return Slice(name, chip, len(found), list(found))
+    host = f'{match[1]}:2x2' + 'x1' * (match[2].count('x') - 1)
+    return Slice(name, chip, len(found), found, describe(host) if len(found) > chip.host == 4 else None)
 
 
 def compiler() -> pathlib.Path | None:

@@ -160,7 +160,9 @@ def name_of(part: Mapping[str, Shapes]) -> str:
 def place(shape: Mapping[str, int], slice: Slice, count: int) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:
     """A mesh over the first `count` devices of a slice; an abstract one where the slice has no devices."""
     if slice.devices is not None:
-        return meshes.make_mesh(shape, slice.devices[:count])
+        # The compiler takes a part of some slices only; a host's chips are a slice of their own.
+        own = slice.host_devices if slice.host_devices and count <= len(slice.host_devices) else slice.devices
+        return meshes.make_mesh(shape, own[:count])
     sizes = meshes.fill(shape, count)
     return jax.sharding.AbstractMesh(sizes, meshes.AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
