@@ -160,10 +160,19 @@ def unembed(params: Params, x_BD: Float[Array, '*rows D']) -> Float[Array, '*row
 
 def to_sampling(config: QwenConfig, params: Params, dtype=jnp.float32) -> Params:
     """Training layout → sampling layout, in `dtype`; a jit on the same devices."""
+    layers = [sampling_layer(params['layers'], i, dtype) for i in range(config.num_hidden_layers)]
+    return sampling_ends(params, dtype) | {'layers': layers}
+
+
+def sampling_layer(layers: Params, i: int | jax.Array, dtype=jnp.float32) -> Params:
+    """Layer `i` of the training layout's stack as the sampling layout has it."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False).astype(dtype), layers)
+
+
+def sampling_ends(params: Params, dtype=jnp.float32) -> Params:
+    """The sampling layout but for its layers: embeddings, last norm, head."""
     cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
-    layers = [jax.tree.map(lambda x: x[i].astype(dtype), params['layers'])  # noqa: B023
-              for i in range(config.num_hidden_layers)]
-    return {'embed_tokens': cast(params['embed_tokens']), 'layers': layers, 'norm': cast(params['norm']),
+    return {'embed_tokens': cast(params['embed_tokens']), 'norm': cast(params['norm']),
             'lm_head': {'weight': head_weight(params).astype(dtype)}}
 
 

@@ -54,8 +54,10 @@ def _sent(run: Run, name: str) -> dict[str, float]:
                 'reduce-scatter': weights * share + 3 * 2 * hidden}
     if name.startswith('score'):
         return {'all-gather': weights / 2 * share + 2 * hidden, 'reduce-scatter': 2 * hidden}
-    if name == 'sync':
-        return {'all-gather': weights / 2 * share}
+    if name == 'sync layer':
+        return {'all-gather': per_device(run.params['policy']['layers']) * fsdp / model.num_hidden_layers / 2 * share}
+    if name == 'sync ends':
+        return {'all-gather': (weights - per_device(run.params['policy']['layers']) * fsdp) / 2 * share}
     if name in ('extend', 'decode'):
         s = run.sampler.settings
         tokens = s.rows * s.quota if name == 'decode' else s.group * s.chunk

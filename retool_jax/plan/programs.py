@@ -22,6 +22,7 @@ from retool_jax.model import attention, qwen
 from retool_jax.model.config import QwenConfig
 from retool_jax.plan.chips import Slice
 from retool_jax.rollout.sampler import Feed, Sampler, SamplerSettings
+from retool_jax.rollout.sync import Sync, shardings
 from retool_jax.rollout.turns import TurnSettings
 from retool_jax.text import tags
 from retool_jax.train.ppo import PPOSettings
@@ -72,9 +73,8 @@ class Run:
         self.sampler_mesh = self.mesh if together else place({'data': 1, 'fsdp': 1, 'tensor': tensor}, slice, tensor)
         sampler = block(SamplerSettings, 'sampler')
         table = np.zeros((sum(map(len, tags.TAGS)) + 1, model.vocab_size), np.int32)
-        make = lambda mesh, settings: Sampler(model, settings, table, table[:, 0], (0,), mesh)
-        self.sampler = make(self.sampler_mesh, sampler)
-        self._spread = make(self.mesh, dataclasses.replace(sampler, rows=self.mesh.size))  # where sync's result lies
+        self.sampler = Sampler(model, sampler, table, table[:, 0], (0,), self.sampler_mesh)
+        self.sync = Sync(model, sampler.dtype, self.mesh)  # every device at once, before engines take their parts
 
         axes = qwen.logical_axes(model)
         rules = qwen.fit_rules(model, self.mesh, meshes.TRAIN_RULES)
@@ -84,7 +84,9 @@ class Run:
         words = _like(shapes, whole)
         self.params = _put(shapes, meshes.shardings(self.mesh, words, rules))
         self.state = self._train_state(optimizer)
-        self.sampling_params = self._sampling(self.sampler, self.sampler_mesh)
+        self.sampling_params = _put(
+            jax.eval_shape(lambda p: qwen.to_sampling(model, p, jnp.dtype(sampler.dtype)), qwen.abstract_params(model)),
+            shardings(model, self.sampler_mesh, meshes.SAMPLE_RULES))
 
     def _train_state(self, optimizer) -> TrainState:
         """Parameters and moments; a moment lies as its parameter does."""
@@ -99,15 +101,10 @@ class Run:
             return _shape(leaf, whole if match is None else match.sharding)
         return jax.tree_util.tree_map_with_path(one, shapes)
 
-    def _sampling(self, sampler: Sampler, mesh) -> Shapes:
-        weights, _, _ = sampler.placement(mesh)
-        return _put(jax.eval_shape(lambda p: qwen.to_sampling(self.model, p, jnp.dtype(sampler.settings.dtype)),
-                                   qwen.abstract_params(self.model)), weights)
-
     @functools.cached_property
     def sample_state(self) -> Shapes:
         """The engine's slots: KV cache, logits, the rest is small."""
-        _, state, _ = self.sampler.placement(self.sampler_mesh)
+        state, _ = self.sampler.placement(self.sampler_mesh)
         return _put(jax.eval_shape(self.sampler._empty), state)
 
     @functools.cached_property
@@ -126,8 +123,11 @@ class Run:
         micro, scores = self.micro
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.NamedSharding(self.mesh, jax.P()))
         learner, size = self.learner, self.mesh.size
-        yield Program('sync', 'rollout', self._spread.sync, {'params': self.params['policy']}, size,
-                      held=True)
+        policy = self.params['policy']
+        yield Program('sync layer', 'rollout', self.sync.layer, {
+            'layers': policy['layers'], 'i': jax.ShapeDtypeStruct((), jnp.int32, sharding=number.sharding)}, size,
+            held=True)
+        yield Program('sync ends', 'rollout', self.sync.ends, {'params': policy}, size, held=True)
         yield Program('apply', 'update', learner._apply, {'state': self.state, 'gradients': self.params}, size)
         for part in apart(self.params):
             name = name_of(part)

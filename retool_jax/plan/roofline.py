@@ -59,6 +59,7 @@ class Sizes:
     rows: int  # slots of an engine
     quota: int
     group: int
+    layers: int
 
     def micro_batches(self, a: Assumptions) -> int:
         """Micro-batches of a pass over the step's episodes."""
@@ -74,6 +75,8 @@ class Sizes:
             return share * a.feeds / self.group
         if name.startswith('score'):
             return self.micro_batches(a)
+        if name == 'sync layer':
+            return self.layers
         if name == 'apply':
             return self.minibatches * self.epochs
         if name.startswith('update'):

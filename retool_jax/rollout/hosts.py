@@ -14,15 +14,14 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.core import mesh as meshes
 from retool_jax.core import processes
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, ExecResult
-from retool_jax.model import qwen
 from retool_jax.model.config import QwenConfig
+from retool_jax.rollout import sync
 from retool_jax.rollout.engine import Engine, Request
 from retool_jax.rollout.stats import RolloutStats
 
@@ -99,12 +98,8 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
 
 def make_sync(config: QwenConfig, dtype: str, mesh: jax.sharding.Mesh) -> Callable[[Params], Params]:
     """`Sampler.sync` from the training layout on `mesh` to the sampling layout on each process's `local_mesh`."""
-    axes = qwen.sampling_axes(config)
-    place = lambda on, rules: meshes.shardings(on, axes, qwen.fit_rules(config, on, rules))
-    # Split as in training until the devices change places: at no time are there two copies of the whole.
-    cast = jax.jit(functools.partial(qwen.to_sampling, config, dtype=jnp.dtype(dtype)),
-                   out_shardings=place(mesh, meshes.TRAIN_RULES))
-    spread, own = place(engines_mesh(mesh), meshes.SAMPLE_RULES), place(local_mesh(mesh), meshes.SAMPLE_RULES)
+    cast = sync.Sync(config, dtype, mesh, meshes.TRAIN_RULES)  # split as in training until the devices change places
+    spread, own = (sync.shardings(config, on, meshes.SAMPLE_RULES) for on in (engines_mesh(mesh), local_mesh(mesh)))
     return lambda params: localise(jax.device_put(cast(params), spread), own)
 
 

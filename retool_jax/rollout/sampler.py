@@ -9,7 +9,6 @@ settings, so nothing recompiles after warm-up; reads cover a power-of-two bound 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from retool_jax.model import cache as kv_cache
 from retool_jax.model import qwen
 from retool_jax.model.config import QwenConfig
 from retool_jax.rollout import sampling
+from retool_jax.rollout.sync import Sync
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 STOP_NONE, STOP_EOS, STOP_CODE, STOP_ANSWER, STOP_LENGTH = range(5)
@@ -98,7 +98,7 @@ class Sampler:
         if next_state.shape[1] != config.vocab_size:
             raise ValueError(f'tag table is {next_state.shape[1]} wide, the model has {config.vocab_size} logits')
         self.config, self.settings = config, settings
-        weights, state, whole = self.placement(mesh) if mesh is not None else (None, None, None)
+        state, whole = self.placement(mesh) if mesh is not None else (None, None)
         # A mesh may span processes, where an array must say where it lies; an abstract one holds nothing, nor
         # does one of chips that are compiled for from afar (plan/).
         real = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == jax.default_backend()
@@ -113,13 +113,12 @@ class Sampler:
                                out_shardings=(state, whole))
         self._place = jax.jit(self._place_rows, **keep)
         self._fork = jax.jit(self._fork_rows, static_argnames=('bound',), **keep)
-        self.sync = jax.jit(functools.partial(qwen.to_sampling, config, dtype=jnp.dtype(settings.dtype)),
-                            out_shardings=weights)
+        self.sync = Sync(config, settings.dtype, mesh)
         self.empty = jax.jit(self._empty, out_shardings=state)  # all rows free
         self.logits_of = jax.jit(lambda state, row: state.logits_BV[row])  # [V]
 
     def placement(self, mesh: jax.sharding.Mesh):
-        """Shardings of the sampling weights, of the state, and of what every device holds whole.
+        """Shardings of the state and of what every device holds whole.
 
         Errors: ValueError where a size of the model or `rows` does not divide over the mesh.
         """
@@ -136,7 +135,7 @@ class Sampler:
         state = SampleState(
             cache=KVCache(k=kv, v=kv, length_B=row), logits_BV=place('batch', 'vocab'), tag_B=row, live_B=row,
             stop_B=row, allowance_B=row, key_B=row, temperature_B=row, top_p_B=row, top_k_B=row, min_p_B=row)
-        return meshes.shardings(mesh, qwen.sampling_axes(self.config), rules), state, place()
+        return state, place()
 
     def _empty(self) -> SampleState:
         s, b = self.settings, self.settings.rows

@@ -49,10 +49,10 @@ def estimated() -> tuple[Run, list[Facts]]:
 
 def test_every_program_of_a_step_is_there_and_split_by_critic():
     _, found = estimated()
-    assert sorted(f.name for f in found) == sorted(['sync', 'apply', 'score policy', 'update policy', 'score critic',
-                                                    'update critic', 'extend', 'decode'])
-    assert [p.name for p in make_run().programs()] == ['sync', 'apply', 'score policy and critic',
-                                                       'update policy and critic', 'extend', 'decode']
+    assert sorted(f.name for f in found) == sorted(['sync layer', 'sync ends', 'apply', 'score policy', 'update policy',
+                                                    'score critic', 'update critic', 'extend', 'decode'])
+    assert [p.name for p in make_run().programs()] == [
+        'sync layer', 'sync ends', 'apply', 'score policy and critic', 'update policy and critic', 'extend', 'decode']
     assert all(f.estimated for f in found)
 
 
@@ -104,10 +104,11 @@ def test_a_program_is_as_slow_as_its_slowest_resource():
 
 def test_a_step_runs_each_program_as_often_as_its_episodes_need():
     sizes = Sizes(episodes=64, minibatches=2, epochs=3, micro_rows=4, row_width=200, engines=2, rows=8, quota=10,
-                  group=4)
+                  group=4, layers=48)
     a = Assumptions(tokens=100, packing=1.0, occupancy=0.5, feeds=4)
     assert sizes.micro_batches(a) == 8  # 32 rows in two mini-batches of 4 micro-batches
-    expected = {'sync': 1, 'apply': 6, 'score policy': 8, 'update critic': 24, 'extend': 32, 'decode': 80}
+    expected = {'sync layer': 48, 'sync ends': 1, 'apply': 6, 'score policy': 8, 'update critic': 24, 'extend': 32,
+                'decode': 80}
     assert {name: sizes.runs(name, a) for name in expected} == expected
 
 

@@ -1,0 +1,44 @@
+"""Weights from the trainer to the sampler: the training layout becomes the sampling layout, a layer at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from retool_jax.core import mesh as meshes
+from retool_jax.core.pytrees import Params
+from retool_jax.model import qwen
+from retool_jax.model.config import QwenConfig
+
+
+class Sync:
+    """Called with weights in the training layout, returns them in the sampling layout and in `dtype`.
+
+    A program per layer, not one for all: that gathers every layer before it puts the first into place, and holds
+    the sampling weights twice.
+    """
+
+    def __init__(self, config: QwenConfig, dtype: str, mesh: jax.sharding.Mesh | None = None,
+                 rules: Mapping[str, tuple[str, ...]] = meshes.SAMPLE_RULES):
+        """rules: how the result lies on `mesh`; None leaves everything where the weights are."""
+        self.layers = range(config.num_hidden_layers)
+        layer = ends = None
+        if mesh is not None:
+            ends = shardings(config, mesh, rules)
+            layer = ends.pop('layers')[0]
+        self.layer = jax.jit(functools.partial(qwen.sampling_layer, dtype=jnp.dtype(dtype)), out_shardings=layer)
+        self.ends = jax.jit(functools.partial(qwen.sampling_ends, dtype=jnp.dtype(dtype)), out_shardings=ends)
+
+    def __call__(self, params: Params) -> Params:
+        return self.ends(params) | {'layers': [self.layer(params['layers'], i) for i in self.layers]}
+
+
+def shardings(config: QwenConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]]) -> Params:
+    """Where each of the sampling weights lies on `mesh`.
+
+    Errors: ValueError where a size of the model does not divide over the mesh.
+    """
+    return meshes.shardings(mesh, qwen.sampling_axes(config), qwen.fit_rules(config, mesh, rules))
