@@ -92,7 +92,7 @@ class Module:
                 if i.kind == 'while':
                     body = re.search(r'body=%?([\w.\-]+)', i.rest)[1]
                     pending.append((body, times * self.trip_count(i)))
-                elif i.kind in ('conditional', 'call') or (i.kind.endswith('-start') and 'calls=' in i.rest):
+                elif i.kind in ('conditional', 'call') or _runs_apart(i):
                     pending += [(c, times) for c in i.called() if c in self.computations]
 
     def trip_count(self, loop: Instruction) -> int:
@@ -153,7 +153,7 @@ class Module:
         return total
 
     def _moved(self, i: Instruction, scope: dict[str, Instruction]) -> float:
-        if i.kind in FREE or i.kind.endswith(('-done', '-update')):
+        if i.kind in FREE or i.kind.endswith(('-done', '-update')) or _runs_apart(i):
             return 0.0
         if i.kind == 'fusion':
             reads, write = self._fused(next(i.called()))
@@ -166,9 +166,13 @@ class Module:
         if i.kind in UPDATES:
             update = i.operands[UPDATES[i.kind]]
             return 2 * (memory_bytes(scope[update].shape) if update in scope else 0.0)
-        if i.kind.endswith('-start'):  # its result repeats its operands
-            return 2 * sum(memory_bytes(scope[o].shape) for o in i.operands if o in scope)
-        return result + sum(memory_bytes(scope[o].shape) for o in i.operands if o in scope)
+        operands = [scope[o].shape for o in i.operands if o in scope]
+        read = sum(map(memory_bytes, operands))
+        if i.kind.endswith('-start') and i.shape.startswith('('):  # its result repeats its operands
+            if i.kind.removesuffix('-start') in SLICES:
+                return array_bytes(i.shape) - sum(map(array_bytes, operands)) + result - read
+            return result
+        return result + read
 
     @functools.cache  # noqa: B019 — a module is short-lived
     def _fused(self, name: str) -> tuple[dict[int, float], float | None]:
@@ -193,6 +197,11 @@ class Module:
         if root is not None and root.kind in UPDATES and root.operands[UPDATES[root.kind]] in scope:
             return reads, array_bytes(scope[root.operands[UPDATES[root.kind]]].shape)
         return reads, None
+
+
+def _runs_apart(i: Instruction) -> bool:
+    """Whether it starts a computation, whose instructions count for themselves."""
+    return i.kind.endswith('-start') and 'calls=' in i.rest
 
 
 def _through(i: Instruction, users) -> Iterator[tuple[Instruction, str]]:

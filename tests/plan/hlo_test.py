@@ -82,6 +82,28 @@ def test_memory_is_counted_by_what_is_sliced_and_not_where_a_layout_stays_on_chi
     assert hlo.Module(TEXT).bytes_moved() == 5 * (read + 4)  # and the counter
 
 
+@pytest.mark.parametrize('line, moved', [
+    ('(f32[4,256]{1,0}, f32[4,256]{1,0}, u32[]) copy-start(%c)', 2 * 4096 + 4),
+    ('(f32[4,256]{1,0:S(1)}, f32[4,256]{1,0}, u32[]{:S(2)}) copy-start(%c)', 4096),
+    ('((f32[4,256]{1,0}), f32[2,256]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%c), slice={[0:2], [0:256]}', 2048 + 4),
+    ('f32[4,256]{1,0} all-reduce-start(%c), channel_id=1', 2 * 4096),
+    ('((f32[4,256]{1,0}), f32[4,256]{1,0}, s32[]) call-start(%c), calls=%other', 4096 + 4096 // 2),
+])
+def test_what_begins_ahead_of_its_use_moves_what_it_brings(line, moved):
+    text = f"""
+%other (p: f32[4,256]) -> f32[4,256] {{
+  %p = f32[4,256]{{1,0}} parameter(0)
+  ROOT %half = bf16[4,256]{{1,0}} convert(%p)
+}}
+
+ENTRY %main (c: f32[4,256]) -> f32[4,256] {{
+  %c = f32[4,256]{{1,0}} parameter(0)
+  ROOT %start = {line}
+}}
+"""
+    assert hlo.Module(text).bytes_moved() == moved
+
+
 def test_a_loop_without_a_constant_limit_takes_the_callers():
     text = TEXT.replace('%limit = s32[] constant(5)', '%limit = s32[] get-tuple-element(%t), index=0')
     assert {c.times for c in hlo.Module(text, trips=3).collectives()} == {3}
