@@ -38,22 +38,25 @@ def quantise(x: jax.Array) -> Int8KV:
 def write(kv_BKSH: KV, new_RCKH: jax.Array, slot_RC: jax.Array, row_R: jax.Array | None = None) -> KV:
     """Stores a chunk at each row's own slots; a slot or row out of range drops the entry.
 
-    Without `row_R` the chunks are those of all rows in order: the vmap keeps the batch axis local under sharding
-    (an index array over rows makes the partitioner gather the cache).
+    One scatter of single vectors, in which KV heads are batched, and rows too where the chunks are those of all rows in
+    order (no `row_R`). So the partitioner keeps them local; a TPU does not copy the cache into a layout with the heads
+    of a slot side by side, as it does where heads are part of what is scattered; and no backend moves the heads to the
+    front, as jax.vmap over them would have it.
     """
     if isinstance(kv_BKSH, Int8KV):
         new = quantise(new_RCKH)
         return Int8KV(values=write(kv_BKSH.values, new.values, slot_RC, row_R),
                       scale=write(kv_BKSH.scale, new.scale, slot_RC, row_R))
-    # Indices of its own for each KV head: were they shared, the heads would be part of what is scattered, and a TPU
-    # would copy the cache into a layout that has them side by side, and back.
-    new_RCKH = new_RCKH.astype(kv_BKSH.dtype)
-    slot_RKC = jnp.broadcast_to(slot_RC[:, None], (len(slot_RC), kv_BKSH.shape[1], slot_RC.shape[1]))
-    if row_R is None:
-        store = jax.vmap(lambda kv_SH, new_CH, slot_C: kv_SH.at[slot_C].set(new_CH, mode='drop'), in_axes=(0, 1, 0))
-        return jax.vmap(store)(kv_BKSH, new_RCKH, slot_RKC)
-    store = lambda kv_BSH, new_RCH, slot_RC: kv_BSH.at[row_R[:, None], slot_RC].set(new_RCH, mode='drop')
-    return jax.vmap(store, in_axes=(1, 2, 1), out_axes=1)(kv_BKSH, new_RCKH, slot_RKC)
+    new_RKCH = new_RCKH.astype(kv_BKSH.dtype).swapaxes(1, 2)
+    index_RKCI = jnp.broadcast_to(slot_RC[:, None], new_RKCH.shape[:3])[..., None]
+    if row_R is not None:
+        rows = jnp.broadcast_to(row_R[:, None, None, None], index_RKCI.shape)
+        index_RKCI = jnp.concatenate([rows, index_RKCI], axis=-1)
+    batched, written = ((0, 1), (2,)) if row_R is None else ((1,), (0, 2))
+    return jax.lax.scatter(kv_BKSH, index_RKCI, new_RKCH, jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(3, kv_BKSH.ndim)), inserted_window_dims=written,
+        scatter_dims_to_operand_dims=written, operand_batching_dims=batched, scatter_indices_batching_dims=batched),
+        mode='drop')
 
 
 def read(kv_BKSH: KV, bound: int, row_R: jax.Array | None = None) -> KV:
