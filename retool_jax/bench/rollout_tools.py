@@ -102,8 +102,9 @@ class Case:
         ends = max(round(shape.vocab / mean), 1)
         table = np.zeros((2, shape.vocab), np.int32)
         table[:, np.random.default_rng(0).choice(shape.vocab, ends, replace=False)] = 1
-        sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=shape.chunk, group=min(4, rows), quota=16,
-                                min_bound=shape.chunk, dtype=shape.dtype, cache_dtype=shape.dtype)
+        # Chunks as long as what tools answer, one or two at a time; a short quota, so that no row waits long for its tool.
+        sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=FED, group=2, quota=8, min_bound=2 * FED,
+                                dtype=shape.dtype, cache_dtype=shape.dtype)
         self.sampler = Sampler(config, sizes, table, np.array([0, tags.CODE], np.int8), ())
         self.engine: Engine | None = None
 

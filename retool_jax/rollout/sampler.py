@@ -242,15 +242,17 @@ class Sampler:
         out = Decoded(tokens_BQ=jnp.zeros((rows, quota), jnp.int32), logprob_BQ=jnp.zeros((rows, quota), jnp.float32),
                       count_B=jnp.zeros(rows, jnp.int32), stop_B=state.stop_B)
 
+        # Of all steps at once: the generator is many small operations.
+        u_BQ = sampling.uniforms(state.key_B, state.cache.length_B[:, None] + jnp.arange(quota))
+
         def unfinished(carry):
             i, state, _ = carry
             return (i < quota) & state.live_B.any()
 
         def step(carry):
             i, s, out = carry
-            token_B, logprob_B = sampling.draw(
-                s.logits_BV, s.key_B, s.cache.length_B, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B,
-                truncate=truncate)
+            token_B, logprob_B = sampling.draw(s.logits_BV, u_BQ[:, i], s.temperature_B, s.top_p_B, s.top_k_B,
+                                               s.min_p_B, truncate=truncate)
             live = s.live_B
             hidden_BCD, cache = qwen.extend(self.config, params, s.cache, token_B[:, None],
                                             live.astype(jnp.int32), bound)

@@ -22,9 +22,15 @@ def row_keys(base: jax.Array, step_R: jax.Array, problem_R: jax.Array, sample_R:
     return jax.vmap(one)(step_R, problem_R, sample_R)
 
 
-def draw(logits_BV: jax.Array, key_B: jax.Array, position_B: jax.Array, temperature_B: jax.Array,
-         top_p_B: jax.Array, top_k_B: jax.Array, min_p_B: jax.Array, *, truncate: bool) -> tuple[jax.Array, jax.Array]:
-    """One token per row and its log-probability at the sampling temperature.
+def uniforms(key_B: jax.Array, position_BQ: jax.Array) -> jax.Array:
+    """The numbers in [0, 1) that decide the tokens at these positions of each row, f32 [B, Q]."""
+    one = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position))
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(key_B, position_BQ)
+
+
+def draw(logits_BV: jax.Array, u_B: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array,
+         min_p_B: jax.Array, *, truncate: bool) -> tuple[jax.Array, jax.Array]:
+    """One token per row, decided by `u_B` in [0, 1), and its log-probability at the sampling temperature.
 
     The log-probability is that of the distribution *before* truncation (training compares it with
     the full softmax); a temperature of 0 takes the largest logit and reports temperature 1.
@@ -37,8 +43,7 @@ def draw(logits_BV: jax.Array, key_B: jax.Array, position_B: jax.Array, temperat
     p = jnp.exp(z)
     log_total = jnp.log(p.sum(axis=-1))
     weight = jnp.where(z >= threshold(z, p, top_p_B, top_k_B, min_p_B)[:, None], p, 0.0) if truncate else p
-    u = jax.vmap(lambda k, i: jax.random.uniform(jax.random.fold_in(k, i)))(key_B, position_B)
-    token = jnp.where(greedy_B, jnp.argmax(z, axis=-1), invert(weight, u)).astype(jnp.int32)
+    token = jnp.where(greedy_B, jnp.argmax(z, axis=-1), invert(weight, u_B)).astype(jnp.int32)
     return token, jnp.take_along_axis(z, token[:, None], axis=1)[:, 0] - log_total
 
 

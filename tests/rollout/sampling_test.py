@@ -13,8 +13,9 @@ def draw(logits, seed=0, position=0, temperature=1.0, top_p=1.0, top_k=0, min_p=
     b = logits.shape[0]
     keys = jax.random.split(jax.random.key(seed), b)
     full = lambda x, dtype: jnp.full(b, x, dtype)
-    return sampling.draw(logits, keys, full(position, jnp.int32), full(temperature, jnp.float32),
-                         full(top_p, jnp.float32), full(top_k, jnp.int32), full(min_p, jnp.float32), truncate=truncate)
+    u = sampling.uniforms(keys, full(position, jnp.int32)[:, None])[:, 0]
+    return sampling.draw(logits, u, full(temperature, jnp.float32), full(top_p, jnp.float32), full(top_k, jnp.int32),
+                         full(min_p, jnp.float32), truncate=truncate)
 
 
 def kept_set(logits, **settings):
