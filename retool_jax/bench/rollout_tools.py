@@ -17,18 +17,23 @@ from retool_jax.rollout.sampler import STOP_CODE, STOP_NONE, Sampler, SamplerSet
 from retool_jax.text import tags
 
 FED = 32  # tokens of a tool's output
-ROUNDS = 4, 2  # episodes per slot: of the smallest case, of the others
+ROUNDS = 8, 4  # episodes per slot: of the smallest case, of the others
+CALL, LAST = 'call', 'last'  # what a turn ends with
 ANSWERED = ExecResult(Verdict.OK, '', '')
 
 
 class Script:
     """Turn rules for a random model, with those parts of turns.Rules that an engine uses: a turn that the table
-    ends is a call, the output is the same ids each time, `calls` of them and the episode ends."""
+    ends is a call, the output is the same ids each time, `calls` of them and the episode ends.
 
-    def __init__(self, turn_tokens: int, max_tokens: int, calls: int):
+    barrier: an episode's last turn is announced to the executor too, and keeps its slot until that answers.
+    """
+
+    def __init__(self, turn_tokens: int, max_tokens: int, calls: int, barrier: bool = False):
         self.settings = turns.TurnSettings(tools=calls > 0, max_tokens=max_tokens, max_turn_tokens=turn_tokens,
                                            max_turns=calls + 1, max_calls=calls, on_cap='end', on_answer='end')
         self.table = tags.TagTable(*(np.zeros((1, 1), np.int32) for _ in range(5)))
+        self.barrier = barrier
 
     def turn_ids(self, episode: Episode) -> list[int]:
         return []  # nothing is taken up again
@@ -40,10 +45,13 @@ class Script:
         episode.append(tokens, acted=True, logprobs=logprobs, version=version)
         assert stop != STOP_NONE
         episode.turns += 1
-        more = stop == STOP_CODE and episode.turns <= self.settings.max_calls
-        return turns.Run('') if more else turns.End(Stop.EOS)
+        if stop == STOP_CODE and episode.turns <= self.settings.max_calls:
+            return turns.Run(CALL)
+        return turns.Run(LAST) if self.barrier else turns.End(Stop.EOS)
 
     def resume(self, episode: Episode, code: str, result: ExecResult) -> turns.Next:
+        if code == LAST:
+            return turns.End(Stop.EOS)
         episode.calls.append(ToolCall(episode.turns - 1, code, result.verdict, '', '', '', len(episode.tokens), 0.0))
         fed = list(range(FED))
         episode.append(fed, acted=False)
@@ -68,15 +76,16 @@ class Tool:
 
 
 class Barrier:
-    """A turn of all rows, then all tools at once: what a loop of batched generation and batched tools does."""
+    """A turn of all rows, then all their tools at once, then the next: what a loop of batched generation and
+    batched tools does. Nobody goes on, and nobody's slot is given to another, before the longest turn has ended."""
 
     def __init__(self, seconds: float, slots: int, episodes: int):
         self.seconds, self.slots, self.left = seconds, slots, episodes
-        self.waiting: list[concurrent.futures.Future[ExecResult]] = []
+        self.waiting: list[tuple[str, concurrent.futures.Future[ExecResult]]] = []
 
     def submit(self, code: str) -> concurrent.futures.Future[ExecResult]:
-        self.waiting.append(concurrent.futures.Future())
-        future = self.waiting[-1]
+        future: concurrent.futures.Future[ExecResult] = concurrent.futures.Future()
+        self.waiting.append((code, future))
         self._release()
         return future
 
@@ -87,8 +96,9 @@ class Barrier:
     def _release(self) -> None:
         if not self.waiting or len(self.waiting) < min(self.slots, self.left):
             return
-        futures, self.waiting = self.waiting, []
-        timer = threading.Timer(self.seconds, lambda: [f.set_result(ANSWERED) for f in futures])
+        waiting, self.waiting = self.waiting, []
+        seconds = self.seconds if any(code == CALL for code, _ in waiting) else 0.0
+        timer = threading.Timer(seconds, lambda: [future.set_result(ANSWERED) for _, future in waiting])
         timer.daemon = True
         timer.start()
 
@@ -102,8 +112,8 @@ class Case:
         ends = max(round(shape.vocab / mean), 1)
         table = np.zeros((2, shape.vocab), np.int32)
         table[:, np.random.default_rng(0).choice(shape.vocab, ends, replace=False)] = 1
-        # Chunks as long as what tools answer, one or two at a time; a short quota, so that no row waits long for its tool.
-        sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=FED, group=2, quota=8, min_bound=2 * FED,
+        # Chunks as long as what tools answer, one or two at a time; a short quota, so that no tool waits for long.
+        sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=FED, group=2, quota=16, min_bound=2 * FED,
                                 dtype=shape.dtype, cache_dtype=shape.dtype)
         self.sampler = Sampler(config, sizes, table, np.array([0, tags.CODE], np.int8), ())
         self.engine: Engine | None = None
@@ -111,7 +121,7 @@ class Case:
     def run(self, weights: Params, tool, count: int, step: int = 0,
             finished: Callable[[Episode], None] = lambda episode: None) -> float:
         """tokens/s of `count` episodes."""
-        rules = Script(self.shape.slots, self.shape.slots - FED, self.shape.turns)
+        rules = Script(self.shape.slots, self.shape.slots - FED, self.shape.calls, isinstance(tool, Barrier))
         plain = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
         self.engine = Engine(self.sampler, rules, plain, tool, seed=0, purpose=0)
         rng = np.random.default_rng(step)
@@ -120,24 +130,37 @@ class Case:
         self.engine.run(weights, 0, requests, step, finished=finished)
         return self.engine.stats.tokens_per_s
 
+    def pace(self, weights: Params, step: int) -> float:
+        """tokens/s of one row while it writes, the others beside it."""
+        self.run(weights, Tool(0.0), 4 * self.rows, step)
+        stats = self.engine.stats
+        return stats.sampled_tokens / stats.live_steps * stats.slot_steps / self.rows / stats.total_s
+
 
 def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Callable[[str], None]) -> dict:
-    """tokens/s with tools that take as long as a turn takes to write, and their ratios."""
+    """tokens/s with tools that take half of an episode's time, and their ratios."""
     say('pace of a row')
-    probe = Case(config, shape, 4, shape.new)
-    pace = [probe.run(weights, Tool(0.0), 8, step) / 4 for step in range(3)][1:]  # the first compiles
-    mean = max(float(np.median(pace)) * shape.tool_s, 4.0)
+    first, last = shape.tool_rows[0], shape.tool_rows[-1]
+    probe = Case(config, shape, first, shape.new / (shape.calls + 1))
+    pace = [probe.pace(weights, step) for step in range(4)][1:]  # the first compiles
+    mean = max(float(np.median(pace)) * shape.tool_s * shape.calls / (shape.calls + 1), 4.0)
     instant = Case(config, shape, 4, mean)
     slow = {rows: Case(config, shape, rows, mean) for rows in shape.tool_rows}
-    first, last = shape.tool_rows[0], shape.tool_rows[-1]
     count = lambda case: case.rows * ROUNDS[case.rows > first]
+
+    shares = []  # of the time that slots are held, spent on tools
+
+    def tools(case: Case, step: int) -> float:
+        rate = case.run(weights, Tool(shape.tool_s), count(case), step)
+        if case.rows == first:
+            shares.append(shape.calls * shape.tool_s * count(case) / case.rows / case.engine.stats.total_s)
+        return rate
 
     def barrier(case: Case, step: int) -> float:
         tool = Barrier(shape.tool_s, case.rows, count(case))
         return case.run(weights, tool, count(case), step, tool.finished)
     sides = {'instant_4': lambda i: instant.run(weights, Tool(0.0), count(instant), i)}
-    sides |= {f'tools_{rows}': lambda i, c=case: c.run(weights, Tool(shape.tool_s), count(c), i)
-              for rows, case in slow.items()}
+    sides |= {f'tools_{rows}': lambda i, c=case: tools(c, i) for rows, case in slow.items()}
     sides |= {f'barrier_{rows}': lambda i, c=slow[rows]: barrier(c, i) for rows in (first, last)}
     found: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(repeats + 1):
@@ -147,4 +170,5 @@ def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Calla
     rate = {name: float(np.median(values[1:])) for name, values in found.items()}
     return {f'{name}_tokens_per_s': value for name, value in rate.items()} | {
         f'tools_over_barrier_{rows}': rate[f'tools_{rows}'] / rate[f'barrier_{rows}'] for rows in (first, last)} | {
-        'turn_tokens': mean, 'tools_over_instant': rate[f'tools_{first}'] / rate['instant_4']}
+        'turn_tokens': mean, 'tools_share': float(np.median(shares[1:])),
+        'tools_over_instant': rate[f'tools_{first}'] / rate['instant_4']}

@@ -16,7 +16,7 @@ from retool_jax.model import qwen
 
 SMALL = {'layers': 1, 'width': 32, 'mlp': 48, 'heads': 2, 'kv_heads': 1, 'vocab': 64, 'slots': 320, 'short_slots': 288,
          'prompt': 16, 'new': 16, 'rows': (2,), 'tunix_rows': 2, 'quota': 8, 'chunk': 16, 'tool_s': 0.02,
-         'tool_rows': (4,), 'long': 288, 'turns': 2}
+         'tool_rows': (4,), 'long': 288, 'calls': 2}
 
 
 def test_sides_are_measured_in_turns_and_compared_by_medians():
@@ -31,11 +31,11 @@ def test_sides_are_measured_in_turns_and_compared_by_medians():
 
 def test_a_barrier_answers_when_all_rows_in_flight_have_asked():
     tool = rollout_tools.Barrier(0.0, slots=2, episodes=3)
-    first = tool.submit('')
+    first = tool.submit(rollout_tools.CALL)
     assert not first.done()
-    second = tool.submit('')
+    second = tool.submit(rollout_tools.LAST)
     assert first.result(5) is second.result(5) is rollout_tools.ANSWERED
-    third = tool.submit('')
+    third = tool.submit(rollout_tools.CALL)
     tool.finished(None)  # two are left, one of them writes
     assert not third.done()
     tool.finished(None)
@@ -53,9 +53,28 @@ def test_an_episode_of_the_bench_calls_its_tools_and_ends():
     assert rate > 0 and len(ended) == 5 and threading.active_count() <= before + 1
     for e in ended:
         turns = [ids for acted, ids in e.segments() if acted]
-        assert len(e.calls) == shape.turns and len(turns) == shape.turns + 1
-        assert [len(ids) for acted, ids in e.segments() if not acted] == [16] + [rollout_tools.FED] * shape.turns
+        assert len(e.calls) == shape.calls and len(turns) == shape.calls + 1
+        assert [len(ids) for acted, ids in e.segments() if not acted] == [16] + [rollout_tools.FED] * shape.calls
     assert np.mean([len(t) for e in ended for _, t in e.segments()[1::2]]) < 40  # a turn is about `mean` long
+
+
+def test_behind_a_barrier_the_same_episodes_are_written_and_no_slot_is_given_away_within_a_turn():
+    shape = Shape(**SMALL)
+    config = rollout.model_config(shape)
+    case = rollout_tools.Case(config, shape, 4, mean=8.0)
+    weights = case.sampler.sync(qwen.init(config, jax.random.key(0)))
+    free, held = {}, {}
+    case.run(weights, rollout_tools.Tool(0.0), 7, 1, lambda e: free.update({e.problem.id: e}))
+    tool, rounds = rollout_tools.Barrier(0.0, 4, 7), []
+
+    def finished(episode):
+        held[episode.problem.id] = episode
+        rounds.append(len(tool.waiting))
+        tool.finished(episode)
+    case.run(weights, tool, 7, 1, finished)
+    assert {k: (e.tokens, e.stop) for k, e in held.items()} == {k: (e.tokens, e.stop) for k, e in free.items()}
+    assert all(len(e.calls) == shape.calls for e in held.values())
+    assert not any(rounds)  # whoever ends does so right after a barrier, when nobody waits yet
 
 
 def test_the_floor_multiplies_every_weight_and_reads_the_live_cache():
