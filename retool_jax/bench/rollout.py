@@ -51,7 +51,7 @@ class Shape:
     quota: int = 64
     chunk: int = 64
     tool_s: float = 1.0  # latency of a tool; an episode takes as long to write as its tools to answer
-    calls: int = 1  # of tools in an episode: one, and what is written is about `new` tokens
+    calls: int = 1  # of tools in an episode, on average: one, and what is written is about `new` tokens
     tool_rows: tuple[int, ...] = (8, 32, 64)  # slots with slow tools
     long: int = 4096  # tokens before a tool's output
     dtype: str = 'float32'

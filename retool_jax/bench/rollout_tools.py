@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import random
 import threading
 from collections.abc import Callable
 
@@ -24,16 +25,16 @@ ANSWERED = ExecResult(Verdict.OK, '', '')
 
 class Script:
     """Turn rules for a random model, with those parts of turns.Rules that an engine uses: a turn that the table
-    ends is a call, the output is the same ids each time, `calls` of them and the episode ends.
+    ends is a call or, once in `calls` + 1 times, the episode's last (its problem decides); outputs are the same ids.
 
     barrier: an episode's last turn is announced to the executor too, and keeps its slot until that answers.
     """
 
     def __init__(self, turn_tokens: int, max_tokens: int, calls: int, barrier: bool = False):
         self.settings = turns.TurnSettings(tools=calls > 0, max_tokens=max_tokens, max_turn_tokens=turn_tokens,
-                                           max_turns=calls + 1, max_calls=calls, on_cap='end', on_answer='end')
+                                           max_turns=max_tokens, max_calls=max_tokens, on_cap='end', on_answer='end')
         self.table = tags.TagTable(*(np.zeros((1, 1), np.int32) for _ in range(5)))
-        self.barrier = barrier
+        self.calls, self.barrier = calls, barrier
 
     def turn_ids(self, episode: Episode) -> list[int]:
         return []  # nothing is taken up again
@@ -45,7 +46,8 @@ class Script:
         episode.append(tokens, acted=True, logprobs=logprobs, version=version)
         assert stop != STOP_NONE
         episode.turns += 1
-        if stop == STOP_CODE and episode.turns <= self.settings.max_calls:
+        chance = random.Random(f'{episode.problem.id} {episode.turns}').random()
+        if stop == STOP_CODE and chance * (self.calls + 1) < self.calls:
             return turns.Run(CALL)
         return turns.Run(LAST) if self.barrier else turns.End(Stop.EOS)
 
@@ -55,7 +57,8 @@ class Script:
         episode.calls.append(ToolCall(episode.turns - 1, code, result.verdict, '', '', '', len(episode.tokens), 0.0))
         fed = list(range(FED))
         episode.append(fed, acted=False)
-        return turns.Feed(fed, self.allowance(episode))
+        allowance = self.allowance(episode)
+        return turns.Feed(fed, allowance) if allowance > 0 else turns.End(Stop.LENGTH)
 
 
 class Tool:
@@ -126,7 +129,7 @@ class Case:
         self.engine = Engine(self.sampler, rules, plain, tool, seed=0, purpose=0)
         rng = np.random.default_rng(step)
         prompt = lambda: tuple(rng.integers(0, self.shape.vocab, self.shape.prompt).tolist())
-        requests = [Request(Problem(f'{i}', '', '', '', ''), 0, prompt()) for i in range(count)]
+        requests = [Request(Problem(f'{step}/{i}', '', '', '', ''), 0, prompt()) for i in range(count)]
         self.engine.run(weights, 0, requests, step, finished=finished)
         return self.engine.stats.tokens_per_s
 
@@ -153,7 +156,8 @@ def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Calla
     def tools(case: Case, step: int) -> float:
         rate = case.run(weights, Tool(shape.tool_s), count(case), step)
         if case.rows == first:
-            shares.append(shape.calls * shape.tool_s * count(case) / case.rows / case.engine.stats.total_s)
+            stats = case.engine.stats
+            shares.append(shape.tool_s * len(stats.tool_wait_s) / case.rows / stats.total_s)
         return rate
 
     def barrier(case: Case, step: int) -> float:
