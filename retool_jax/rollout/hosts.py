@@ -5,6 +5,10 @@ answer; finished episodes are gathered at the end. A larger one is sampled on a 
 process runs the same loop over the same slots, each runs the tools of its own rows, and one small all-gather
 per pass makes the answers known to all at the same point of the loop. Which of the two follows from the mesh: whether
 its tensor axis fits into a process.
+
+Engines of their own write the same bits whenever tools answer. In lockstep that holds for answers in the same passes
+alone: an all-reduce between processes adds up in an order that depends on a number's place (so do rings of devices),
+and which row an episode gets depends on when others ended.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 apart: an engine per process on the devices of that process, weights from the global training mesh, episodes gathered.
 together: one engine on a mesh over all processes, in lockstep. one: an engine on the first device.
-Each rolls out twice; tools answer at other times in every process and both times. Writes
-DIRECTORY/<work>_<process>.pkl.
+Each rolls out twice with tools that answer at once, and twice with tools that answer at other times in every process
+and both times. Writes DIRECTORY/<work>_<process>.pkl.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def main(work: str, directory: str) -> None:
     template.extract_snippet = lambda text: template.Snippet(text, 0)
     engine, weights = {'apart': apart, 'together': together, 'one': one}[work]()
     found = []
-    for seed in range(2):
-        rng = random.Random(2 * jax.process_index() + seed)
-        engine.executor = FakePool(answer, lambda code: rng.random() * 0.1 * (1 + jax.process_index()))  # noqa: B023
+    for run in range(4):
+        rng, slow = random.Random(2 * jax.process_index() + run), 0.1 * (1 + jax.process_index()) * (run >= 2)
+        engine.executor = FakePool(answer, lambda code: rng.random() * slow)  # noqa: B023
         episodes = engine.run(weights, 0, requests(), 4)
         found.append((episodes, len(engine.executor.codes), engine.stats.episodes))
     long = processes.gather('x' * (10_000 * (1 + jax.process_index())))  # beyond what goes with the first all-gather
