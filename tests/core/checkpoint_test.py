@@ -149,6 +149,8 @@ def test_a_save_killed_half_way_leaves_the_checkpoint_before_it(tmp_path):
         checkpoints = Checkpoints(sys.argv[1], keep_last=1)
         checkpoints.save(1, {'x': jnp.ones(3)}, {'n': 1}, wait=True)
         checkpoints.save(2, {'x': jnp.ones(20_000_000)}, {'n': 2})
+        while len(os.listdir(sys.argv[1])) < 2:  # a thread of its own begins it
+            pass
         os.kill(os.getpid(), signal.SIGKILL)
         """,
         str(tmp_path),
