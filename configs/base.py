@@ -70,6 +70,8 @@ def sampler(arg: str) -> ConfigDict:
         'chunk': 64 if tiny else 256,
         'group': 8,
         'quota': 16 if tiny else 64,
+        # Rows of a decode call, 0 for all; fewer pay where most rows wait for slow tools.
+        'decode_rows': 0,
         # Smallest bound on reads; they double up to `slots`. Some backends round a matmul by its extent:
         # `slots` here makes replays equal to the last bit on those too.
         'min_bound': 64 if tiny else 256,

@@ -24,8 +24,9 @@ class Rows:
     def __init__(self, config: QwenConfig, weights: Params, shape, rows: int, slots: int):
         self.shape, self.weights, self.count = shape, weights, rows
         self.sampler = Sampler(config, SamplerSettings(
-            rows=rows, slots=slots, chunk=shape.chunk, group=min(8, rows), quota=shape.quota, min_bound=shape.chunk,
-            dtype=shape.dtype, cache_dtype=shape.dtype), np.zeros((1, shape.vocab), np.int32), np.zeros(1, np.int8), ())
+            rows=rows, slots=slots, chunk=shape.chunk, group=min(8, rows), quota=shape.quota, decode_rows=0,
+            min_bound=shape.chunk, dtype=shape.dtype, cache_dtype=shape.dtype),
+            np.zeros((1, shape.vocab), np.int32), np.zeros(1, np.int8), ())
         self.state = self.sampler.empty()
 
     def fill(self, length: int) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import random
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -77,6 +79,9 @@ class Tool:
             future.set_result(ANSWERED)
         return future
 
+    def finished(self, episode: Episode) -> None:
+        pass
+
 
 class Barrier:
     """A turn of all rows, then all their tools at once, then the next: what a loop of batched generation and
@@ -109,61 +114,58 @@ class Barrier:
 class Case:
     """An engine of so many slots whose turns end at random after `mean` tokens on average."""
 
-    def __init__(self, config: QwenConfig, shape, rows: int, mean: float):
-        self.shape, self.rows = shape, rows
+    def __init__(self, config: QwenConfig, shape, rows: int, decode_rows: int, mean: float):
+        self.shape, self.rows, self.decode_rows = shape, rows, decode_rows
         # Two states: a random share of the vocabulary ends the turn. Of a random model that is a fixed hazard.
         ends = max(round(shape.vocab / mean), 1)
         table = np.zeros((2, shape.vocab), np.int32)
         table[:, np.random.default_rng(0).choice(shape.vocab, ends, replace=False)] = 1
         # Chunks as long as what tools answer, one or two at a time; a short quota, so that no tool waits for long.
-        sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=FED, group=2, quota=16, min_bound=2 * FED,
-                                dtype=shape.dtype, cache_dtype=shape.dtype)
+        sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=FED, group=2, quota=16, decode_rows=decode_rows,
+                                min_bound=2 * FED, dtype=shape.dtype, cache_dtype=shape.dtype)
         self.sampler = Sampler(config, sizes, table, np.array([0, tags.CODE], np.int8), ())
         self.engine: Engine | None = None
 
-    def run(self, weights: Params, tool, count: int, step: int = 0,
-            finished: Callable[[Episode], None] = lambda episode: None) -> float:
-        """tokens/s of `count` episodes."""
+    def run(self, weights: Params, tool, count: int, step: int = 0) -> float:
+        """tokens/s of `count` episodes, from the first token until the queue is empty: while all slots are held."""
         rules = Script(self.shape.slots, self.shape.slots - FED, self.shape.calls, isinstance(tool, Barrier))
         plain = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
         self.engine = Engine(self.sampler, rules, plain, tool, seed=0, purpose=0)
         rng = np.random.default_rng(step)
         prompt = lambda: tuple(rng.integers(0, self.shape.vocab, self.shape.prompt).tolist())
         requests = [Request(Problem(f'{step}/{i}', '', '', '', ''), 0, prompt()) for i in range(count)]
-        self.engine.run(weights, 0, requests, step, finished=finished)
-        return self.engine.stats.tokens_per_s
+        began, ended, rates = time.perf_counter(), itertools.count(1), []
 
-    def pace(self, weights: Params, step: int) -> float:
-        """tokens/s of one row while it writes, the others beside it."""
-        self.run(weights, Tool(0.0), 4 * self.rows, step)
-        stats = self.engine.stats
-        return stats.sampled_tokens / stats.live_steps * stats.slot_steps / self.rows / stats.total_s
+        def finished(episode: Episode) -> None:
+            tool.finished(episode)
+            if next(ended) == count - self.rows:
+                self.seconds, self.answers = time.perf_counter() - began, len(self.engine.stats.tool_wait_s)
+                rates.append(self.engine.stats.sampled_tokens / self.seconds)
+        self.engine.run(weights, 0, requests, step, finished=finished)
+        return rates[0]
 
 
 def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Callable[[str], None]) -> dict:
     """tokens/s with tools that take half of an episode's time, and their ratios."""
     say('pace of a row')
     first, last = shape.tool_rows[0], shape.tool_rows[-1]
-    probe = Case(config, shape, first, shape.new / (shape.calls + 1))
-    pace = [probe.pace(weights, step) for step in range(4)][1:]  # the first compiles
+    few = first // 2
+    # Tools are to take as long as all else of an episode takes where slots are few and tools instant.
+    probe = Case(config, shape, few, few, shape.new / (shape.calls + 1))
+    pace = [probe.run(weights, Tool(0.0), ROUNDS[0] * few, step) / few for step in range(4)][1:]  # the first compiles
     mean = max(float(np.median(pace)) * shape.tool_s * shape.calls / (shape.calls + 1), 4.0)
-    instant = Case(config, shape, 4, mean)
-    slow = {rows: Case(config, shape, rows, mean) for rows in shape.tool_rows}
+    instant = Case(config, shape, few, few, mean)
+    slow = {rows: Case(config, shape, rows, rows // 2, mean) for rows in shape.tool_rows}
     count = lambda case: case.rows * ROUNDS[case.rows > first]
-
     shares = []  # of the time that slots are held, spent on tools
 
     def tools(case: Case, step: int) -> float:
         rate = case.run(weights, Tool(shape.tool_s), count(case), step)
         if case.rows == first:
-            stats = case.engine.stats
-            shares.append(shape.tool_s * len(stats.tool_wait_s) / case.rows / stats.total_s)
+            shares.append(shape.tool_s * case.answers / case.rows / case.seconds)
         return rate
-
-    def barrier(case: Case, step: int) -> float:
-        tool = Barrier(shape.tool_s, case.rows, count(case))
-        return case.run(weights, tool, count(case), step, tool.finished)
-    sides = {'instant_4': lambda i: instant.run(weights, Tool(0.0), count(instant), i)}
+    barrier = lambda case, step: case.run(weights, Barrier(shape.tool_s, case.rows, count(case)), count(case), step)
+    sides = {f'instant_{few}': lambda i: instant.run(weights, Tool(0.0), count(instant), i)}
     sides |= {f'tools_{rows}': lambda i, c=case: tools(c, i) for rows, case in slow.items()}
     sides |= {f'barrier_{rows}': lambda i, c=slow[rows]: barrier(c, i) for rows in (first, last)}
     found: dict[str, list[float]] = {name: [] for name in sides}
@@ -171,8 +173,9 @@ def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Calla
         for name, work in sides.items():
             say(f'{name}, round {i}')
             found[name].append(work(i))
+            say(f'{found[name][-1]:.0f} tokens/s')
     rate = {name: float(np.median(values[1:])) for name, values in found.items()}
     return {f'{name}_tokens_per_s': value for name, value in rate.items()} | {
         f'tools_over_barrier_{rows}': rate[f'tools_{rows}'] / rate[f'barrier_{rows}'] for rows in (first, last)} | {
         'turn_tokens': mean, 'tools_share': float(np.median(shares[1:])),
-        'tools_over_instant': rate[f'tools_{first}'] / rate['instant_4']}
+        'tools_over_instant': rate[f'tools_{first}'] / rate[f'instant_{few}']}

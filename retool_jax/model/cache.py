@@ -43,18 +43,18 @@ def write(kv_BKSH: KV, new_RCKH: jax.Array, slot_RC: jax.Array, row_R: jax.Array
     of a slot side by side, as it does where heads are part of what is scattered; and no backend moves the heads to the
     front, as jax.vmap over them would have it.
     """
-    if isinstance(kv_BKSH, Int8KV):
-        new = quantise(new_RCKH)
-        return Int8KV(values=write(kv_BKSH.values, new.values, slot_RC, row_R),
-                      scale=write(kv_BKSH.scale, new.scale, slot_RC, row_R))
-    new_RKCH = new_RCKH.astype(kv_BKSH.dtype).swapaxes(1, 2)
-    index_RKCI = jnp.broadcast_to(slot_RC[:, None], new_RKCH.shape[:3])[..., None]
+    new = quantise(new_RCKH) if isinstance(kv_BKSH, Int8KV) else new_RCKH.astype(kv_BKSH.dtype)
+    return jax.tree.map(lambda x, y: _scatter(x, y.swapaxes(1, 2), slot_RC, row_R), kv_BKSH, new)
+
+
+def _scatter(x_BKS_: jax.Array, new_RKC_: jax.Array, slot_RC: jax.Array, row_R: jax.Array | None) -> jax.Array:
+    index_RKCI = jnp.broadcast_to(slot_RC[:, None], new_RKC_.shape[:3])[..., None]
     if row_R is not None:
         rows = jnp.broadcast_to(row_R[:, None, None, None], index_RKCI.shape)
         index_RKCI = jnp.concatenate([rows, index_RKCI], axis=-1)
     batched, written = ((0, 1), (2,)) if row_R is None else ((1,), (0, 2))
-    return jax.lax.scatter(kv_BKSH, index_RKCI, new_RKCH, jax.lax.ScatterDimensionNumbers(
-        update_window_dims=tuple(range(3, kv_BKSH.ndim)), inserted_window_dims=written,
+    return jax.lax.scatter(x_BKS_, index_RKCI, new_RKC_, jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(3, x_BKS_.ndim)), inserted_window_dims=written,
         scatter_dims_to_operand_dims=written, operand_batching_dims=batched, scatter_indices_batching_dims=batched),
         mode='drop')
 
@@ -65,10 +65,10 @@ def read(kv_BKSH: KV, bound: int, row_R: jax.Array | None = None) -> KV:
     return jax.tree.map(take, kv_BKSH)
 
 
-def restore(kv_BKSH: KV, part_BKSH: KV) -> KV:
-    """Puts what `read` took of all rows back, changed."""
-    put = lambda whole, part: part if whole.shape == part.shape else whole.at[:, :, :part.shape[2]].set(part)
-    return jax.tree.map(put, kv_BKSH, part_BKSH)
+def restore(kv_BKSH: KV, part_RKSH: KV, slot_RC: jax.Array, row_R: jax.Array | None = None) -> KV:
+    """Puts some slots of what `read` took back where they came from; a slot or row out of range drops the entry."""
+    take = jax.vmap(lambda x_KS_, slot_C: x_KS_.at[:, slot_C].get(mode='clip'))
+    return jax.tree.map(lambda x, part: _scatter(x, take(part, slot_RC), slot_RC, row_R), kv_BKSH, part_RKSH)
 
 
 def copy_rows(kv_BKSH: KV, source_R: jax.Array, target_R: jax.Array, bound: int) -> KV:

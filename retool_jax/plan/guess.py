@@ -60,6 +60,6 @@ def _sent(run: Run, name: str) -> dict[str, float]:
         return {'all-gather': (weights - per_device(run.params['policy']['layers']) * fsdp) / 2 * share}
     if name in ('extend', 'decode'):
         s = run.sampler.settings
-        tokens = s.rows * s.quota if name == 'decode' else s.group * s.chunk
+        tokens = run.sampler.decode_rows * s.quota if name == 'decode' else s.group * s.chunk
         return {'all-reduce': 2 * 2 * tokens * model.hidden_size * 2 * (tensor - 1) / tensor * model.num_hidden_layers}
     return {}

@@ -149,7 +149,8 @@ class Run:
         states = self.sampler.table.shape[0]
         yield Program('decode', 'rollout', self.sampler._decode, {
             'params': self.sampling_params, 'table': ints(states, v), 'stops': ints(states),
-            'state': self.sample_state, 'bound': s.slots, 'truncate': False}, size, trips=s.quota)
+            'state': self.sample_state, 'row_R': ints(s.decode_rows) if self.sampler.chooses else None,
+            'bound': s.slots, 'truncate': False}, size, trips=s.quota)
 
 
 def name_of(part: Mapping[str, Shapes]) -> str:

@@ -56,7 +56,7 @@ class Sizes:
     micro_rows: int
     row_width: int
     engines: int
-    rows: int  # slots of an engine
+    decode_rows: int  # of an engine, in one decode call
     quota: int
     group: int
     layers: int
@@ -70,7 +70,7 @@ class Sizes:
         """How often an RL step runs a program."""
         share = self.episodes / self.engines
         if name == 'decode':
-            return share * a.tokens / (self.rows * a.occupancy * self.quota)
+            return share * a.tokens / (self.decode_rows * a.occupancy * self.quota)
         if name == 'extend':
             return share * a.feeds / self.group
         if name.startswith('score'):

@@ -43,6 +43,7 @@ class Slot:
     allowance: int = 0  # once nothing is pending
     tag: int = 0  # state of the tag automaton once nothing is pending
     live: bool = False  # the row may decode
+    since: int = -1  # which decode call the row was live for first; -1: none yet
     unread: tuple[np.ndarray, np.ndarray] | None = None  # tokens and logprobs that the episode does not have yet
     code: str = ''  # waits for the executor
     asked_s: float = 0.0  # when
@@ -65,6 +66,7 @@ class Flight:
         self.ended: collections.deque[tuple[int, Episode]] = collections.deque()  # not handed out yet
         self.fed: tuple[float, jax.Array, list[int]] | None = None  # since when, ready when done, rows
         self.stats = engine.stats = RolloutStats()
+        self.quantum = 0  # decode calls so far
 
     def run(self) -> Iterator[tuple[int, Episode]]:
         began = time.perf_counter()
@@ -212,7 +214,7 @@ class Flight:
     def _follow(self, row: int, following: turns.Next) -> None:
         """Does what the turn rules say."""
         slot = self.slots[row]
-        slot.live = False
+        slot.live, slot.since = False, -1
         if isinstance(following, turns.Run):
             self._ask(row, following.code)
         elif isinstance(following, turns.Feed):
@@ -264,14 +266,20 @@ class Flight:
                 since, _, known = self.fed or (began, mark, [])
                 self.fed = (since, mark, known + part)
 
-    def _decode(self) -> tuple[float, Decoded] | None:
-        """Sends a quantum to the device, without waiting for it."""
-        live = [slot.length for slot in self.slots if slot and slot.live]
+    def _decode(self) -> tuple[float, Decoded, np.ndarray] | None:
+        """Sends a quantum to the device, without waiting for it; rows that became live first go first."""
+        live = [row for row, slot in enumerate(self.slots) if slot and slot.live]
         if not live:
             return None
+        for row in live:
+            if self.slots[row].since < 0:
+                self.slots[row].since = self.quantum
+        self.quantum += 1
+        row_R = self.sampler.choose(sorted(live, key=lambda row: self.slots[row].since))
+        longest = max(self.slots[row].length for row in row_R if row < len(self.slots))
         began = time.perf_counter()
-        self.state, out = self.sampler.decode(self.params, self.state, max(live), self.engine.sampling.truncates)
-        return began, out
+        self.state, out = self.sampler.decode(self.params, self.state, row_R, longest, self.engine.sampling.truncates)
+        return began, out, row_R
 
     def _append(self) -> None:
         """Gives episodes what their rows wrote in the quantum before."""
@@ -280,33 +288,33 @@ class Flight:
                 (tokens, logprobs), slot.unread = slot.unread, None
                 slot.episode.append(tokens.tolist(), acted=True, logprobs=logprobs.tolist(), version=self.version)
 
-    def _read(self, began: float, out: Decoded) -> None:
+    def _read(self, began: float, out: Decoded, row_R: np.ndarray) -> None:
         """Waits for the quantum and applies the turn rules to the rows that stopped in it."""
         began = self._settle(began)
         tokens_BQ, logprob_BQ, count_B, stop_B = jax.device_get(
             (out.tokens_BQ, out.logprob_BQ, out.count_B, out.stop_B))
         now = time.perf_counter()
         self.stats.decode_s += now - began
-        self.stats.slot_steps += len(self.slots)
-        live = [row for row, slot in enumerate(self.slots) if slot and slot.live]
-        self.stats.live_steps += len(live)
-        self.stats.sampled_tokens += (sampled := int(count_B[live].sum()))
+        places = {int(row): place for place, row in enumerate(row_R) if row < len(self.slots)}
+        self.stats.slot_steps += len(row_R)
+        self.stats.live_steps += len(places)
+        self.stats.sampled_tokens += (sampled := int(count_B[list(places.values())].sum()))
         if (timeline := self.engine.timeline) is not None:
-            timeline.span(DEVICE, 'decode', began, now, rows=len(live), tokens=sampled)
-            timeline.count('rows', now, live=len(live), tools=sum(bool(s and s.asked_s) for s in self.slots))
-            for row in live:
-                timeline.span(row, 'decode', began, now, tokens=int(count_B[row]))
+            timeline.span(DEVICE, 'decode', began, now, rows=len(places), tokens=sampled)
+            timeline.count('rows', now, live=len(places), tools=sum(bool(s and s.asked_s) for s in self.slots))
+            for row, place in places.items():
+                timeline.span(row, 'decode', began, now, tokens=int(count_B[place]))
         carried = []
-        for row in live:
-            slot, n, stop = self.slots[row], int(count_B[row]), int(stop_B[row])
+        for row, place in places.items():
+            slot, n, stop = self.slots[row], int(count_B[place]), int(stop_B[place])
             slot.length += n
             slot.quanta -= 1
             if stop == STOP_NONE:
-                slot.unread = (tokens_BQ[row, :n], logprob_BQ[row, :n])
+                slot.unread = (tokens_BQ[place, :n], logprob_BQ[place, :n])
                 carried += [row] if slot.quanta == 0 else []
                 continue
-            self._follow(row, self.rules.advance(slot.episode, tokens_BQ[row, :n].tolist(),
-                                                 logprob_BQ[row, :n].tolist(), stop, self.version))
+            self._follow(row, self.rules.advance(slot.episode, tokens_BQ[place, :n].tolist(),
+                                                 logprob_BQ[place, :n].tolist(), stop, self.version))
         if carried:
             self._append()
             for part in self._groups(carried):

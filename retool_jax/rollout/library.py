@@ -68,8 +68,8 @@ class Engine(engines.Engine):
         self.model = model
         chunk = min(256, max_tokens)
         dtype = str(model.params['norm']['weight'].dtype)
-        sizes = SamplerSettings(rows=rows, slots=max_tokens, chunk=chunk, group=min(8, rows), quota=32, min_bound=chunk,
-                                dtype=dtype, cache_dtype=cache_dtype or dtype)
+        sizes = SamplerSettings(rows=rows, slots=max_tokens, chunk=chunk, group=min(8, rows), quota=32, decode_rows=0,
+                                min_bound=chunk, dtype=dtype, cache_dtype=cache_dtype or dtype)
         tools = executor is not None
         table = tags.build_table(model.tokenizer.token_bytes, model.config.vocab_size,
                                  tags.TAGS if tools else {'</answer>': tags.ANSWER})

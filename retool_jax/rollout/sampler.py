@@ -9,6 +9,7 @@ settings, so nothing recompiles after warm-up; reads cover a power-of-two bound 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from retool_jax.core.pytrees import Int8KV, KVCache, Params, SampleState
 from retool_jax.model import cache as kv_cache
 from retool_jax.model import qwen
 from retool_jax.model.config import QwenConfig
-from retool_jax.rollout import sampling
+from retool_jax.rollout import rows, sampling
 from retool_jax.rollout.sync import Sync
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -35,6 +36,7 @@ class SamplerSettings:
     chunk: int  # tokens per extend call; longer feeds take several
     group: int  # rows per extend call
     quota: int  # decode steps per call
+    decode_rows: int  # rows per decode call; fewer than `rows` where many wait for tools. 0: all
     min_bound: int  # smallest bound on reads
     dtype: str  # of activations and the sampling weights
     cache_dtype: str  # 'int8' keeps a scale per slot and head
@@ -43,6 +45,8 @@ class SamplerSettings:
         for name in ('rows', 'slots', 'chunk', 'group', 'quota', 'min_bound'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        if not 0 <= self.decode_rows <= self.rows:
+            raise ValueError(f'decode_rows={self.decode_rows} must be from 1 to rows={self.rows}, or 0 for all rows')
         for name, known in (('dtype', DTYPES), ('cache_dtype', (*DTYPES, 'int8'))):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name}={getattr(self, name)!r}: choose one of {", ".join(known)}')
@@ -51,7 +55,7 @@ class SamplerSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """What one decode call produced; row b's tokens are the first `count_B[b]` columns."""
+    """What one decode call produced: the tokens of its b-th row are the first `count_B[b]` columns."""
 
     tokens_BQ: jax.Array  # int32
     logprob_BQ: jax.Array  # f32, at the sampling temperature
@@ -98,6 +102,9 @@ class Sampler:
         if next_state.shape[1] != config.vocab_size:
             raise ValueError(f'tag table is {next_state.shape[1]} wide, the model has {config.vocab_size} logits')
         self.config, self.settings = config, settings
+        self.decode_rows = settings.decode_rows or settings.rows
+        self.chooses = self.decode_rows < settings.rows
+        self.ways = mesh.shape['data'] * mesh.shape['fsdp'] if mesh is not None else 1
         state, whole = self.placement(mesh) if mesh is not None else (None, None)
         # A mesh may span processes, where an array must say where it lies; an abstract one holds nothing, nor
         # does one of chips that are compiled for from afar (plan/).
@@ -123,9 +130,10 @@ class Sampler:
         Errors: ValueError where a size of the model or `rows` does not divide over the mesh.
         """
         rules = qwen.fit_rules(self.config, mesh, meshes.SAMPLE_RULES)
-        if self.settings.rows % (mesh.shape['data'] * mesh.shape['fsdp']):
-            raise ValueError(f'sampler.rows={self.settings.rows} does not divide over data={mesh.shape["data"]} × '
-                             f'fsdp={mesh.shape["fsdp"]}; choose a multiple')
+        for name, size in (('rows', self.settings.rows), ('decode_rows', self.decode_rows)):
+            if size % self.ways:
+                raise ValueError(f'sampler.{name}={size} does not divide over data={mesh.shape["data"]} × '
+                                 f'fsdp={mesh.shape["fsdp"]}; choose a multiple')
         place = lambda *words: jax.NamedSharding(mesh, meshes.spec(words, rules))
         one = place('batch', 'kv_heads', None, 'head_dim')
         if self.settings.cache_dtype == 'int8':
@@ -175,7 +183,7 @@ class Sampler:
         for bound in self.bounds():
             state, _ = self.extend(params, state, feed, bound)
             state = self.fork(state, nobody, nobody, bound, logits_V, none)
-            state, _ = self.decode(params, state, max(bound - s.quota, 0), truncate)
+            state, _ = self.decode(params, state, self.choose([]), max(bound - s.quota, 0), truncate)
         jax.block_until_ready(state.live_B)
 
     def place(self, state: SampleState, key_data: np.ndarray, placement: Placement) -> SampleState:
@@ -194,9 +202,15 @@ class Sampler:
         return self._fork(state=state, source_R=source_R, target_R=target_R, length=np.int32(length),
                           logits_RV=logits_RV, allowance_R=allowance_R, bound=self.bound(length))
 
-    def decode(self, params: Params, state: SampleState, longest: int, truncate: bool) -> tuple[SampleState, Decoded]:
-        """At most `quota` steps; `longest` is the largest live length before it."""
+    def choose(self, live: Sequence[int]) -> np.ndarray:
+        """Rows of the next decode call, int32 [decode_rows], out of range where nobody is: the first of `live`."""
+        return rows.choose(live, self.settings.rows, self.decode_rows, self.ways)
+
+    def decode(self, params: Params, state: SampleState, row_R: np.ndarray, longest: int,
+               truncate: bool) -> tuple[SampleState, Decoded]:
+        """At most `quota` steps of the rows that `choose` returned; `longest` is their largest length before it."""
         return self._decode(params=params, table=self.table, stops=self.stops, state=state,
+                            row_R=row_R if self.chooses else None,
                             bound=self.bound(longest + self.settings.quota), truncate=truncate)
 
     def _place_rows(self, state: SampleState, key_data, placement: Placement) -> SampleState:
@@ -232,18 +246,15 @@ class Sampler:
         return dataclasses.replace(state, cache=cache, logits_BV=put(state.logits_BV, logits_RV),
                                    live_B=put(state.live_B, True), allowance_B=put(state.allowance_B, allowance_R))
 
-    def _decode_rows(self, params, table, stops, state: SampleState, bound: int, truncate: bool):
-        quota, rows = self.settings.quota, self.settings.rows
-        whole = state.cache
-        # The loop carries only the slots it may read: slicing inside would copy them every step.
-        state = dataclasses.replace(state, cache=KVCache(
-            k=[kv_cache.read(k, bound) for k in whole.k], v=[kv_cache.read(v, bound) for v in whole.v],
-            length_B=whole.length_B))
-        out = Decoded(tokens_BQ=jnp.zeros((rows, quota), jnp.int32), logprob_BQ=jnp.zeros((rows, quota), jnp.float32),
-                      count_B=jnp.zeros(rows, jnp.int32), stop_B=state.stop_B)
+    def _decode_rows(self, params, table, stops, state: SampleState, row_R, bound: int, truncate: bool):
+        quota, whole = self.settings.quota, state
+        state = rows.take(whole, row_R, bound, self.ways)
+        b, start_B = len(state.live_B), state.cache.length_B
+        out = Decoded(tokens_BQ=jnp.zeros((b, quota), jnp.int32), logprob_BQ=jnp.zeros((b, quota), jnp.float32),
+                      count_B=jnp.zeros(b, jnp.int32), stop_B=state.stop_B)
 
         # Of all steps at once: the generator is many small operations.
-        u_BQ = sampling.uniforms(state.key_B, state.cache.length_B[:, None] + jnp.arange(quota))
+        u_BQ = sampling.uniforms(state.key_B, start_B[:, None] + jnp.arange(quota))
 
         def unfinished(carry):
             i, state, _ = carry
@@ -273,7 +284,4 @@ class Sampler:
             return i + 1, s, out
 
         _, state, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, out))
-        cache = KVCache(k=[kv_cache.restore(f, x) for f, x in zip(whole.k, state.cache.k)],
-                        v=[kv_cache.restore(f, x) for f, x in zip(whole.v, state.cache.v)],
-                        length_B=state.cache.length_B)
-        return dataclasses.replace(state, cache=cache), out
+        return rows.put(whole, state, row_R, start_B, quota, self.ways), out

@@ -45,12 +45,14 @@ def test_a_barrier_answers_when_all_rows_in_flight_have_asked():
 def test_an_episode_of_the_bench_calls_its_tools_and_ends():
     shape = Shape(**SMALL)
     config = rollout.model_config(shape)
-    case = rollout_tools.Case(config, shape, 4, mean=8.0)
-    ended = []
+    case = rollout_tools.Case(config, shape, 4, 2, mean=8.0)
+    ended, tool = [], rollout_tools.Tool(0.01)
+    tool.finished = ended.append
     before = threading.active_count()
     weights = case.sampler.sync(qwen.init(config, jax.random.key(0)))
-    rate = case.run(weights, rollout_tools.Tool(0.01), 5, 1, ended.append)
-    assert rate > 0 and len(ended) == 5 and threading.active_count() <= before + 1
+    rate = case.run(weights, tool, 5, 1)
+    assert rate > 0 and len(ended) == 5 and case.answers >= len(ended[0].calls)
+    assert threading.active_count() <= before + 1
     for e in ended:
         turns = [ids for acted, ids in e.segments() if acted]
         assert len(turns) == len(e.calls) + 1
@@ -62,17 +64,21 @@ def test_an_episode_of_the_bench_calls_its_tools_and_ends():
 def test_behind_a_barrier_the_same_episodes_are_written_and_no_slot_is_given_away_within_a_turn():
     shape = Shape(**SMALL)
     config = rollout.model_config(shape)
-    case = rollout_tools.Case(config, shape, 4, mean=8.0)
+    case = rollout_tools.Case(config, shape, 4, 2, mean=8.0)
     weights = case.sampler.sync(qwen.init(config, jax.random.key(0)))
     free, held = {}, {}
-    case.run(weights, rollout_tools.Tool(0.0), 7, 1, lambda e: free.update({e.problem.id: e}))
+    instant = rollout_tools.Tool(0.0)
+    instant.finished = lambda e: free.update({e.problem.id: e})
+    case.run(weights, instant, 7, 1)
     tool, rounds = rollout_tools.Barrier(0.0, 4, 7), []
+    release = tool.finished
 
     def finished(episode):
         held[episode.problem.id] = episode
         rounds.append(len(tool.waiting))
-        tool.finished(episode)
-    case.run(weights, tool, 7, 1, finished)
+        release(episode)
+    tool.finished = finished
+    case.run(weights, tool, 7, 1)
     assert {k: (e.tokens, e.stop) for k, e in held.items()} == {k: (e.tokens, e.stop) for k, e in free.items()}
     assert all(len(e.calls) == len(free[k].calls) for k, e in held.items())
     assert not any(rounds)  # whoever ends does so right after a barrier, when nobody waits yet

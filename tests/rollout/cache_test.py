@@ -58,21 +58,22 @@ def test_a_smaller_cache_stays_near_the_trainer_and_replays(dtype, allowed):
     assert all(same(a, b) for a, b in zip(episodes, again[::-1]))
 
 
+@pytest.mark.parametrize('decode_rows', [0, 4])
 @pytest.mark.parametrize('dtype', ['float32', 'int8'])
-def test_no_call_copies_the_cache(dtype):
+def test_no_call_copies_the_cache(dtype, decode_rows):
     """A cache eight times as long takes no more beside it where as much of it is read."""
     def temporaries(slots: int) -> dict[str, int]:
-        sizes = dataclasses.replace(SIZES, slots=slots, min_bound=32, cache_dtype=dtype)
+        sizes = dataclasses.replace(SIZES, slots=slots, decode_rows=decode_rows, min_bound=32, cache_dtype=dtype)
         sampler = Sampler(CONFIG, sizes, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids)
         state, ints = jax.eval_shape(sampler.empty), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         weights = jax.eval_shape(lambda p: qwen.to_sampling(CONFIG, p), qwen.abstract_params(CONFIG))
-        row = ints(sizes.group)
+        row, chosen = ints(sizes.group), ints(decode_rows) if sampler.chooses else None
         feed = Feed(row_R=row, tokens_RC=ints(sizes.group, sizes.chunk), count_R=row, allowance_R=row, tag_R=row,
                     live_R=jax.ShapeDtypeStruct(row.shape, bool))
         calls = {
             'extend': sampler._extend.lower(params=weights, state=state, feed=feed, bound=64),
             'decode': sampler._decode.lower(params=weights, table=sampler.table, stops=sampler.stops, state=state,
-                                            bound=64, truncate=False),
+                                            row_R=chosen, bound=64, truncate=False),
             'fork': sampler._fork.lower(state=state, source_R=row, target_R=row, length=ints(), allowance_R=row,
                                         logits_RV=jax.ShapeDtypeStruct((CONFIG.vocab_size,), jnp.float32), bound=64)}
         return {name: call.compile().memory_analysis().temp_size_in_bytes for name, call in calls.items()}

@@ -28,7 +28,7 @@ CONFIG = dataclasses.replace(TINY, vocab_size=264, hidden_size=64, intermediate_
 # A random model never spells a tag, so single letters stand for them: calls and answers are frequent.
 TABLE = tags.build_table(TOKENIZER.token_bytes, 264, {'a': tags.CODE, 'e': tags.CODE, 'f': tags.CODE,
                                                             'o': tags.CODE, 'z': tags.ANSWER})
-SIZES = SamplerSettings(rows=8, slots=256, chunk=32, group=4, quota=8, min_bound=256, dtype='float32',
+SIZES = SamplerSettings(rows=8, slots=256, chunk=32, group=4, quota=8, decode_rows=0, min_bound=256, dtype='float32',
                         cache_dtype='float32')  # one bound: on some CPU shapes matmuls round by their extent
 TURNS = turns.TurnSettings(tools=True, max_tokens=150, max_turn_tokens=60, max_turns=6, max_calls=4, on_cap='answer',
                            on_answer='end')
