@@ -60,16 +60,18 @@ class Engine(engines.Engine):
                 print(model.text(episode), episode.calls)
     """
 
-    def __init__(self, model: Model, executor: Executor | None = None, *, rows: int = 16, max_tokens: int = 2048,
-                 max_calls: int = 7, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
-                 cache_dtype: str | None = None, style: str = 'paper', seed: int = 0):
-        """rows: episodes in flight. max_tokens: of an episode, prompt included. executor: sandbox.pool.Pool or a
-        remote client; None samples text alone. cache_dtype: 'bfloat16' or 'int8' for a smaller KV cache."""
+    def __init__(self, model: Model, executor: Executor | None = None, *, rows: int = 16, decode_rows: int = 0,
+                 max_tokens: int = 2048, max_calls: int = 7, temperature: float = 1.0, top_p: float = 1.0,
+                 top_k: int = 0, min_p: float = 0.0, cache_dtype: str | None = None, style: str = 'paper',
+                 seed: int = 0):
+        """rows: episodes in flight. decode_rows: how many of them decode at a time, where tools are slow; 0: all.
+        max_tokens: of an episode, prompt included. executor: sandbox.pool.Pool or a remote client; None samples text
+        alone. cache_dtype: 'bfloat16' or 'int8' for a smaller KV cache."""
         self.model = model
         chunk = min(256, max_tokens)
         dtype = str(model.params['norm']['weight'].dtype)
-        sizes = SamplerSettings(rows=rows, slots=max_tokens, chunk=chunk, group=min(8, rows), quota=32, decode_rows=0,
-                                min_bound=chunk, dtype=dtype, cache_dtype=cache_dtype or dtype)
+        sizes = SamplerSettings(rows=rows, slots=max_tokens, chunk=chunk, group=min(8, rows), quota=32,
+                                decode_rows=decode_rows, min_bound=chunk, dtype=dtype, cache_dtype=cache_dtype or dtype)
         tools = executor is not None
         table = tags.build_table(model.tokenizer.token_bytes, model.config.vocab_size,
                                  tags.TAGS if tools else {'</answer>': tags.ANSWER})

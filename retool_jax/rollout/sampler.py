@@ -1,9 +1,11 @@
 """The jitted half of rollout: extend rows by given tokens, decode rows until they stop.
 
 A row is a slot of the KV cache. `extend` feeds it a prompt or a tool's output: the same call.
-`decode` samples for every live row and freezes each at EOS, `</code>`, `</answer>` or the end of
-its allowance; a frozen row keeps its cache and logits bit for bit. Shapes follow from the
-settings, so nothing recompiles after warm-up; reads cover a power-of-two bound on the lengths.
+`decode` samples for a fixed number of rows, all or some, and freezes each at EOS, `</code>`,
+`</answer>` or the end of its allowance; a frozen row keeps its cache and logits bit for bit. What
+a row writes may depend on that number (sums round by it), never on who the other rows are. Shapes
+follow from the settings, so nothing recompiles after warm-up; reads cover a power-of-two bound on
+the lengths.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class RolloutStats:
     extend_s: float = 0.0  # the device takes in prompts and tool outputs
     tools_blocked_s: float = 0.0  # no row could decode: everything waited for a tool
     total_s: float = 0.0
-    slot_steps: int = 0  # rows × quanta, and of these the live ones
+    slot_steps: int = 0  # rows of all decode calls, and of these the live ones
     live_steps: int = 0
     tool_wall_s: list[float] = dataclasses.field(default_factory=list)  # in the sandbox, one per call
     tool_wait_s: list[float] = dataclasses.field(default_factory=list)  # from `</code>` to the engine's notice
@@ -36,7 +36,7 @@ class RolloutStats:
 
     @property
     def occupancy(self) -> float:
-        """Share of rows × quanta that were live."""
+        """Share of the rows of decode calls that were live."""
         return self.live_steps / max(self.slot_steps, 1)
 
     def summary(self) -> dict[str, float]:

@@ -17,9 +17,9 @@ from tests import several
 from tests.rollout.engine_test import CONFIG, TURNS, requests
 
 
-def run(count: int, work: str, directory) -> list:
+def run(count: int, work: str, decode_rows: int, directory) -> list:
     """The worker in so many processes: what each wrote, four times (episodes, calls run there, episodes counted)."""
-    several.run(count, ['tests.rollout.worker', work, str(directory)])
+    several.run(count, ['tests.rollout.worker', work, str(decode_rows), str(directory)])
     return [pickle.loads((directory / f'{work}_{i}.pkl').read_bytes()) for i in range(count)]
 
 
@@ -33,10 +33,11 @@ def mismatch(episodes) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('decode_rows', [0, 4])
 @pytest.mark.parametrize('work', ['apart', 'together'])
-def test_two_processes_make_the_episodes_of_one(work, tmp_path):
-    (((expected, calls, _), *_),) = run(1, 'one', tmp_path)
-    ours, theirs = run(2, work, tmp_path)
+def test_two_processes_make_the_episodes_of_one(work, decode_rows, tmp_path):
+    (((expected, calls, _), *_),) = run(1, 'one', decode_rows, tmp_path)
+    ours, theirs = run(2, work, decode_rows, tmp_path)
     (episodes, first_calls, counted), (_, second_calls, _) = ours[0], theirs[0]
     for mine, other in zip(ours, theirs):
         assert mine[0] == other[0]  # every process holds all episodes

@@ -1,4 +1,6 @@
-"""One process of a rollout: `python -m tests.rollout.worker apart|together|one DIRECTORY`, joined by RETOOL_PROCESS….
+"""One process of a rollout: `python -m tests.rollout.worker apart|together|one DECODE_ROWS DIRECTORY`.
+
+Processes are joined by RETOOL_PROCESS….
 
 apart: an engine per process on the devices of that process, weights from the global training mesh, episodes gathered.
 together: one engine on a mesh over all processes, in lockstep. one: an engine on the first device.
@@ -8,6 +10,7 @@ and both times. Writes DIRECTORY/<work>_<process>.pkl.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import pickle
 import random
@@ -32,8 +35,9 @@ def make_engine(sampler: Sampler, kind=Engine, link=None) -> Engine:
     return kind(sampler, rules, PLAIN, FakePool(answer), seed=1, purpose=1, link=link)
 
 
-def make_sampler(mesh=None) -> Sampler:
-    return Sampler(CONFIG, SIZES, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids, mesh)
+def make_sampler(mesh, decode_rows: int) -> Sampler:
+    sizes = dataclasses.replace(SIZES, decode_rows=decode_rows)
+    return Sampler(CONFIG, sizes, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids, mesh)
 
 
 def train_params(mesh):
@@ -48,34 +52,35 @@ def dealt_out() -> list[jax.Device]:
     return np.array(jax.devices()).reshape(jax.process_count(), -1).T.ravel().tolist()
 
 
-def apart():
+def apart(decode_rows: int):
     """The tensor axis fits twice into a process, though on the training mesh it runs through both."""
     mesh = meshes.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 2}, dealt_out())
     assert len({d.process_index for d in mesh.devices[0, 0]}) == jax.process_count() and not hosts.spans(mesh)
     assert hosts.spans(meshes.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 8}))
     local = hosts.local_mesh(mesh)
     assert dict(local.shape) == {'data': 2, 'fsdp': 1, 'tensor': 2}
-    return make_engine(make_sampler(local), hosts.Apart), hosts.make_sync(CONFIG, SIZES.dtype, mesh)(train_params(mesh))
+    engine = make_engine(make_sampler(local, decode_rows), hosts.Apart)
+    return engine, hosts.make_sync(CONFIG, SIZES.dtype, mesh)(train_params(mesh))
 
 
-def together():
+def together(decode_rows: int):
     """The tensor axis runs through both processes."""
     mesh = meshes.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 4}, dealt_out())
     assert len({d.process_index for d in mesh.devices[0, 0]}) == jax.process_count()
-    sampler = make_sampler(mesh)
+    sampler = make_sampler(mesh, decode_rows)
     return make_engine(sampler, link=hosts.Lockstep()), sampler.sync(train_params(mesh))
 
 
-def one():
+def one(decode_rows: int):
     mesh = meshes.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.local_devices()[:1])
-    sampler = make_sampler(mesh)
+    sampler = make_sampler(mesh, decode_rows)
     return make_engine(sampler), sampler.sync(train_params(mesh))
 
 
-def main(work: str, directory: str) -> None:
+def main(work: str, decode_rows: str, directory: str) -> None:
     processes.join()
     template.extract_snippet = lambda text: template.Snippet(text, 0)
-    engine, weights = {'apart': apart, 'together': together, 'one': one}[work]()
+    engine, weights = {'apart': apart, 'together': together, 'one': one}[work](int(decode_rows))
     found = []
     for run in range(4):
         rng, slow = random.Random(2 * jax.process_index() + run), 0.1 * (1 + jax.process_index()) * (run >= 2)
