@@ -63,17 +63,20 @@ def measure(shape: Shape, repeats: int, parts: Sequence[str], say: Callable[[str
     params = qwen.init(config, jax.random.key(0))
     weights = jax.jit(lambda p: qwen.to_sampling(config, p, jnp.dtype(shape.dtype)))(params)
     figures = {'device': jax.devices()[0].device_kind, **dataclasses.asdict(shape)}
+    def keep(found: dict) -> None:
+        say(json.dumps(found))  # a later part may fail
+        figures.update(found)
     if 'peers' in parts:
         with tempfile.TemporaryDirectory() as folder:
             hf.save(pathlib.Path(folder) / 'model', config, params, jnp.dtype(shape.dtype))
             with open_peers(pathlib.Path(folder) / 'model', shape.slots, say) as peers:
-                figures |= against_peers(config, weights, shape, repeats, peers, say)
+                keep(against_peers(config, weights, shape, repeats, peers, say))
                 if 'tunix' in peers:
-                    figures |= against_new_budgets(config, weights, shape, repeats, peers['tunix'], say)
+                    keep(against_new_budgets(config, weights, shape, repeats, peers['tunix'], say))
     if 'tools' in parts:
-        figures |= rollout_tools.measure(config, weights, shape, repeats, say)
+        keep(rollout_tools.measure(config, weights, shape, repeats, say))
     if 'cache' in parts:
-        figures |= rollout_cache.measure(config, weights, shape, repeats, say)
+        keep(rollout_cache.measure(config, weights, shape, repeats, say))
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
 
 

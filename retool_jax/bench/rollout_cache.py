@@ -71,7 +71,8 @@ class Rows:
         jax.block_until_ready(self.state.logits_BV)
 
         def work() -> jax.Array:
-            self.state, out = self.sampler.decode(self.weights, self.state, before, False)
+            rows = self.sampler.choose(range(self.count))
+            self.state, out = self.sampler.decode(self.weights, self.state, rows, before, False)
             return out.tokens_BQ
         return clock(work) / self.shape.quota
 

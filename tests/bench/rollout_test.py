@@ -99,6 +99,13 @@ def test_the_floor_multiplies_every_weight_and_reads_the_live_cache():
         assert (np.asarray(program(changed)) != before).any(), names
 
 
+def test_long_and_short_caches_and_a_late_tool_are_measured():
+    shape, said = Shape(**SMALL), []
+    found = rollout.measure(shape, 1, ['cache'], said.append)
+    assert all(found[name] > 0 for name in ('decode_long_over_short', 'extend_long_over_short', 'prefill_over_resume'))
+    assert json.loads(said[-1])['decode_long_over_short'] == pytest.approx(found['decode_long_over_short'], abs=1e-4)
+
+
 @pytest.mark.slow
 def test_the_binary_ends_in_one_line_of_json_with_the_peers_beside_it():
     done = subprocess.run([sys.executable, ROOT / 'launch/bench_rollout.py', f'--shape={SMALL}', '--repeats=1'],
