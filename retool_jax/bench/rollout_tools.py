@@ -20,7 +20,8 @@ from retool_jax.rollout.sampler import STOP_CODE, STOP_NONE, Sampler, SamplerSet
 from retool_jax.text import tags
 
 FED = 32  # tokens of a tool's output
-ROUNDS = 8, 4  # episodes per slot: of the smallest case, of the others
+ROUNDS = 12, 6  # episodes per slot: of few slots, of many and behind a barrier
+DECODING = 5 / 8  # of the slots that have slow tools: half of them wait, give or take
 CALL, LAST = 'call', 'last'  # what a turn ends with
 ANSWERED = ExecResult(Verdict.OK, '', '')
 
@@ -127,22 +128,23 @@ class Case:
         self.engine: Engine | None = None
 
     def run(self, weights: Params, tool, count: int, step: int = 0) -> float:
-        """tokens/s of `count` episodes, from the first token until the queue is empty: while all slots are held."""
+        """tokens/s of `count` episodes, from the `rows`-th that ended until the queue is empty."""
         rules = Script(self.shape.slots, self.shape.slots - FED, self.shape.calls, isinstance(tool, Barrier))
         plain = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
         self.engine = Engine(self.sampler, rules, plain, tool, seed=0, purpose=0)
         rng = np.random.default_rng(step)
         prompt = lambda: tuple(rng.integers(0, self.shape.vocab, self.shape.prompt).tolist())
         requests = [Request(Problem(f'{step}/{i}', '', '', '', ''), 0, prompt()) for i in range(count)]
-        began, ended, rates = time.perf_counter(), itertools.count(1), []
+        ended, marks = itertools.count(1), []
 
         def finished(episode: Episode) -> None:
             tool.finished(episode)
-            if next(ended) == count - self.rows:
-                self.seconds, self.answers = time.perf_counter() - began, len(self.engine.stats.tool_wait_s)
-                rates.append(self.engine.stats.sampled_tokens / self.seconds)
+            if next(ended) in (self.rows, count - self.rows):
+                stats = self.engine.stats
+                marks.append(np.array([time.perf_counter(), stats.sampled_tokens, len(stats.tool_wait_s)]))
         self.engine.run(weights, 0, requests, step, finished=finished)
-        return rates[0]
+        self.seconds, tokens, self.answers = marks[-1] - marks[0]
+        return tokens / self.seconds
 
 
 def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Callable[[str], None]) -> dict:
@@ -155,7 +157,7 @@ def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Calla
     pace = [probe.run(weights, Tool(0.0), ROUNDS[0] * few, step) / few for step in range(4)][1:]  # the first compiles
     mean = max(float(np.median(pace)) * shape.tool_s * shape.calls / (shape.calls + 1), 4.0)
     instant = Case(config, shape, few, few, mean)
-    slow = {rows: Case(config, shape, rows, rows // 2, mean) for rows in shape.tool_rows}
+    slow = {rows: Case(config, shape, rows, round(rows * DECODING), mean) for rows in shape.tool_rows}
     count = lambda case: case.rows * ROUNDS[case.rows > first]
     shares = []  # of the time that slots are held, spent on tools
 
@@ -164,7 +166,10 @@ def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Calla
         if case.rows == first:
             shares.append(shape.tool_s * case.answers / case.rows / case.seconds)
         return rate
-    barrier = lambda case, step: case.run(weights, Barrier(shape.tool_s, case.rows, count(case)), count(case), step)
+
+    def barrier(case: Case, step: int) -> float:
+        episodes = case.rows * ROUNDS[1]
+        return case.run(weights, Barrier(shape.tool_s, case.rows, episodes), episodes, step)
     sides = {f'instant_{few}': lambda i: instant.run(weights, Tool(0.0), count(instant), i)}
     sides |= {f'tools_{rows}': lambda i, c=case: tools(c, i) for rows, case in slow.items()}
     sides |= {f'barrier_{rows}': lambda i, c=slow[rows]: barrier(c, i) for rows in (first, last)}
