@@ -153,9 +153,12 @@ def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Calla
     first, last = shape.tool_rows[0], shape.tool_rows[-1]
     few = first // 2
     # Tools are to take as long as all else of an episode takes where slots are few and tools instant.
-    probe = Case(config, shape, few, few, shape.new / (shape.calls + 1))
-    pace = [probe.run(weights, Tool(0.0), ROUNDS[0] * few, step) / few for step in range(4)][1:]  # the first compiles
-    mean = max(float(np.median(pace)) * shape.tool_s * shape.calls / (shape.calls + 1), 4.0)
+    mean, held = shape.new / (shape.calls + 1), []
+    probe = Case(config, shape, few, few, mean)
+    for step in range(4):
+        probe.run(weights, Tool(0.0), ROUNDS[0] * few, step)
+        held.append(few * probe.seconds / max(probe.answers, 1))  # seconds of a slot for every call
+    mean = max(mean * shape.tool_s / float(np.median(held[1:])), 4.0)  # the first compiles
     instant = Case(config, shape, few, few, mean)
     slow = {rows: Case(config, shape, rows, round(rows * DECODING), mean) for rows in shape.tool_rows}
     count = lambda case: case.rows * ROUNDS[case.rows > first]

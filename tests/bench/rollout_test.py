@@ -12,6 +12,7 @@ import pytest
 from retool_jax.bench import rollout, rollout_tools, timing
 from retool_jax.bench.rollout import Shape
 from retool_jax.core.cli import ROOT
+from retool_jax.core.records import Stop
 from retool_jax.model import qwen
 
 SMALL = {'layers': 1, 'width': 32, 'mlp': 48, 'heads': 2, 'kv_heads': 1, 'vocab': 64, 'slots': 320, 'short_slots': 288,
@@ -55,7 +56,7 @@ def test_an_episode_of_the_bench_calls_its_tools_and_ends():
     assert threading.active_count() <= before + 1
     for e in ended:
         turns = [ids for acted, ids in e.segments() if acted]
-        assert len(turns) == len(e.calls) + 1
+        assert len(turns) == len(e.calls) + (e.stop != Stop.LENGTH)
         assert [len(ids) for acted, ids in e.segments() if not acted] == [16] + [rollout_tools.FED] * len(e.calls)
     assert len({len(e.calls) for e in ended}) > 1 and np.mean([len(e.calls) for e in ended]) < 2 * shape.calls
     assert np.mean([len(t) for e in ended for _, t in e.segments()[1::2]]) < 40  # a turn is about `mean` long
