@@ -182,8 +182,10 @@ def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Calla
             say(f'{name}, round {i}')
             found[name].append(work(i))
             say(f'{found[name][-1]:.0f} tokens/s')
-    rate = {name: float(np.median(values[1:])) for name, values in found.items()}
-    return {f'{name}_tokens_per_s': value for name, value in rate.items()} | {
-        f'tools_over_barrier_{rows}': rate[f'tools_{rows}'] / rate[f'barrier_{rows}'] for rows in (first, last)} | {
-        'turn_tokens': mean, 'tools_share': float(np.median(shares[1:])),
-        'tools_over_instant': rate[f'tools_{first}'] / rate[f'instant_{few}']}
+    # A round takes minutes, in which the machine changes: sides are compared within rounds.
+    median = lambda values: float(np.median(values[1:]))
+    over = lambda name, other: median(np.array(found[name]) / np.array(found[other]))
+    return {f'{name}_tokens_per_s': median(values) for name, values in found.items()} | {
+        f'tools_over_barrier_{rows}': over(f'tools_{rows}', f'barrier_{rows}') for rows in (first, last)} | {
+        'turn_tokens': mean, 'tools_share': median(shares),
+        'tools_over_instant': over(f'tools_{first}', f'instant_{few}')}
