@@ -63,9 +63,11 @@ def measure(shape: Shape, repeats: int, parts: Sequence[str], say: Callable[[str
     params = qwen.init(config, jax.random.key(0))
     weights = jax.jit(lambda p: qwen.to_sampling(config, p, jnp.dtype(shape.dtype)))(params)
     figures = {'device': jax.devices()[0].device_kind, **dataclasses.asdict(shape)}
+
     def keep(found: dict) -> None:
         say(json.dumps(found))  # a later part may fail
         figures.update(found)
+
     if 'peers' in parts:
         with tempfile.TemporaryDirectory() as folder:
             hf.save(pathlib.Path(folder) / 'model', config, params, jnp.dtype(shape.dtype))

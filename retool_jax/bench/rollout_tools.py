@@ -23,6 +23,7 @@ FED = 32  # tokens of a tool's output
 ROUNDS = 12, 6  # episodes per slot: of few slots, of many and behind a barrier
 DECODING = 5 / 8  # of the slots that have slow tools: half of them wait, give or take
 CALL, LAST = 'call', 'last'  # what a turn ends with
+NOISY = 3  # times as many rounds of few slots, whose rates differ by a fifth from one to the next
 ANSWERED = ExecResult(Verdict.OK, '', '')
 
 
@@ -173,19 +174,29 @@ def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Calla
     def barrier(case: Case, step: int) -> float:
         episodes = case.rows * ROUNDS[1]
         return case.run(weights, Barrier(shape.tool_s, case.rows, episodes), episodes, step)
-    sides = {f'instant_{few}': lambda i: instant.run(weights, Tool(0.0), count(instant), i)}
-    sides |= {f'tools_{rows}': lambda i, c=case: tools(c, i) for rows, case in slow.items()}
-    sides |= {f'barrier_{rows}': lambda i, c=slow[rows]: barrier(c, i) for rows in (first, last)}
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(repeats + 1):
-        for name, work in sides.items():
-            say(f'{name}, round {i}')
-            found[name].append(work(i))
-            say(f'{found[name][-1]:.0f} tokens/s')
-    # A round takes minutes, in which the machine changes: sides are compared within rounds.
-    median = lambda values: float(np.median(values[1:]))
-    over = lambda name, other: median(np.array(found[name]) / np.array(found[other]))
-    return {f'{name}_tokens_per_s': median(values) for name, values in found.items()} | {
-        f'tools_over_barrier_{rows}': over(f'tools_{rows}', f'barrier_{rows}') for rows in (first, last)} | {
-        'turn_tokens': mean, 'tools_share': median(shares),
-        'tools_over_instant': over(f'tools_{first}', f'instant_{few}')}
+
+    def rounds(sides: dict[str, Callable[[int], float]], repeats: int) -> dict[str, np.ndarray]:
+        found: dict[str, list[float]] = {name: [] for name in sides}
+        for i in range(repeats + 1):
+            for name, work in sides.items():
+                say(f'{name}, round {i}')
+                found[name].append(work(i))
+                say(f'{found[name][-1]:.0f} tokens/s')
+        return {name: np.array(rates[1:]) for name, rates in found.items()}  # the first round compiles
+    found = rounds({f'instant_{few}': lambda i: instant.run(weights, Tool(0.0), count(instant), i),
+                    f'tools_{first}': lambda i: tools(slow[first], i),
+                    f'barrier_{first}': lambda i: barrier(slow[first], i)}, NOISY * repeats)
+    shares = shares[1:]
+    if last > first:
+        found |= rounds({f'tools_{rows}': lambda i, c=slow[rows]: tools(c, i) for rows in shape.tool_rows[1:]} |
+                        {f'barrier_{last}': lambda i: barrier(slow[last], i)}, repeats)
+    figures = {f'{name}_tokens_per_s': float(np.median(rates)) for name, rates in found.items()}
+    figures |= {'turn_tokens': mean, 'tools_share': float(np.median(shares))}
+    pairs = {'tools_over_instant': (f'tools_{first}', f'instant_{few}')} | {
+        f'tools_over_barrier_{rows}': (f'tools_{rows}', f'barrier_{rows}') for rows in (first, last)}
+    for ratio, (name, other) in pairs.items():
+        # The machine changes within minutes: sides are compared within rounds. The other way stands beside it.
+        figures[ratio] = float(np.median(found[name] / found[other]))
+        figures[f'{ratio}_of_medians'] = float(np.median(found[name]) / np.median(found[other]))
+        figures[f'{ratio}_rounds'] = [round(float(r), 2) for r in found[name] / found[other]]
+    return figures

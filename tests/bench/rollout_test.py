@@ -120,6 +120,9 @@ def test_the_binary_ends_in_one_line_of_json_with_the_peers_beside_it():
             ratios.append({'transformers': 'over_transformers_2', 'tunix': 'over_tunix'}[name])
             assert found[f'{name}_version']
     assert all(found[name] > 0 for name in ratios)
+    for name in ('tools_over_instant', 'tools_over_barrier_4'):
+        assert found[name] == pytest.approx(np.median(found[f'{name}_rounds']), abs=0.01)
+        assert len(found[f'{name}_rounds']) == rollout_tools.NOISY and found[f'{name}_of_medians'] > 0
     assert found.get('new_budget_compilations', 0) == 0
 
 

@@ -241,7 +241,7 @@ print(memory('VmHWM') - before - sum(x.nbytes for x in jax.tree.leaves(params)))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='needs Linux')
+@pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='/proc/self/clear_refs cannot be written')
 def test_loading_holds_no_more_than_one_tensor_beside_the_parameters(tmp_path):
     config = make_config(vocab_size=40_000, hidden_size=768, intermediate_size=3072, num_hidden_layers=10,
                          num_attention_heads=12, head_dim=64, tie_word_embeddings=True)
