@@ -4,7 +4,7 @@
     python launch/bench_rollout.py --parts=cache --repeats=9
     python launch/bench_rollout.py --shape="{'rows': (1, 4), 'new': 16, 'layers': 2}"
 
-Run it on an idle machine after `make baselines`: it uses every core, for most of an hour (nearly all of it in `tools`).
+Run it on an idle machine after `make baselines`: it uses every core, for an hour (50 minutes of it in `tools`).
 """
 
 import ast
