@@ -6,7 +6,6 @@ A launch file ends in `cli.run(main)`. Flags are absl's, the configuration is an
 
 from __future__ import annotations
 
-import difflib
 import dis
 import errno
 import importlib.util
@@ -18,11 +17,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_dict, config_flags
+
+from retool_jax.core.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -39,10 +40,6 @@ _OUTSIDE = {
 
 # Finalisers, and JAX's callback of the garbage collector: Python prints what they raise and goes on.
 _SWALLOWING = ('__del__', '_xla_gc_callback')
-
-
-class UserError(ValueError):
-    """What the user can mend: the door prints its text as one line and exits 2."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -176,17 +173,6 @@ def explain(error: BaseException) -> str | None:
         where = ' → '.join(repr(str(f)) for f in (error.filename, error.filename2) if f is not None)
         return f'{where}: {error.strerror}' if where else _one_line(error)
     return None
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Returns ' (did you mean X?)', or '' where nothing is near."""
-    words = list(words)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    if not close:  # a right last word below a wrong block
-        tail = word.rsplit('.', 1)[-1]
-        tails = {w.rsplit('.', 1)[-1]: w for w in reversed(words)}
-        close = [tails[t] for t in difflib.get_close_matches(tail, tails, n=1, cutoff=0.75)]
-    return f' (did you mean {close[0]}?)' if close else ''
 
 
 def _run(body: Callable[[list[str]], None], main: Callable) -> None:

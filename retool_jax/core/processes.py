@@ -12,7 +12,8 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from retool_jax.core.cli import UserError, explain
+from retool_jax.core.cli import explain
+from retool_jax.core.errors import UserError
 
 PROCESSES = 'RETOOL_PROCESSES'  # environment variable: a number of processes, or 'auto' on TPU pods and under SLURM
 START_S = 1800  # until every process has started: hosts of a pod, or a loaded machine, are minutes apart

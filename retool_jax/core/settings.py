@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from retool_jax.core.cli import nearest
+from retool_jax.core.errors import nearest
 
 ABSENT = '(absent)'  # stands for the value of a key that one of two configurations lacks
 

@@ -13,7 +13,7 @@ from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core import processes, settings
 from retool_jax.core.checkpoint import Checkpoints
-from retool_jax.core.cli import UserError
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import TrainState
 from retool_jax.core.records import Episode
 from retool_jax.model import hf

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import processes, settings
-from retool_jax.core.cli import UserError, command
+from retool_jax.core.cli import command
+from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

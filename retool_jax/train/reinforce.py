@@ -17,7 +17,7 @@ from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core import processes, settings
 from retool_jax.core.checkpoint import Checkpoints
-from retool_jax.core.cli import UserError
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem
 from retool_jax.core.signals import uninterrupted
 from retool_jax.model import hf

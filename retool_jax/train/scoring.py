@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core import processes
-from retool_jax.core.cli import UserError
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop
 from retool_jax.core.signals import uninterrupted

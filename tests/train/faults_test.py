@@ -9,7 +9,7 @@ import pytest
 
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
-from retool_jax.core.cli import UserError
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import ExecResult, Stop, Verdict
 from retool_jax.sandbox.pool import Pool, SandboxSettings
 from retool_jax.train import reinforce

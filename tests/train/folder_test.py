@@ -5,7 +5,7 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from retool_jax.core.cli import UserError
+from retool_jax.core.errors import UserError
 from retool_jax.train import folder
 
 
