@@ -6,6 +6,9 @@ import dataclasses
 import json
 import pathlib
 
+from retool_jax.core import files
+from retool_jax.core.errors import UserError
+
 ARCHITECTURES = {'Qwen2ForCausalLM': 'qwen2', 'Qwen3ForCausalLM': 'qwen3'}
 
 
@@ -40,6 +43,13 @@ class QwenConfig:
     initializer_range: float = 0.02
 
     @property
+    def context(self) -> int:
+        """Positions that the weights were trained on, or that YaRN stretches them to."""
+        yarn = self.rope_scaling
+        stretched = int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0
+        return max(self.max_position_embeddings, stretched)
+
+    @property
     def attention_bias(self) -> bool:
         return self.model_type == 'qwen2'
 
@@ -68,6 +78,8 @@ def from_hf(raw: dict, where: str = 'config.json') -> QwenConfig:
         raise ValueError(f'{where}: hidden_act {raw["hidden_act"]} is not supported; Qwen uses silu')
     if raw.get('use_sliding_window'):
         raise ValueError(f'{where}: use_sliding_window is true; only full attention is supported')
+    if others := set(raw.get('layer_types') or ()) - {'full_attention'}:
+        raise UserError(f'{where}: layer_types holds {min(others)}; only full_attention is supported')
     missing = [key for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
                                'num_attention_heads') if key not in raw]
     if missing:
@@ -77,7 +89,7 @@ def from_hf(raw: dict, where: str = 'config.json') -> QwenConfig:
         raise ValueError(f'{where}: attention_bias {raw["attention_bias"]} is not supported for {names[0]}')
     heads = raw['num_attention_heads']
     width = 128 if kind == 'qwen3' else raw['hidden_size'] // heads  # the original's defaults
-    rope = raw.get('rope_parameters') or {}
+    rope = _rope(raw, where)
     return QwenConfig(
         model_type=kind,
         vocab_size=raw['vocab_size'], hidden_size=raw['hidden_size'],
@@ -86,14 +98,27 @@ def from_hf(raw: dict, where: str = 'config.json') -> QwenConfig:
         head_dim=raw.get('head_dim') or width,
         rms_norm_eps=raw.get('rms_norm_eps', 1e-6),
         rope_theta=float(rope.get('rope_theta') or raw.get('rope_theta') or 10000.0),
-        rope_scaling=_yarn(raw.get('rope_scaling') or rope, raw, where),
+        rope_scaling=_yarn(rope, raw, where),
         tie_word_embeddings=bool(raw.get('tie_word_embeddings', False)),
         max_position_embeddings=raw.get('max_position_embeddings', 32768),
         initializer_range=raw.get('initializer_range', 0.02))
 
 
+def _rope(raw: dict, where: str) -> dict:
+    """The rotary block as transformers chooses it: `rope_scaling`, else `rope_parameters`; what it says of the base
+    frequency goes before the field beside it. Both may be written once for each kind of layer."""
+    name = 'rope_scaling' if raw.get('rope_scaling') else 'rope_parameters'
+    block = raw.get(name) or {}
+    if isinstance(block, dict) and isinstance(block.get('full_attention'), dict):
+        block = block['full_attention']
+    if not isinstance(block, dict):
+        raise UserError(f'{where}: {name}={block!r} is not supported; give a record such as {{"rope_type": "default"}}')
+    return block
+
+
 def _yarn(scaling: dict, raw: dict, where: str) -> YarnScaling | None:
     kind = scaling.get('rope_type') or scaling.get('type') or 'default'
+    scaling = {'partial_rotary_factor': raw.get('partial_rotary_factor') or 1.0} | scaling
     plain = {'partial_rotary_factor': 1.0, 'truncate': True, 'mscale': None, 'mscale_all_dim': None}
     for key, value in plain.items():
         if scaling.get(key, value) != value:
@@ -127,10 +152,13 @@ def load_config(directory: str | pathlib.Path) -> QwenConfig:
     if not path.is_file():
         raise ValueError(f'model.path: {directory} holds no config.json; '
                          'give a Hugging Face model directory')
+    files.refuse_pointer(path)
     try:
         raw = json.loads(path.read_text())
     except ValueError:
         raise ValueError(f'model.path: {path} is no JSON; download it again') from None
+    if not isinstance(raw, dict):
+        raise UserError(f'model.path: {path} holds no object with fields; download it again')
     return from_hf(raw, str(path))
 
 

@@ -24,6 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from retool_jax.core import files
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
 from retool_jax.model import qwen
@@ -201,14 +203,27 @@ def read_headers(directory: pathlib.Path) -> dict[str, Tensor]:
         raise ValueError(f'model.path: {directory} holds neither {SINGLE} nor {INDEX}; download the weights '
                          '(other formats must be converted to safetensors)')
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(json.loads((directory / INDEX).read_text())['weight_map'].values())):
+    for name in sorted(set(_read_index(directory / INDEX).values())):
         if not (directory / name).is_file():
             raise ValueError(f'model.path: {directory / name} is missing, {INDEX} lists it; download it again')
         tensors |= _read_header(directory / name)
     return tensors
 
 
+def _read_index(file: pathlib.Path) -> dict[str, str]:
+    """{tensor: file} of an index."""
+    files.refuse_pointer(file)
+    try:
+        found = json.loads(file.read_text())['weight_map']
+        if not found or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'model.path: {file} holds no weight_map from tensors to files; download it again') from None
+    return found
+
+
 def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
+    files.refuse_pointer(file)
     size = file.stat().st_size
     with file.open('rb') as f:
         length = struct.unpack('<Q', f.read(8))[0] if size >= 8 else size
@@ -217,14 +232,16 @@ def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
                              'download it again')
         try:
             header = json.loads(f.read(length))
-        except ValueError:
+            header.pop('__metadata__', None)
+            spans = {name: entry['data_offsets'] for name, entry in header.items()}
+            end = 8 + length + max((stop for _, stop in spans.values()), default=0)
+            tensors = {name: Tensor(file, 8 + length + spans[name][0], entry['dtype'], tuple(entry['shape']))
+                       for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f'model.path: {file} is not a safetensors file; download it again') from None
-    header.pop('__metadata__', None)
-    end = 8 + length + max((entry['data_offsets'][1] for entry in header.values()), default=0)
     if size < end:
         raise ValueError(f'model.path: {file} is truncated: {size} bytes of {end}; download it again')
-    return {name: Tensor(file, 8 + length + entry['data_offsets'][0], entry['dtype'], tuple(entry['shape']))
-            for name, entry in header.items()}
+    return tensors
 
 
 def _compare_configs(found: QwenConfig, config: QwenConfig, directory: pathlib.Path) -> None:
@@ -274,15 +291,15 @@ def save(directory: str | os.PathLike, config: QwenConfig, params: Params, dtype
     order = [(leaf, None) for leaf in wanted if leaf.path[0] == 'embed_tokens']
     order += [(leaf, i) for i in range(config.num_hidden_layers) for leaf in wanted if leaf.stacked]
     order += [(leaf, None) for leaf in wanted if leaf.path[0] not in ('embed_tokens', 'layers')]
-    files = _split(order, jnp.dtype(dtype).itemsize, file_bytes)
+    parts = _split(order, jnp.dtype(dtype).itemsize, file_bytes)
     writes, tick = jax.process_index() == 0, _counter(progress, len(order))
     partial = directory.with_name(directory.name + '.partial')
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     weight_map = {}
-    for number, part in enumerate(files, 1):
-        file = SINGLE if len(files) == 1 else f'model-{number:05}-of-{len(files):05}.safetensors'
+    for number, part in enumerate(parts, 1):
+        file = SINGLE if len(parts) == 1 else f'model-{number:05}-of-{len(parts):05}.safetensors'
         weight_map |= {leaf.names[i or 0]: file for leaf, i in part}
         with open(partial / file if writes else os.devnull, 'wb') as f:
             f.write(_header(part, kinds[name], jnp.dtype(dtype).itemsize))
@@ -292,7 +309,7 @@ def save(directory: str | os.PathLike, config: QwenConfig, params: Params, dtype
                 tick()
     if not writes:
         return
-    if len(files) > 1:
+    if len(parts) > 1:
         total = sum(math.prod(leaf.shape) for leaf, _ in order) * jnp.dtype(dtype).itemsize
         index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
         (partial / INDEX).write_text(json.dumps(index, indent=2))

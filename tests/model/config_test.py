@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+import pathlib
 
 import jax
 import pytest
@@ -62,6 +65,49 @@ def test_both_spellings_of_yarn_are_read():
 
 
 GOOD = raw('Qwen2', 100, 32, 48, 2, 4, 2)
+SHARED = pathlib.Path(__file__).parents[3] / 'shared/cases/turn2/model_configs.jsonl'
+YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 8192}
+FIVE = {'rope_theta': 5e6}
+
+
+@pytest.mark.parametrize('change, theta, factor', [
+    ({}, 1e6, None),
+    ({'rope_scaling': FIVE | {'rope_type': 'default'}}, 5e6, None),
+    ({'rope_scaling': FIVE}, 5e6, None),
+    ({'rope_scaling': YARN}, 1e6, 4.0),
+    ({'rope_scaling': YARN | FIVE}, 5e6, 4.0),
+    ({'rope_scaling': YARN | FIVE, 'rope_theta': None}, 5e6, 4.0),
+    ({'rope_parameters': FIVE}, 5e6, None),
+    ({'rope_parameters': YARN | FIVE, 'rope_theta': None}, 5e6, 4.0),
+    ({'rope_parameters': FIVE, 'rope_scaling': YARN | {'rope_theta': 7e6}}, 7e6, 4.0),
+    ({'rope_parameters': YARN | FIVE, 'rope_scaling': None}, 5e6, 4.0),
+    ({'rope_parameters': {'full_attention': YARN | FIVE}, 'layer_types': ['full_attention'] * 2}, 5e6, 4.0),
+    ({'rope_theta': None}, 1e4, None),
+])
+def test_the_base_frequency_is_found_where_transformers_finds_it(change, theta, factor):
+    transformers = pytest.importorskip('transformers')
+    config = model_config.from_hf(GOOD | change)
+    assert (config.rope_theta, config.rope_scaling and config.rope_scaling.factor) == (theta, factor)
+    given = {key: value for key, value in copy.deepcopy(GOOD | change).items() if value is not None}
+    rope = transformers.Qwen2Config(**given).rope_parameters
+    rope = rope.get('full_attention', rope)
+    assert (rope['rope_theta'], rope.get('factor')) == (theta, factor)
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason='no shared cases')
+def test_configurations_that_people_met_are_read_as_transformers_reads_them():
+    for line in SHARED.read_text().splitlines():
+        case = json.loads(line)
+        config = model_config.from_hf(case['config'])
+        assert config.rope_theta == case['rope_theta'], case['name']
+        assert (config.rope_scaling and config.rope_scaling.factor) == case['yarn_factor'], case['name']
+
+
+def test_the_context_is_what_the_weights_or_yarn_reach():
+    reach = lambda **change: model_config.from_hf(GOOD | change).context
+    assert reach(max_position_embeddings=4096) == 4096
+    assert reach(max_position_embeddings=8192, rope_scaling=YARN) == 32768
+    assert reach(max_position_embeddings=131072, rope_scaling=YARN) == 131072
 
 
 @pytest.mark.parametrize('change, message', [
@@ -71,6 +117,9 @@ GOOD = raw('Qwen2', 100, 32, 48, 2, 4, 2)
     ({'hidden_act': 'gelu'}, 'hidden_act gelu is not supported'),
     ({'use_sliding_window': True}, 'use_sliding_window is true'),
     ({'attention_bias': False}, 'attention_bias False is not supported for Qwen2ForCausalLM'),
+    ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types holds sliding_attention'),
+    ({'partial_rotary_factor': 0.5}, 'rope_scaling partial_rotary_factor=0.5 is not supported'),
+    ({'rope_scaling': 'yarn'}, "rope_scaling='yarn' is not supported"),
     ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'rope_scaling type linear is not supported'),
     ({'rope_scaling': {'type': 'yarn', 'factor': 2.0, 'mscale': 0.7}}, 'rope_scaling mscale=0.7 is not supported'),
 ])
@@ -83,4 +132,10 @@ def test_a_missing_field_and_a_missing_file_are_named(tmp_path):
     with pytest.raises(ValueError, match='field hidden_size is missing'):
         model_config.from_hf({k: v for k, v in GOOD.items() if k != 'hidden_size'})
     with pytest.raises(ValueError, match='holds no config.json; give a Hugging Face model directory'):
+        model_config.load_config(tmp_path)
+    (tmp_path / 'config.json').write_text('[]')
+    with pytest.raises(ValueError, match='config.json holds no object with fields'):
+        model_config.load_config(tmp_path)
+    (tmp_path / 'config.json').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n')
+    with pytest.raises(ValueError, match=r'config\.json is a pointer of Git LFS'):
         model_config.load_config(tmp_path)

@@ -180,6 +180,31 @@ def test_a_file_of_another_kind_is_refused(saved):
     fails(config, directory, f'{first} is not a safetensors file')
 
 
+@pytest.mark.parametrize('name', [hf.INDEX, 'model-00001-of-*', 'config.json'])
+def test_a_pointer_of_git_lfs_is_named(saved, name):
+    config, directory = saved
+    (file,) = directory.glob(name)
+    file.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4976698672\n')
+    fails(config, directory, f'{file} is a pointer of Git LFS')
+
+
+@pytest.mark.parametrize('content', ['', '{}', '[]', 'null', '{"weight_map": {}}', '{"weight_map": ["a"]}',
+                                     '{"weight_map": {"a": 1}}', '{"metadata": {"total_size": 1}}'])
+def test_an_index_without_a_map_of_weights_is_named(saved, content):
+    config, directory = saved
+    (directory / hf.INDEX).write_text(content)
+    fails(config, directory, f'{directory / hf.INDEX} holds no weight_map')
+
+
+@pytest.mark.parametrize('header', ['[]', '{"a": 1}', '{"a": {}}', '{"a": {"data_offsets": [0]}}',
+                                    '{"a": {"data_offsets": [0, 4]}}'])
+def test_a_header_of_another_form_is_named(saved, header):
+    config, directory = saved
+    first = sorted(directory.glob('*.safetensors'))[0]
+    first.write_bytes(len(header).to_bytes(8, 'little') + header.encode())
+    fails(config, directory, f'{first} is not a safetensors file')
+
+
 @pytest.mark.parametrize('field, value', [('rope_theta', 5e5), ('num_hidden_layers', 3), ('model_type', 'qwen3')])
 def test_another_architecture_is_refused_by_the_field_that_differs(saved, field, value):
     config, directory = saved
