@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from retool_jax.algo import groups
+from retool_jax.core.errors import UserError
 
 ADVANTAGE_KINDS = ('gae', 'reinforce_pp', *groups.KINDS)
 LOSS_CHOICES = {
@@ -33,12 +34,12 @@ class AdvantageSettings:
     def __post_init__(self):
         if self.kind not in ADVANTAGE_KINDS:
             choices = ', '.join(ADVANTAGE_KINDS)
-            raise ValueError(f'advantage.kind={self.kind!r} is unknown; choose one of {choices}')
+            raise UserError(f'advantage.kind={self.kind!r} is unknown; choose one of {choices}')
         for name in ('gamma', 'lam'):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f'advantage.{name}={getattr(self, name)} must lie in [0, 1]')
+                raise UserError(f'advantage.{name}={getattr(self, name)} must lie in [0, 1]')
         if self.kind.startswith('reinforce_pp') and not self.whiten:
-            raise ValueError(
+            raise UserError(
                 f'advantage.whiten=False contradicts advantage.kind={self.kind!r}, which always whitens; '
                 'set advantage.whiten=True, or advantage.kind=dr_grpo for an unwhitened group baseline'
             )
@@ -88,7 +89,7 @@ class LossSettings:
         for name, choices in LOSS_CHOICES.items():
             if getattr(self, name) not in choices:
                 value = getattr(self, name)
-                raise ValueError(f'loss.{name}={value!r} is unknown; choose one of {", ".join(choices)}')
+                raise UserError(f'loss.{name}={value!r} is unknown; choose one of {", ".join(choices)}')
         bounds = {
             'clip_low': (0 <= self.clip_low <= 1, 'must lie in [0, 1]'),
             'clip_high': (self.clip_high >= 0, 'must not be negative'),
@@ -102,14 +103,14 @@ class LossSettings:
         }
         for name, (holds, remedy) in bounds.items():
             if not holds:
-                raise ValueError(f'loss.{name}={getattr(self, name)} {remedy}')
+                raise UserError(f'loss.{name}={getattr(self, name)} {remedy}')
         if self.aggregation == 'seq-mean-token-sum' and not (self.aggregation_constant or 0) > 0:
-            raise ValueError(
+            raise UserError(
                 f'loss.aggregation_constant={self.aggregation_constant} must be positive, since '
                 'loss.aggregation=seq-mean-token-sum divides by it; set it to the tokens the policy may write'
             )
         if self.kind == 'gspo' and self.aggregation != 'seq-mean-token-mean':
-            raise ValueError(
+            raise UserError(
                 f'loss.aggregation={self.aggregation!r} would weight the one ratio of a GSPO sequence by its '
                 'length; set loss.aggregation=seq-mean-token-mean'
             )

@@ -20,6 +20,8 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
+from retool_jax.core.errors import UserError
+
 _TREE, _META = 'state', 'meta'
 
 
@@ -34,7 +36,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, keep_last: int, keep_best_metric: str | None = None):
         if keep_last < 1:
-            raise ValueError(f'keep_last={keep_last}: at least the newest checkpoint has to stay')
+            raise UserError(f'keep_last={keep_last}: at least the newest checkpoint has to stay')
         self.directory = Path(directory).absolute()
         self._best = keep_best_metric
         logging.get_absl_logger().addFilter(_not_of_orbax)
@@ -145,7 +147,7 @@ class Checkpoints:
         steps = self.steps()
         if step not in steps:
             there = ', '.join(map(str, steps)) or 'none'
-            raise ValueError(f'{self.directory}: no checkpoint of step {step}; there are: {there}')
+            raise UserError(f'{self.directory}: no checkpoint of step {step}; there are: {there}')
 
 
 def _not_of_orbax(record) -> bool:
@@ -224,7 +226,7 @@ def _compare(saved: dict, wanted: dict, where: Path) -> None:
                 wrong.append(f'{".".join(path)} is {_type(has)}, this run has {_type(needs)}')
     if wrong:
         more = f' (and {len(wrong) - 3} more)' if len(wrong) > 3 else ''
-        raise ValueError(f'{where}: a checkpoint of another architecture: {"; ".join(wrong[:3])}{more}')
+        raise UserError(f'{where}: a checkpoint of another architecture: {"; ".join(wrong[:3])}{more}')
 
 
 def _type(leaf: Any) -> str:

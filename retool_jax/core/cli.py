@@ -6,7 +6,6 @@ A launch file ends in `cli.run(main)`. Flags are absl's, the configuration is an
 
 from __future__ import annotations
 
-import dis
 import errno
 import importlib.util
 import inspect
@@ -26,7 +25,6 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from retool_jax.core.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = Path(__file__).resolve().parents[1]
 TRACEBACK = 'RETOOL_TRACEBACK'  # environment variable: 1 prints the traceback of a user's error too
 
 _OVERRIDE = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]+)(?:=(?P<value>.*))?$', re.DOTALL)
@@ -161,13 +159,10 @@ def flatten(config: ConfigDict, prefix: str = '') -> dict[str, type]:
 def explain(error: BaseException) -> str | None:
     """Returns the one line for an error that the user can mend, None for one of ours.
 
-    Theirs are: a UserError; a ValueError that code of this package *raised*, in words (one out of
-    numpy, JAX or `int()` is a fault of ours and keeps its traceback); an OSError about files, disks
-    and ports.
+    Theirs are: a UserError, and an OSError about files, disks and ports. Any other error is a fault of
+    ours and keeps its traceback.
     """
     if isinstance(error, UserError):
-        return _one_line(error)
-    if isinstance(error, ValueError) and _raised_here(error):
         return _one_line(error)
     if isinstance(error, OSError) and error.errno in _OUTSIDE:
         where = ' → '.join(repr(str(f)) for f in (error.filename, error.filename2) if f is not None)
@@ -223,19 +218,6 @@ def _one_line(error: BaseException) -> str:
 
 def _article(kind: str) -> str:
     return f'an {kind}' if kind[0] in 'aeiou' else f'a {kind}'
-
-
-def _raised_here(error: BaseException) -> bool:
-    tb = error.__traceback__
-    while tb is not None and tb.tb_next is not None:
-        tb = tb.tb_next
-    if tb is None:
-        return False
-    code = tb.tb_frame.f_code
-    if code.co_code[tb.tb_lasti] != dis.opmap['RAISE_VARARGS']:
-        return False
-    file = Path(code.co_filename).resolve()
-    return file.is_relative_to(PACKAGE) or file.is_relative_to(ROOT / 'launch')
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:

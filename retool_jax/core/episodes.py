@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem, Reward, Stop, ToolCall, Verdict
 
 SCHEMA = 1
@@ -76,14 +77,14 @@ def read(directory: str | os.PathLike, name: str | None = None) -> list[Episode]
     path = Path(directory) / f'{name}.jsonl'
     header, *lines = _lines(path)
     if header.get('schema') != SCHEMA:
-        raise ValueError(f'{path}: schema {header.get("schema")!r}; this version reads {SCHEMA}')
+        raise UserError(f'{path}: schema {header.get("schema")!r}; this version reads {SCHEMA}')
     if header['episodes'] != len(lines):
-        raise ValueError(f'{path}: {len(lines)} episodes of {header["episodes"]}: the file was cut short')
+        raise UserError(f'{path}: {len(lines)} episodes of {header["episodes"]}: the file was cut short')
     with np.load(path.with_suffix('.npz'), allow_pickle=False) as arrays:
         offsets = arrays['offsets'].tolist()
         columns = {key: arrays[key] for key in ('tokens', 'acted', 'logprobs', 'versions')}
     if len(offsets) != len(lines) + 1 or any(len(c) != offsets[-1] for c in columns.values()):
-        raise ValueError(f'{path.with_suffix(".npz")}: does not belong to {path.name}')
+        raise UserError(f'{path.with_suffix(".npz")}: does not belong to {path.name}')
     return [
         _from_json(line, {key: column[start:end].tolist() for key, column in columns.items()})
         for line, start, end in zip(lines, offsets, offsets[1:])
@@ -145,7 +146,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError:
-                raise ValueError(f'{path}:{number}: not a line of episodes: {line[:60]!r}') from None
+                raise UserError(f'{path}:{number}: not a line of episodes: {line[:60]!r}') from None
 
 
 def _to_json(episode: Episode, decode: Callable[[list[int]], str]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from retool_jax.core.errors import UserError
+
 AXES = ('data', 'fsdp', 'tensor')
 LOGICAL = ('batch', 'seq', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab', 'layers')
 
@@ -35,8 +37,8 @@ def fill(shape: Mapping[str, int], count: int) -> tuple[int, ...]:
         sizes[sizes.index(-1)] = count // known
     if any(size < 1 for size in sizes) or math.prod(sizes) != count:
         asked = ' × '.join(f'{axis}={shape[axis]}' for axis in AXES)
-        raise ValueError(f'mesh: {asked} does not divide {count} device(s); '
-                         'set one axis to -1 to take what is left')
+        raise UserError(f'mesh: {asked} does not divide {count} device(s); '
+                        'set one axis to -1 to take what is left')
     return tuple(sizes)
 
 

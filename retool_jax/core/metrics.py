@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from retool_jax.core.errors import UserError
+
 FILE = 'metrics.jsonl'
 QUIET_S = 15.0  # seconds between progress lines where there is no terminal
 
@@ -122,7 +124,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
         try:
             found.append(json.loads(line))
         except ValueError:
-            raise ValueError(f'{path}:{number}: not a line of metrics: {line[:60]!r}') from None
+            raise UserError(f'{path}:{number}: not a line of metrics: {line[:60]!r}') from None
     return found
 
 

@@ -40,8 +40,8 @@ def join() -> None:
     given = {name: os.environ.get(name, '') for name in ('RETOOL_COORDINATOR', 'RETOOL_PROCESS')}
     missing = next((name for name, value in given.items() if not value), None)
     if missing or not wanted.isdigit():
-        raise ValueError(f'{missing or PROCESSES}: {PROCESSES}={wanted!r} is "auto", or a number that goes with '
-                         'RETOOL_COORDINATOR=host:port and RETOOL_PROCESS=0, 1, …')
+        raise UserError(f'{missing or PROCESSES}: {PROCESSES}={wanted!r} is "auto", or a number that goes with '
+                        'RETOOL_COORDINATOR=host:port and RETOOL_PROCESS=0, 1, …')
     jax.distributed.initialize(given['RETOOL_COORDINATOR'], int(wanted), int(given['RETOOL_PROCESS']), **patience)
 
 
@@ -97,7 +97,7 @@ def first[T](work: Callable[[], T]) -> T:
     if leads():
         try:
             found = work()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             if jax.process_count() == 1:
                 raise
             refused = explain(error) or str(error)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from retool_jax.core.errors import nearest
+from retool_jax.core.errors import UserError, nearest
 
 ABSENT = '(absent)'  # stands for the value of a key that one of two configurations lacks
 
@@ -29,25 +29,25 @@ def build[T](kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '
         the dataclass's own __post_init__ refused.
     """
     if not isinstance(block, (ConfigDict, Mapping)):
-        raise ValueError(f'config key {name}: expected a block of keys, got {block!r}')
+        raise UserError(f'config key {name}: expected a block of keys, got {block!r}')
     hints = typing.get_type_hints(kind)
     fields = [f.name for f in dataclasses.fields(kind) if f.init]
     for key in block:
         if key not in fields:
-            raise ValueError(f'unknown config key {_join(name, key)!r}{nearest(key, fields)}')
+            raise UserError(f'unknown config key {_join(name, key)!r}{nearest(key, fields)}')
     values = {}
     for key in fields:
         if key not in block:
-            raise ValueError(f'config key {_join(name, key)!r} is missing')
+            raise UserError(f'config key {_join(name, key)!r} is missing')
         try:
             value = block[key]
         except config_dict.RequiredValueError:
-            raise ValueError(f'{_join(name, key)} must be given: --config.{_join(name, key)}=VALUE') from None
+            raise UserError(f'{_join(name, key)} must be given: --config.{_join(name, key)}=VALUE') from None
         values[key] = _convert(hints[key], value, _join(name, key))
     try:
         return kind(**values)
-    except ValueError as error:
-        raise ValueError(f'{name}: {error}' if name else str(error)) from error
+    except UserError as error:
+        raise UserError(f'{name}: {error}' if name else str(error)) from error
 
 
 def to_json(config: Any) -> Any:
@@ -122,7 +122,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        raise ValueError(f'{key}={value!r}: expected one of {", ".join(map(repr, args))}')
+        raise UserError(f'{key}={value!r}: expected one of {", ".join(map(repr, args))}')
     if dataclasses.is_dataclass(kind):
         return build(kind, value, key)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
@@ -130,13 +130,13 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
             return kind(value)
         except ValueError:
             known = ', '.join(repr(m.value) for m in kind)
-            raise ValueError(f'{key}={value!r}: expected one of {known}') from None
+            raise UserError(f'{key}={value!r}: expected one of {known}') from None
     if origin is tuple and isinstance(value, (tuple, list)):
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_convert(args[0], v, f'{key}[{i}]') for i, v in enumerate(value))
         if len(args) == len(value):
             return tuple(_convert(a, v, f'{key}[{i}]') for i, (a, v) in enumerate(zip(args, value)))
-        raise ValueError(f'{key}={value!r}: expected {len(args)} entries')
+        raise UserError(f'{key}={value!r}: expected {len(args)} entries')
     if origin in (dict, Mapping) and isinstance(value, (ConfigDict, Mapping)):
         return {k: _convert(args[1], value[k], _join(key, k)) for k in value}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -146,7 +146,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     plain = origin or kind
     if isinstance(value, plain) and not (isinstance(value, bool) and plain in (int, float)):
         return value
-    raise ValueError(f'{key}={value!r}: expected {_name(kind)}, got {type(value).__name__}')
+    raise UserError(f'{key}={value!r}: expected {_name(kind)}, got {type(value).__name__}')
 
 
 def _name(kind: Any) -> str:

@@ -72,21 +72,21 @@ def from_hf(raw: dict, where: str = 'config.json') -> QwenConfig:
     names = raw.get('architectures') or [{'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}.get(
         raw.get('model_type', ''), raw.get('model_type', 'none'))]
     if names[0] not in ARCHITECTURES:
-        raise ValueError(f'{where}: architecture {names[0]} is not supported; '
-                         f'supported are {", ".join(ARCHITECTURES)}')
+        raise UserError(f'{where}: architecture {names[0]} is not supported; '
+                        f'supported are {", ".join(ARCHITECTURES)}')
     if raw.get('hidden_act', 'silu') != 'silu':
-        raise ValueError(f'{where}: hidden_act {raw["hidden_act"]} is not supported; Qwen uses silu')
+        raise UserError(f'{where}: hidden_act {raw["hidden_act"]} is not supported; Qwen uses silu')
     if raw.get('use_sliding_window'):
-        raise ValueError(f'{where}: use_sliding_window is true; only full attention is supported')
+        raise UserError(f'{where}: use_sliding_window is true; only full attention is supported')
     if others := set(raw.get('layer_types') or ()) - {'full_attention'}:
         raise UserError(f'{where}: layer_types holds {min(others)}; only full_attention is supported')
     missing = [key for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
                                'num_attention_heads') if key not in raw]
     if missing:
-        raise ValueError(f'{where}: field {missing[0]} is missing')
+        raise UserError(f'{where}: field {missing[0]} is missing')
     kind = ARCHITECTURES[names[0]]
     if raw.get('attention_bias', kind == 'qwen2') != (kind == 'qwen2'):
-        raise ValueError(f'{where}: attention_bias {raw["attention_bias"]} is not supported for {names[0]}')
+        raise UserError(f'{where}: attention_bias {raw["attention_bias"]} is not supported for {names[0]}')
     heads = raw['num_attention_heads']
     width = 128 if kind == 'qwen3' else raw['hidden_size'] // heads  # the original's defaults
     rope = _rope(raw, where)
@@ -122,11 +122,11 @@ def _yarn(scaling: dict, raw: dict, where: str) -> YarnScaling | None:
     plain = {'partial_rotary_factor': 1.0, 'truncate': True, 'mscale': None, 'mscale_all_dim': None}
     for key, value in plain.items():
         if scaling.get(key, value) != value:
-            raise ValueError(f'{where}: rope_scaling {key}={scaling[key]} is not supported')
+            raise UserError(f'{where}: rope_scaling {key}={scaling[key]} is not supported')
     if kind == 'default':
         return None
     if kind != 'yarn':
-        raise ValueError(f'{where}: rope_scaling type {kind} is not supported; supported are default, yarn')
+        raise UserError(f'{where}: rope_scaling type {kind} is not supported; supported are default, yarn')
     longest = raw.get('max_position_embeddings', 32768)
     original = scaling.get('original_max_position_embeddings') or longest
     return YarnScaling(factor=float(scaling.get('factor') or longest / original),
@@ -150,13 +150,13 @@ def load_config(directory: str | pathlib.Path) -> QwenConfig:
     """Reads `directory/config.json`."""
     path = pathlib.Path(directory) / 'config.json'
     if not path.is_file():
-        raise ValueError(f'model.path: {directory} holds no config.json; '
-                         'give a Hugging Face model directory')
+        raise UserError(f'model.path: {directory} holds no config.json; '
+                        'give a Hugging Face model directory')
     files.refuse_pointer(path)
     try:
         raw = json.loads(path.read_text())
     except ValueError:
-        raise ValueError(f'model.path: {path} is no JSON; download it again') from None
+        raise UserError(f'model.path: {path} is no JSON; download it again') from None
     if not isinstance(raw, dict):
         raise UserError(f'model.path: {path} holds no object with fields; download it again')
     return from_hf(raw, str(path))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from retool_jax.core.checkpoint import Checkpoints
+from retool_jax.core.errors import UserError
 from retool_jax.model import config as model_config
 from retool_jax.model import hf, qwen
 
@@ -35,13 +36,13 @@ def to_hf(source: str | os.PathLike, target: str | os.PathLike, like: str | os.P
     """
     hf.refuse_existing(target)  # before anything is read
     if not pathlib.Path(source).is_dir():
-        raise ValueError(f'checkpoint {str(source)!r} is no directory')
+        raise UserError(f'checkpoint {str(source)!r} is no directory')
     config = model_config.load_config(like)
     with Checkpoints(source, keep_last=1) as checkpoints:
         steps = checkpoints.steps()
         if not steps or step not in (None, *steps):
-            raise ValueError(f'{source}: no checkpoint of step {"any" if step is None else step}; '
-                             f'there are: {", ".join(map(str, steps)) or "none"}')
+            raise UserError(f'{source}: no checkpoint of step {"any" if step is None else step}; '
+                            f'there are: {", ".join(map(str, steps)) or "none"}')
     params = _read(pathlib.Path(source).absolute() / str(steps[-1] if step is None else step), part.split('.'),
                    qwen.abstract_params(config))
     hf.save(target, config, params, dtype, tokenizer_dir=like, progress=progress)
@@ -55,7 +56,7 @@ def _read(directory: pathlib.Path, part: list[str], wanted):
     for depth, word in enumerate(part):
         if not isinstance(stored, dict) or word not in stored:
             there = ', '.join(sorted(stored)) if isinstance(stored, dict) else 'an array'
-            raise ValueError(f'{directory}: {".".join(part[:depth + 1])} is not in this checkpoint; there is {there}')
+            raise UserError(f'{directory}: {".".join(part[:depth + 1])} is not in this checkpoint; there is {there}')
         stored = stored[word]
     flat = lambda tree: {'.'.join(entry.key for entry in path): leaf
                          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
@@ -66,7 +67,7 @@ def _read(directory: pathlib.Path, part: list[str], wanted):
               for name in needs if name in has and has[name].shape != needs[name].shape]
     if wrong:
         more = f' (and {len(wrong) - 3} more)' if len(wrong) > 3 else ''
-        raise ValueError(f'{directory}: {".".join(part)} does not fit: {"; ".join(wrong[:3])}{more}')
+        raise UserError(f'{directory}: {".".join(part)} does not fit: {"; ".join(wrong[:3])}{more}')
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored)
     for word in reversed(part):

@@ -200,12 +200,12 @@ def read_headers(directory: pathlib.Path) -> dict[str, Tensor]:
     if (directory / SINGLE).is_file():
         return _read_header(directory / SINGLE)
     if not (directory / INDEX).is_file():
-        raise ValueError(f'model.path: {directory} holds neither {SINGLE} nor {INDEX}; download the weights '
-                         '(other formats must be converted to safetensors)')
+        raise UserError(f'model.path: {directory} holds neither {SINGLE} nor {INDEX}; download the weights '
+                        '(other formats must be converted to safetensors)')
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(_read_index(directory / INDEX).values())):
         if not (directory / name).is_file():
-            raise ValueError(f'model.path: {directory / name} is missing, {INDEX} lists it; download it again')
+            raise UserError(f'model.path: {directory / name} is missing, {INDEX} lists it; download it again')
         tensors |= _read_header(directory / name)
     return tensors
 
@@ -228,8 +228,8 @@ def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
     with file.open('rb') as f:
         length = struct.unpack('<Q', f.read(8))[0] if size >= 8 else size
         if 8 + length > size:
-            raise ValueError(f'model.path: {file} is truncated: {size} bytes, fewer than its header needs; '
-                             'download it again')
+            raise UserError(f'model.path: {file} is truncated: {size} bytes, fewer than its header needs; '
+                            'download it again')
         try:
             header = json.loads(f.read(length))
             header.pop('__metadata__', None)
@@ -238,9 +238,9 @@ def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
             tensors = {name: Tensor(file, 8 + length + spans[name][0], entry['dtype'], tuple(entry['shape']))
                        for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f'model.path: {file} is not a safetensors file; download it again') from None
+            raise UserError(f'model.path: {file} is not a safetensors file; download it again') from None
     if size < end:
-        raise ValueError(f'model.path: {file} is truncated: {size} bytes of {end}; download it again')
+        raise UserError(f'model.path: {file} is truncated: {size} bytes of {end}; download it again')
     return tensors
 
 
@@ -248,8 +248,8 @@ def _compare_configs(found: QwenConfig, config: QwenConfig, directory: pathlib.P
     for field in dataclasses.fields(QwenConfig):
         theirs, ours = getattr(found, field.name), getattr(config, field.name)
         if theirs != ours and field.name not in FREE_FIELDS:
-            raise ValueError(f'model.path: {directory / "config.json"} has {field.name}={theirs}, '
-                             f'this run is set up for {ours}')
+            raise UserError(f'model.path: {directory / "config.json"} has {field.name}={theirs}, '
+                            f'this run is set up for {ours}')
 
 
 def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: QwenConfig,
@@ -267,7 +267,7 @@ def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: Qwe
             wrong.append(f'{name} is stored as {tensor.dtype}; supported are {", ".join(DTYPES)}')
     if wrong:
         more = f' (and {len(wrong) - 3} more)' if len(wrong) > 3 else ''
-        raise ValueError(f'model.path: weights of {directory} do not fit: {"; ".join(wrong[:3])}{more}')
+        raise UserError(f'model.path: weights of {directory} do not fit: {"; ".join(wrong[:3])}{more}')
 
 
 def save(directory: str | os.PathLike, config: QwenConfig, params: Params, dtype=jnp.bfloat16,
@@ -283,7 +283,7 @@ def save(directory: str | os.PathLike, config: QwenConfig, params: Params, dtype
     directory, name = pathlib.Path(directory).absolute(), jnp.dtype(dtype).name
     kinds = {jnp.dtype(kind).name: code for code, kind in DTYPES.items()}
     if name not in kinds:
-        raise ValueError(f'dtype {name} is not supported; choose {", ".join(kinds)}')
+        raise UserError(f'dtype {name} is not supported; choose {", ".join(kinds)}')
     refuse_existing(directory)
     tokenizer_files, special = _tokenizer(tokenizer_dir)
     # In the checkpoint's own order, layer by layer, so that a file holds whole layers.
@@ -326,7 +326,7 @@ def refuse_existing(directory: str | os.PathLike) -> None:
     """Raises ValueError where writing would touch what is there."""
     path = pathlib.Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f'{path} already exists and is never overwritten; give another directory')
+        raise UserError(f'{path} already exists and is never overwritten; give another directory')
 
 
 def _tokenizer(directory: str | os.PathLike | None) -> tuple[list[pathlib.Path], dict]:
@@ -336,7 +336,7 @@ def _tokenizer(directory: str | os.PathLike | None) -> tuple[list[pathlib.Path],
     directory = pathlib.Path(directory)
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not {'tokenizer.json', 'tokenizer.model', 'vocab.json'} & {file.name for file in files}:
-        raise ValueError(f'{directory} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)')
+        raise UserError(f'{directory} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)')
     config = directory / 'config.json'
     raw = json.loads(config.read_text()) if config.is_file() else {}
     return files, {key: raw[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id') if key in raw}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from retool_jax.core import mesh as meshes
+from retool_jax.core.errors import UserError
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
@@ -33,8 +34,8 @@ def splash(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_B
     length, size = q_BTNH.shape[1], q_BTNH.shape[3]
     block = next((b for b in BLOCKS if length % b == 0), None)
     if block is None:
-        raise ValueError(f'model.attention: splash needs rows of a multiple of {LANES} tokens, not {length}; '
-                         'change forward.row_width')
+        raise UserError(f'model.attention: splash needs rows of a multiple of {LANES} tokens, not {length}; '
+                        'change forward.row_width')
     sizes = kernels.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
@@ -58,7 +59,7 @@ def cudnn(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_BT
     Errors: ValueError in float32, which the kernel does not have.
     """
     if implementation == 'cudnn' and q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f'model.attention: cudnn has no {q_BTNH.dtype.name} kernel; set forward.dtype=bfloat16')
+        raise UserError(f'model.attention: cudnn has no {q_BTNH.dtype.name} kernel; set forward.dtype=bfloat16')
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         length_B = (segment_ids_BT == 1).sum(axis=1, dtype=jnp.int32)
@@ -82,7 +83,7 @@ def _on_each_device(local: Callable[..., jax.Array], q_BTNH: jax.Array, k_BTKH: 
     split = meshes.spec(('batch', None, 'heads', None), meshes.TRAIN_RULES)
     ways = math.prod(mesh.shape[axis] for axis in meshes.TRAIN_RULES['batch'])
     if q_BTNH.shape[0] % ways:
-        raise ValueError(f'forward.micro_rows: {q_BTNH.shape[0]} rows do not divide over {ways} devices '
-                         f'({" × ".join(meshes.TRAIN_RULES["batch"])}); choose a multiple')
+        raise UserError(f'forward.micro_rows: {q_BTNH.shape[0]} rows do not divide over {ways} devices '
+                        f'({" × ".join(meshes.TRAIN_RULES["batch"])}); choose a multiple')
     return jax.shard_map(local, mesh=mesh, in_specs=(split, split, split, rows), out_specs=split,
                          check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.mesh import constrain
 from retool_jax.core.pytrees import KVCache, Params
 from retool_jax.model import attention
@@ -107,9 +108,9 @@ def fit_rules(config: QwenConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, t
         if getattr(config, field) % ways == 0:
             continue
         if word != 'kv_heads':
-            raise ValueError(f'mesh: {field}={getattr(config, field)} does not divide over '
-                             f'{" × ".join(f"{axis}={mesh.shape[axis]}" for axis in rules[word])}; '
-                             f'choose a divisor')
+            raise UserError(f'mesh: {field}={getattr(config, field)} does not divide over '
+                            f'{" × ".join(f"{axis}={mesh.shape[axis]}" for axis in rules[word])}; '
+                            f'choose a divisor')
         fitted[word] = ()
     return fitted
 

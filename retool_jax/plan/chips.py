@@ -15,6 +15,8 @@ import re
 
 import jax
 
+from retool_jax.core.errors import UserError
+
 GB = 10**9
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -64,14 +66,14 @@ def open_slice(name: str) -> Slice:
     """
     match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', name)
     if not match or match[1] not in CHIPS:
-        raise ValueError(f'--topology={name}: expected KIND:SHAPE like v5p:4x4x4 or h100:64; '
-                         f'kinds are {", ".join(CHIPS)}')
+        raise UserError(f'--topology={name}: expected KIND:SHAPE like v5p:4x4x4 or h100:64; '
+                        f'kinds are {", ".join(CHIPS)}')
     chip, count = CHIPS[match[1]], math.prod(map(int, match[2].split('x')))
     if chip.platform == 'gpu':
         return Slice(name, chip, count, None)
     if compiler() is None:
-        raise ValueError(f'--topology={name} needs the TPU compiler: bash launch/baselines.sh plan, '
-                         'or pip install .[plan]')
+        raise UserError(f'--topology={name} needs the TPU compiler: bash launch/baselines.sh plan, '
+                        'or pip install .[plan]')
     prepare()
     from jax.experimental import topologies
 
@@ -79,7 +81,7 @@ def open_slice(name: str) -> Slice:
     try:
         found = describe(name)
     except Exception as error:  # the compiler's own words, of many types
-        raise ValueError(f'--topology={name}: {" ".join(str(error).split())[:300]}') from None
+        raise UserError(f'--topology={name}: {" ".join(str(error).split())[:300]}') from None
     host = f'{match[1]}:2x2' + 'x1' * (match[2].count('x') - 1)
     return Slice(name, chip, len(found), found, describe(host) if len(found) > chip.host == 4 else None)
 

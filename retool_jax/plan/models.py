@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from retool_jax.core.errors import UserError
 from retool_jax.model import config as model_config
 from retool_jax.model.config import QwenConfig
 
@@ -33,8 +34,8 @@ def sizes(path: str | None, name: str) -> QwenConfig:
         return model_config.TINY
     kind, table = ('qwen2', _QWEN2) if name in _QWEN2 else ('qwen3', _QWEN3)
     if name not in table:
-        raise ValueError(f'model.name={name!r} has no published sizes here; give model.path, a directory with a '
-                         f'config.json, or one of {", ".join([*_QWEN2, *_QWEN3])}')
+        raise UserError(f'model.name={name!r} has no published sizes here; give model.path, a directory with a '
+                        f'config.json, or one of {", ".join([*_QWEN2, *_QWEN3])}')
     hidden, mlp, layers, heads, kv_heads, vocab, tied = table[name]
     return QwenConfig(model_type=kind, vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp,
                       num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from retool_jax.core.errors import UserError
 from retool_jax.report import pages, plots
 
 
@@ -16,7 +17,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.episodes < 1:
-            raise ValueError(f'--episodes is {options.episodes}: give 1 or more')
+            raise UserError(f'--episodes is {options.episodes}: give 1 or more')
         print(pages.write(options.run_dir, pages.Limits(episodes=options.episodes)))
         if options.picture:
             print(plots.curves(options.run_dir))

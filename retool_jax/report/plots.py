@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from retool_jax.core.errors import UserError
 from retool_jax.report import labels, scores
 from retool_jax.report.curves import held_out, series_of
 from retool_jax.report.runs import Run
@@ -32,7 +33,7 @@ def curves(run_dir: str | os.PathLike) -> Path:
     blocks = scores.score_blocks(run.summary)
     count = len(panels) + bool(blocks)
     if not count:
-        raise ValueError(f'run folder {str(run_dir)!r} holds neither RL metrics nor scores: nothing to draw')
+        raise UserError(f'run folder {str(run_dir)!r} holds neither RL metrics nor scores: nothing to draw')
     style = {'font.size': 9.5, 'text.color': INK, 'axes.labelcolor': SOFT, 'xtick.color': SOFT, 'ytick.color': SOFT}
     with rc_context(style):
         figure = Figure(figsize=(3.4 * count, 2.9), dpi=160, layout='constrained', facecolor='white')

@@ -19,6 +19,7 @@ import numpy as np
 
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as metric_files
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict
 from retool_jax.text import tokenizer as tokenizers
 
@@ -100,14 +101,14 @@ class Run:
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise ValueError(f'run folder {str(directory)!r} does not exist: give the folder that a run wrote')
+            raise UserError(f'run folder {str(directory)!r} does not exist: give the folder that a run wrote')
         self.config: dict[str, Any] = _read_json(self.directory / 'config.json')
         self.summary: dict[str, Any] = _read_json(self.directory / 'summary.json')
         self.points = [_point(line) for line in metric_files.read(self.directory)]
         self.parts = sorted(_part(name) for name in episode_files.names(self.directory / 'episodes'))
         if not (self.points or self.parts or self.summary):
-            raise ValueError(f'run folder {str(directory)!r} holds no metrics.jsonl, episodes or summary.json: '
-                             'nothing to report')
+            raise UserError(f'run folder {str(directory)!r} holds no metrics.jsonl, episodes or summary.json: '
+                            'nothing to report')
 
     def transcripts(self, part: Part) -> list[Transcript]:
         """All episodes of a part. Raises ValueError naming the file where it is damaged."""
@@ -116,10 +117,10 @@ class Run:
             with open(path, encoding='utf-8') as file:
                 header = json.loads(file.readline())
                 if header.get('schema') != episode_files.SCHEMA:
-                    raise ValueError(f'schema {header.get("schema")!r}; this version reads {episode_files.SCHEMA}')
+                    raise UserError(f'schema {header.get("schema")!r}; this version reads {episode_files.SCHEMA}')
                 return [_transcript(json.loads(line)) for line in file]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}: not a file of episodes ({error}): remove it or write it anew') from error
+            raise UserError(f'{path}: not a file of episodes ({error}): remove it or write it anew') from error
 
     def count(self, part: Part) -> int:
         """Episodes of a part, by its first line."""
@@ -128,7 +129,7 @@ class Run:
             with open(path, encoding='utf-8') as file:
                 return int(json.loads(file.readline())['episodes'])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}: not a file of episodes ({error}): remove it or write it anew') from error
+            raise UserError(f'{path}: not a file of episodes ({error}): remove it or write it anew') from error
 
     def arrays(self, part: Part, chosen: Sequence[int]) -> Iterator[Arrays]:
         """The per-token columns of the chosen episodes of a part, in that order; none without the npz."""
@@ -160,7 +161,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
-        raise ValueError(f'{path}: not JSON ({error}): remove it or write it anew') from error
+        raise UserError(f'{path}: not JSON ({error}): remove it or write it anew') from error
     return found if isinstance(found, dict) else {}
 
 

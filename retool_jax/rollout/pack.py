@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch
 from retool_jax.core.records import Episode
 
@@ -20,7 +21,7 @@ def place(lengths: Sequence[int], width: int) -> list[list[int]]:
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > width:
-            raise ValueError(f'pack: an episode has {lengths[i]} tokens, a row holds {width}; raise the row width')
+            raise UserError(f'pack: an episode has {lengths[i]} tokens, a row holds {width}; raise the row width')
         row = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
         if row is None:
             rows.append([])

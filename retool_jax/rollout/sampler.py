@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.core import mesh as meshes
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Int8KV, KVCache, Params, SampleState
 from retool_jax.model import cache as kv_cache
 from retool_jax.model import qwen
@@ -46,12 +47,12 @@ class SamplerSettings:
     def __post_init__(self):
         for name in ('rows', 'slots', 'chunk', 'group', 'quota', 'min_bound'):
             if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+                raise UserError(f'{name}={getattr(self, name)} must be at least 1')
         if not 0 <= self.decode_rows <= self.rows:
-            raise ValueError(f'decode_rows={self.decode_rows} must be from 1 to rows={self.rows}, or 0 for all rows')
+            raise UserError(f'decode_rows={self.decode_rows} must be from 1 to rows={self.rows}, or 0 for all rows')
         for name, known in (('dtype', DTYPES), ('cache_dtype', (*DTYPES, 'int8'))):
             if getattr(self, name) not in known:
-                raise ValueError(f'{name}={getattr(self, name)!r}: choose one of {", ".join(known)}')
+                raise UserError(f'{name}={getattr(self, name)!r}: choose one of {", ".join(known)}')
 
 
 @jax.tree_util.register_dataclass
@@ -134,8 +135,8 @@ class Sampler:
         rules = qwen.fit_rules(self.config, mesh, meshes.SAMPLE_RULES)
         for name, size in (('rows', self.settings.rows), ('decode_rows', self.decode_rows)):
             if size % self.ways:
-                raise ValueError(f'sampler.{name}={size} does not divide over data={mesh.shape["data"]} × '
-                                 f'fsdp={mesh.shape["fsdp"]}; choose a multiple')
+                raise UserError(f'sampler.{name}={size} does not divide over data={mesh.shape["data"]} × '
+                                f'fsdp={mesh.shape["fsdp"]}; choose a multiple')
         place = lambda *words: jax.NamedSharding(mesh, meshes.spec(words, rules))
         one = place('batch', 'kv_heads', None, 'head_dim')
         if self.settings.cache_dtype == 'int8':

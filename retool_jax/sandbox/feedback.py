@@ -6,6 +6,7 @@ import dataclasses
 import re
 import signal
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import ExecResult, Verdict
 
 STYLES = ('paper', 'official', 'full')
@@ -26,9 +27,9 @@ class FeedbackSettings:
 
     def __post_init__(self):
         if self.style not in STYLES:
-            raise ValueError(f'feedback.style={self.style!r}: must be one of {", ".join(STYLES)}')
+            raise UserError(f'feedback.style={self.style!r}: must be one of {", ".join(STYLES)}')
         if self.max_chars < 2 or self.max_frames < 1:
-            raise ValueError(f'feedback.max_chars={self.max_chars}, max_frames={self.max_frames}: must be ≥ 2 and ≥ 1')
+            raise UserError(f'feedback.max_chars={self.max_chars}, max_frames={self.max_frames}: must be ≥ 2 and ≥ 1')
 
 
 def render(result: ExecResult, settings: FeedbackSettings) -> str:

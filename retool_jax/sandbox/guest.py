@@ -25,6 +25,8 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from retool_jax.core.errors import UserError
+
 _FORMAT = 3  # raise when the layout below changes
 _GUEST_FILES = ('runner.py', 'seccomp.py', 'zygote.py')  # what runs inside the jail
 _STDLIB_LEFT_OUT = frozenset({
@@ -62,7 +64,7 @@ def closure(packages: tuple[str, ...]) -> dict[str, str]:
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            raise ValueError(f'sandbox.packages: {given!r} is not installed here; install it or leave it out') from None
+            raise UserError(f'sandbox.packages: {given!r} is not installed here; install it or leave it out') from None
         versions[name] = distribution.version
         for requirement in distribution.requires or []:
             if ';' not in requirement:  # markers are extras or other platforms
@@ -106,8 +108,8 @@ def _make_public(path: pathlib.Path) -> None:
         path.chmod(0o755)
     for parent in [path, *path.resolve().parents]:
         if not parent.stat().st_mode & 0o001:
-            raise ValueError(f'RETOOL_GUEST_ROOT={path}: {parent} is closed to other users (nsjail cannot bind '
-                             'below it); choose a path whose every directory has mode 0755')
+            raise UserError(f'RETOOL_GUEST_ROOT={path}: {parent} is closed to other users (nsjail cannot bind '
+                            'below it); choose a path whose every directory has mode 0755')
 
 
 @contextlib.contextmanager
@@ -182,7 +184,7 @@ def _left_out_of_stdlib(directory: str, names: list[str]) -> list[str]:
 def _copy_distribution(name: str, target: pathlib.Path) -> None:
     distribution = importlib.metadata.distribution(name)
     if not distribution.files:
-        raise ValueError(f'sandbox.packages: {name!r} has no list of files (an editable install?); install its wheel')
+        raise UserError(f'sandbox.packages: {name!r} has no list of files (an editable install?); install its wheel')
     for file in distribution.files:
         parts = file.parts
         # numpy.testing imports from numpy's tests; the others' tests are dead weight.
@@ -202,7 +204,7 @@ def _copy_libraries(root: pathlib.Path, python: pathlib.Path) -> None:
     needed = set(re.findall(r'=> (/\S+) \(0x', output))
     loaders = set(re.findall(r'^\s(/\S*ld-\S+) \(0x', output, re.M)) | set(re.findall(r'=> (/\S*/ld-linux\S+)', output))
     if not loaders:
-        raise ValueError('sandbox: ldd names no dynamic loader; the guest needs a glibc build of Python')
+        raise UserError('sandbox: ldd names no dynamic loader; the guest needs a glibc build of Python')
     for path in list(needed):  # opened by glibc when a thread ends, named by no ldd line
         if os.path.basename(path) == 'libc.so.6':
             needed.add(os.path.join(os.path.dirname(path), 'libgcc_s.so.1'))

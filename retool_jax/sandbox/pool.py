@@ -24,6 +24,7 @@ import threading
 from collections.abc import Iterable
 
 import retool_jax
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import ExecResult, Verdict
 
 _RESTARTS = 3
@@ -56,17 +57,17 @@ class SandboxSettings:
 
     def __post_init__(self):
         if self.path not in ('warm', 'cold'):
-            raise ValueError(f"sandbox.path={self.path!r}: must be 'warm' or 'cold'")
+            raise UserError(f"sandbox.path={self.path!r}: must be 'warm' or 'cold'")
         positive = ('zygotes', 'spares', 'recycle', 'cpu_s', 'wall_s', 'memory_mb', 'processes', 'files', 'scratch_mb',
                     'scratch_inodes', 'output_bytes', 'queue')
         for name in positive:
             if not getattr(self, name) > 0:
-                raise ValueError(f'sandbox.{name}={getattr(self, name)!r}: must be greater than 0')
+                raise UserError(f'sandbox.{name}={getattr(self, name)!r}: must be greater than 0')
         if self.concurrency < 0 or self.retries < 0:
-            raise ValueError('sandbox.concurrency and sandbox.retries must not be negative')
+            raise UserError('sandbox.concurrency and sandbox.retries must not be negative')
         for name in self.preload:
             if not name.replace('.', '').replace('_', '').isalnum():
-                raise ValueError(f'sandbox.preload: {name!r} is no module name')
+                raise UserError(f'sandbox.preload: {name!r} is no module name')
         object.__setattr__(self, 'preload', tuple(self.preload))
         object.__setattr__(self, 'packages', tuple(self.packages))
         if not self.concurrency:

@@ -16,6 +16,7 @@ import time
 
 import httpx
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.sandbox import canary as canary_lib
 from retool_jax.sandbox.pool import PoolFull
@@ -42,10 +43,10 @@ class RemoteSettings:
     def __post_init__(self):
         object.__setattr__(self, 'addresses', tuple(a.rstrip('/') for a in self.addresses))
         if not self.addresses:
-            raise ValueError('sandbox.addresses is empty: name at least one server, as http://host:port')
+            raise UserError('sandbox.addresses is empty: name at least one server, as http://host:port')
         for address in self.addresses:
             if not address.startswith(('http://', 'https://')):
-                raise ValueError(f'sandbox.addresses: {address!r} must start with http:// or https://')
+                raise UserError(f'sandbox.addresses: {address!r} must start with http:// or https://')
 
 
 @dataclasses.dataclass

@@ -27,6 +27,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.sandbox.pool import Job, Outcome, Pool, PoolFull, SandboxSettings
 
@@ -45,8 +46,8 @@ class ServerSettings:
 
     def __post_init__(self):
         if not self.token and not _is_loopback(self.host):
-            raise ValueError(f'host={self.host!r}: reachable by others, so a token is needed '
-                             '(environment variable RETOOL_SANDBOX_TOKEN)')
+            raise UserError(f'host={self.host!r}: reachable by others, so a token is needed '
+                            '(environment variable RETOOL_SANDBOX_TOKEN)')
 
 
 def _is_loopback(host: str) -> bool:
@@ -233,7 +234,7 @@ def open_port(server: ServerSettings) -> socket.socket:
         listening.bind((server.host, server.port))
     except OSError as error:
         listening.close()
-        raise ValueError(f'{server.host}:{server.port}: {error.strerror}; choose another --port or --host') from None
+        raise UserError(f'{server.host}:{server.port}: {error.strerror}; choose another --port or --host') from None
     listening.set_inheritable(True)
     return listening
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
+from retool_jax.core.errors import UserError
 from retool_jax.tasks import problems
 
 FIELDS = ('id', 'question', 'answer', 'source', 'family')
@@ -46,7 +47,7 @@ class _ProblemSet(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         if not self.path:
-            raise ValueError(f'{self.name}: give path=FILE, the file to build from ({self.HOMEPAGE})')
+            raise UserError(f'{self.name}: give path=FILE, the file to build from ({self.HOMEPAGE})')
         if self.traces:
             pairs = problems.read_traces(self.path)
         else:
@@ -95,7 +96,7 @@ def read_folder(path: str | pathlib.Path) -> Iterator[tuple[str, int, dict]]:
         sources = tfds.builder_from_directory(path).as_data_source()
     except Exception as error:  # whatever its parts raise about a folder that is not theirs
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f'{path}: no TFDS folder that can be read: {first}') from None
+        raise UserError(f'{path}: no TFDS folder that can be read: {first}') from None
     for split, source in sources.items():
         for number in range(len(source)):
             row = {name: _plain(value) for name, value in source[number].items()}

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Reward
 from retool_jax.tasks import answers
 
@@ -45,9 +46,9 @@ class Grader:
         max_length: int = 2000,
     ):
         if style not in STYLES:
-            raise ValueError(f'reward style is {style!r}: take one of {", ".join(STYLES)}')
+            raise UserError(f'reward style is {style!r}: take one of {", ".join(STYLES)}')
         if not (time_limit_s > 0 and memory_mb >= 256 and workers >= 1):
-            raise ValueError(
+            raise UserError(
                 f'grader: time_limit_s={time_limit_s} must be > 0, memory_mb={memory_mb} >= 256, '
                 f'workers={workers} >= 1'
             )

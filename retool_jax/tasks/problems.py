@@ -15,6 +15,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
 from retool_jax.tasks import answers
 
@@ -103,7 +104,7 @@ def load(path: str | pathlib.Path) -> Loaded:
         problems.append(problem)
     problems = [p for p in problems if p.question not in conflicts]
     if not problems:
-        raise ValueError(f'{path}: no problems in it ({rows} rows read)')
+        raise UserError(f'{path}: no problems in it ({rows} rows read)')
     return Loaded(problems, rows, repeated, len(conflicts))
 
 
@@ -111,7 +112,7 @@ def check_golds(problems: Iterable[Problem], parses: Callable[[str], bool]) -> N
     """Raises ValueError at the first gold answer that `parses` (`Grader.parses`) cannot read."""
     for problem in problems:
         if not parses(problem.answer):
-            raise ValueError(
+            raise UserError(
                 f'problem {problem.id!r} of {problem.source}: answer {problem.answer[:80]!r} cannot be read '
                 'as mathematics: correct it in the file'
             )
@@ -129,11 +130,11 @@ def read_traces(path: str | pathlib.Path) -> list[tuple[Problem, str]]:
             name = next((n for n in TRACE_FIELDS if isinstance(row.get(n), str)), None)
             if name is None:
                 wanted = ', '.join(('messages', *TRACE_FIELDS))
-                raise ValueError(f'{where}: no worked answer: none of the fields {wanted} is there')
+                raise UserError(f'{where}: no worked answer: none of the fields {wanted} is there')
             text = row[name]
         out.append((read_problem(row, where, f'{path.stem}-{number}', path.stem), text))
     if not out:
-        raise ValueError(f'{path}: no traces in it')
+        raise UserError(f'{path}: no traces in it')
     return out
 
 
@@ -151,11 +152,11 @@ def read_problem(row: Mapping, where: str, default_id: str, source: str) -> Prob
         field = _first(names, ANSWER_FIELDS, where)
         question, answer = row[asked], row[field]
         if not isinstance(question, str):
-            raise ValueError(f'{where}: field {asked!r} is {_brief(question)}: it must be text')
+            raise UserError(f'{where}: field {asked!r} is {_brief(question)}: it must be text')
         if field.lower() == 'solution':  # MATH's own files: the answer is the box of the solution
             answer = answers.last_box(answer) if isinstance(answer, str) else answer
     if not question.strip():
-        raise ValueError(f'{where}: the question is empty')
+        raise UserError(f'{where}: the question is empty')
     own_id = next((row[name] for name in ID_FIELDS if row.get(name) not in (None, '')), None)
     extra = row.get('extra_info')
     if own_id is None and isinstance(extra, Mapping) and extra.get('index') not in (None, ''):
@@ -174,17 +175,17 @@ def read_answer(value: object, where: str, field: str) -> str:
     while isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f'{where}: field {field!r} is {_brief(value)}: an answer is text or a number')
+        raise UserError(f'{where}: field {field!r} is {_brief(value)}: an answer is text or a number')
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f'{where}: field {field!r} is {value}: an answer is a finite number')
+            raise UserError(f'{where}: field {field!r} is {value}: an answer is a finite number')
         value = int(value) if value.is_integer() else value
     text = str(value).strip()
     box = answers.last_box(text)
     if box is not None and re.fullmatch(r'\$?\\boxed\s*\{' + re.escape(box) + r'\}\$?', text):
         text = box.strip()  # the box is the whole answer
     if not text:
-        raise ValueError(f'{where}: field {field!r} is empty: every problem needs its answer')
+        raise UserError(f'{where}: field {field!r} is empty: every problem needs its answer')
     return answers.integer(text) or text
 
 
@@ -204,19 +205,19 @@ def read_rows(path: pathlib.Path) -> Iterator[Row]:
             return
         files = sorted(f for f in path.iterdir() if _kind(f))
         if not files:
-            raise ValueError(f'{path}: no file in this folder ends in {", ".join(_READERS)}')
+            raise UserError(f'{path}: no file in this folder ends in {", ".join(_READERS)}')
         for file in files:
             yield from read_rows(file)
         return
     if not path.exists():
-        raise ValueError(f'problems file {str(path)!r} does not exist')
+        raise UserError(f'problems file {str(path)!r} does not exist')
     kind = _kind(path)
     if kind is None:
         known = ', '.join(_READERS)
-        raise ValueError(f'{path}: cannot tell its format from its name; it must end in {known}')
+        raise UserError(f'{path}: cannot tell its format from its name; it must end in {known}')
     for where, row in _READERS[kind](path):
         if not isinstance(row, Mapping):
-            raise ValueError(f'{where}: {_brief(row)} where an object with fields was expected')
+            raise UserError(f'{where}: {_brief(row)} where an object with fields was expected')
         yield where, row
 
 
@@ -239,7 +240,7 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
         lists = (v for v in content.values() if isinstance(v, list) and v and isinstance(v[0], Mapping))
         content = [content] if is_dapo(content) or 'messages' in content else next(lists, [content])
     if not isinstance(content, list):
-        raise ValueError(f'{path}: {_brief(content)} where a list of problems was expected')
+        raise UserError(f'{path}: {_brief(content)} where a list of problems was expected')
     for number, row in enumerate(content, start=1):
         if isinstance(row, Mapping) and isinstance(row.get('row'), Mapping):
             row = row['row']  # the data viewer's form of a row
@@ -258,14 +259,14 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
                     number += 1
                     yield f'{path}: row {number}', row
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f'{path}: not a parquet file that can be read: {_first_line(error)}') from None
+        raise UserError(f'{path}: not a parquet file that can be read: {_first_line(error)}') from None
 
 
 def _array_record_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
     for number, record in enumerate(_array_records(path), start=1):
         where = f'{path}: record {number}'
         if not record.lstrip().startswith(b'{'):
-            raise ValueError(f'{where}: no JSON object; of a TFDS set, name the folder instead')
+            raise UserError(f'{where}: no JSON object; of a TFDS set, name the folder instead')
         yield where, _parse(record, where)
 
 
@@ -279,7 +280,7 @@ def _array_records(path: pathlib.Path, batch: int = 1024) -> Iterator[bytes]:
             yield from reader.read(list(range(start, min(start + batch, total))))
         reader.close()
     except RuntimeError as error:  # the library raises nothing narrower
-        raise ValueError(f'{path}: no array_record file that can be read: {_first_line(error)}') from None
+        raise UserError(f'{path}: no array_record file that can be read: {_first_line(error)}') from None
 
 
 def _tfds_rows(path: pathlib.Path) -> Iterator[Row]:
@@ -306,7 +307,7 @@ def write_array_record(path: str | pathlib.Path, problems: Iterable[Problem]) ->
 
     path = pathlib.Path(path)
     if _kind(path) != '.array_record':
-        raise ValueError(f'{path}: the name of an array_record file must end in .array_record')
+        raise UserError(f'{path}: the name of an array_record file must end in .array_record')
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.{os.getpid()}')
     count = 0
@@ -339,16 +340,16 @@ def _opened(path: pathlib.Path):
     try:
         return path.open('rb')
     except OSError as error:
-        raise ValueError(f'problems file {str(path)!r} cannot be read: {error.strerror}') from None
+        raise UserError(f'problems file {str(path)!r} cannot be read: {error.strerror}') from None
 
 
 def _parse(data: bytes, where: str) -> object:
     try:
         return json.loads(data.decode('utf-8-sig'))
     except UnicodeDecodeError as error:
-        raise ValueError(f'{where}: not UTF-8 (byte {error.start}): save it as UTF-8') from None
+        raise UserError(f'{where}: not UTF-8 (byte {error.start}): save it as UTF-8') from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{where}: malformed JSON: {_first_line(error)}') from None
+        raise UserError(f'{where}: malformed JSON: {_first_line(error)}') from None
 
 
 def _first(names: Mapping[str, str], wanted: tuple[str, ...], where: str) -> str:
@@ -356,7 +357,7 @@ def _first(names: Mapping[str, str], wanted: tuple[str, ...], where: str) -> str
         if name in names:
             return names[name]
     found = ', '.join(names.values())
-    raise ValueError(f'{where}: none of the fields {", ".join(wanted)} is there (found: {found})')
+    raise UserError(f'{where}: none of the fields {", ".join(wanted)} is there (found: {found})')
 
 
 def _turn(row: Mapping, field: str, role: str, where: str) -> str:
@@ -368,7 +369,7 @@ def _turn(row: Mapping, field: str, role: str, where: str) -> str:
                 if isinstance(message.get('content'), str):
                     return message['content']
                 break
-    raise ValueError(f'{where}: field {field!r} holds no {role} message with text content')
+    raise UserError(f'{where}: field {field!r} holds no {role} message with text content')
 
 
 def _dapo_key(row: Mapping, where: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode
 from retool_jax.text.tokenizer import Tokenizer
 
@@ -81,7 +82,7 @@ class Snippet:
 def make_template(name: str, tools: bool = True) -> Template:
     """The record of a family: 'tiny', 'qwen2_5', 'qwen3' or 'r1_distill'. ValueError for any other name."""
     if name not in _FAMILIES:
-        raise ValueError(f'template {name!r} is not known; use one of {", ".join(_FAMILIES)}')
+        raise UserError(f'template {name!r} is not known; use one of {", ".join(_FAMILIES)}')
     before, after, turn_end = _FAMILIES[name]
     opening, _, closing = _instruction(name, tools).partition('{question}')
     return Template(name, tools, before + opening, closing + after, turn_end, after.endswith('<think>\n'))
@@ -233,7 +234,7 @@ def _cut(template: Template, tokenizer: Tokenizer, text: str) -> list[str | int]
     pieces = tokenizer.split(text)
     for name in re.findall(r'<[|｜][^<>\s]+[|｜]>', text):
         if name not in tokenizer.special_ids:
-            raise ValueError(
+            raise UserError(
                 f'template {template.name!r} needs the special token {name}, which the tokenizer lacks: '
                 "choose the template of the model's family"
             )

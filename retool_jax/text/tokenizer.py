@@ -14,6 +14,8 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from retool_jax.core.errors import UserError
+
 # Chat and control tokens by shape. Some model families ship them unflagged (DeepSeek-R1-Distill's
 # user and assistant marks, Qwen's fill-in-the-middle marks): left alone, a tool that prints one
 # would put a real chat token into the context.
@@ -110,14 +112,14 @@ def load(directory: str | pathlib.Path) -> Tokenizer:
         token_bytes, special_ids, encode_text = _open_sentencepiece(directory / 'tokenizer.model')
         remedy = SENTENCEPIECE_REMEDY
     else:
-        raise ValueError(
+        raise UserError(
             f'tokenizer directory {str(directory)!r} holds neither tokenizer.json nor tokenizer.model: '
             'give the directory of a model or a tokenizer'
         )
 
     eos_ids = _find_eos(directory, config, special_ids)
     if not eos_ids:
-        raise ValueError(
+        raise UserError(
             f'tokenizer {str(directory)!r} has no end-of-turn token: name one as eos_token in '
             f'tokenizer_config.json, or add one of {", ".join(TURN_ENDS)} as a special token'
         )
@@ -136,12 +138,12 @@ def check_exact(tokenizer: Tokenizer, remedy: str = 'use a byte-exact tokenizer'
         ids = tokenizer.encode(probe)
         spelled = tokenizer.spell(ids)
         if spelled != probe.encode():
-            raise ValueError(
+            raise UserError(
                 f'tokenizer {str(tokenizer.directory)!r} is not byte-exact: {probe[:24]!r} comes back as '
                 f'{spelled.decode(errors="replace")[:24]!r}; {remedy}'
             )
         if specials.intersection(ids):
-            raise ValueError(
+            raise UserError(
                 f'tokenizer {str(tokenizer.directory)!r}: the plain text {probe[:24]!r} becomes a special id'
             )
 
@@ -206,7 +208,7 @@ def _open_huggingface(path: pathlib.Path):
     try:
         fast = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f'tokenizer file {str(path)!r} cannot be read: {_first_line(error)}') from None
+        raise UserError(f'tokenizer file {str(path)!r} cannot be read: {_first_line(error)}') from None
     added = fast.get_added_tokens_decoder()
     control = [token for token in added.values() if token.special or CONTROL.fullmatch(token.content)]
     fast.add_special_tokens(control)  # flags the unflagged; no new ids, all are in the vocabulary
@@ -234,7 +236,7 @@ def _open_sentencepiece(path: pathlib.Path):
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except Exception as error:
-        raise ValueError(f'tokenizer file {str(path)!r} cannot be read: {_first_line(error)}') from None
+        raise UserError(f'tokenizer file {str(path)!r} cannot be read: {_first_line(error)}') from None
     token_bytes, special_ids, matched = [], {}, []
     for i in range(model.get_piece_size()):
         piece = model.id_to_piece(i)
@@ -292,7 +294,7 @@ def _read_json(path: pathlib.Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ValueError(f'tokenizer file {str(path)!r} cannot be read: {_first_line(error)}') from None
+        raise UserError(f'tokenizer file {str(path)!r} cannot be read: {_first_line(error)}') from None
 
 
 def _first_line(error: Exception) -> str:

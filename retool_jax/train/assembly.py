@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from retool_jax.core import mesh as meshes
 from retool_jax.core import metrics as console
 from retool_jax.core import processes, settings
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
 from retool_jax.model import hf, qwen
@@ -59,7 +60,7 @@ def open_language(config: ConfigDict, directory: pathlib.Path) -> Language:
     """The model that block `model` names; without a path the embedded one, written below `directory`."""
     if config.path is None:
         if config.template != 'tiny':
-            raise ValueError('model.path is missing; give a Hugging Face model directory')
+            raise UserError('model.path is missing; give a Hugging Face model directory')
         if processes.leads():
             embedded.write_model(directory / 'model')
         processes.wait()
@@ -84,12 +85,12 @@ def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sha
 def load_language(path: str | pathlib.Path, template: str, tools: bool) -> Language:
     """Reads config.json and the tokenizer of a model directory; the weights are loaded apart."""
     if not pathlib.Path(path).is_dir():
-        raise ValueError(f'model.path={str(path)!r} is no directory; give a Hugging Face model directory')
+        raise UserError(f'model.path={str(path)!r} is no directory; give a Hugging Face model directory')
     config = model_config.load_config(path)
     tokenizer = tokenizers.load(path)
     if tokenizer.size > config.vocab_size:
-        raise ValueError(f'model.path={str(path)!r}: the tokenizer has {tokenizer.size} ids, the model only '
-                         f'{config.vocab_size} logits')
+        raise UserError(f'model.path={str(path)!r}: the tokenizer has {tokenizer.size} ids, the model only '
+                        f'{config.vocab_size} logits')
     return Language(config, tokenizer, make_template(template, tools))
 
 
@@ -120,7 +121,7 @@ def _table(tokenizer: Tokenizer, width: int, tools: bool, answer_ends: bool) -> 
 def make_table(language: Language, tools: bool, on_answer: str) -> tags.TagTable:
     """The tag automaton: `</code>` where there are tools, `</answer>` where it ends the episode."""
     if on_answer not in ('end', 'eos'):
-        raise ValueError(f"turns.on_answer={on_answer!r}: choose 'end' or 'eos'")
+        raise UserError(f"turns.on_answer={on_answer!r}: choose 'end' or 'eos'")
     return _table(language.tokenizer, language.config.vocab_size, tools, on_answer == 'end')
 
 
@@ -156,7 +157,7 @@ def open_sandbox(config: ConfigDict) -> Iterator[Sandbox]:
     try:
         sandbox.start()
     except RuntimeError as error:
-        raise ValueError(f'sandbox: {str(error).removeprefix("sandbox: ")}') from error
+        raise UserError(f'sandbox: {str(error).removeprefix("sandbox: ")}') from error
     try:
         yield sandbox
     finally:

@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, ExecResult, Problem, Stop, Verdict
 from retool_jax.rollout.sampler import STOP_CODE, STOP_EOS
 from retool_jax.rollout.turns import Feed, Rules, Run, TurnSettings
@@ -52,9 +53,9 @@ class Mix:
             unknown = set(shares) - set(arithmetic.TRACE_KINDS)
             if unknown:
                 known = ', '.join(arithmetic.TRACE_KINDS)
-                raise ValueError(f'mix.{name}: no trace kind {sorted(unknown)[0]!r}; use {known}')
+                raise UserError(f'mix.{name}: no trace kind {sorted(unknown)[0]!r}; use {known}')
             if min(shares.values(), default=0) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
-                raise ValueError(f'mix.{name}={dict(shares)}: shares must be at least 0 and add up to 1')
+                raise UserError(f'mix.{name}={dict(shares)}: shares must be at least 0 and add up to 1')
 
 
 TEXT_ONLY = Mix(easy={'mental': 1.0}, needy={'mental': 1.0})

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import grain
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
 from retool_jax.tasks import problems
 
@@ -26,12 +27,12 @@ def stream(sources: Sequence[Source], weights: Sequence[float] | None, seed: int
     source equally often.
     """
     if not sources:
-        raise ValueError('data: no source given')
+        raise UserError('data: no source given')
     opened = [open_source(source) for source in sources]
     if weights is None:
         weights = [len(dataset) for dataset in opened]
     if len(weights) != len(sources) or min(weights) <= 0:
-        raise ValueError(f'data weights {list(weights)}: one above 0 for each of {len(sources)} sources')
+        raise UserError(f'data weights {list(weights)}: one above 0 for each of {len(sources)} sources')
     endless = [
         # A seed per source, or equal sources would be drawn in step; repeat() reshuffles each epoch.
         dataset.seed(seed * 1000 + number).shuffle().repeat()
@@ -52,7 +53,7 @@ def open_source(source: Source) -> grain.MapDataset:
             return grain.MapDataset.source(records).map(problems.decode_problem)
         source = problems.read(path)
     if not len(source):
-        raise ValueError('data: a source without problems')
+        raise UserError('data: a source without problems')
     return grain.MapDataset.source(source)
 
 

@@ -17,6 +17,7 @@ from retool_jax.algo.advantages import explained_variance
 from retool_jax.algo.groups import episode_masks
 from retool_jax.algo.segments import in_update
 from retool_jax.algo.settings import AdvantageSettings
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.core.records import Episode, Stop
 from retool_jax.core.signals import uninterrupted
@@ -43,8 +44,8 @@ class PPOSettings(RolloutSettings):
         """Refuses a critic that nothing reads, and values that nobody estimates."""
         if advantage.needs_values == (self.critic == 'none'):
             remedy = 'head or backbone' if advantage.needs_values else 'none'
-            raise ValueError(f'ppo.critic={self.critic!r} contradicts advantage.kind={advantage.kind!r}, which '
-                             f'{"needs" if advantage.needs_values else "reads no"} values; set ppo.critic={remedy}')
+            raise UserError(f'ppo.critic={self.critic!r} contradicts advantage.kind={advantage.kind!r}, which '
+                            f'{"needs" if advantage.needs_values else "reads no"} values; set ppo.critic={remedy}')
 
 
 @dataclasses.dataclass
@@ -129,7 +130,7 @@ def train(learner: Learner, progress: Progress, settings: PPOSettings, *, collec
             return
         try:
             result = pending.fetch(stopping)
-        except ValueError:
+        except UserError:
             spoiled(pending.step, pending.episodes)
             raise
         report(result)
@@ -163,8 +164,8 @@ def update(learner: Learner, progress: Progress, settings: PPOSettings, episodes
     progress.state = residency.enter('score', progress.state)
     batch, minibatches = make_batch(episodes, settings, learner.forward, seed, step)
     if (groups := 1 + int(batch.group_BN.max())) > settings.problems_per_step:  # of a run with other sizes
-        raise ValueError(f'step {step} holds {groups} groups of ppo.samples={settings.samples}, more than '
-                         f'ppo.problems_per_step={settings.problems_per_step}; set both as the episodes were made')
+        raise UserError(f'step {step} holds {groups} groups of ppo.samples={settings.samples}, more than '
+                        f'ppo.problems_per_step={settings.problems_per_step}; set both as the episodes were made')
     batch = learner.put(batch)
     scores = learner.score(progress.state.params, batch, minibatches[-1][1], residency.reference,
                            num_groups=settings.problems_per_step)

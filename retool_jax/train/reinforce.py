@@ -60,8 +60,8 @@ class HalvesSettings:
     def check(self, sizes: PPOSettings) -> None:
         """Refuses to cut episodes that no later weights will go on with."""
         if sizes.quanta and not (self.train and self.episodes is None):
-            raise ValueError(f'ppo.quanta={sizes.quanta} carries episodes over to the weights of the next step, which '
-                             'one half alone has not; set ppo.quanta=0')
+            raise UserError(f'ppo.quanta={sizes.quanta} carries episodes over to the weights of the next step, which '
+                            'one half alone has not; set ppo.quanta=0')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +119,9 @@ def check(config: ConfigDict) -> None:
     sizes.check(block(AdvantageSettings, 'advantage'))
     block(HalvesSettings, 'halves').check(sizes)
     if sampling.truncates or sampling.temperature <= 0:  # ratios are between whole distributions
-        raise ValueError(f'train_sampling draws with temperature={sampling.temperature}, top_p={sampling.top_p}, '
-                         f'top_k={sampling.top_k}, min_p={sampling.min_p}; the update knows a temperature above 0 and '
-                         'no truncation: set top_p=1, top_k=0, min_p=0')
+        raise UserError(f'train_sampling draws with temperature={sampling.temperature}, top_p={sampling.top_p}, '
+                        f'top_k={sampling.top_k}, min_p={sampling.min_p}; the update knows a temperature above 0 and '
+                        'no truncation: set top_p=1, top_k=0, min_p=0')
 
 
 def run(config: ConfigDict) -> None:

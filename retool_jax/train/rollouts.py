@@ -11,6 +11,7 @@ import numpy as np
 
 from retool_jax.algo.groups import overlong_penalty, unequal_groups
 from retool_jax.core import episodes as episode_files
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop, Verdict
 from retool_jax.rollout.engine import Engine, Request
@@ -35,10 +36,10 @@ class RolloutSettings:
 
     def __post_init__(self):
         if self.dynamic_rounds and self.samples < 2:
-            raise ValueError(f'dynamic_rounds={self.dynamic_rounds} compares the samples of a problem, of which there '
-                             f'is samples={self.samples}; raise it, or set dynamic_rounds=0')
+            raise UserError(f'dynamic_rounds={self.dynamic_rounds} compares the samples of a problem, of which there '
+                            f'is samples={self.samples}; raise it, or set dynamic_rounds=0')
         if self.quanta < 0:
-            raise ValueError(f'quanta={self.quanta} must be 0, for whole episodes, or the decode calls of a step')
+            raise UserError(f'quanta={self.quanta} must be 0, for whole episodes, or the decode calls of a step')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,7 @@ def part_names(directory: str) -> list[str]:
     """The parts of an episodes/ folder that hold training rollouts; ValueError where there are none."""
     names = [name for name in episode_files.names(directory) if not name.startswith('val_')]
     if not names:
-        raise ValueError(f'halves.episodes={directory!r} holds no training episodes; give the episodes/ of a run')
+        raise UserError(f'halves.episodes={directory!r} holds no training episodes; give the episodes/ of a run')
     return names
 
 
@@ -211,8 +212,8 @@ def dumped(directory: str, vocab_size: int) -> Source:
         name = names[step % len(names)]
         episodes = episode_files.read(directory, name)
         if any(e.reward is None for e in episodes):
-            raise ValueError(f'{directory}/{name}.jsonl holds episodes without a reward: they were never graded')
+            raise UserError(f'{directory}/{name}.jsonl holds episodes without a reward: they were never graded')
         if max(max(e.tokens) for e in episodes) >= vocab_size:
-            raise ValueError(f'{directory}/{name}.jsonl holds ids beyond the model: it was written for another one')
+            raise UserError(f'{directory}/{name}.jsonl holds ids beyond the model: it was written for another one')
         return Collected(episodes, cursor, {'time/rollout_s': 0.0, 'time/tools_blocked_s': 0.0})
     return collect

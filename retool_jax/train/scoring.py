@@ -98,8 +98,8 @@ def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], sample
     parts = [name] if folder_of == directory else episode_files.names(unfinished)
     found = {(e.problem.id, e.sample): e for part in parts for e in episode_files.read(folder_of, part)}
     if any(key not in asked or asked[key].problem != e.problem for key, e in found.items()):
-        raise ValueError(f'{folder_of} holds other problems than those asked for: the problem file has changed; '
-                         'choose another run.dir')
+        raise UserError(f'{folder_of} holds other problems than those asked for: the problem file has changed; '
+                        'choose another run.dir')
     advance(n=len(found))
     missing = [request for key, request in asked.items() if key not in found]
     processes.wait()  # until all have read what is there

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.core.records import Episode
 from retool_jax.core.signals import uninterrupted
@@ -29,9 +30,9 @@ class SFTSettings:
 
     def __post_init__(self):
         if not 0 <= self.evaluation_share < 1:
-            raise ValueError(f'sft.evaluation_share={self.evaluation_share} must lie in [0, 1), a share of problems')
+            raise UserError(f'sft.evaluation_share={self.evaluation_share} must lie in [0, 1), a share of problems')
         if self.epochs < 0:
-            raise ValueError(f'sft.epochs={self.epochs} must be 0, for sft.steps steps, or the passes to make')
+            raise UserError(f'sft.epochs={self.epochs} must be 0, for sft.steps steps, or the passes to make')
 
 
 def hold_out(episodes: Sequence[Episode], share: float) -> tuple[list[Episode], list[Episode]]:

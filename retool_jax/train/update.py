@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from retool_jax.algo import aggregation, losses, segments, tallies
 from retool_jax.algo.advantages import advantages, reward_on_last_acted
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, Params, TrainState
 from retool_jax.model import qwen
 from retool_jax.model.config import QwenConfig
@@ -60,16 +61,16 @@ class Learner:
                  advantage: AdvantageSettings | None = None, temperature: float = 1.0):
         """loss and advantage are None for supervised training; temperature is the sampler's."""
         if forward.attention == 'cudnn' and forward.row_segments > 1:
-            raise ValueError(f"forward.row_segments={forward.row_segments}: attention='cudnn' takes one episode per "
-                             'row; set it to 1')
+            raise UserError(f"forward.row_segments={forward.row_segments}: attention='cudnn' takes one episode per "
+                            'row; set it to 1')
         ways = mesh.shape['data'] * mesh.shape['fsdp']
         if forward.micro_rows % ways:
-            raise ValueError(f'forward.micro_rows={forward.micro_rows} does not divide over data × fsdp = {ways} '
-                             'devices; choose a multiple, or 0 for one row each')
+            raise UserError(f'forward.micro_rows={forward.micro_rows} does not divide over data × fsdp = {ways} '
+                            'devices; choose a multiple, or 0 for one row each')
         forward = dataclasses.replace(forward, micro_rows=forward.micro_rows or ways)
         if forward.row_width % mesh.shape['tensor']:
-            raise ValueError(f'forward.row_width={forward.row_width} does not divide over '
-                             f'tensor={mesh.shape["tensor"]}; choose a multiple')
+            raise UserError(f'forward.row_width={forward.row_width} does not divide over '
+                            f'tensor={mesh.shape["tensor"]}; choose a multiple')
         self.config, self.forward, self.optimizer, self.mesh = config, forward, optimizer, mesh
         self.loss, self.advantage, self.temperature = loss, advantage, temperature
         self.rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))  # of everything with a leading batch axis
@@ -262,6 +263,6 @@ def mean_metrics(step: int, steps: list[dict[str, jax.Array]]) -> dict[str, floa
     found = {name: float(reduce(name)([m[name] for m in host])) for name in (host[0] if host else {})}
     broken = [name for name, x in found.items() if name.endswith(('loss', 'grad_norm')) and not np.isfinite(x)]
     if broken:
-        raise ValueError(f'step {step}: {broken[0]} is {found[broken[0]]}; the last checkpoint is intact: go on from '
-                         'it with a lower optimizer.lr or a lower optimizer.grad_clip')
+        raise UserError(f'step {step}: {broken[0]} is {found[broken[0]]}; the last checkpoint is intact: go on from '
+                        'it with a lower optimizer.lr or a lower optimizer.grad_clip')
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode
 
 ACTIONS = ('ignore', 'warn', 'stop')
@@ -28,9 +29,9 @@ class WatchSettings:
     def __post_init__(self):
         for name in ('entropy', 'equal_rewards', 'mismatch', 'failures', 'faults'):
             if getattr(self, name) not in ACTIONS:
-                raise ValueError(f'watch.{name}={getattr(self, name)!r}: choose one of {", ".join(ACTIONS)}')
+                raise UserError(f'watch.{name}={getattr(self, name)!r}: choose one of {", ".join(ACTIONS)}')
         if self.equal_steps < 1:
-            raise ValueError(f'watch.equal_steps={self.equal_steps} must be at least 1')
+            raise UserError(f'watch.equal_steps={self.equal_steps} must be at least 1')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,9 +30,11 @@ BINARY = """
 import sys, time
 from absl import flags
 from retool_jax.core import cli
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode
 
-FLAG = flags.DEFINE_enum('act', 'show', ['show', 'bug', 'words', 'int', 'missing', 'wait', 'collect'], 'what to do')
+ACTS = ['show', 'bug', 'words', 'int', 'mistake', 'missing', 'wait', 'collect']
+FLAG = flags.DEFINE_enum('act', 'show', ACTS, 'what to do')
 
 def main(config):
     if FLAG.value == 'bug':
@@ -41,6 +43,8 @@ def main(config):
         int('x')
     if FLAG.value == 'words':
         Episode(None, 0, 0).append([1], acted=True)
+    if FLAG.value == 'mistake':
+        raise UserError('ppo.clip=0.2: choose\\na larger one')
     if FLAG.value == 'missing':
         open('no/such/file')
     if FLAG.value == 'collect':
@@ -122,7 +126,7 @@ def test_overrides_may_precede_the_config_and_use_spaces(door):
         (['--configg=1'], ['configg', 'config']),
         (['--act=dance'], ['act=dance', 'show']),
         (['stray'], ["unexpected argument 'stray'"]),
-        (['--act=words'], ['acted tokens carry one logprob each']),
+        (['--act=mistake'], ['ppo.clip=0.2: choose a larger one']),
         (['--act=missing'], ["'no/such/file'", 'No such file']),
     ],
 )  # fmt: skip
@@ -131,7 +135,7 @@ def test_what_the_user_did_wrong_is_one_line_and_exit_2(door, arguments, words):
     assert all(word in line for word in words), line
 
 
-@pytest.mark.parametrize('act', ['bug', 'int'])
+@pytest.mark.parametrize('act', ['bug', 'int', 'words'])
 def test_a_fault_of_ours_keeps_its_traceback(door, act):
     code, _, err = door(f'--act={act}')
     assert code == 1 and 'Traceback' in err and 'binary.py' in err

@@ -2,7 +2,8 @@ from retool_jax.core.errors import nearest
 
 
 def test_a_near_word_is_named():
-    assert nearest('loss.clip_hi', ['loss.clip_low', 'loss.clip_high', 'ppo.steps']) == ' (did you mean loss.clip_high?)'
+    words = ['loss.clip_low', 'loss.clip_high', 'ppo.steps']
+    assert nearest('loss.clip_hi', words) == ' (did you mean loss.clip_high?)'
 
 
 def test_a_right_last_word_below_a_wrong_block_is_found():

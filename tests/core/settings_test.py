@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict, config_dict
 
 from retool_jax.core import settings
+from retool_jax.core.errors import UserError
 
 
 class Style(enum.StrEnum):
@@ -38,7 +39,7 @@ class Ppo:
 
     def __post_init__(self):
         if self.steps < 1:
-            raise ValueError(f'steps={self.steps}: give at least 1')
+            raise UserError(f'steps={self.steps}: give at least 1')
 
 
 def block(**changes):
@@ -80,7 +81,7 @@ def test_a_block_becomes_a_frozen_dataclass_with_its_nested_ones():
     ],
 )  # fmt: skip
 def test_a_wrong_block_is_refused_with_the_dotted_key(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         settings.build(Ppo, block(**changes), 'ppo')
 
 
@@ -88,7 +89,7 @@ def test_a_required_placeholder_left_empty_is_asked_for():
     config = block()
     del config['steps']
     config.steps = config_dict.required_placeholder(int)
-    with pytest.raises(ValueError, match=r'ppo\.steps must be given: --config\.ppo\.steps=VALUE'):
+    with pytest.raises(UserError, match=r'ppo\.steps must be given: --config\.ppo\.steps=VALUE'):
         settings.build(Ppo, config, 'ppo')
 
 
@@ -98,7 +99,7 @@ def test_a_missing_key_is_refused_even_where_the_dataclass_could_fill_it():
         a: int
         b: int = 3
 
-    with pytest.raises(ValueError, match="config key 'x.b' is missing"):
+    with pytest.raises(UserError, match="config key 'x.b' is missing"):
         settings.build(Small, {'a': 1}, 'x')
 
 
