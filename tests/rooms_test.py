@@ -104,7 +104,7 @@ def test_every_folder_of_the_package_has_its_line_in_the_table():
 @pytest.mark.parametrize(
     'room, line',
     [
-        ('algo', 'from retool_jax.model import qwen'),
+        ('algo', 'from retool_jax.model import decoder'),
         ('algo', 'from retool_jax import text'),
         ('algo', 'from ..text import tags'),
         ('sandbox', 'from retool_jax.core import cli'),
@@ -130,7 +130,7 @@ def test_a_trespass_is_seen_however_it_is_written(tmp_path, room, line):
         ('sandbox', 'from retool_jax.core.records import Verdict'),
         ('sandbox', 'from retool_jax.core import records'),
         ('algo', 'from retool_jax.algo import segments\nfrom . import groups'),
-        ('algo', 'import typing\nif typing.TYPE_CHECKING:\n    from retool_jax.model import qwen'),
+        ('algo', 'import typing\nif typing.TYPE_CHECKING:\n    from retool_jax.model import decoder'),
         ('train', 'import retool_jax.sandbox.pool\nfrom retool_jax import algo'),
     ],
 )

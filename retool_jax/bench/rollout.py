@@ -23,8 +23,8 @@ from retool_jax.bench import rollout_cache, rollout_tools
 from retool_jax.bench.timing import clock, compilations, in_turns
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Problem
-from retool_jax.model import hf, qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder, hf
+from retool_jax.model.config import ModelConfig
 from retool_jax.rollout.engine import Engine, Request, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 
@@ -60,8 +60,8 @@ class Shape:
 def measure(shape: Shape, repeats: int, parts: Sequence[str], say: Callable[[str], None]) -> dict:
     """The figures of `parts` ('peers', 'tools', 'cache'): tokens/s, ratios, seconds."""
     config = model_config(shape)
-    params = qwen.init(config, jax.random.key(0))
-    weights = jax.jit(lambda p: qwen.to_sampling(config, p, jnp.dtype(shape.dtype)))(params)
+    params = decoder.init(config, jax.random.key(0))
+    weights = jax.jit(lambda p: decoder.to_sampling(config, p, jnp.dtype(shape.dtype)))(params)
     figures = {'device': jax.devices()[0].device_kind, **dataclasses.asdict(shape)}
 
     def keep(found: dict) -> None:
@@ -82,11 +82,11 @@ def measure(shape: Shape, repeats: int, parts: Sequence[str], say: Callable[[str
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
 
 
-def model_config(shape: Shape) -> QwenConfig:
-    return QwenConfig(model_type='qwen2', vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.mlp,
-                      num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-                      num_key_value_heads=shape.kv_heads, head_dim=shape.width // shape.heads,
-                      tie_word_embeddings=False, max_position_embeddings=max(shape.slots, 4096))
+def model_config(shape: Shape) -> ModelConfig:
+    return ModelConfig(model_type='qwen2', vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.mlp,
+                       num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+                       num_key_value_heads=shape.kv_heads, head_dim=shape.width // shape.heads,
+                       tie_word_embeddings=False, max_position_embeddings=max(shape.slots, 4096))
 
 
 class Peer:
@@ -138,7 +138,7 @@ def open_peers(directory: pathlib.Path, slots: int, say: Callable[[str], None]) 
         yield found
 
 
-def make_engine(config: QwenConfig, shape: Shape, rows: int) -> Engine:
+def make_engine(config: ModelConfig, shape: Shape, rows: int) -> Engine:
     """An engine whose episodes end at their budget alone."""
     sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=shape.chunk, group=min(8, rows), quota=shape.quota,
                             decode_rows=0, min_bound=shape.chunk, dtype=shape.dtype, cache_dtype=shape.dtype)
@@ -167,7 +167,7 @@ def run_seconds(engine: Engine, params: Params, requests: list[Request], tokens:
     return seconds
 
 
-def against_peers(config: QwenConfig, weights: Params, shape: Shape, repeats: int, peers: dict[str, Peer],
+def against_peers(config: ModelConfig, weights: Params, shape: Shape, repeats: int, peers: dict[str, Peer],
                   say: Callable[[str], None]) -> dict:
     """tokens/s of engine, floor and transformers at each batch size."""
     figures = {}
@@ -189,7 +189,7 @@ def against_peers(config: QwenConfig, weights: Params, shape: Shape, repeats: in
     return figures
 
 
-def against_new_budgets(config: QwenConfig, weights: Params, shape: Shape, repeats: int, peer: Peer,
+def against_new_budgets(config: ModelConfig, weights: Params, shape: Shape, repeats: int, peer: Peer,
                         say: Callable[[str], None]) -> dict:
     """A new token budget on every call, as in an agent's turns; ours compiles nothing for it."""
     say('new budgets')
@@ -207,7 +207,7 @@ def against_new_budgets(config: QwenConfig, weights: Params, shape: Shape, repea
             'tunix_version': peer.version}
 
 
-def floor_program(config: QwenConfig, shape: Shape, rows: int) -> Callable:
+def floor_program(config: ModelConfig, shape: Shape, rows: int) -> Callable:
     """What cannot be avoided: a step's matmuls and one read of the live KV, `new` times in one loop."""
     live = shape.prompt + shape.new // 2
     kv = jnp.ones((2, config.num_hidden_layers, rows, config.num_key_value_heads, live, config.head_dim), shape.dtype)

@@ -11,7 +11,7 @@ import numpy as np
 from retool_jax.bench.timing import clock, in_turns
 from retool_jax.core.pytrees import Params
 from retool_jax.model import attention
-from retool_jax.model.config import QwenConfig
+from retool_jax.model.config import ModelConfig
 from retool_jax.rollout.sampler import Feed, Placement, Sampler, SamplerSettings
 
 ROWS = 16  # of the comparison of cache sizes
@@ -21,7 +21,7 @@ LIVE = 256
 class Rows:
     """A sampler's rows, filled to a length and measured from there."""
 
-    def __init__(self, config: QwenConfig, weights: Params, shape, rows: int, slots: int):
+    def __init__(self, config: ModelConfig, weights: Params, shape, rows: int, slots: int):
         self.shape, self.weights, self.count = shape, weights, rows
         self.sampler = Sampler(config, SamplerSettings(
             rows=rows, slots=slots, chunk=shape.chunk, group=min(8, rows), quota=shape.quota, decode_rows=0,
@@ -77,7 +77,7 @@ class Rows:
         return clock(work) / self.shape.quota
 
 
-def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Callable[[str], None]) -> dict:
+def measure(config: ModelConfig, weights: Params, shape, repeats: int, say: Callable[[str], None]) -> dict:
     """Seconds of chunks and steps at the same length in a long and a short cache, and of a tool's return."""
     say('long and short cache')
     long, short = (Rows(config, weights, shape, ROWS, slots) for slots in (shape.slots, shape.short_slots))
@@ -103,7 +103,7 @@ def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Calla
         'resume_extra_over_attention': (seconds['resume_long'] - seconds['resume_short']) / extra}
 
 
-def attention_program(config: QwenConfig, shape, bound: int) -> Callable[[], float]:
+def attention_program(config: ModelConfig, shape, bound: int) -> Callable[[], float]:
     """Seconds of one chunk's attention to `bound` slots in every layer, and of nothing else."""
     key = jax.random.key(0)
     heads, size = config.num_key_value_heads, config.head_dim

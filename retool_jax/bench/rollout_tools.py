@@ -13,7 +13,7 @@ import numpy as np
 
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, ExecResult, Problem, Stop, ToolCall, Verdict
-from retool_jax.model.config import QwenConfig
+from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import turns
 from retool_jax.rollout.engine import Engine, Request, SamplingSettings
 from retool_jax.rollout.sampler import STOP_CODE, STOP_NONE, Sampler, SamplerSettings
@@ -116,7 +116,7 @@ class Barrier:
 class Case:
     """An engine of so many slots whose turns end at random after `mean` tokens on average."""
 
-    def __init__(self, config: QwenConfig, shape, rows: int, decode_rows: int, mean: float):
+    def __init__(self, config: ModelConfig, shape, rows: int, decode_rows: int, mean: float):
         self.shape, self.rows, self.decode_rows = shape, rows, decode_rows
         # Two states: a random share of the vocabulary ends the turn. Of a random model that is a fixed hazard.
         ends = max(round(shape.vocab / mean), 1)
@@ -148,7 +148,7 @@ class Case:
         return tokens / self.seconds
 
 
-def measure(config: QwenConfig, weights: Params, shape, repeats: int, say: Callable[[str], None]) -> dict:
+def measure(config: ModelConfig, weights: Params, shape, repeats: int, say: Callable[[str], None]) -> dict:
     """tokens/s with tools that take half of an episode's time, and their ratios."""
     say('pace of a row')
     first, last = shape.tool_rows[0], shape.tool_rows[-1]

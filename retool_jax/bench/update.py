@@ -22,8 +22,8 @@ import numpy as np
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import mesh as meshes
 from retool_jax.core.pytrees import Batch
-from retool_jax.model import qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder
+from retool_jax.model.config import ModelConfig
 from retool_jax.train.state import OptimizerSettings, init_state, make_optimizer
 from retool_jax.train.update import ForwardSettings, Learner, Scores
 
@@ -72,16 +72,16 @@ def measure(shape: Shape, repeats: int, say: Callable[[str], None]) -> dict:
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
 
 
-def model_config(shape: Shape) -> QwenConfig:
-    return QwenConfig(model_type='qwen2', vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.mlp,
-                      num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-                      num_key_value_heads=shape.kv_heads, head_dim=shape.width // shape.heads,
-                      tie_word_embeddings=False, max_position_embeddings=shape.tokens)
+def model_config(shape: Shape) -> ModelConfig:
+    return ModelConfig(model_type='qwen2', vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.mlp,
+                       num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+                       num_key_value_heads=shape.kv_heads, head_dim=shape.width // shape.heads,
+                       tie_word_embeddings=False, max_position_embeddings=shape.tokens)
 
 
-def flops_per_token(config: QwenConfig, tokens: int) -> int:
+def flops_per_token(config: ModelConfig, tokens: int) -> int:
     """Of a forward and a backward pass, as the module's docstring counts."""
-    found = jax.tree_util.tree_leaves_with_path(qwen.abstract_params(config))
+    found = jax.tree_util.tree_leaves_with_path(decoder.abstract_params(config))
     names = [(jax.tree_util.keystr(path), x.size) for path, x in found if path[-1].key == 'weight']
     skipped = ('norm',) if config.tie_word_embeddings else ('norm', 'embed_tokens')
     matrices = sum(size for name, size in names if not any(word in name for word in skipped))
@@ -122,7 +122,7 @@ def make_batch(shape: Shape) -> Batch:
         baseline_BN=np.ones((b, 1), bool), update_BN=np.ones((b, 1), bool))
 
 
-def update_seconds(config: QwenConfig, shape: Shape, repeats: int) -> tuple[float, int]:
+def update_seconds(config: ModelConfig, shape: Shape, repeats: int) -> tuple[float, int]:
     """Median seconds of one optimizer step over the batch, and the batch's tokens."""
     mesh = meshes.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
     optimizer = make_optimizer(OptimizerSettings(lr=1e-6, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999,
@@ -136,9 +136,9 @@ def update_seconds(config: QwenConfig, shape: Shape, repeats: int) -> tuple[floa
                         correction_high=2.0)
     learner = Learner(config, forward, optimizer, mesh, loss=loss,
                       advantage=AdvantageSettings(kind='grpo', gamma=1.0, lam=1.0, whiten=False))
-    rules = qwen.fit_rules(config, mesh, meshes.TRAIN_RULES)
-    make = jax.jit(lambda key: qwen.init(config, key),
-                   out_shardings=meshes.shardings(mesh, qwen.logical_axes(config), rules))
+    rules = decoder.fit_rules(config, mesh, meshes.TRAIN_RULES)
+    make = jax.jit(lambda key: decoder.init(config, key),
+                   out_shardings=meshes.shardings(mesh, decoder.logical_axes(config), rules))
     state = init_state({'policy': make(jax.random.key(0))}, optimizer)
     batch = learner.put(make_batch(shape))
     scores: Scores = learner.score(state.params, batch, shape.rows, None, num_groups=1)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from retool_jax.core.pytrees import Int8KV, KVCache
-from retool_jax.model.config import QwenConfig
+from retool_jax.model.config import ModelConfig
 
 KV = jax.Array | Int8KV  # keys or values of one layer, [B, K, S, H]
 
 
-def empty(config: QwenConfig, rows: int, slots: int, dtype=jnp.float32) -> KVCache:
+def empty(config: ModelConfig, rows: int, slots: int, dtype=jnp.float32) -> KVCache:
     """An empty cache of `rows` × `slots`; int8 keeps one f32 scale per slot and head."""
     shape = (rows, config.num_key_value_heads, slots, config.head_dim)
 

@@ -24,7 +24,7 @@ class YarnScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QwenConfig:
+class ModelConfig:
     """Sizes of a Qwen2.5 or Qwen3 dense model; field names are Hugging Face's."""
 
     model_type: str  # 'qwen2' (biased q, k, v) or 'qwen3' (normalised q, k)
@@ -67,7 +67,7 @@ class QwenConfig:
         return self.num_hidden_layers * layer + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
 
 
-def from_hf(raw: dict, where: str = 'config.json') -> QwenConfig:
+def from_hf(raw: dict, where: str = 'config.json') -> ModelConfig:
     """Reads a Hugging Face config dict. Errors: ValueError naming what is not supported."""
     names = raw.get('architectures') or [{'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}.get(
         raw.get('model_type', ''), raw.get('model_type', 'none'))]
@@ -90,7 +90,7 @@ def from_hf(raw: dict, where: str = 'config.json') -> QwenConfig:
     heads = raw['num_attention_heads']
     width = 128 if kind == 'qwen3' else raw['hidden_size'] // heads  # the original's defaults
     rope = _rope(raw, where)
-    return QwenConfig(
+    return ModelConfig(
         model_type=kind,
         vocab_size=raw['vocab_size'], hidden_size=raw['hidden_size'],
         intermediate_size=raw['intermediate_size'], num_hidden_layers=raw['num_hidden_layers'],
@@ -135,7 +135,7 @@ def _yarn(scaling: dict, raw: dict, where: str) -> YarnScaling | None:
                        attention_factor=scaling.get('attention_factor'))
 
 
-def to_hf(config: QwenConfig) -> dict:
+def to_hf(config: ModelConfig) -> dict:
     """The config.json that transformers loads."""
     raw = dataclasses.asdict(config)
     kind = {v: k for k, v in ARCHITECTURES.items()}[config.model_type]
@@ -146,7 +146,7 @@ def to_hf(config: QwenConfig) -> dict:
                   'rope_scaling': None if scaling is None else rope, 'use_sliding_window': False}
 
 
-def load_config(directory: str | pathlib.Path) -> QwenConfig:
+def load_config(directory: str | pathlib.Path) -> ModelConfig:
     """Reads `directory/config.json`."""
     path = pathlib.Path(directory) / 'config.json'
     if not path.is_file():
@@ -162,6 +162,6 @@ def load_config(directory: str | pathlib.Path) -> QwenConfig:
     return from_hf(raw, str(path))
 
 
-TINY = QwenConfig(model_type='qwen2', vocab_size=512, hidden_size=128, intermediate_size=384,
-                  num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-                  rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=4096)
+TINY = ModelConfig(model_type='qwen2', vocab_size=512, hidden_size=128, intermediate_size=384,
+                   num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+                   rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=4096)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.model import config as model_config
-from retool_jax.model import hf, qwen
+from retool_jax.model import decoder, hf
 
 
 def to_orbax(source: str | os.PathLike, target: str | os.PathLike, dtype=jnp.float32,
@@ -44,7 +44,7 @@ def to_hf(source: str | os.PathLike, target: str | os.PathLike, like: str | os.P
             raise UserError(f'{source}: no checkpoint of step {"any" if step is None else step}; '
                             f'there are: {", ".join(map(str, steps)) or "none"}')
     params = _read(pathlib.Path(source).absolute() / str(steps[-1] if step is None else step), part.split('.'),
-                   qwen.abstract_params(config))
+                   decoder.abstract_params(config))
     hf.save(target, config, params, dtype, tokenizer_dir=like, progress=progress)
 
 

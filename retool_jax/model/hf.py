@@ -28,8 +28,8 @@ from retool_jax.core import files
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
-from retool_jax.model import qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder
+from retool_jax.model.config import ModelConfig
 
 # Our path: its name in the checkpoint ({} is the layer), and how many leading axes of ours are inputs.
 # A checkpoint holds a matrix as [outputs, inputs], each flattened; None: the same shape in both.
@@ -91,10 +91,10 @@ class Leaf:
         return (outputs, inputs) if self.inputs else (outputs,)
 
 
-def leaves(config: QwenConfig) -> list[Leaf]:
+def leaves(config: ModelConfig) -> list[Leaf]:
     """Every weight of the training layout, in the order of the checkpoint's layers."""
     found = []
-    for path, abstract in jax.tree_util.tree_flatten_with_path(qwen.abstract_params(config))[0]:
+    for path, abstract in jax.tree_util.tree_flatten_with_path(decoder.abstract_params(config))[0]:
         words = tuple(entry.key for entry in path)
         name, inputs = TABLE['.'.join(words)]
         count = config.num_hidden_layers if words[0] == 'layers' else 0
@@ -113,7 +113,7 @@ class Tensor:
     shape: tuple[int, ...]
 
 
-def load(directory: str | os.PathLike, config: QwenConfig, shardings=None, dtype=jnp.float32,
+def load(directory: str | os.PathLike, config: ModelConfig, shardings=None, dtype=jnp.float32,
          progress: Progress | None = None) -> Params:
     """Reads a Hugging Face directory into the training layout, straight onto the devices.
 
@@ -244,15 +244,15 @@ def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _compare_configs(found: QwenConfig, config: QwenConfig, directory: pathlib.Path) -> None:
-    for field in dataclasses.fields(QwenConfig):
+def _compare_configs(found: ModelConfig, config: ModelConfig, directory: pathlib.Path) -> None:
+    for field in dataclasses.fields(ModelConfig):
         theirs, ours = getattr(found, field.name), getattr(config, field.name)
         if theirs != ours and field.name not in FREE_FIELDS:
             raise UserError(f'model.path: {directory / "config.json"} has {field.name}={theirs}, '
                             f'this run is set up for {ours}')
 
 
-def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: QwenConfig,
+def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: ModelConfig,
                      directory: pathlib.Path) -> None:
     shapes = {name: leaf.theirs for leaf in wanted for name in leaf.names}
     extra = {name for name in tensors if name not in shapes and not name.endswith('.rotary_emb.inv_freq')}
@@ -270,7 +270,7 @@ def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: Qwe
         raise UserError(f'model.path: weights of {directory} do not fit: {"; ".join(wrong[:3])}{more}')
 
 
-def save(directory: str | os.PathLike, config: QwenConfig, params: Params, dtype=jnp.bfloat16,
+def save(directory: str | os.PathLike, config: ModelConfig, params: Params, dtype=jnp.bfloat16,
          tokenizer_dir: str | os.PathLike | None = None, *, file_bytes: int = 5_000_000_000,
          progress: Progress | None = None) -> None:
     """Writes the training layout as a directory that transformers loads; called by every process.

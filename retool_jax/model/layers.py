@@ -1,4 +1,4 @@
-"""The parts of a Qwen block: weights declared once with shape, words of their axes, initializer."""
+"""The parts of a block: weights declared once with shape, words of their axes, initializer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from retool_jax.core.mesh import constrain, gather
-from retool_jax.model.config import QwenConfig
+from retool_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
     """Grouped-query attention; what is attended to is the caller's (`attend`), so one module serves
     full forward and KV cache."""
 
-    def __init__(self, config: QwenConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, n, k, h = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         scale = config.initializer_range
         q_out, kv_out = {'heads': n, 'head_dim': h}, {'kv_heads': k, 'head_dim': h}
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(silu(gate x) · up x)."""
 
-    def __init__(self, config: QwenConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f = {'embed': config.hidden_size}, {'mlp': config.intermediate_size}
         scale = config.initializer_range
         self.gate_proj = Projection(d, f, bias=False, scale=scale, rngs=rngs)
@@ -104,7 +104,7 @@ class Block(nnx.Module):
     every weight instead: at 32B and 18,432 tokens that is five times the bytes.)
     """
 
-    def __init__(self, config: QwenConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, 'embed', config.rms_norm_eps, rngs)
         self.self_attn = Attention(config, rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, 'embed', config.rms_norm_eps, rngs)
@@ -117,7 +117,7 @@ class Block(nnx.Module):
         return x_BTD + split(self.mlp(whole(self.post_attention_layernorm(x_BTD))))
 
 
-def rope_table(config: QwenConfig, positions_BT: Int[Array, 'B T'],
+def rope_table(config: ModelConfig, positions_BT: Int[Array, 'B T'],
                ) -> tuple[Float[Array, 'B T half'], Float[Array, 'B T half']]:
     """cos and sin of the rotary angles, f32 [B, T, H/2] (bf16 angles are wrong beyond a few hundred tokens)."""
     inv_freq, scale = inverse_frequencies(config)
@@ -125,7 +125,7 @@ def rope_table(config: QwenConfig, positions_BT: Int[Array, 'B T'],
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def inverse_frequencies(config: QwenConfig) -> tuple[np.ndarray, float]:
+def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Radians per position of each rotary pair, f32 [H/2], and the factor on cos and sin.
 
     A constant made on the host, rounded as the original rounds it: at position 32,768 one unit in the
@@ -138,7 +138,7 @@ def inverse_frequencies(config: QwenConfig) -> tuple[np.ndarray, float]:
     return _stretch(config, period)
 
 
-def _stretch(config: QwenConfig, period: np.ndarray) -> tuple[np.ndarray, float]:
+def _stretch(config: ModelConfig, period: np.ndarray) -> tuple[np.ndarray, float]:
     """YaRN (arXiv 2309.00071): low frequencies are stretched, high ones kept, a ramp between."""
     yarn, half = config.rope_scaling, config.head_dim // 2
     def turns(rotations: float) -> float:  # the dimension that makes so many rotations in the original context

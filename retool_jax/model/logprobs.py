@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from retool_jax.core import mesh as meshes
 from retool_jax.core.pytrees import Params
-from retool_jax.model.qwen import head_weight
+from retool_jax.model.decoder import head_weight
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int

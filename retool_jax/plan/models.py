@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from retool_jax.core.errors import UserError
 from retool_jax.model import config as model_config
-from retool_jax.model.config import QwenConfig
+from retool_jax.model.config import ModelConfig
 
 # hidden, intermediate, layers, heads, KV heads, vocabulary, tied head
 _QWEN2 = {
@@ -23,7 +23,7 @@ _QWEN3 = {
 }
 
 
-def sizes(path: str | None, name: str) -> QwenConfig:
+def sizes(path: str | None, name: str) -> ModelConfig:
     """The model at `path`, or the published one of that name.
 
     Errors: ValueError for a name without published sizes.
@@ -37,6 +37,6 @@ def sizes(path: str | None, name: str) -> QwenConfig:
         raise UserError(f'model.name={name!r} has no published sizes here; give model.path, a directory with a '
                         f'config.json, or one of {", ".join([*_QWEN2, *_QWEN3])}')
     hidden, mlp, layers, heads, kv_heads, vocab, tied = table[name]
-    return QwenConfig(model_type=kind, vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp,
-                      num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                      head_dim=128 if kind == 'qwen3' else hidden // heads, tie_word_embeddings=tied)
+    return ModelConfig(model_type=kind, vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp,
+                       num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                       head_dim=128 if kind == 'qwen3' else hidden // heads, tie_word_embeddings=tied)

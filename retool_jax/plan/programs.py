@@ -18,8 +18,8 @@ from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import mesh as meshes
 from retool_jax.core import settings
 from retool_jax.core.pytrees import Batch, TrainState
-from retool_jax.model import attention, qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import attention, decoder
+from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Slice
 from retool_jax.rollout.sampler import Feed, Sampler, SamplerSettings
 from retool_jax.rollout.sync import Sync, shardings
@@ -48,7 +48,7 @@ class Program:
 class Run:
     """Everything of a run that has a shape: model, sizes, meshes, learner, sampler, buffers."""
 
-    def __init__(self, config: ConfigDict, model: QwenConfig, slice: Slice):
+    def __init__(self, config: ConfigDict, model: ModelConfig, slice: Slice):
         """config: of configs/ppo.py. Errors: ValueError naming what does not divide."""
         block = lambda kind, name: settings.build(kind, config[name], name)
         self.model, self.slice, self.sizes = model, slice, block(PPOSettings, 'ppo')
@@ -76,16 +76,17 @@ class Run:
         self.sampler = Sampler(model, sampler, table, table[:, 0], (0,), self.sampler_mesh)
         self.sync = Sync(model, sampler.dtype, self.mesh)  # every device at once, before engines take their parts
 
-        axes = qwen.logical_axes(model)
-        rules = qwen.fit_rules(model, self.mesh, meshes.TRAIN_RULES)
+        axes = decoder.logical_axes(model)
+        rules = decoder.fit_rules(model, self.mesh, meshes.TRAIN_RULES)
         whole = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
             name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
-        shapes = jax.eval_shape(lambda p: add_critic(model, p, self.sizes.critic), qwen.abstract_params(model))
+        shapes = jax.eval_shape(lambda p: add_critic(model, p, self.sizes.critic), decoder.abstract_params(model))
         words = _like(shapes, whole)
         self.params = _put(shapes, meshes.shardings(self.mesh, words, rules))
         self.state = self._train_state(optimizer)
         self.sampling_params = _put(
-            jax.eval_shape(lambda p: qwen.to_sampling(model, p, jnp.dtype(sampler.dtype)), qwen.abstract_params(model)),
+            jax.eval_shape(lambda p: decoder.to_sampling(model, p, jnp.dtype(sampler.dtype)),
+                           decoder.abstract_params(model)),
             shardings(model, self.sampler_mesh, meshes.SAMPLE_RULES))
 
     def _train_state(self, optimizer) -> TrainState:

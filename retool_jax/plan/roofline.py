@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from retool_jax.model.config import QwenConfig
+from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Chip
 from retool_jax.plan.facts import Facts
 
@@ -84,7 +84,7 @@ class Sizes:
         return 1.0
 
 
-def model_flops(config: QwenConfig, rows: int, width: int) -> float:
+def model_flops(config: ModelConfig, rows: int, width: int) -> float:
     """Floating-point operations that a gradient of `rows` full rows needs: 6 a weight and token, and causal
     attention forwards and twice backwards; what is recomputed does not count."""
     weights = config.parameter_count()

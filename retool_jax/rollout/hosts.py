@@ -24,7 +24,7 @@ from retool_jax.core import mesh as meshes
 from retool_jax.core import processes
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, ExecResult
-from retool_jax.model.config import QwenConfig
+from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import sync
 from retool_jax.rollout.engine import Engine, Request
 from retool_jax.rollout.stats import RolloutStats
@@ -100,7 +100,7 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     return _mesh(own, mesh)
 
 
-def make_sync(config: QwenConfig, dtype: str, mesh: jax.sharding.Mesh) -> Callable[[Params], Params]:
+def make_sync(config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> Callable[[Params], Params]:
     """`Sampler.sync` from the training layout on `mesh` to the sampling layout on each process's `local_mesh`."""
     cast = sync.Sync(config, dtype, mesh, meshes.TRAIN_RULES)  # split as in training until the devices change places
     spread, own = (sync.shardings(config, on, meshes.SAMPLE_RULES) for on in (engines_mesh(mesh), local_mesh(mesh)))

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem
 from retool_jax.model import config as model_config
-from retool_jax.model import hf, qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder, hf
+from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import engine as engines
 from retool_jax.rollout.engine import Executor, Request, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
@@ -30,7 +30,7 @@ from retool_jax.text.tokenizer import Tokenizer
 class Model:
     """A model directory in memory: weights in the sampling layout, and how it is spoken to."""
 
-    config: QwenConfig
+    config: ModelConfig
     tokenizer: Tokenizer
     template: Template
     params: Params
@@ -46,7 +46,7 @@ def open_model(directory: str | pathlib.Path, family: str, dtype: str = 'float32
     Errors: ValueError for files that are missing, or sizes that are not supported.
     """
     config = model_config.load_config(directory)
-    params = jax.jit(functools.partial(qwen.to_sampling, config, dtype=jnp.dtype(dtype)))(hf.load(directory, config))
+    params = jax.jit(functools.partial(decoder.to_sampling, config, dtype=jnp.dtype(dtype)))(hf.load(directory, config))
     return Model(config, tokenizers.load(directory), template.make_template(family, tools), params)
 
 

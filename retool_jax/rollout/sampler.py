@@ -21,8 +21,8 @@ from retool_jax.core import mesh as meshes
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Int8KV, KVCache, Params, SampleState
 from retool_jax.model import cache as kv_cache
-from retool_jax.model import qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder
+from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import rows, sampling
 from retool_jax.rollout.sync import Sync
 
@@ -97,7 +97,7 @@ class Placement:
 class Sampler:
     """Owns the compiled programs of one model and one set of sizes; owns no weights."""
 
-    def __init__(self, config: QwenConfig, settings: SamplerSettings, next_state: np.ndarray, stops: np.ndarray,
+    def __init__(self, config: ModelConfig, settings: SamplerSettings, next_state: np.ndarray, stops: np.ndarray,
                  eos_ids: tuple[int, ...], mesh: jax.sharding.Mesh | None = None):
         """next_state int32 [states, V] and stops int8 [states] are the tag automaton's
         (0 none, 1 `</code>`, 2 `</answer>`). mesh: rows over data × fsdp, heads and vocabulary over tensor;
@@ -132,7 +132,7 @@ class Sampler:
 
         Errors: ValueError where a size of the model or `rows` does not divide over the mesh.
         """
-        rules = qwen.fit_rules(self.config, mesh, meshes.SAMPLE_RULES)
+        rules = decoder.fit_rules(self.config, mesh, meshes.SAMPLE_RULES)
         for name, size in (('rows', self.settings.rows), ('decode_rows', self.decode_rows)):
             if size % self.ways:
                 raise UserError(f'sampler.{name}={size} does not divide over data={mesh.shape["data"]} × '
@@ -231,10 +231,10 @@ class Sampler:
     def _extend_rows(self, params, state: SampleState, feed: Feed, bound: int) -> tuple[SampleState, jax.Array]:
         put = lambda x, value: x.at[feed.row_R].set(value, mode='drop')
         # Rows are written and read where they lie: taking them out and putting them back would copy `bound` slots.
-        hidden_RCD, cache = qwen.extend(self.config, params, state.cache, feed.tokens_RC, feed.count_R, bound,
+        hidden_RCD, cache = decoder.extend(self.config, params, state.cache, feed.tokens_RC, feed.count_R, bound,
                                         feed.row_R)
         last = jnp.maximum(feed.count_R - 1, 0)[:, None, None]
-        logits_RV = qwen.unembed(params, jnp.take_along_axis(hidden_RCD, last, axis=1)[:, 0])
+        logits_RV = decoder.unembed(params, jnp.take_along_axis(hidden_RCD, last, axis=1)[:, 0])
         return dataclasses.replace(
             state, cache=cache, logits_BV=put(state.logits_BV, logits_RV), tag_B=put(state.tag_B, feed.tag_R),
             live_B=put(state.live_B, feed.live_R), stop_B=put(state.stop_B, STOP_NONE),
@@ -268,9 +268,9 @@ class Sampler:
             token_B, logprob_B = sampling.draw(s.logits_BV, u_BQ[:, i], s.temperature_B, s.top_p_B, s.top_k_B,
                                                s.min_p_B, truncate=truncate)
             live = s.live_B
-            hidden_BCD, cache = qwen.extend(self.config, params, s.cache, token_B[:, None],
+            hidden_BCD, cache = decoder.extend(self.config, params, s.cache, token_B[:, None],
                                             live.astype(jnp.int32), bound)
-            logits_BV = qwen.unembed(params, hidden_BCD[:, 0])
+            logits_BV = decoder.unembed(params, hidden_BCD[:, 0])
             tag_B = table[s.tag_B, token_B]
             allowance_B = s.allowance_B - 1
             stop_B = jnp.where(allowance_B <= 0, STOP_LENGTH, STOP_NONE)

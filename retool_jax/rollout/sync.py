@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from retool_jax.core import mesh as meshes
 from retool_jax.core.pytrees import Params
-from retool_jax.model import qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder
+from retool_jax.model.config import ModelConfig
 
 
 class Sync:
@@ -21,7 +21,7 @@ class Sync:
     the sampling weights twice.
     """
 
-    def __init__(self, config: QwenConfig, dtype: str, mesh: jax.sharding.Mesh | None = None,
+    def __init__(self, config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh | None = None,
                  rules: Mapping[str, tuple[str, ...]] = meshes.SAMPLE_RULES):
         """rules: how the result lies on `mesh`; None leaves everything where the weights are."""
         self.layers = range(config.num_hidden_layers)
@@ -29,16 +29,16 @@ class Sync:
         if mesh is not None:
             ends = shardings(config, mesh, rules)
             layer = ends.pop('layers')[0]
-        self.layer = jax.jit(functools.partial(qwen.sampling_layer, dtype=jnp.dtype(dtype)), out_shardings=layer)
-        self.ends = jax.jit(functools.partial(qwen.sampling_ends, dtype=jnp.dtype(dtype)), out_shardings=ends)
+        self.layer = jax.jit(functools.partial(decoder.sampling_layer, dtype=jnp.dtype(dtype)), out_shardings=layer)
+        self.ends = jax.jit(functools.partial(decoder.sampling_ends, dtype=jnp.dtype(dtype)), out_shardings=ends)
 
     def __call__(self, params: Params) -> Params:
         return self.ends(params) | {'layers': [self.layer(params['layers'], i) for i in self.layers]}
 
 
-def shardings(config: QwenConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]]) -> Params:
+def shardings(config: ModelConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]]) -> Params:
     """Where each of the sampling weights lies on `mesh`.
 
     Errors: ValueError where a size of the model does not divide over the mesh.
     """
-    return meshes.shardings(mesh, qwen.sampling_axes(config), qwen.fit_rules(config, mesh, rules))
+    return meshes.shardings(mesh, decoder.sampling_axes(config), decoder.fit_rules(config, mesh, rules))

@@ -20,8 +20,8 @@ from retool_jax.core import processes, settings
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
-from retool_jax.model import hf, qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder, hf
+from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine, Executor, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
@@ -48,7 +48,7 @@ TRAINING, EVALUATION = 1, 2
 class Language:
     """A model's sizes and how it is spoken to."""
 
-    config: QwenConfig
+    config: ModelConfig
     tokenizer: Tokenizer
     template: Template
 
@@ -72,8 +72,8 @@ def open_language(config: ConfigDict, directory: pathlib.Path) -> Language:
 def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sharding.Mesh) -> Params:
     """f32 weights in the training layout: those of `model.path`, or random ones from `seed` without a path."""
     sizes = language.config
-    rules = qwen.fit_rules(sizes, mesh, meshes.TRAIN_RULES)
-    shardings = meshes.shardings(mesh, qwen.logical_axes(sizes), rules)
+    rules = decoder.fit_rules(sizes, mesh, meshes.TRAIN_RULES)
+    shardings = meshes.shardings(mesh, decoder.logical_axes(sizes), rules)
     if config.path is None:
         key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))  # plain numbers lie on no device
         return jax.jit(lambda data: embedded.init(sizes, jax.random.wrap_key_data(data)),

@@ -13,8 +13,8 @@ import numpy as np
 
 from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
-from retool_jax.model import qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder
+from retool_jax.model.config import ModelConfig
 from retool_jax.tasks import arithmetic
 from retool_jax.text import tokenizer as tokenizers
 from retool_jax.text.template import wrap_feedback, wrap_snippet
@@ -46,7 +46,7 @@ def write_model(directory: pathlib.Path) -> None:
     (directory / 'config.json').write_text(json.dumps(model_config.to_hf(sizes), indent=2))
 
 
-def init(config: QwenConfig, key: jax.Array) -> Params:
+def init(config: ModelConfig, key: jax.Array) -> Params:
     """Random f32 parameters whose attention begins by copying.
 
     In every layer value and output projections are transposes of one random orthogonal matrix, and so
@@ -61,7 +61,7 @@ def init(config: QwenConfig, key: jax.Array) -> Params:
         raise ValueError(f'the embedded model cannot begin by copying with {heads} heads, {kv_heads} KV heads, '
                          f'head_dim {config.head_dim} and hidden_size {config.hidden_size}: heads must equal KV heads, '
                          'and heads × head_dim hidden_size')
-    params = qwen.init(config, key)
+    params = decoder.init(config, key)
     params['embed_tokens']['weight'] *= EMBED_GAIN
     attention = params['layers']['self_attn']
     weight = lambda name: attention[name]['weight']

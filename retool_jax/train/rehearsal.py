@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from retool_jax.core import metrics as console
 from retool_jax.core import processes
 from retool_jax.core.records import ExecResult, Verdict
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.train import assembly, folder, ppo, reinforce
 
@@ -71,7 +71,7 @@ def run(config: ConfigDict) -> dict[str, float]:
 def memory(parts: reinforce.Parts, sampler: Sampler) -> dict[str, float]:
     """Bytes of the large buffers, over all devices; which of them are there at once: train/residency.py."""
     params = parts.progress.state.params
-    to_sampling = functools.partial(qwen.to_sampling, parts.language.config,
+    to_sampling = functools.partial(decoder.to_sampling, parts.language.config,
                                     dtype=jnp.dtype(sampler.settings.dtype))
     sizes = {'policy, f32': size(params['policy']),
              'critic': size(params.get('critic')),

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from retool_jax.core.pytrees import Params, TrainState
-from retool_jax.model.config import QwenConfig
+from retool_jax.model.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,12 @@ def _adamw(settings: OptimizerSettings, steps: int, hold: int = 0) -> optax.Grad
         optax.adamw(schedule, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay, mask=matrices))
 
 
-def init_value_head(config: QwenConfig) -> Params:
+def init_value_head(config: ModelConfig) -> Params:
     """A zero linear head: the first value estimates are 0, in the middle of ±1 rewards."""
     return {'weight': jnp.zeros((config.hidden_size, 1), jnp.float32), 'bias': jnp.zeros((1,), jnp.float32)}
 
 
-def add_critic(config: QwenConfig, policy: Params, kind: str) -> Params:
+def add_critic(config: ModelConfig, policy: Params, kind: str) -> Params:
     """The trained tree: {'policy', 'critic'}; the critic is a 'head' on the policy's trunk, its own
     'backbone' that starts from the policy's weights, or 'none'."""
     if kind == 'none':

@@ -20,8 +20,8 @@ from retool_jax.algo.advantages import advantages, reward_on_last_acted
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, Params, TrainState
-from retool_jax.model import qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder
+from retool_jax.model.config import ModelConfig
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout.pack import join
 
@@ -32,7 +32,7 @@ class ForwardSettings:
 
     dtype: str  # of activations
     attention: str  # model.attention.choose
-    remat: str  # model.qwen.forward
+    remat: str  # model.decoder.forward
     unroll: int  # layers per step of the scan over layers
     logprob_chunk: int  # positions of a row projected to the vocabulary at a time
     vocab_chunk: int  # entries of the vocabulary at a time
@@ -56,7 +56,7 @@ class Scores:
 class Learner:
     """Owns the compiled programs of training; states and batches are passed in."""
 
-    def __init__(self, config: QwenConfig, forward: ForwardSettings, optimizer: optax.GradientTransformation,
+    def __init__(self, config: ModelConfig, forward: ForwardSettings, optimizer: optax.GradientTransformation,
                  mesh: jax.sharding.Mesh, *, loss: LossSettings | None = None,
                  advantage: AdvantageSettings | None = None, temperature: float = 1.0):
         """loss and advantage are None for supervised training; temperature is the sampler's."""
@@ -160,7 +160,7 @@ class Learner:
     def _evaluate(self, params: Params, micro: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """logprob, entropy and value of every token, [B, T] each; zeros where `params` lacks the part."""
         f = self.forward
-        run = lambda weights: qwen.forward(
+        run = lambda weights: decoder.forward(
             self.config, weights, micro.tokens_BT, micro.positions_BT, micro.segment_ids_BT,
             dtype=jnp.dtype(f.dtype), attend=f.attention, remat=f.remat, unroll=f.unroll)
         logprob_BT = entropy_BT = value_BT = jnp.zeros(micro.tokens_BT.shape, jnp.float32)

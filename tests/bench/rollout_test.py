@@ -13,7 +13,7 @@ from retool_jax.bench import rollout, rollout_tools, timing
 from retool_jax.bench.rollout import Shape
 from retool_jax.core.cli import ROOT
 from retool_jax.core.records import Stop
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 
 SMALL = {'layers': 1, 'width': 32, 'mlp': 48, 'heads': 2, 'kv_heads': 1, 'vocab': 64, 'slots': 320, 'short_slots': 288,
          'prompt': 16, 'new': 16, 'rows': (2,), 'tunix_rows': 2, 'quota': 8, 'chunk': 16, 'tool_s': 0.02,
@@ -50,7 +50,7 @@ def test_an_episode_of_the_bench_calls_its_tools_and_ends():
     ended, tool = [], rollout_tools.Tool(0.01)
     tool.finished = ended.append
     before = threading.active_count()
-    weights = case.sampler.sync(qwen.init(config, jax.random.key(0)))
+    weights = case.sampler.sync(decoder.init(config, jax.random.key(0)))
     rate = case.run(weights, tool, 40, 1)
     assert rate > 0 and len(ended) == 40 and 0 < case.answers <= sum(len(e.calls) for e in ended)
     assert threading.active_count() <= before + 1
@@ -66,7 +66,7 @@ def test_behind_a_barrier_the_same_episodes_are_written_and_no_slot_is_given_awa
     shape = Shape(**SMALL)
     config = rollout.model_config(shape)
     case = rollout_tools.Case(config, shape, 4, 2, mean=8.0)
-    weights = case.sampler.sync(qwen.init(config, jax.random.key(0)))
+    weights = case.sampler.sync(decoder.init(config, jax.random.key(0)))
     free, held = {}, {}
     instant = rollout_tools.Tool(0.0)
     instant.finished = lambda e: free.update({e.problem.id: e})
@@ -89,7 +89,7 @@ def test_the_floor_multiplies_every_weight_and_reads_the_live_cache():
     shape = Shape(**SMALL)
     config = rollout.model_config(shape)
     program = rollout.floor_program(config, shape, 2)
-    params = qwen.to_sampling(config, qwen.init(config, jax.random.key(0)))
+    params = decoder.to_sampling(config, decoder.init(config, jax.random.key(0)))
     before = np.asarray(program(params))
     assert before.shape == (2, 32) and np.isfinite(before).all()
     for path, _ in jax.tree_util.tree_leaves_with_path(params):

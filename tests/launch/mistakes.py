@@ -15,12 +15,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from retool_jax.core import episodes as episode_files
 from retool_jax.core.records import Episode, Problem
-from retool_jax.model import hf, qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder, hf
+from retool_jax.model.config import ModelConfig
 from retool_jax.text import tokenizer as tokenizer_files
 
-SIZES = QwenConfig(model_type='qwen2', vocab_size=272, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                   num_attention_heads=4, num_key_value_heads=4, head_dim=8)
+SIZES = ModelConfig(model_type='qwen2', vocab_size=272, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                    num_attention_heads=4, num_key_value_heads=4, head_dim=8)
 GOOD = {'id': 'a', 'problem': 'What is 1 + 1?', 'answer': '2'}
 
 
@@ -59,9 +59,9 @@ def write_files(folder: pathlib.Path) -> None:
 def write_models(folder: pathlib.Path) -> None:
     """`model` is whole; each of the others lacks one thing."""
     spoken = tokenizer_files.train_bpe(['1 + 1'], 259, folder / 'tokenizer')
-    hf.save(folder / 'model', SIZES, qwen.init(SIZES, jax.random.key(0)), jnp.float32, spoken.directory)
+    hf.save(folder / 'model', SIZES, decoder.init(SIZES, jax.random.key(0)), jnp.float32, spoken.directory)
     wide = dataclasses.replace(SIZES, hidden_size=64, head_dim=16)
-    hf.save(folder / 'wide', wide, qwen.init(wide, jax.random.key(0)), jnp.float32, spoken.directory)
+    hf.save(folder / 'wide', wide, decoder.init(wide, jax.random.key(0)), jnp.float32, spoken.directory)
 
     def spoil(name: str) -> pathlib.Path:
         return shutil.copytree(folder / 'model', folder / name)

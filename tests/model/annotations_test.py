@@ -15,10 +15,10 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from retool_jax.model import cache as kv_cache
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from tests.model.sizes import make_config, make_params, make_tokens
 
-MODULES = ('attention', 'kernels', 'layers', 'logprobs', 'qwen')
+MODULES = ('attention', 'decoder', 'kernels', 'layers', 'logprobs')
 CONFIG = make_config('qwen2')
 
 
@@ -46,7 +46,7 @@ def checked(name: str):
 def test_every_function_that_computes_is_among_them():
     assert set(FUNCTIONS) >= {'attention.dense', 'attention.blocked', 'attention.cached', 'kernels.splash',
                               'kernels.cudnn', 'layers.rope_table', 'layers.rotate', 'logprobs.token_logprobs',
-                              'logprobs.score', 'qwen.forward', 'qwen.extend', 'qwen.unembed'}
+                              'logprobs.score', 'decoder.forward', 'decoder.extend', 'decoder.unembed'}
 
 
 @pytest.mark.parametrize('name', FUNCTIONS)
@@ -65,14 +65,14 @@ def test_true_shapes_pass():
     place = np.tile(np.arange(8, dtype=np.int32), (2, 1))
 
     def full(params):
-        hidden = checked('qwen.forward')(CONFIG, params, tokens, place, np.ones_like(tokens), attend='dense')
+        hidden = checked('decoder.forward')(CONFIG, params, tokens, place, np.ones_like(tokens), attend='dense')
         return checked('logprobs.token_logprobs')(params, hidden, tokens, chunk=4, vocab_chunk=40)
 
     def cached(params):
         cache = kv_cache.empty(CONFIG, 2, 16)
-        hidden, cache = checked('qwen.extend')(CONFIG, qwen.to_sampling(CONFIG, params), cache, tokens,
+        hidden, cache = checked('decoder.extend')(CONFIG, decoder.to_sampling(CONFIG, params), cache, tokens,
                                                np.full(2, 8, np.int32), 16)
-        return checked('qwen.unembed')(params, hidden)
+        return checked('decoder.unembed')(params, hidden)
     assert jax.eval_shape(full, params)[0].shape == (2, 8)
     assert jax.eval_shape(cached, params).shape == (2, 8, CONFIG.vocab_size)
     x = jax.ShapeDtypeStruct((2, 512, 4, 16), jnp.float32)

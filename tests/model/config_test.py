@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from retool_jax.model import config as model_config
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from tests.model.sizes import make_config
 
 BASE = {'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'use_sliding_window': False, 'rope_theta': 1000000.0}
@@ -42,7 +42,7 @@ def test_published_sizes_have_their_published_number_of_parameters(name):
     source, billions = PUBLISHED[name]
     config = model_config.from_hf(source)
     assert config.parameter_count() / 1e9 == pytest.approx(billions, rel=2e-3)
-    shapes = jax.tree.leaves(qwen.abstract_params(config))
+    shapes = jax.tree.leaves(decoder.abstract_params(config))
     assert sum(math.prod(s.shape) for s in shapes) == config.parameter_count()
 
 

@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from retool_jax.core import mesh as meshes
 from retool_jax.model import config as model_config
-from retool_jax.model import hf, qwen
+from retool_jax.model import decoder, hf
 from tests.model.sizes import make_config, make_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def test_weights_arrive_on_their_mesh_sharded(tmp_path):
     params = make_params(config)
     hf.save(tmp_path / 'model', config, params, 'float32')
     mesh = meshes.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-    shardings = meshes.shardings(mesh, qwen.logical_axes(config), meshes.TRAIN_RULES)
+    shardings = meshes.shardings(mesh, decoder.logical_axes(config), meshes.TRAIN_RULES)
     loaded = hf.load(tmp_path / 'model', config, shardings)
     assert_same(loaded, params)
     for leaf, sharding in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings)):
@@ -270,7 +270,7 @@ print(memory('VmHWM') - before - sum(x.nbytes for x in jax.tree.leaves(params)))
 def test_loading_holds_no_more_than_one_tensor_beside_the_parameters(tmp_path):
     config = make_config(vocab_size=40_000, hidden_size=768, intermediate_size=3072, num_hidden_layers=10,
                          num_attention_heads=12, head_dim=64, tie_word_embeddings=True)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), qwen.abstract_params(config))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decoder.abstract_params(config))
     hf.save(tmp_path / 'model', config, zeros, 'float32')
     largest = 4 * config.vocab_size * config.hidden_size
     assert 4 * config.parameter_count() > 3 * largest

@@ -16,7 +16,7 @@ import pytest
 from retool_jax.core import mesh as meshes
 from retool_jax.core.pytrees import Batch, KVCache
 from retool_jax.model import cache as kv_cache
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.train.state import init_state
 from retool_jax.train.update import ForwardSettings, Learner
 from tests.model.sizes import make_config, make_params, make_tokens
@@ -53,9 +53,9 @@ def make_batch() -> Batch:
 
 def step_on(mesh, optimizer):
     """Parameters before and after one supervised step, and its metrics."""
-    rules = qwen.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES)
+    rules = decoder.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES)
     params = {'policy': jax.device_put(make_params(CONFIG),
-                                       meshes.shardings(mesh, qwen.logical_axes(CONFIG), rules))}
+                                       meshes.shardings(mesh, decoder.logical_axes(CONFIG), rules))}
     before = jax.device_get(params)
     learner = Learner(CONFIG, FORWARD, optimizer, mesh)
     state, metrics = learner.sft_step(init_state(params, optimizer), make_batch())
@@ -103,19 +103,19 @@ def test_parameters_after_adamw_are_those_of_one_device(sizes):
 
 
 def test_a_size_that_does_not_divide_is_refused_by_name_and_kv_heads_are_replicated():
-    rules = qwen.fit_rules(CONFIG, make_mesh((1, 2, 4)), meshes.TRAIN_RULES)
+    rules = decoder.fit_rules(CONFIG, make_mesh((1, 2, 4)), meshes.TRAIN_RULES)
     assert rules == meshes.TRAIN_RULES | {'kv_heads': ()}
-    assert qwen.fit_rules(CONFIG, make_mesh((2, 2, 2)), meshes.TRAIN_RULES) == meshes.TRAIN_RULES
+    assert decoder.fit_rules(CONFIG, make_mesh((2, 2, 2)), meshes.TRAIN_RULES) == meshes.TRAIN_RULES
     for field, value in [('num_attention_heads', 6), ('intermediate_size', 50), ('vocab_size', 98)]:
         config = dataclasses.replace(CONFIG, **{field: value})
         with pytest.raises(ValueError, match=f'^mesh: {field}={value} does not divide over tensor=4'):
-            qwen.fit_rules(config, make_mesh((1, 2, 4)), meshes.TRAIN_RULES)
+            decoder.fit_rules(config, make_mesh((1, 2, 4)), meshes.TRAIN_RULES)
     with pytest.raises(ValueError, match='^mesh: hidden_size=36 does not divide over fsdp=8'):
-        qwen.fit_rules(dataclasses.replace(CONFIG, hidden_size=36), make_mesh((1, 8, 1)), meshes.TRAIN_RULES)
+        decoder.fit_rules(dataclasses.replace(CONFIG, hidden_size=36), make_mesh((1, 8, 1)), meshes.TRAIN_RULES)
 
 
 def test_every_weight_has_its_words_and_no_large_one_is_left_whole():
-    axes, shapes = qwen.logical_axes(CONFIG), qwen.abstract_params(CONFIG)
+    axes, shapes = decoder.logical_axes(CONFIG), decoder.abstract_params(CONFIG)
     is_axes = lambda x: isinstance(x, tuple)
     flat = jax.tree.leaves(axes, is_leaf=is_axes)
     assert jax.tree.structure(axes, is_leaf=is_axes) == jax.tree.structure(shapes)
@@ -153,7 +153,7 @@ def collectives(compiled) -> list[tuple[str, str]]:
 
 
 def sharded_cache(mesh):
-    rules = qwen.fit_rules(CONFIG, mesh, meshes.SAMPLE_RULES)
+    rules = decoder.fit_rules(CONFIG, mesh, meshes.SAMPLE_RULES)
     place = lambda shape, dtype, *words: jax.ShapeDtypeStruct(
         shape, dtype, sharding=jax.NamedSharding(mesh, meshes.spec(words, rules)))
     kv = lambda: [place((8, 2, SLOTS, 8), jnp.float32, 'batch', 'kv_heads', None, 'head_dim') for _ in range(2)]
@@ -174,8 +174,8 @@ def test_the_cache_is_written_without_a_collective():
 def test_a_step_of_decoding_moves_activations_alone():
     mesh = make_mesh((4, 1, 2))
     cache, place = sharded_cache(mesh)
-    shapes = jax.eval_shape(lambda p: qwen.to_sampling(CONFIG, p), qwen.abstract_params(CONFIG))
-    axes = qwen.logical_axes(CONFIG)
+    shapes = jax.eval_shape(lambda p: decoder.to_sampling(CONFIG, p), decoder.abstract_params(CONFIG))
+    axes = decoder.logical_axes(CONFIG)
     one_layer = jax.tree.map(lambda words: words[1:], axes['layers'], is_leaf=lambda x: isinstance(x, tuple))
     sampling_axes = axes | {'layers': [one_layer] * 2, 'lm_head': {'weight': ('embed', 'vocab')}}
     params = jax.tree.map(lambda shape, words: place(shape.shape, shape.dtype, *words), shapes, sampling_axes)
@@ -183,8 +183,8 @@ def test_a_step_of_decoding_moves_activations_alone():
     count = place((8,), jnp.int32, 'batch')
 
     def step(params, cache, fed, count):
-        hidden, cache = qwen.extend(CONFIG, params, cache, fed, count, SLOTS)
-        return qwen.unembed(params, hidden[:, 0]), cache
+        hidden, cache = decoder.extend(CONFIG, params, cache, fed, count, SLOTS)
+        return decoder.unembed(params, hidden[:, 0]), cache
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(step, donate_argnums=1).lower(params, cache, fed, count).compile()
     found = collectives(compiled)
@@ -195,10 +195,10 @@ def test_a_step_of_decoding_moves_activations_alone():
 
 def test_training_gathers_no_logits_of_the_whole_vocabulary():
     mesh = make_mesh((2, 2, 2))
-    rules = qwen.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES)
-    placed = meshes.shardings(mesh, qwen.logical_axes(CONFIG), rules)
+    rules = decoder.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES)
+    placed = meshes.shardings(mesh, decoder.logical_axes(CONFIG), rules)
     params = {'policy': jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                                     qwen.abstract_params(CONFIG), placed)}
+                                     decoder.abstract_params(CONFIG), placed)}
     learner = Learner(CONFIG, FORWARD, optax.sgd(1.0), mesh)
     rows = jax.NamedSharding(mesh, jax.P(('data', 'fsdp')))
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype, sharding=rows), make_batch())

@@ -15,7 +15,7 @@ import pytest
 
 from retool_jax.model import cache as kv_cache
 from retool_jax.model import config as model_config
-from retool_jax.model import hf, qwen
+from retool_jax.model import decoder, hf
 from tests.model.sizes import make_config, make_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +28,8 @@ TOLERANCE = 1e-4  # of the largest logit
 def full_logits(config, params, tokens_BT, lengths_B):
     valid_BT = (np.arange(tokens_BT.shape[1]) < lengths_B[:, None]).astype(np.int32)
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
-    hidden_BTD = jax.jit(functools.partial(qwen.forward, config))(params, tokens_BT, positions_BT, valid_BT)
-    return np.asarray(qwen.unembed(params, hidden_BTD))
+    hidden_BTD = jax.jit(functools.partial(decoder.forward, config))(params, tokens_BT, positions_BT, valid_BT)
+    return np.asarray(decoder.unembed(params, hidden_BTD))
 
 
 def cached_logits(config, params, tokens_BT, lengths_B):
@@ -37,12 +37,12 @@ def cached_logits(config, params, tokens_BT, lengths_B):
     rows, width = tokens_BT.shape
     slots = 32
     cache = kv_cache.empty(config, rows, slots)
-    params = qwen.to_sampling(config, params)
-    step = jax.jit(functools.partial(qwen.extend, config), static_argnums=(4,))
+    params = decoder.to_sampling(config, params)
+    step = jax.jit(functools.partial(decoder.extend, config), static_argnums=(4,))
     found = []
     for t in range(width):
         hidden_BCD, cache = step(params, cache, tokens_BT[:, t:t + 1], (lengths_B > t).astype(np.int32), slots)
-        found.append(qwen.unembed(params, hidden_BCD))
+        found.append(decoder.unembed(params, hidden_BCD))
     np.testing.assert_array_equal(cache.length_B, lengths_B)
     return np.concatenate(found, axis=1)
 

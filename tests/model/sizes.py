@@ -7,25 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.core.pytrees import Params
-from retool_jax.model import qwen
-from retool_jax.model.config import QwenConfig
+from retool_jax.model import decoder
+from retool_jax.model.config import ModelConfig
 
 
-def make_config(model_type: str = 'qwen2', **changes) -> QwenConfig:
+def make_config(model_type: str = 'qwen2', **changes) -> ModelConfig:
     """Four query heads, two KV heads, a head size that is not width / heads."""
     sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=16, rope_theta=10000.0, max_position_embeddings=256)
-    return QwenConfig(model_type=model_type, **(sizes | changes))
+    return ModelConfig(model_type=model_type, **(sizes | changes))
 
 
-def make_params(config: QwenConfig, seed: int = 0) -> Params:
+def make_params(config: ModelConfig, seed: int = 0) -> Params:
     """Random weights without the zeros and ones of initialization, so that a bias or a norm left out shows."""
-    leaves, structure = jax.tree.flatten(qwen.abstract_params(config))
+    leaves, structure = jax.tree.flatten(decoder.abstract_params(config))
     rng = np.random.default_rng(seed)
     return structure.unflatten([
         jnp.asarray(rng.normal(1.0 if len(leaf.shape) < 3 else 0.0, 0.15, leaf.shape), jnp.float32)
         for leaf in leaves])
 
 
-def make_tokens(config: QwenConfig, rows: int, width: int, seed: int = 1) -> np.ndarray:
+def make_tokens(config: ModelConfig, rows: int, width: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, width)).astype(np.int32)

@@ -9,7 +9,7 @@ import pytest
 
 from retool_jax.core.pytrees import Int8KV
 from retool_jax.model import cache as kv_cache
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout.pack import pack
 from retool_jax.rollout.sampler import Feed, Sampler
@@ -43,12 +43,12 @@ def test_a_smaller_cache_stays_near_the_trainer_and_replays(dtype, allowed):
     another order, whatever the cache holds."""
     sampler = Sampler(CONFIG, dataclasses.replace(SIZES, cache_dtype=dtype), TABLE.next_state, TABLE.stops,
                       TOKENIZER.eos_ids)
-    params = qwen.init(CONFIG, jax.random.key(0))
+    params = decoder.init(CONFIG, jax.random.key(0))
     weights, asked = sampler.sync(params), requests(problems=4)
     assert isinstance(sampler.empty().cache.k[0], Int8KV) == (dtype == 'int8')
     episodes = make_engine(sampler).run(weights, 0, asked, step=4)
     batch = pack(episodes, width=160, rows=1, segments=4)
-    hidden = qwen.forward(CONFIG, params, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+    hidden = decoder.forward(CONFIG, params, batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
     logprob, _ = token_logprobs(params, hidden, batch.tokens_BT, chunk=160)
     gap = np.abs(np.asarray(logprob) - batch.sampler_logprob_BT)[batch.acted_BT]
     assert gap.max() < allowed and gap.mean() < allowed / 10
@@ -66,7 +66,7 @@ def test_no_call_copies_the_cache(dtype, decode_rows):
         sizes = dataclasses.replace(SIZES, slots=slots, decode_rows=decode_rows, min_bound=32, cache_dtype=dtype)
         sampler = Sampler(CONFIG, sizes, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids)
         state, ints = jax.eval_shape(sampler.empty), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-        weights = jax.eval_shape(lambda p: qwen.to_sampling(CONFIG, p), qwen.abstract_params(CONFIG))
+        weights = jax.eval_shape(lambda p: decoder.to_sampling(CONFIG, p), decoder.abstract_params(CONFIG))
         row, chosen = ints(sizes.group), ints(decode_rows) if sampler.chooses else None
         feed = Feed(row_R=row, tokens_RC=ints(sizes.group, sizes.chunk), count_R=row, allowance_R=row, tag_R=row,
                     live_R=jax.ShapeDtypeStruct(row.shape, bool))

@@ -10,7 +10,7 @@ import pytest
 from retool_jax.bench.timing import compilations
 from retool_jax.core.pytrees import Batch
 from retool_jax.core.records import ExecResult, Problem, Stop, Verdict
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.model.config import TINY
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout import turns
@@ -42,7 +42,7 @@ def sampler():
 
 @pytest.fixture(scope='module')
 def params():
-    return qwen.init(CONFIG, jax.random.key(0))
+    return decoder.init(CONFIG, jax.random.key(0))
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +140,7 @@ def test_sampler_and_trainer_logprobs_agree(sampler, params, count):
     episodes = make_engine(sampler).run(sampler.sync(params), 0, asked, step=4)
     assert sum(e.turns > 1 for e in episodes) > count // 3
     batch: Batch = pack(episodes, width=160, rows=1, segments=4)
-    score = jax.jit(lambda b: token_logprobs(params, qwen.forward(
+    score = jax.jit(lambda b: token_logprobs(params, decoder.forward(
         CONFIG, params, b.tokens_BT, b.positions_BT, b.segment_ids_BT), b.tokens_BT, chunk=160)[0])
     acted, widest = 0, 0.0
     for start in range(0, len(batch.tokens_BT), 8):

@@ -8,7 +8,7 @@ import pytest
 
 from retool_jax.core import mesh as meshes
 from retool_jax.core import processes
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout import hosts
 from retool_jax.rollout.pack import pack
@@ -25,8 +25,8 @@ def run(count: int, work: str, decode_rows: int, directory) -> list:
 
 def mismatch(episodes) -> float:
     """The largest difference between the sampler's logprobs and those of a full forward pass on one device."""
-    params = qwen.init(CONFIG, jax.random.key(0))
-    score = jax.jit(lambda b: token_logprobs(params, qwen.forward(
+    params = decoder.init(CONFIG, jax.random.key(0))
+    score = jax.jit(lambda b: token_logprobs(params, decoder.forward(
         CONFIG, params, b.tokens_BT, b.positions_BT, b.segment_ids_BT), b.tokens_BT, chunk=TURNS.max_tokens)[0])
     batch = pack(episodes, width=TURNS.max_tokens, rows=1, segments=1)
     return float(np.abs(np.where(batch.acted_BT, np.asarray(score(batch)) - batch.sampler_logprob_BT, 0.0)).max())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retool_jax.core.records import Episode, Problem
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.rollout import turns
 from retool_jax.rollout.engine import Engine, Request
 from retool_jax.rollout.journal import Journal
@@ -26,7 +26,7 @@ def sampler():
 
 @pytest.fixture(scope='module')
 def params():
-    return qwen.init(CONFIG, jax.random.key(0))
+    return decoder.init(CONFIG, jax.random.key(0))
 
 
 @pytest.fixture(autouse=True)

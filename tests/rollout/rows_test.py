@@ -14,7 +14,7 @@ import pytest
 from retool_jax.bench.timing import compilations
 from retool_jax.core import mesh as meshes
 from retool_jax.core.pytrees import Int8KV
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.rollout import rows
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.rollout.stats import Timeline
@@ -39,7 +39,7 @@ def make_sampler(settings, mesh=None):
 
 @pytest.fixture(scope='module')
 def params():
-    return qwen.init(CONFIG, jax.random.key(0))
+    return decoder.init(CONFIG, jax.random.key(0))
 
 
 def test_the_first_in_line_are_chosen_as_far_as_their_shards_have_room():

@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.rollout.stats import RolloutStats, Timeline
 from retool_jax.text import template
@@ -21,7 +21,7 @@ def flown():
         sampler = Sampler(CONFIG, SIZES, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids)
         engine = make_engine(sampler, latency_s=0.05)
         engine.timeline = Timeline()
-        episodes = engine.run(sampler.sync(qwen.init(CONFIG, jax.random.key(0))), 0, requests(), step=4)
+        episodes = engine.run(sampler.sync(decoder.init(CONFIG, jax.random.key(0))), 0, requests(), step=4)
     return engine, episodes
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from retool_jax.core import mesh as meshes
 from retool_jax.core import processes
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.rollout import hosts, turns
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.sampler import Sampler
@@ -42,8 +42,9 @@ def make_sampler(mesh, decode_rows: int) -> Sampler:
 
 def train_params(mesh):
     """The same weights in every process, each with the parts of its own devices."""
-    host = jax.tree.map(np.asarray, jax.jit(lambda: qwen.init(CONFIG, jax.random.key(0)))())
-    shardings = meshes.shardings(mesh, qwen.logical_axes(CONFIG), qwen.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES))
+    host = jax.tree.map(np.asarray, jax.jit(lambda: decoder.init(CONFIG, jax.random.key(0)))())
+    rules = decoder.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES)
+    shardings = meshes.shardings(mesh, decoder.logical_axes(CONFIG), rules)
     return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), host, shardings)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from retool_jax.model import config as model_config
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.tasks import arithmetic
 from retool_jax.text import template, tokenizer
 from retool_jax.text.tokenizer import PROBES
@@ -85,7 +85,7 @@ def test_values_and_outputs_undo_each_other_in_every_layer(params):
 
 
 def test_all_else_is_the_ordinary_start_and_the_embedding_is_larger(params):
-    plain = jax.device_get(qwen.init(SMALL, jax.random.key(0)))
+    plain = jax.device_get(decoder.init(SMALL, jax.random.key(0)))
     np.testing.assert_allclose(params['embed_tokens']['weight'],
                                embedded.EMBED_GAIN * plain['embed_tokens']['weight'], rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, params['layers']['mlp'], plain['layers']['mlp'])

@@ -23,7 +23,7 @@ from retool_jax.core import cli
 from retool_jax.core import metrics as console
 from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.model import config as model_config
-from retool_jax.model import hf, qwen
+from retool_jax.model import decoder, hf
 from retool_jax.rollout.journal import Journal
 from retool_jax.text import tags, template
 from retool_jax.text import tokenizer as tokenizers
@@ -47,7 +47,7 @@ def make_model(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True)
     tokenizers.train_bpe(['a b c'], 264, folder / 'source')
     config = make_config(vocab_size=264, initializer_range=0.2, num_hidden_layers=1)
-    hf.save(folder / 'model', config, qwen.init(config, jax.random.key(0)), 'float32', folder / 'source')
+    hf.save(folder / 'model', config, decoder.init(config, jax.random.key(0)), 'float32', folder / 'source')
     assert model_config.load_config(folder / 'model').vocab_size == 264
     lines = [f'{{"id": "p{i}", "problem": "Q{i}?", "answer": "{i}"}}\n' for i in range(20)]
     (folder / 'problems.jsonl').write_text(''.join(lines))

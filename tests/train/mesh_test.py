@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from retool_jax.core import mesh as meshes
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.rollout.pack import join, pack
 from retool_jax.train.state import add_critic, init_state
 from retool_jax.train.update import Learner
@@ -33,7 +33,7 @@ def make_tree():
 
 def scored_on(mesh):
     """A learner on a mesh, its first state, a batch and how many of its rows count, and the batch's scores."""
-    rules, axes = qwen.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES), qwen.logical_axes(CONFIG)
+    rules, axes = decoder.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES), decoder.logical_axes(CONFIG)
     words = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
         name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
     learner = Learner(CONFIG, small.make_forward(micro_rows=8, vocab_chunk=40), small.recording(), mesh,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from retool_jax.core.records import Stop
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.rollout.pack import pack
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import template
@@ -140,7 +140,7 @@ def runs():
     forward = small.make_forward(row_width=128, logprob_chunk=128, vocab_chunk=264, micro_rows=4)
     learner = Learner(small.SPEAKER, forward, optimizer, small.one_device(), loss=small.make_loss(),
                       advantage=small.make_advantage(whiten=False))
-    begin = init_state(add_critic(small.SPEAKER, qwen.init(small.SPEAKER, jax.random.key(0)), 'head'), optimizer)
+    begin = init_state(add_critic(small.SPEAKER, decoder.init(small.SPEAKER, jax.random.key(0)), 'head'), optimizer)
     copied = lambda tree: jax.tree.map(jnp.copy, tree)
     sampler, states, results = small.make_sampler(), [copied(begin)], []
 

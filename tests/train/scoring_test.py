@@ -8,7 +8,7 @@ import pytest
 
 from retool_jax.core import episodes as episode_files
 from retool_jax.core.records import Problem, Stop
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
 from retool_jax.tasks.grader import Grader
@@ -34,7 +34,7 @@ class Stopping(Engine):
 def parts():
     sampler = small.make_sampler(rows=2)
     with Grader() as grader:
-        yield sampler, sampler.sync(qwen.init(small.SPEAKER, jax.random.key(0))), grader
+        yield sampler, sampler.sync(decoder.init(small.SPEAKER, jax.random.key(0))), grader
 
 
 def run(parts, directory, problems, after=None):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.rollout.pack import join, pack
 from retool_jax.train.update import mean_metrics
 from tests.train import small
@@ -110,7 +110,7 @@ def test_scores_are_those_of_each_episode_alone(learner):
     for r, n in place:
         here = batch.segment_ids_BT[r] == n
         tokens = batch.tokens_BT[r, here][None]
-        hidden = qwen.forward(small.CONFIG, tree['policy'], tokens, jnp.arange(tokens.shape[1])[None],
+        hidden = decoder.forward(small.CONFIG, tree['policy'], tokens, jnp.arange(tokens.shape[1])[None],
                               jnp.ones_like(tokens))[0]
         logprobs = jax.nn.log_softmax(hidden @ tree['policy']['lm_head']['weight'])
         before = hidden[:-1] @ tree['critic']['head']['weight'] + tree['critic']['head']['bias']

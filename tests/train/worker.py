@@ -21,7 +21,7 @@ from retool_jax.core import mesh as meshes
 from retool_jax.core import processes
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.metrics import Metrics
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from retool_jax.rollout.pack import join, pack
 from retool_jax.train.state import init_state
 from retool_jax.train.update import Learner
@@ -33,7 +33,7 @@ FORWARD = dict(micro_rows=4, row_segments=3)
 
 def start_state(mesh, optimizer, critic: str):
     """The same weights in every process; each makes the parts of its own devices."""
-    axes = qwen.logical_axes(small.CONFIG)
+    axes = decoder.logical_axes(small.CONFIG)
     words = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
         name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
     tree = jax.tree.map(np.asarray, small.make_tree(critic))

@@ -22,7 +22,7 @@ from retool_jax.core.mesh import constrain
 from retool_jax.core.pytrees import KVCache, Params
 from retool_jax.model import attention
 from retool_jax.model import cache as kv_cache
-from retool_jax.model.config import QwenConfig
+from retool_jax.model.config import ModelConfig
 from retool_jax.model.layers import Block, Projection, RMSNorm, declare, rope_table
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
@@ -30,15 +30,15 @@ if TYPE_CHECKING:  # names of annotations only: accelerator machines need not ha
 
 
 class Embedding(nnx.Module):
-    def __init__(self, config: QwenConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.weight = declare(rngs, (config.vocab_size, config.hidden_size), ('vocab', 'embed'),
                               config.initializer_range)
 
 
-class Qwen(nnx.Module):
+class Decoder(nnx.Module):
     """The training layout: `layers` is one Block whose weights have a leading layer axis."""
 
-    def __init__(self, config: QwenConfig, key: jax.Array):
+    def __init__(self, config: ModelConfig, key: jax.Array):
         layer_key, rest = jax.random.split(key)
         rngs = nnx.Rngs(rest)
         self.embed_tokens = Embedding(config, rngs)
@@ -51,31 +51,31 @@ class Qwen(nnx.Module):
 
 
 @functools.cache
-def _abstract(config: QwenConfig) -> Qwen:
-    return jax.eval_shape(lambda: Qwen(config, jax.random.key(0)))
+def _abstract(config: ModelConfig) -> Decoder:
+    return jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
 
 
 @functools.cache
-def _definition(config: QwenConfig, part: str):
+def _definition(config: ModelConfig, part: str):
     """The static half of a module: 'layers' (a Block) or 'norm'."""
     return nnx.split(getattr(_abstract(config), part))[0]
 
 
-def _bind(config: QwenConfig, part: str, params: Params):
+def _bind(config: ModelConfig, part: str, params: Params):
     return nnx.merge(_definition(config, part), nnx.State(params))
 
 
-def init(config: QwenConfig, key: jax.Array) -> Params:
+def init(config: ModelConfig, key: jax.Array) -> Params:
     """Random f32 parameters in the training layout."""
-    return nnx.to_pure_dict(nnx.state(Qwen(config, key)))
+    return nnx.to_pure_dict(nnx.state(Decoder(config, key)))
 
 
-def abstract_params(config: QwenConfig) -> Params:
+def abstract_params(config: ModelConfig) -> Params:
     """Shapes and dtypes of the training layout."""
     return nnx.to_pure_dict(nnx.state(_abstract(config)))
 
 
-def logical_axes(config: QwenConfig) -> dict:
+def logical_axes(config: ModelConfig) -> dict:
     """The words of every weight's dimensions, in the shape of the training layout."""
     tree: dict = {}
     for path, variable in nnx.to_flat_state(nnx.state(_abstract(config))):
@@ -87,14 +87,14 @@ def logical_axes(config: QwenConfig) -> dict:
     return tree
 
 
-def sampling_axes(config: QwenConfig) -> dict:
+def sampling_axes(config: ModelConfig) -> dict:
     """The same for the sampling layout (`to_sampling`)."""
     axes = logical_axes(config)
     one = jax.tree.map(lambda words: words[1:], axes['layers'], is_leaf=lambda x: isinstance(x, tuple))
     return axes | {'layers': [one] * config.num_hidden_layers, 'lm_head': {'weight': ('embed', 'vocab')}}
 
 
-def fit_rules(config: QwenConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]],
+def fit_rules(config: ModelConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]],
               ) -> dict[str, tuple[str, ...]]:
     """The rules by which this model lies on this mesh: KV heads that do not divide are replicated.
 
@@ -115,7 +115,7 @@ def fit_rules(config: QwenConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, t
     return fitted
 
 
-def forward(config: QwenConfig, params: Params, tokens_BT: Int[Array, 'B T'], positions_BT: Int[Array, 'B T'],
+def forward(config: ModelConfig, params: Params, tokens_BT: Int[Array, 'B T'], positions_BT: Int[Array, 'B T'],
             segment_ids_BT: Int[Array, 'B T'], *, dtype=jnp.float32, attend: str = 'auto', remat: str = 'none',
             unroll: int = 1) -> Float[Array, 'B T D']:
     """Hidden states after the final norm, [B, T, D] in `dtype`, by a scan over layers.
@@ -159,7 +159,7 @@ def unembed(params: Params, x_BD: Float[Array, '*rows D']) -> Float[Array, '*row
     return jnp.matmul(x_BD, w_DV.astype(x_BD.dtype), preferred_element_type=jnp.float32)
 
 
-def to_sampling(config: QwenConfig, params: Params, dtype=jnp.float32) -> Params:
+def to_sampling(config: ModelConfig, params: Params, dtype=jnp.float32) -> Params:
     """Training layout → sampling layout, in `dtype`; a jit on the same devices."""
     layers = [sampling_layer(params['layers'], i, dtype) for i in range(config.num_hidden_layers)]
     return sampling_ends(params, dtype) | {'layers': layers}
@@ -177,7 +177,7 @@ def sampling_ends(params: Params, dtype=jnp.float32) -> Params:
             'lm_head': {'weight': head_weight(params).astype(dtype)}}
 
 
-def extend(config: QwenConfig, params: Params, cache: KVCache, tokens_BC: Int[Array, 'B C'], count_B: Int[Array, ' B'],
+def extend(config: ModelConfig, params: Params, cache: KVCache, tokens_BC: Int[Array, 'B C'], count_B: Int[Array, ' B'],
            bound: int, row_B: Int[Array, ' B'] | None = None) -> tuple[Float[Array, 'B C D'], KVCache]:
     """Runs a right-padded chunk per row through the cache; the sampling layout.
 

@@ -11,7 +11,7 @@ import pytest
 
 from retool_jax.core.pytrees import KVCache
 from retool_jax.model import cache as kv_cache
-from retool_jax.model import qwen
+from retool_jax.model import decoder
 from tests.model.sizes import make_config, make_params, make_tokens
 
 WIDTH, SLOTS = 12, 16
@@ -21,12 +21,12 @@ PARAMS = {name: make_params(config) for name, config in CONFIGS.items()}
 
 @functools.cache
 def program(kind: str, bound: int = SLOTS):
-    return jax.jit(lambda *x: qwen.extend(CONFIGS[kind], *x, bound))
+    return jax.jit(lambda *x: decoder.extend(CONFIGS[kind], *x, bound))
 
 
 @functools.cache
 def sampling_params(kind: str):
-    return qwen.to_sampling(CONFIGS[kind], PARAMS[kind])
+    return decoder.to_sampling(CONFIGS[kind], PARAMS[kind])
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def whole(kind: str) -> np.ndarray:
     """Hidden states of a full forward pass."""
     tokens = make_tokens(CONFIGS[kind], 3, WIDTH)
     positions = np.broadcast_to(np.arange(WIDTH), tokens.shape)
-    run = jax.jit(functools.partial(qwen.forward, CONFIGS[kind]))
+    run = jax.jit(functools.partial(decoder.forward, CONFIGS[kind]))
     return np.asarray(run(PARAMS[kind], tokens, positions, np.ones_like(tokens)))
 
 
@@ -127,7 +127,7 @@ def test_packed_episodes_see_only_themselves():
     packed = np.concatenate([tokens[i, :n] for i, n in enumerate(lengths)])[None]
     segments = np.repeat([1, 2, 3], lengths)[None]
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
-    hidden = jax.jit(functools.partial(qwen.forward, config))(params, packed, positions, segments)
+    hidden = jax.jit(functools.partial(decoder.forward, config))(params, packed, positions, segments)
     for i, (n, start) in enumerate(zip(lengths, (0, 3, 8))):
         np.testing.assert_allclose(hidden[0, start:start + n], whole('qwen3')[i, :n], atol=2e-5)
 
@@ -137,7 +137,7 @@ def loss_of(config, tokens, **options):
     weight = np.random.default_rng(0).normal(size=(config.hidden_size,)).astype(np.float32)
 
     def loss(params):
-        hidden = qwen.forward(config, params, tokens, positions, np.ones_like(tokens), **options)
+        hidden = decoder.forward(config, params, tokens, positions, np.ones_like(tokens), **options)
         return (hidden.astype(jnp.float32) @ weight).sum()
     return jax.jit(jax.value_and_grad(loss))
 
@@ -163,7 +163,7 @@ def test_recomputing_and_unrolling_change_neither_loss_nor_gradients(options):
 @pytest.mark.slow
 def test_recomputing_everything_keeps_fewer_bytes():
     config = make_config(num_hidden_layers=8)
-    params, tokens = qwen.abstract_params(config), np.zeros((4, 64), np.int32)
+    params, tokens = decoder.abstract_params(config), np.zeros((4, 64), np.int32)
     used = {remat: loss_of(config, tokens, remat=remat).lower(params).compile().memory_analysis().temp_size_in_bytes
             for remat in ('none', 'full')}
     assert used['full'] < used['none'] / 2
@@ -178,7 +178,7 @@ def test_bfloat16_activations_stay_near_float32():
     config, params = CONFIGS['qwen3'], PARAMS['qwen3']
     tokens = make_tokens(config, 3, WIDTH)
     positions = np.broadcast_to(np.arange(WIDTH), tokens.shape)
-    run = jax.jit(functools.partial(qwen.forward, config, dtype=jnp.bfloat16))
+    run = jax.jit(functools.partial(decoder.forward, config, dtype=jnp.bfloat16))
     hidden = run(params, tokens, positions, np.ones_like(tokens))
     assert hidden.dtype == jnp.bfloat16
     difference = np.abs(np.asarray(hidden, np.float32) - whole('qwen3'))
@@ -187,19 +187,19 @@ def test_bfloat16_activations_stay_near_float32():
 
 def test_the_sampling_layout_keeps_layers_apart_and_a_head_of_its_own():
     config, params = CONFIGS['qwen3'], PARAMS['qwen3']
-    sampling = qwen.to_sampling(config, params, jnp.bfloat16)
+    sampling = decoder.to_sampling(config, params, jnp.bfloat16)
     assert len(sampling['layers']) == config.num_hidden_layers
     np.testing.assert_array_equal(sampling['lm_head']['weight'],
                                   params['embed_tokens']['weight'].T.astype(jnp.bfloat16))
     assert {x.dtype for x in jax.tree.leaves(sampling)} == {jnp.dtype(jnp.bfloat16)}
     x_BD = jnp.ones((2, config.hidden_size))
-    np.testing.assert_allclose(qwen.unembed(qwen.to_sampling(config, params), x_BD), qwen.unembed(params, x_BD),
-                               rtol=1e-5)
+    np.testing.assert_allclose(decoder.unembed(decoder.to_sampling(config, params), x_BD),
+                               decoder.unembed(params, x_BD), rtol=1e-5)
 
 
 def test_initial_weights_are_normal_and_norms_are_one():
     config = make_config(hidden_size=64, intermediate_size=256, num_hidden_layers=3)
-    params = jax.jit(functools.partial(qwen.init, config))(jax.random.key(0, impl='rbg'))  # compiles faster
+    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(0, impl='rbg'))  # compiles faster
     gate = np.asarray(params['layers']['mlp']['gate_proj']['weight'])
     assert gate.std() == pytest.approx(config.initializer_range, rel=0.03)
     assert len({layer.tobytes() for layer in gate}) == 3
