@@ -130,7 +130,7 @@ def sandbox(arg: str) -> ConfigDict:
 def reward() -> ConfigDict:
     return ConfigDict({
         'style': 'paper',  # P eq. 2: +1 or −1; 'verl' adds R's shaping
-        'time_limit_s': 5.0,
+        'time_limit_s': 5.0,  # of CPU time, per answer
         'memory_mb': 1024,
         'workers': 1,
     })
@@ -211,6 +211,7 @@ def watch() -> ConfigDict:
         'mismatch_above': 0.05, 'mismatch': 'warn',  # KL between sampler and trainer, nats per token
         'failures_above': 0.9, 'failures': 'warn',  # share of calls that fail
         'faults_above': 0.5, 'faults': 'stop',  # share of calls that the sandbox itself failed
+        'timeouts_above': 0.02, 'timeouts': 'warn',  # share of episodes whose answer is not judged in time
     })
 
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Your own task and reward
 #
-# A task is a list of `Problem`s. A reward is anything with `grade_many(texts, golds, calls)`. This trains two steps of PPO
+# A task is a list of `Problem`s. A reward is anything with `grade_many(texts, golds, calls, wholes)`. This trains two steps of PPO
 # on both; `RETOOL_MODEL` names a Hugging Face directory, without it a model of a million random weights learns nothing in
 # two steps, but takes them.
 
@@ -40,7 +40,7 @@ class Nearness:
     """1 for the right number, less the further it is away, −1 without a number. No mathematics is judged here, so no
     child process is needed."""
 
-    def grade_many(self, texts, golds, calls=None):
+    def grade_many(self, texts, golds, calls=None, wholes=None):
         return [self.grade(text, gold) for text, gold in zip(texts, golds)]
 
     def grade(self, text, gold):

@@ -81,8 +81,9 @@ class Reward:
     value: float
     correct: bool  # boxed answer equivalent to gold
     exact: bool  # boxed answer equal to gold as a string
-    lenient: bool  # the authors' rule: last box, else last integer of the last line
+    lenient: bool  # the authors' rule: the last box of all that was said, or the last integer of its last line
     answer: str  # what was in the last box, '' without one
+    late: bool = False  # the judge needed more than its time, so the answer counts as wrong
 
 
 @dataclasses.dataclass(slots=True)

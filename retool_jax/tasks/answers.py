@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 
-INTERPRETER_END = '</interpreter>'
-
 _TOKEN = re.compile(r'\\boxed\s*\{|\\.|[{}]', re.DOTALL)  # `\{` and `\\` are one unit each
 _INTEGER = re.compile(r'[+-]?[0-9]+')
 _SPACING = re.compile(r'\\[!,;:> ]|\\q?quad\b|~|\s+')
@@ -30,11 +28,6 @@ def last_box(text: str) -> str | None:
             if start > best[0]:
                 best = (start, match.start())
     return text[best[0] : best[1]] if best[0] >= 0 else None
-
-
-def own_text(text: str) -> str:
-    """What follows the last interpreter block of a text; of an episode, `template.final_text` is surer."""
-    return text.rpartition(INTERPRETER_END)[2]
 
 
 def last_integer(text: str) -> str | None:

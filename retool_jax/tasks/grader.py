@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Reward
@@ -26,15 +27,23 @@ from retool_jax.tasks import answers
 
 STYLES = ('paper', 'verl')
 START_LIMIT_S = 120.0  # importing sympy on a loaded machine; after that the installation is broken
-GRACE_S = 2.0  # beyond the time limit, for a reply of the child that its own alarm should have made
+HANG_S = 600.0  # without a reply, on any machine: the child's CPU time, which bounds an answer, does not pass
 CACHE_SIZE = 100_000
+
+
+class Verdict(NamedTuple):
+    """What is known of an answer: whether it equals the gold answer, and whether the judge was too late to say."""
+
+    equal: bool
+    late: bool = False
 
 
 class Grader:
     """Judges answers; owns `workers` child processes. Safe to share between threads.
 
-    An answer that takes longer than `time_limit_s`, needs more than `memory_mb` or is longer than
-    `max_length` characters is not equal to the gold answer (unless it is the same string).
+    An answer that takes more than `time_limit_s` of CPU time, needs more than `memory_mb` or is longer than
+    `max_length` characters is not equal to the gold answer (unless it is the same string). A busy machine
+    changes no verdict: no limit on an answer is by the clock on the wall.
     """
 
     def __init__(
@@ -61,40 +70,64 @@ class Grader:
             self._idle.put(child)
         self._cache: dict[tuple[str, str], bool] = {}
 
-    def grade(self, episode_text: str, gold: str, calls: int = 0) -> Reward:
-        """The reward of an episode's text; `calls` (tool calls made) matters to style 'verl' only."""
-        text = answers.own_text(episode_text)
+    def grade(self, text: str, gold: str, calls: int = 0, whole: str | None = None) -> Reward:
+        """The reward of a model's last words.
+
+        Args:
+          text: what the model itself wrote after its last tool output (`template.final_text`), which is not cut
+            again: whatever stands in it, tags too, is the model's.
+          gold: the gold answer.
+          calls: tool calls made; they matter to style 'verl' only.
+          whole: everything after the prompt, tool outputs among it, for the authors' rule; None: `text` is all.
+        """
+        whole = text if whole is None else whole
         box = answers.last_box(text)
-        correct = box is not None and self.equal(box, gold)
-        lenient = correct
-        if box is None and (found := answers.last_integer(text)) is not None:
-            lenient = self.equal(found, gold)
+        verdict = Verdict(False) if box is None else self.judge(box, gold)
+        lenient = verdict.equal or any(
+            found is not None and self.equal(found, gold)
+            for found in (answers.last_box(whole) if whole is not text else None, answers.last_integer(whole))
+        )
         exact = box is not None and answers.normalise(box) == answers.normalise(gold)
-        return Reward(shape(correct, self.style, calls), correct, exact, lenient, box or '')
+        value = shape(verdict.equal, self.style, calls)
+        return Reward(value, verdict.equal, exact, lenient, box or '', verdict.late)
 
     def grade_many(
-        self, texts: Sequence[str], golds: Sequence[str], calls: Iterable[int] | None = None
+        self,
+        texts: Sequence[str],
+        golds: Sequence[str],
+        calls: Iterable[int] | None = None,
+        wholes: Sequence[str] | None = None,
     ) -> list[Reward]:
         """The same for a batch, over all workers; order kept."""
         calls = [0] * len(texts) if calls is None else list(calls)
-        if not len(texts) == len(golds) == len(calls):
-            raise ValueError(f'grade_many got {len(texts)} texts, {len(golds)} golds, {len(calls)} calls')
+        wholes = texts if wholes is None else wholes
+        if not len(texts) == len(golds) == len(calls) == len(wholes):
+            raise ValueError(
+                f'grade_many got {len(texts)} texts, {len(golds)} golds, {len(calls)} calls, {len(wholes)} wholes'
+            )
         with concurrent.futures.ThreadPoolExecutor(self._workers) as threads:
-            return list(threads.map(self.grade, texts, golds, calls))
+            return list(threads.map(self.grade, texts, golds, calls, wholes))
 
     def equal(self, answer: str, gold: str) -> bool:
         """Whether two bare answers are mathematically the same; never raises on what a model wrote."""
+        return self.judge(answer, gold).equal
+
+    def judge(self, answer: str, gold: str) -> Verdict:
+        """`equal`, and whether the judge needed more time than it has. Such a verdict is given anew every time."""
         at_sight = answers.equal_at_sight(answer, gold)
         if at_sight is not None:
-            return at_sight
+            return Verdict(at_sight)
         if len(answer) > self.max_length:
-            return False
+            return Verdict(False)
         key = (answer, gold)
         if key not in self._cache:
+            reply = self._ask(answer, gold)
+            if 'equal' not in reply:
+                return Verdict(False, 'late' in reply)
             if len(self._cache) >= CACHE_SIZE:
                 self._cache.clear()
-            self._cache[key] = bool(self._ask(answer, gold).get('equal'))
-        return self._cache[key]
+            self._cache[key] = bool(reply['equal'])
+        return Verdict(self._cache[key])
 
     def parses(self, gold: str) -> bool:
         """Whether a gold answer can be read as mathematics (one that cannot equals only itself); one that the judge
@@ -144,18 +177,18 @@ class _Child:
         self.buffer, self.ready = b'', False
 
     def ask(self, answer: str, gold: str) -> dict:
-        """The judge's reply; {'late': True} or {'died': True} where it had to be replaced."""
+        """The judge's reply; {'died': True} where it had to be replaced."""
         if self.process is None:
             self.start()
         self.await_ready()
         try:
-            deadline = time.monotonic() + self.time_limit_s + GRACE_S
+            deadline = time.monotonic() + HANG_S
             self.send((json.dumps({'answer': answer, 'gold': gold}) + '\n').encode(), deadline)
             return self.receive(deadline)
-        except (TimeoutError, EOFError) as error:
+        except (TimeoutError, EOFError):
             self.kill()
             self.start()  # its imports run while the caller goes on
-            return {'late' if isinstance(error, TimeoutError) else 'died': True}
+            return {'died': True}
 
     def start(self) -> None:
         root = str(pathlib.Path(__file__).parents[2])

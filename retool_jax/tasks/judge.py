@@ -1,9 +1,9 @@
 r"""The grader's child process: pairs of answers in as JSON lines, verdicts out as JSON lines.
 
 It parses what a model wrote, which may hang, exhaust memory or crash. So the process imports sympy
-once and forks a worker that answers; the kernel's alarm ends a worker that is late, whatever it is
-doing (an exception from a signal handler would not end one long C call), and the next worker is
-forked within milliseconds. Run as `python -m retool_jax.tasks.judge MEMORY_MB TIME_LIMIT_S`.
+once and forks a worker that answers; the kernel's timer of its CPU time ends a worker that is late, whatever
+it is doing (an exception from a signal handler would not end one long C call), and the next worker is
+forked within milliseconds. CPU time, because a busy machine must not make a right answer wrong. Run as `python -m retool_jax.tasks.judge MEMORY_MB TIME_LIMIT_S`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         _, status = os.waitpid(worker, 0)
         if status == 0:
             return
-        _reply(replies, {'late' if os.WTERMSIG(status) == signal.SIGALRM else 'died': True})
+        _reply(replies, {'late' if os.WTERMSIG(status) == signal.SIGPROF else 'died': True})
 
 
 def verify(math_verify, pair: dict) -> dict:
@@ -61,12 +61,12 @@ def verify(math_verify, pair: dict) -> dict:
 
 def _serve(math_verify, replies: int, time_limit_s: float) -> None:
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, time_limit_s)  # SIGALRM's default action ends the process
+        signal.setitimer(signal.ITIMER_PROF, time_limit_s)  # SIGPROF's default action ends the process
         try:
             reply = verify(math_verify, json.loads(line))
         except Exception as e:  # MemoryError and RecursionError among them
             reply = {'equal': False, 'parsed': False, 'error': type(e).__name__}
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         _reply(replies, reply)
 
 

@@ -171,6 +171,7 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
     waits = [c.wall_s for c in calls if c.verdict not in (Verdict.FORMAT, Verdict.CAP)] or [0.0]  # those that ran
     return {
         'rewards/mean': mean(lambda e: e.reward.value), 'rewards/correct': mean(lambda e: e.reward.correct),
+        'grader/timeout_frequency': mean(lambda e: e.reward.late),
         'response_length/mean': mean(lambda e: e.acted_count),
         'response_length/clip_ratio': mean(lambda e: e.stop == Stop.LENGTH),
         'num_turns/mean': mean(lambda e: e.turns), 'void_turn_ratio': mean(lambda e: e.void),

@@ -20,14 +20,16 @@ class WatchSettings:
     mismatch_above: float  # mean |KL| between sampler and trainer, nats per token
     failures_above: float  # share of calls that end in anything but OK
     faults_above: float  # share of calls that the sandbox itself failed
+    timeouts_above: float  # share of episodes whose answer the judge had no time for
     entropy: str
     equal_rewards: str
     mismatch: str
     failures: str
     faults: str
+    timeouts: str
 
     def __post_init__(self):
-        for name in ('entropy', 'equal_rewards', 'mismatch', 'failures', 'faults'):
+        for name in ('entropy', 'equal_rewards', 'mismatch', 'failures', 'faults', 'timeouts'):
             if getattr(self, name) not in ACTIONS:
                 raise UserError(f'watch.{name}={getattr(self, name)!r}: choose one of {", ".join(ACTIONS)}')
         if self.equal_steps < 1:
@@ -78,6 +80,10 @@ class Watch:
             'faults': (of('tools/fault_frequency') > s.faults_above,
                        f'tools/fault_frequency {of("tools/fault_frequency"):.2f} exceeds {s.faults_above:g}: the '
                        'sandbox itself fails; run python -m retool_jax.sandbox.doctor'),
+            'timeouts': (of('grader/timeout_frequency') > s.timeouts_above,
+                         f'grader/timeout_frequency {of("grader/timeout_frequency"):.2f} exceeds {s.timeouts_above:g}: '
+                         'so many answers count as wrong because they were not judged in time; read them, and raise '
+                         'reward.time_limit_s where they are in earnest'),
         }
         alarms = []
         for name, (rings, text) in found.items():

@@ -37,12 +37,6 @@ def test_a_megabyte_of_open_boxes_is_searched_in_linear_time():
     assert time.perf_counter() - start < 10  # quadratic would take hours
 
 
-def test_only_text_after_the_last_interpreter_block_counts():
-    text = 'x \\boxed{1}</code>\n<interpreter>\n\\boxed{2}\n</interpreter>\n\nso \\boxed{3}'
-    assert answers.last_box(answers.own_text(text)) == '3'
-    assert answers.last_box(answers.own_text(text.removesuffix('so \\boxed{3}'))) is None
-
-
 @pytest.mark.parametrize(
     'text, found', [('a 3\nso 4 or -5.', '-5'), ('7\nnone here', None), ('', None), ('x = 12\n\n', '12')]
 )

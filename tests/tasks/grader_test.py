@@ -6,11 +6,12 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from retool_jax.tasks.grader import GRACE_S, Grader, shape
+from retool_jax.tasks.grader import Grader, Verdict, shape
 
 from .answer_pairs import EQUAL, KNOWN_MISSES, PAIRS, UNEQUAL
 
@@ -31,7 +32,13 @@ def impatient():
 
 
 def _text(answer):
-    return f'first \\boxed{{0}}</code>\n<interpreter>\n\\boxed{{1}}\n</interpreter>\n\n\\boxed{{{answer}}}'
+    return f'first \\boxed{{0}}, no: \\boxed{{{answer}}}'
+
+
+def _cpu_s(grader):
+    """CPU seconds of the judge and of all workers that it has waited for."""
+    fields = pathlib.Path(f'/proc/{grader._children[0].process.pid}/stat').read_text().rpartition(')')[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf('SC_CLK_TCK')
 
 
 def test_a_hundred_pairs_half_of_them_unequal_are_judged_right(grader):
@@ -61,9 +68,10 @@ def test_all_500_math_answers_equal_themselves_through_the_whole_path_and_in_the
     ids=lambda a: ascii(a[:12]),
 )  # fmt: skip
 def test_hostile_answers_are_answered_within_the_limit_and_the_next_one_is_right(impatient, answer):
-    start = time.monotonic()
+    assert impatient._ask('0.25', r'\frac{1}{4}')['equal']
+    start = _cpu_s(impatient)
     assert not impatient.equal(answer, r'\sqrt{7}')
-    assert time.monotonic() - start < impatient.time_limit_s + GRACE_S + 1
+    assert _cpu_s(impatient) - start < impatient.time_limit_s + 1
     assert impatient._ask('0.25', r'\frac{1}{4}')['equal']
 
 
@@ -92,6 +100,25 @@ def test_a_killed_judge_is_replaced_and_asked_again(impatient):
     assert impatient.deaths == before + 1
 
 
+def test_a_machine_that_stands_still_longer_than_the_limit_makes_no_right_answer_wrong():
+    with Grader(time_limit_s=0.5) as grader:
+        assert grader.equal('0.5', r'\frac{1}{2}')
+        os.killpg(grader._children[0].process.pid, signal.SIGSTOP)
+        threading.Timer(2.0, os.killpg, (grader._children[0].process.pid, signal.SIGCONT)).start()
+        assert grader.judge('0.375', r'\frac{3}{8}') == Verdict(True)
+        assert grader.timeouts == grader.deaths == 0
+
+
+def test_a_late_verdict_is_told_with_the_reward_and_never_kept():
+    slow = r'\frac{1}{2}+' * 90_000 + '1'
+    with Grader(time_limit_s=0.3, max_length=2_000_000) as grader:
+        assert grader.judge(slow, r'\sqrt{7}') == grader.judge(slow, r'\sqrt{7}') == Verdict(False, late=True)
+        assert grader.timeouts == 2 and not grader._cache
+        reward = grader.grade(rf'\boxed{{{slow}}}', r'\sqrt{7}')
+        assert reward.late and not reward.correct
+        assert not grader.grade(r'\boxed{0.5}', r'\frac{1}{2}').late
+
+
 def test_integers_need_no_child():
     with Grader() as grader:
         assert grader.grade(_text('025'), '25').correct and not grader.grade(_text('26'), '25').correct
@@ -101,10 +128,32 @@ def test_integers_need_no_child():
 def test_exact_and_lenient_are_reported_beside_the_verdict(grader):
     half = grader.grade(_text('0.5'), r'\frac{1}{2}')
     assert half.correct and not half.exact and half.lenient and half.answer == '0.5'
-    unboxed = grader.grade('</interpreter>\n\nThe answer is 25.', '25')
+    unboxed = grader.grade('The answer is 25.', '25')
     assert not unboxed.correct and unboxed.lenient and unboxed.value == -1.0
     assert not grader.grade('25 is it\nnot sure', '25').lenient
-    assert not grader.grade('\\boxed{25}</code>\n<interpreter>\n25\n</interpreter>\n\n', '25').lenient
+
+
+@pytest.mark.parametrize(
+    'text, whole, lenient',
+    [
+        (r'so \boxed{7}' + '\nor is it 25?', None, True),  # the last integer of the last line, box or not
+        (r'so \boxed{25}' + '\nor is it 7?', None, True),
+        (r'so \boxed{7}, not 25', None, True),
+        ('25\n' + r'\boxed{7}', None, False),
+        ('', 'it prints</code>\n<interpreter>\n25\n</interpreter>\n\n', False),  # the last line has no integer
+        ('', r'\boxed{25}</code>' + '\n<interpreter>\n</interpreter>\n\n', True),
+        ('hm', r'\boxed{25}</code>' + '\n<interpreter>\n7\n</interpreter>\n\nhm', True),
+        ('hm', r'\boxed{25}</code>' + '\n<interpreter>\n' + r'\boxed{7}' + '\n</interpreter>\n\nhm', False),
+    ],
+)
+def test_the_lenient_rule_is_the_last_box_of_all_or_the_last_integer_of_the_last_line(grader, text, whole, lenient):
+    assert grader.grade(text, '25', whole=whole).lenient is lenient
+
+
+def test_what_the_model_wrote_is_not_cut_at_tags_that_it_wrote_itself(grader):
+    text = r'I print \boxed{25} and the tool says </interpreter>, as I thought'
+    assert grader.grade(text, '25').correct
+    assert not grader.grade(r'\boxed{24}, see <interpreter>25</interpreter> so 25', '25').correct
 
 
 @pytest.mark.parametrize(
@@ -123,7 +172,7 @@ def test_bad_settings_are_refused_by_name():
         Grader('soft')
     with pytest.raises(ValueError, match='time_limit_s=0'):
         Grader(time_limit_s=0)
-    with pytest.raises(ValueError, match='2 texts, 1 golds'):
+    with pytest.raises(ValueError, match='2 texts, 1 golds, 2 calls, 2 wholes'):
         Grader().grade_many(['a', 'b'], ['c'])
 
 
