@@ -3,7 +3,8 @@ r"""The grader's child process: pairs of answers in as JSON lines, verdicts out 
 It parses what a model wrote, which may hang, exhaust memory or crash. So the process imports sympy
 once and forks a worker that answers; the kernel's timer of its CPU time ends a worker that is late, whatever
 it is doing (an exception from a signal handler would not end one long C call), and the next worker is
-forked within milliseconds. CPU time, because a busy machine must not make a right answer wrong. Run as `python -m retool_jax.tasks.judge MEMORY_MB TIME_LIMIT_S`.
+forked within milliseconds. CPU time, because a busy machine must not make a right answer wrong.
+Run as `python -m retool_jax.tasks.judge MEMORY_MB TIME_LIMIT_S`.
 """
 
 from __future__ import annotations

@@ -229,6 +229,7 @@ def test_metrics_of_hand_made_episodes_are_what_counting_gives():
     expected = {'rewards/mean': -1 / 3, 'rewards/correct': 1 / 3, 'response_length/mean': 5.0,
                 'response_length/clip_ratio': 1 / 3, 'num_turns/mean': 4 / 3, 'void_turn_ratio': 1 / 3,
                 'tools/calls': 4 / 3, 'tools/code_ratio': 2 / 3, 'tools/failure_frequency': 0.75,
+                'grader/timeout_frequency': 0.0,
                 'tools/timeout_frequency': 0.25, 'tools/fault_frequency': 0.0, 'tools/seconds_p50': 2.0,
                 'tools/seconds_p99': 2.98}  # of the three that ran
     assert rollouts.describe(episodes) == pytest.approx(expected)
