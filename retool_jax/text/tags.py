@@ -15,6 +15,7 @@ import numpy as np
 START = 0  # the state of an empty row, and after every special or fed-back token
 NONE, CODE, ANSWER = 0, 1, 2  # values of TagTable.stops
 TAGS = {'</code>': CODE, '</answer>': ANSWER}
+SPOKEN = ('<code>', '</code>', '<interpreter>', '</interpreter>', '<answer>', '</answer>')  # all that anyone writes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

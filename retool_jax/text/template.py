@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode
@@ -55,8 +56,14 @@ FOREIGN_TAG = re.compile(
     r'|[|｜][^<>\s]+[|｜]>)'
 )
 
-FENCE = re.compile(r'[ \t]*```[ \t]*([\w+.-]*)[ \t]*')
-PYTHON = ('', 'python', 'python3', 'py')
+# Opening fences as CommonMark has them (§4.5), at any depth: indentation, signs, and what the block is marked as.
+FENCE = re.compile(r'^([ \t]*)(`{3,}|~{3,})[ \t]*([^`\n]*)$', re.MULTILINE)
+PYTHON = re.compile(r'[{.\s]*(?:i?python|py)[\d.]*(?![\w+-])', re.IGNORECASE)
+# Comments and strings of Python: what in a script may hold a line like a closing fence, or a quote that begins nothing.
+LITERAL = (
+    r'#[^\n]*|(?P<quote>"""|\'\'\')(?:\\.|[^\\])*?(?P=quote)'
+    r'|"(?:\\.|[^"\\\n])*"?|\'(?:\\.|[^\'\\\n])*\'?'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Snippet:
     """A script that the model asked to run, and where it stands in the turn's text."""
 
     code: str
-    start: int  # characters before the code
+    start: int  # characters before the code's first line
 
 
 def make_template(name: str, tools: bool = True) -> Template:
@@ -125,28 +132,46 @@ def wrap_answer(answer: str) -> str:
 def extract_snippet(turn_text: str) -> Snippet | None:
     """The script of a turn that ends at `</code>`, or None where nothing can be run.
 
-    Looks between the first `<code>` and the last `</code>` of the turn, and takes the last fence there
-    that is marked as Python or not marked. None: no `<code>`, no such fence, a fence left open, or
-    nothing but blanks in it.
+    Looks between the first `<code>` and the last `</code>` of the turn: the last block there that is marked as Python,
+    or, where none is marked so, the only one that is not marked at all. It is taken whole – a fence inside a string of
+    the script does not end it – and without the indentation of its fence. None: no `<code>`, no such block, one that is
+    left open, or nothing but blanks in it.
     """
     end = turn_text.rfind('</code>')
     begin = turn_text.find('<code>', 0, max(end, 0))
     if begin < 0:
         return None
-    found: Snippet | None = None
-    opened: int | None = None  # where the code of the open fence starts
-    language = ''
-    position = begin + len('<code>')
-    for line in re.findall(r'[^\n]*\n|[^\n]+', turn_text[position:end]):
-        fence = FENCE.fullmatch(line.rstrip('\r\n'))
-        if opened is None and fence:
-            opened, language = position + len(line), fence[1].lower()
-        elif fence and not fence[1]:
-            if language in PYTHON:
-                found = Snippet(turn_text[opened:position].rstrip('\r\n'), opened)
-            opened = None
-        position += len(line)
-    return found if opened is None and found and found.code.strip() else None
+    begin += len('<code>')
+    body, position, marked, plain = turn_text[begin:end], 0, [], []
+    while opening := FENCE.search(body, position):
+        position = min(opening.end() + 1, len(body))
+        python, other = PYTHON.match(opening[3]), opening[3].strip()
+        closing = _closing(opening[2], scripts=bool(python) or not other, body=body, start=position)
+        code = body[position:closing.start()].rstrip('\r\n') if closing else ''
+        snippet = Snippet(_dedented(code, opening[1]), begin + position) if code.strip() else None
+        if python:
+            marked.append(snippet)
+        elif not other and snippet:
+            plain.append(snippet)
+        position = closing.end() if closing else len(body)
+    if marked:
+        return marked[-1]
+    return plain[0] if len(plain) == 1 else None
+
+
+def _closing(fence: str, scripts: bool, body: str, start: int) -> re.Match[str] | None:
+    """The line that ends the block whose code begins at `start`; of scripts none that lies in a string."""
+    line = rf'(?P<fence>^[ \t]*{fence}{fence[0]}*[ \t]*\r?$)'
+    scan = re.compile(f'{line}|{LITERAL}' if scripts else line, re.MULTILINE | re.DOTALL)
+    return next((found for found in scan.finditer(body, start) if found['fence'] is not None), None)
+
+
+def _dedented(code: str, indentation: str) -> str:
+    """Code without its fence's indentation, or without what all of its lines begin with."""
+    first = re.search(r'^.*\S', code, re.MULTILINE)
+    if indentation and first[0].startswith(indentation):
+        code = re.sub(f'^{indentation}', '', code, flags=re.MULTILINE)
+    return textwrap.dedent(code) if re.match(r'\n*[ \t]', code) else code
 
 
 def has_answer(turn_text: str) -> bool:

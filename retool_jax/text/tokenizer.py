@@ -14,7 +14,9 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from retool_jax.core import files
 from retool_jax.core.errors import UserError
+from retool_jax.text import tags
 
 # Chat and control tokens by shape. Some model families ship them unflagged (DeepSeek-R1-Distill's
 # user and assistant marks, Qwen's fill-in-the-middle marks): left alone, a tool that prints one
@@ -205,10 +207,13 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) ->
 def _open_huggingface(path: pathlib.Path):
     import tokenizers  # imported here: light children import this package without it
 
+    files.refuse_pointer(path)
     try:
-        fast = tokenizers.Tokenizer.from_file(str(path))
+        fast = tokenizers.Tokenizer.from_str(_with_plain_tags(path.read_text(encoding='utf-8')))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f'tokenizer file {str(path)!r} cannot be read: {_first_line(error)}') from None
+    fast.no_truncation()  # settings of another program's batches: a prompt is encoded whole and alone
+    fast.no_padding()
     added = fast.get_added_tokens_decoder()
     control = [token for token in added.values() if token.special or CONTROL.fullmatch(token.content)]
     fast.add_special_tokens(control)  # flags the unflagged; no new ids, all are in the vocabulary
@@ -230,9 +235,22 @@ def _open_huggingface(path: pathlib.Path):
     return token_bytes, special_ids, encode_text if byte_level else _keep_block(encode_text, token_bytes)
 
 
+def _with_plain_tags(text: str) -> str:
+    """tokenizer.json in which a tag that was added as a special token is an ordinary one: as such it spells its bytes,
+    so that the model's one id closes a call, and what is encoded of a tag is that id too."""
+    if not any(json.dumps(tag) in text for tag in tags.SPOKEN):
+        return text
+    content = json.loads(text)
+    for token in content.get('added_tokens') or ():
+        if token.get('content') in tags.SPOKEN and token.get('special'):
+            token.update(special=False, normalized=False, lstrip=False, rstrip=False, single_word=False)
+    return json.dumps(content, ensure_ascii=False)
+
+
 def _open_sentencepiece(path: pathlib.Path):
     import sentencepiece
 
+    files.refuse_pointer(path)
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except Exception as error:
@@ -240,7 +258,8 @@ def _open_sentencepiece(path: pathlib.Path):
     token_bytes, special_ids, matched = [], {}, []
     for i in range(model.get_piece_size()):
         piece = model.id_to_piece(i)
-        plain = not (model.is_control(i) or model.is_unknown(i) or CONTROL.fullmatch(piece))
+        plain = piece in tags.SPOKEN or not (
+            model.is_control(i) or model.is_unknown(i) or CONTROL.fullmatch(piece))
         token_bytes.append(_sentencepiece_bytes(piece, model.is_byte(i)) if plain else b'')
         if not plain:
             special_ids[piece] = i
@@ -291,6 +310,7 @@ def _content(token) -> str:
 def _read_json(path: pathlib.Path) -> dict:
     if not path.is_file():
         return {}
+    files.refuse_pointer(path)
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError) as error:

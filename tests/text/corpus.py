@@ -20,7 +20,7 @@ EXACT = {
 }
 
 
-def train_sentencepiece(directory: pathlib.Path, **settings) -> pathlib.Path:
+def train_sentencepiece(directory: pathlib.Path, control: tuple[str, ...] = (), **settings) -> pathlib.Path:
     """A small SentencePiece model trained on the traces and saved as tokenizer.model."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -28,7 +28,7 @@ def train_sentencepiece(directory: pathlib.Path, **settings) -> pathlib.Path:
         model_writer=model,
         model_type='bpe',
         vocab_size=400,
-        control_symbols=['<|im_end|>'],
+        control_symbols=['<|im_end|>', *control],
         user_defined_symbols=['<|user|>'],
         split_by_unicode_script=False,
         split_by_whitespace=False,

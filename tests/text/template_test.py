@@ -1,6 +1,8 @@
 """Prompts, snippets, feedback and final text."""
 
 import json
+import pathlib
+import time
 
 import pytest
 
@@ -10,6 +12,7 @@ from retool_jax.text import tokenizer as tokenizer_lib
 from tests import fakes
 from tests.text.corpus import EXACT, QWEN, TRACES, train_sentencepiece
 
+SHARED = pathlib.Path(__file__).parents[3] / 'shared/cases/turn2/snippets.jsonl'
 FAMILIES = ('tiny', 'qwen2_5', 'qwen3', 'r1_distill')
 R1_NAMES = [
     '<｜begin▁of▁sentence｜>',
@@ -147,7 +150,7 @@ def test_an_unknown_family_is_refused():
     ('<code>\n```py\n\nif x:\n    print(1)\n\n```\n\n</code>', '\nif x:\n    print(1)'),
     ('<code>\n```\nprint(1)\n```\n</code>', 'print(1)'),
     ('<code>```python\nprint(1)\n```</code>', 'print(1)'),
-    ('<code>\n  ```Python  \n  print(1)\n  ```\n</code>', '  print(1)'),
+    ('<code>\n  ```Python  \n  print(1)\n  ```\n</code>', 'print(1)'),
     ('<code>\n```python\r\nprint(1)\r\n```\r\n</code>', 'print(1)'),
     ('<code>\n```python\nprint("<code>")\n```\n</code>', 'print("<code>")'),
     ('<code>\n```python\nx = "```"\n```\n</code>', 'x = "```"'),
@@ -174,7 +177,87 @@ def test_the_snippet_of_a_turn(text, code):
     snippet = template.extract_snippet(text)
     assert (snippet and snippet.code) == code
     if snippet:
-        assert text[snippet.start :].startswith(snippet.code)
+        assert text[snippet.start :].lstrip(' ').startswith(snippet.code.splitlines()[0])
+
+
+SCRIPT = '<code>\n```python\nprint(6*7)\n```\n'
+DOCUMENTED = """def f(n):
+    \"\"\"Doubles.
+
+    ```
+    f(1)
+    ```
+    ```python
+    f(2)
+    ```
+    \"\"\"
+    return 2 * n  # a quote \"\"\" in a comment
+print(f(3), "it's", '\"\"\"')"""
+
+
+@pytest.mark.parametrize('text, code', [
+    # the block that is marked as Python goes before all others, wherever they stand
+    (SCRIPT + 'Output:\n```\n42\n```\n</code>', 'print(6*7)'),
+    (SCRIPT + 'Output:\n```\n42\n</code>', 'print(6*7)'),
+    (SCRIPT + '```json\n{"a": 1}\n```\n```\nx = 1\n```\n</code>', 'print(6*7)'),
+    (SCRIPT + '```\n</code>', 'print(6*7)'),
+    ('<code>\n```\n1 2\n```\n```python\nprint(6*7)\n```\n</code>', 'print(6*7)'),
+    ('<code>\n```text\na\n```\n```\nprint(6*7)\n```\n</code>', 'print(6*7)'),
+    ('<code>\n```\nprint(6*7)\n```\nOutput:\n```\n42\n```\n</code>', None),  # which of them?
+    ('<code>\n```bash\nls\n```\n```pycon\n>>> 1\n```\n</code>', None),
+    # ways to mark it
+    *((f'<code>\n```{mark}\nprint(1)\n```\n</code>', code) for mark, code in [
+        ('py', 'print(1)'), ('PYTHON', 'print(1)'), ('python3', 'print(1)'), ('python3.11', 'print(1)'),
+        (' python', 'print(1)'), ('python title="a.py"', 'print(1)'), ('{python}', 'print(1)'),
+        ('{.python .numberLines}', 'print(1)'), ('python:a.py', 'print(1)'), ('ipython', 'print(1)'),
+        ('pycon', None), ('python-repl', None), ('pyrex', None), ('c++', None), ('text', None), ('R', None)]),
+    # other fences
+    ('<code>\n~~~python\ns = "```"\n~~~\n</code>', 's = "```"'),
+    ('<code>\n~~~python\n```\n~~~\n</code>', '```'),
+    ('<code>\n````python\n# ```\nprint(1)\n````\n</code>', '# ```\nprint(1)'),
+    ('<code>\n````python\nprint(1)\n```\n</code>', None),
+    ('<code>\n```python\nprint(1)\n`````\n</code>', 'print(1)'),
+    ('<code>\n```python\nprint(1)\n~~~\n</code>', None),
+    # whole or nothing: a fence inside a string does not end the script
+    (f'<code>\n```python\n{DOCUMENTED}\n```\n</code>', DOCUMENTED),
+    (f'<code>\n```\n{DOCUMENTED}\n```\n</code>', DOCUMENTED),
+    ('<code>\n```python\n"""\n```\nx\n```\n"""\nprint(1)\n```\n</code>', '"""\n```\nx\n```\n"""\nprint(1)'),
+    ("<code>\n```python\ns = r'''\\\n```\n\\''''''\nprint(s)\n```\n</code>", "s = r'''\\\n```\n\\''''''\nprint(s)"),
+    ('<code>\n```python\n"""\n```\nx\n"""\nprint(1)\n</code>', None),
+    ('<code>\n```python\ns = """a\nprint(s)\n```\nand\n```\n1\n```\n</code>', 's = """a\nprint(s)'),
+    ('<code>\n```python\ns = """a\nprint(s)\n```\n</code>', 's = """a\nprint(s)'),
+    # indentation
+    ('1. So:\n   <code>\n   ```python\n   if x:\n       y\n   ```\n   </code>', 'if x:\n    y'),
+    ('- So:\n\t<code>\n\t```python\n\tif x:\n\t\ty\n\t```\n\t</code>', 'if x:\n\ty'),
+    ('<code>\n  ```python\nif x:\n  y\n  if z:\n    1\n  ```\n</code>', 'if x:\n  y\n  if z:\n    1'),
+    ('<code>\n```python\n    if x:\n        y\n\n    z\n```\n</code>', 'if x:\n    y\n\nz'),
+    ('<code>\n   ```python\n   # a\n\n   s = """\n   b\nc"""\n   ```\n</code>', '# a\n\ns = """\nb\nc"""'),
+    ('<code>\n```python\n  x = 1\nprint(x)\n```\n</code>', '  x = 1\nprint(x)'),  # Python says what is wrong
+    ('  <code>```python\n  print(1)\n  ```</code>', 'print(1)'),
+    # carriage returns
+    ('<code>\r\n   ```python\r\n   print(1)\r\n   print(2)\r\n   ```\r\n</code>', 'print(1)\r\nprint(2)'),
+    ('<code>\r\n```py\r\n"""\r\n```\r\n"""\r\n```\r\nso\r\n```\r\n1\r\n```\r\n</code>', '"""\r\n```\r\n"""'),
+])  # fmt: skip
+def test_the_script_is_the_marked_block_whole_and_flush(text, code):
+    snippet = template.extract_snippet(text)
+    assert (snippet and snippet.code) == code
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason='no shared cases')
+def test_turns_that_people_met_hold_the_script_that_is_meant():
+    for line in SHARED.read_text().splitlines():
+        case = json.loads(line)
+        snippet = template.extract_snippet(case['turn'])
+        assert (snippet and snippet.code) in case['accept'], case['kind']
+
+
+def test_a_hostile_turn_is_searched_in_time():
+    parts = ('```\n', '```python\n', '"""\n```\n', "'''\n", ' ' * 50 + '\n', '"\\', '~~~\n```python\n"""\n')
+    began = time.process_time()
+    for part in parts:
+        template.extract_snippet('<code>\n' + part * (60_000 // len(part)) + '</code>')
+        template.extract_snippet('<code>\n```python\n' + part * (60_000 // len(part)) + '</code>')
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(

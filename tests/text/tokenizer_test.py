@@ -6,6 +6,7 @@ import unicodedata
 
 import pytest
 
+from retool_jax.text import tags, template
 from retool_jax.text import tokenizer as tokenizer_lib
 from tests import fakes
 from tests.text.corpus import EXACT, QWEN, TRACES, train_sentencepiece
@@ -203,3 +204,82 @@ def test_chat_marks_shipped_without_the_special_flag_are_still_special(tmp_path)
     )
     assert tokenizer.encode('<think>\n')[0] == size + 2
     assert tokenizer.token_bytes[size + 2] == b'<think>'
+
+
+def edited(tmp_path, source, change):
+    """A copy of a tokenizer with its tokenizer.json changed."""
+    for file in source.iterdir():
+        if file.suffix == '.json':
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    content = json.loads((tmp_path / 'tokenizer.json').read_text())
+    change(content)
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+    return tokenizer_lib.load(tmp_path)
+
+
+TRUNCATION = {'direction': 'Right', 'max_length': 16, 'strategy': 'LongestFirst', 'stride': 0}
+PADDING = {'strategy': {'Fixed': 64}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0, 'pad_type_id': 0,
+           'pad_token': '<|endoftext|>'}
+
+
+@pytest.mark.parametrize('settings', [
+    {'truncation': TRUNCATION}, {'truncation': TRUNCATION | {'direction': 'Left', 'strategy': 'OnlyFirst'}},
+    {'padding': PADDING}, {'padding': PADDING | {'strategy': 'BatchLongest', 'pad_to_multiple_of': 8}},
+    {'truncation': TRUNCATION, 'padding': PADDING}])
+def test_truncation_and_padding_of_another_program_are_switched_off(tmp_path, settings):
+    plain = tokenizer_lib.train_bpe(TRACES, 300, tmp_path / 'plain')
+    (tmp_path / 'edited').mkdir()
+    ours = edited(tmp_path / 'edited', plain.directory, lambda content: content.update(settings))
+    for text in ('', 'a', 'What is the sum? ' * 400):
+        assert ours.encode(text) == plain.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.skipif(not QWEN.is_dir() or not (QWEN.parents[1] / 'cases/turn2').is_dir(), reason='no shared cases')
+def test_qwens_tokenizer_with_settings_that_people_met_spells_long_texts(tmp_path):
+    for number, case in enumerate(json.loads((QWEN.parents[1] / 'cases/turn2/tokenizer_edits.json').read_text())):
+        (tmp_path / str(number)).mkdir()
+        ours = edited(tmp_path / str(number), QWEN, lambda content: content.update(case['set']))  # noqa: B023
+        text = case['text'] * case['times']
+        assert ours.decode(ours.encode(text)) == text, case['name']
+
+
+@pytest.mark.parametrize('flags', [{}, {'lstrip': True, 'rstrip': True}, {'normalized': True, 'single_word': True}])
+@pytest.mark.parametrize('names', [tags.SPOKEN, ('</code>',), tags.SPOKEN[:4]])
+def test_tags_added_as_special_tokens_close_a_call_and_are_what_is_encoded(tmp_path, names, flags):
+    plain = tokenizer_lib.train_bpe(['no tags here'], 259, tmp_path / 'plain')
+    size = plain.size
+    token = {'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False} | flags
+    (tmp_path / 'edited').mkdir()
+    ours = edited(tmp_path / 'edited', plain.directory, lambda content: content['added_tokens'].extend(
+        {'id': size + n, 'content': name, **token} for n, name in enumerate(names)))
+    added = {name: size + n for n, name in enumerate(names)}
+    table = tags.build_table(ours.token_bytes, ours.size)
+    assert table.stops[table.walk([added['</code>']])] == tags.CODE
+    if '</answer>' in added:
+        assert table.stops[table.walk([added['</answer>']])] == tags.ANSWER
+    text = 'x <code>\n```python\nprint(1)\n```\n</code>'
+    assert ours.decode(ours.encode(text)) == text
+    assert ours.encode(text)[-1] == added['</code>']
+    assert not set(added) & set(ours.special_ids)
+    feedback = ours.encode(template.wrap_feedback('</code> <|im_end|>'))
+    assert feedback.count(added['</code>']) == 0 and not set(feedback) & set(ours.special_ids.values())
+
+
+def test_tags_that_are_control_pieces_of_sentencepiece_close_a_call(tmp_path):
+    directory = train_sentencepiece(tmp_path, control=('</code>', '</answer>'), **EXACT)
+    ours = tokenizer_lib.load(directory)
+    table = tags.build_table(ours.token_bytes, ours.size)
+    stop = [i for i, spelled in enumerate(ours.token_bytes) if spelled == b'</code>']
+    assert stop and all(table.stops[table.walk([i])] == tags.CODE for i in stop)
+    assert ours.decode(ours.encode('a </code>')) == 'a </code>'
+
+
+@pytest.mark.parametrize('name', ['tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'])
+def test_a_pointer_in_the_place_of_a_tokenizers_file_is_named(tmp_path, name):
+    if name != 'tokenizer.model':
+        tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    (tmp_path / name).write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 11421896\n')
+    with pytest.raises(ValueError, match=rf'{name} is a pointer of Git LFS') as caught:
+        tokenizer_lib.load(tmp_path)
+    assert '\n' not in str(caught.value)
