@@ -69,11 +69,14 @@ def pack(episodes: Sequence[Episode], *, width: int, rows: int, segments: int, g
     return batch
 
 
-def join(batches: Sequence[Batch]) -> tuple[Batch, list[tuple[int, int]]]:
-    """One batch of all rows, filled up with empty rows to a power of two (so that few shapes
-    are ever compiled), and the (first, last + 1) rows of each part."""
+def join(batches: Sequence[Batch], rows: int = 1) -> tuple[Batch, list[tuple[int, int]]]:
+    """One batch of all rows, filled up with empty ones, and the (first, last + 1) rows of each part.
+
+    rows: a micro-batch, as in `pack`. The whole has rows × 2^k of them: few shapes are ever compiled, and whatever
+    number of devices divides a micro-batch divides the whole.
+    """
     ends = np.cumsum([len(b.tokens_BT) for b in batches]).tolist()
-    total = 1
+    total = rows
     while total < ends[-1]:
         total *= 2
     empty = pack([], width=batches[0].tokens_BT.shape[1], rows=total - ends[-1] or 1,

@@ -16,11 +16,12 @@ import numpy as np
 from retool_jax.algo.advantages import explained_variance
 from retool_jax.algo.groups import episode_masks
 from retool_jax.algo.segments import in_update
-from retool_jax.algo.settings import AdvantageSettings
+from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.core.records import Episode, Stop
 from retool_jax.core.signals import uninterrupted
+from retool_jax.rollout.engine import SamplingSettings
 from retool_jax.rollout.pack import join, pack
 from retool_jax.train import rollouts
 from retool_jax.train.residency import Residency
@@ -40,12 +41,33 @@ class PPOSettings(RolloutSettings):
     mask_truncated: bool  # episodes that ran out of budget leave the update
     offload: bool  # what a phase does not need waits in the host's memory (train/residency.py)
 
-    def check(self, advantage: AdvantageSettings) -> None:
-        """Refuses a critic that nothing reads, and values that nobody estimates."""
-        if advantage.needs_values == (self.critic == 'none'):
-            remedy = 'head or backbone' if advantage.needs_values else 'none'
-            raise UserError(f'ppo.critic={self.critic!r} contradicts advantage.kind={advantage.kind!r}, which '
-                            f'{"needs" if advantage.needs_values else "reads no"} values; set ppo.critic={remedy}')
+    def __post_init__(self):
+        super().__post_init__()
+        if self.critic_warmup_steps and self.critic == 'none':
+            raise UserError(f'critic_warmup_steps={self.critic_warmup_steps} holds the policy while a critic learns, and '
+                            "critic='none' has none: nothing would learn; set ppo.critic_warmup_steps=0")
+
+
+def check(sizes: PPOSettings, advantage: AdvantageSettings, loss: LossSettings, sampling: SamplingSettings) -> None:
+    """Refuses blocks of an update that contradict each other: the one check of everything that trains by RL.
+
+    Errors: UserError naming the keys and the remedy.
+    """
+    if advantage.needs_values == (sizes.critic == 'none'):
+        remedy = 'head or backbone' if advantage.needs_values else 'none'
+        raise UserError(f'ppo.critic={sizes.critic!r} contradicts advantage.kind={advantage.kind!r}, which '
+                        f'{"needs" if advantage.needs_values else "reads no"} values; set ppo.critic={remedy}')
+    if advantage.needs_groups and sizes.samples < 2:
+        raise UserError(f'advantage.kind={advantage.kind!r} compares the samples of a problem, of which there is '
+                        f'ppo.samples={sizes.samples}: its advantage would be the bare reward; set ppo.samples=2 or '
+                        'more, or advantage.kind=gae or reinforce_pp')
+    if sizes.quanta and loss.correction == 'none':
+        raise UserError(f'ppo.quanta={sizes.quanta} trains on tokens of older weights, which loss.correction=none '
+                        'takes for those of the current ones; set loss.correction=token or sequence')
+    if sampling.truncates or sampling.temperature <= 0:  # ratios are between whole distributions
+        raise UserError(f'train_sampling draws with temperature={sampling.temperature}, top_p={sampling.top_p}, '
+                        f'top_k={sampling.top_k}, min_p={sampling.min_p}; the update knows a temperature above 0 and '
+                        'no truncation: set top_p=1, top_k=0, min_p=0')
 
 
 @dataclasses.dataclass
@@ -200,7 +222,7 @@ def make_batch(episodes: Sequence[Episode], settings: PPOSettings, forward: Forw
         parts.append(pack(pick(episodes), width=forward.row_width, rows=forward.micro_rows,
                           segments=forward.row_segments, groups=pick(groups), baseline=pick(baseline),
                           update=pick(update)))
-    return join(parts)
+    return join(parts, forward.micro_rows)
 
 
 @jax.jit

@@ -28,7 +28,7 @@ from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode
 from retool_jax.model import hf
-from retool_jax.rollout.engine import Engine, Executor
+from retool_jax.rollout.engine import Engine, Executor, SamplingSettings
 from retool_jax.sandbox.feedback import FeedbackSettings
 from retool_jax.tasks import arithmetic
 from retool_jax.tasks.grader import Grader
@@ -134,14 +134,13 @@ class Story:
     def reinforce(self, tools: bool, params: Params) -> Params:
         """PPO from `params`."""
         block = lambda name: settings.build(OptimizerSettings, self.config[name], name)
-        advantage = settings.build(AdvantageSettings, self.config.advantage, 'advantage')
-        self.ppo.check(advantage)
         tree = add_critic(self.language.config, params, self.ppo.critic)
         optimizer = make_optimizer(block('optimizer'), self.ppo.steps * self.ppo.minibatches * self.ppo.epochs,
                                    block('critic_optimizer') if 'critic' in tree else None)
         learner = Learner(self.language.config, self.forward, optimizer, self.mesh,
                           loss=settings.build(LossSettings, self.config.loss, 'loss'),
-                          advantage=advantage, temperature=self.config.train_sampling.temperature)
+                          advantage=settings.build(AdvantageSettings, self.config.advantage, 'advantage'),
+                          temperature=self.config.train_sampling.temperature)
         asked = self.ppo.problems_per_step * max(self.ppo.dynamic_rounds, 1)
         stream = arithmetic.problems('train', asked * self.ppo.steps, seed=self.seed + 1_000_003)
         with console.progress(f'PPO ({_kind(tools)})', self.ppo.steps) as advance:
@@ -180,9 +179,17 @@ def needy_code_ratio(episodes: Sequence[Episode]) -> float:
     return float(np.mean(asked)) if asked else 0.0
 
 
+def check(config: ConfigDict) -> None:
+    """Refuses blocks that contradict each other; UserError naming the keys."""
+    block = lambda kind, name: settings.build(kind, config[name], name)
+    ppo.check(block(PPOSettings, 'ppo'), block(AdvantageSettings, 'advantage'), block(LossSettings, 'loss'),
+              block(SamplingSettings, 'train_sampling'))
+
+
 @contextlib.contextmanager
 def opened(config: ConfigDict) -> Iterator[Story]:
     """The story of a run's folder, with sandbox, grader and log; what an earlier telling left there is deleted."""
+    check(config)
     directory = folder.claim(config)
     for old in ('model', 'tool_rl', 'checkpoints', 'episodes'):
         shutil.rmtree(directory / old, ignore_errors=True)

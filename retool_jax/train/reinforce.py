@@ -57,11 +57,16 @@ class HalvesSettings:
     episodes: str | None  # an episodes/ folder to train on, a part a step: no sampler, sandbox or grader
     train: bool  # False: episodes are made and kept, weights stay as they are
 
-    def check(self, sizes: PPOSettings) -> None:
-        """Refuses to cut episodes that no later weights will go on with."""
+    def check(self, sizes: PPOSettings, loss: LossSettings) -> None:
+        """Refuses to cut episodes that no later weights will go on with, and to take kept ones for the current
+        weights'."""
         if sizes.quanta and not (self.train and self.episodes is None):
             raise UserError(f'ppo.quanta={sizes.quanta} carries episodes over to the weights of the next step, which '
                             'one half alone has not; set ppo.quanta=0')
+        if self.episodes is not None and loss.correction == 'none':
+            raise UserError(f'halves.episodes={self.episodes!r} trains on tokens of other weights, which '
+                            'loss.correction=none takes for those of the current ones; set loss.correction=token or '
+                            'sequence')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +118,11 @@ def build(config: ConfigDict, directory: pathlib.Path) -> Parts:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses blocks that contradict each other; ValueError naming the keys."""
+    """Refuses blocks that contradict each other; UserError naming the keys."""
     block = lambda kind, name: settings.build(kind, config[name], name)
-    sizes, sampling = block(PPOSettings, 'ppo'), block(SamplingSettings, 'train_sampling')
-    sizes.check(block(AdvantageSettings, 'advantage'))
-    block(HalvesSettings, 'halves').check(sizes)
-    if sampling.truncates or sampling.temperature <= 0:  # ratios are between whole distributions
-        raise UserError(f'train_sampling draws with temperature={sampling.temperature}, top_p={sampling.top_p}, '
-                        f'top_k={sampling.top_k}, min_p={sampling.min_p}; the update knows a temperature above 0 and '
-                        'no truncation: set top_p=1, top_k=0, min_p=0')
+    sizes, loss = block(PPOSettings, 'ppo'), block(LossSettings, 'loss')
+    ppo.check(sizes, block(AdvantageSettings, 'advantage'), loss, block(SamplingSettings, 'train_sampling'))
+    block(HalvesSettings, 'halves').check(sizes, loss)
 
 
 def run(config: ConfigDict) -> None:

@@ -147,20 +147,30 @@ def number(requests: Sequence[Request], seen: collections.Counter) -> list[Reque
 
 
 def differs(group: Sequence[Episode], drop_void: bool) -> bool:
-    """Whether a group's graded rewards say anything: those of episodes that leave the baseline do not."""
+    """Whether a group holds right and wrong answers; those of episodes that leave the baseline do not count.
+
+    Correctness is compared, not the reward: reward.style=verl lifts a wrong answer by its calls, and groups that are
+    wrong throughout would pass for groups that say something.
+    """
     counts = np.array([e.stop != Stop.FAULT and not (drop_void and e.void) for e in group])
-    return bool(unequal_groups(np.array([e.reward.value for e in group]), np.zeros(len(group), int),
+    return bool(unequal_groups(np.array([e.reward.correct for e in group], float), np.zeros(len(group), int),
                                counts, 1)[0])
 
 
 def shape_overlong(episodes: Sequence[Episode], buffer: int, budget: int) -> None:
-    """Adds DAPO's overlong penalty to the graded rewards (algo.groups.overlong_penalty)."""
+    """Adds DAPO's overlong penalty to the graded rewards (algo.groups.overlong_penalty).
+
+    What the policy may write is `budget` less everything it did not write, the prompt and what tools printed. An
+    episode that was cut always gets −1: a turn's own budget or a tool's output that no longer fitted may have
+    ended it before `budget` was full.
+    """
     if buffer == 0:
         return
     for episode in episodes:
-        room = max(budget - episode.prompt_length, 0)  # a long prompt may leave less than the buffer
+        room = max(budget - (len(episode.tokens) - episode.acted_count), 0)  # may be less than the buffer
         over = overlong_penalty(np.array(episode.acted_count), room, min(buffer, room))
-        episode.reward = dataclasses.replace(episode.reward, value=episode.reward.value + float(over))
+        penalty = -1.0 if episode.stop == Stop.LENGTH else float(over)
+        episode.reward = dataclasses.replace(episode.reward, value=episode.reward.value + penalty)
 
 
 def describe(episodes: Sequence[Episode]) -> dict[str, float]:

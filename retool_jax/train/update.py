@@ -86,7 +86,7 @@ class Learner:
 
     def sft_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step of −mean log p over the acted tokens of `batch` (numpy)."""
-        stop, batch = len(batch.tokens_BT), self.put(join([batch])[0])
+        stop, batch = len(batch.tokens_BT), self.put(self._whole(batch))
         denominator = self._denominators(batch, 0, stop)[0]
         gradients, found = self._zeros(state.params), []
         for micro in self._micro(batch, 0, stop):
@@ -99,7 +99,7 @@ class Learner:
     def sft_loss(self, params: Params, batch: Batch) -> float:
         """Mean −log p over the acted tokens of `batch`, without a step."""
         stop, total, count = len(batch.tokens_BT), 0.0, 0.0
-        for micro in self._micro(self.put(join([batch])[0]), 0, stop):
+        for micro in self._micro(self.put(self._whole(batch)), 0, stop):
             logprob_BT, _, _ = self._score(params=params, micro=micro)
             total -= float(jnp.where(micro.acted_BT, logprob_BT, 0.0).sum())
             count += float(micro.acted_BT.sum())
@@ -140,6 +140,10 @@ class Learner:
         """Moves host arrays with a leading batch axis onto the mesh; each process reads its own rows of them."""
         return jax.tree.map(lambda x: jax.make_array_from_callback(
             np.shape(x), self.rows, lambda index: np.asarray(x)[index]), tree)
+
+    def _whole(self, batch: Batch) -> Batch:
+        """A batch with as many rows as the devices divide."""
+        return join([batch], self.forward.micro_rows)[0]
 
     def _zeros(self, params: Params) -> Params:
         """Gradients to add to, laid out as the parameters are."""

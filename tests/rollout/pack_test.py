@@ -69,3 +69,11 @@ def test_joined_batches_know_their_rows_and_end_in_empty_ones():
     for part, (start, stop) in zip(parts, rows):
         assert (whole.tokens_BT[start:stop] == part.tokens_BT).all()
     assert not whole.segment_ids_BT[rows[-1][1]:].any() and not whole.update_BN[rows[-1][1]:].any()
+
+
+@pytest.mark.parametrize('rows', [1, 3, 6, 10])
+def test_joined_batches_are_filled_up_to_a_power_of_two_of_micro_batches(rows):
+    parts = [pack(EPISODES[:n], width=50, rows=rows, segments=1) for n in (2, 3, 5)]
+    whole, ends = join(parts, rows)
+    count, rest = divmod(len(whole.tokens_BT), rows)
+    assert rest == 0 and count == 2 ** int(np.log2(count)) and ends[-1][1] <= len(whole.tokens_BT) < 2 * ends[-1][1]

@@ -31,23 +31,23 @@ def make_tree():
     return tree
 
 
-def scored_on(mesh):
+def scored_on(mesh, rows=8):
     """A learner on a mesh, its first state, a batch and how many of its rows count, and the batch's scores."""
     rules, axes = decoder.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES), decoder.logical_axes(CONFIG)
     words = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
         name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
-    learner = Learner(CONFIG, small.make_forward(micro_rows=8, vocab_chunk=40), small.recording(), mesh,
+    learner = Learner(CONFIG, small.make_forward(micro_rows=rows, vocab_chunk=40), small.recording(), mesh,
                       loss=small.make_loss(), advantage=small.make_advantage())
     state = init_state(jax.device_put(make_tree(), meshes.shardings(mesh, words, rules)), learner.optimizer)
-    batch, ((_, stop),) = join([pack(EPISODES, width=48, rows=8, segments=2,
-                                     groups=[int(e.problem.id[1:]) for e in EPISODES])])
+    batch, ((_, stop),) = join([pack(EPISODES, width=48, rows=rows, segments=2,
+                                     groups=[int(e.problem.id[1:]) for e in EPISODES])], rows)
     batch = learner.put(batch)
     return learner, state, batch, stop, learner.score(state.params, batch, stop, None, num_groups=8)
 
 
-def step_on(mesh):
+def step_on(mesh, rows=8):
     """Gradients, parameters after AdamW, metrics and scores of one PPO step."""
-    learner, state, batch, stop, scores = scored_on(mesh)
+    learner, state, batch, stop, scores = scored_on(mesh, rows)
     placed = jax.tree.map(lambda x: x.sharding, state.params)
     state, metrics = learner.ppo_step(state, batch, scores, (0, stop))
     for before, after in zip(jax.tree.leaves(placed), jax.tree.leaves(state.params)):
@@ -56,14 +56,40 @@ def step_on(mesh):
 
 
 @functools.cache
-def on_one_device():
-    return step_on(small.one_device())
+def on_one_device(rows=8):
+    return step_on(small.one_device(), rows)
 
 
 @pytest.mark.parametrize('sizes', [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SIZES],
                          ids=lambda s: 'x'.join(map(str, s)))
 def test_a_ppo_step_is_that_of_one_device(sizes):
-    found, expected = step_on(meshes.make_mesh(dict(zip(meshes.AXES, sizes)))), on_one_device()
+    assert_same_step(step_on(meshes.make_mesh(dict(zip(meshes.AXES, sizes)))), on_one_device())
+
+
+@pytest.mark.parametrize('sizes', [(3, 2, 1), pytest.param((3, 1, 1), marks=pytest.mark.slow)], ids=str)
+def test_a_step_on_devices_that_are_no_power_of_two_is_that_of_one_device(sizes):
+    mesh = meshes.make_mesh(dict(zip(meshes.AXES, sizes)), jax.devices()[:np.prod(sizes)])
+    assert_same_step(step_on(mesh, rows=6), on_one_device(6))
+
+
+def test_a_supervised_step_on_six_devices_is_that_of_one():
+    def run(mesh, rows):
+        learner = Learner(CONFIG, small.make_forward(micro_rows=rows), small.recording(), mesh)
+        params = {'policy': make_tree()['policy']}
+        rules, axes = qwen.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES), {'policy': qwen.logical_axes(CONFIG)}
+        state = init_state(jax.device_put(params, meshes.shardings(mesh, axes, rules)), learner.optimizer)
+        batch = pack(EPISODES, width=48, rows=learner.forward.micro_rows, segments=2)
+        loss = learner.sft_loss(state.params, batch)
+        state, metrics = learner.sft_step(state, batch)
+        return small.gradient(state), loss, float(metrics['sft/loss'])
+    found = run(meshes.make_mesh({'data': 3, 'fsdp': 2, 'tensor': 1}, jax.devices()[:6]), 0)
+    expected = run(small.one_device(), 4)
+    assert small.distance(found[0], expected[0]) < 1e-5
+    assert found[1:] == pytest.approx(expected[1:], rel=1e-5)
+
+
+def assert_same_step(found, expected):
+    """Gradients, parameters, metrics and scores of `step_on`, up to the order of additions."""
     for part in ('policy', 'critic'):
         assert small.distance(found[0][part], expected[0][part]) < 1e-5
         assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected[0][part]))

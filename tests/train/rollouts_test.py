@@ -158,6 +158,15 @@ def test_faults_of_the_sandbox_and_dropped_episodes_make_no_group_differ():
     assert rollouts.differs(group, drop_void=False) and not rollouts.differs(group, drop_void=True)
 
 
+def test_wrong_answers_that_calls_lift_apart_make_no_group_differ():
+    group = small.make_episodes(2)
+    for e, value in zip(group, (-1.0, -0.8)):  # reward.style=verl, no call and two
+        e.reward = Reward(value, False, False, False, '')
+    assert not rollouts.differs(group, drop_void=False)
+    group[1].reward = Reward(1.0, True, True, True, '')
+    assert rollouts.differs(group, drop_void=False)
+
+
 def test_a_problem_asked_for_twice_has_samples_of_its_own():
     problem, other = (Problem(name, 'Q?', '1', 'test', '') for name in 'ab')
     seen = collections.Counter()
@@ -209,6 +218,29 @@ def test_the_overlong_penalty_falls_over_the_buffer_and_spares_verdicts():
     rollouts.shape_overlong(episodes, 5, 30)
     assert [e.reward.value for e in episodes] == pytest.approx([1 + x for x in lengths.values()])
     assert all(e.reward.correct for e in episodes)
+
+
+def test_what_tools_printed_leaves_the_policy_less_room_before_the_overlong_penalty():
+    rng = np.random.default_rng(0)
+    # A budget of 60: a prompt of 10, 20 tokens of the policy's, 25 of a tool's; 25 are the policy's in all.
+    lengths = {0: 0.0, 1: -0.2, 3: -0.6, 5: -1.0}
+    episodes = [small.make_episode(rng, 'p', 10, 20, 25, n, reward=1.0) if n else
+                small.make_episode(rng, 'p', 10, 20, 25, reward=1.0) for n in lengths]
+    rollouts.shape_overlong(episodes, 5, 60)
+    assert [e.reward.value for e in episodes] == pytest.approx([1 + x for x in lengths.values()])
+
+
+@pytest.mark.parametrize('lengths', [
+    (10, 20, 25, 5),  # full
+    (10, 20, 10),  # a tool's output did not fit
+    (10, 12),  # the turn had a budget of its own
+    (60,)])  # a prompt that leaves nothing
+def test_an_episode_that_was_cut_always_gets_the_whole_overlong_penalty(lengths):
+    rng = np.random.default_rng(0)
+    cut = small.make_episode(rng, 'p', *lengths, reward=-1.0, stop=Stop.LENGTH)
+    whole = small.make_episode(rng, 'p', 10, 12, reward=-1.0, stop=Stop.TURNS)
+    rollouts.shape_overlong([cut, whole], 5, 60)
+    assert (cut.reward.value, whole.reward.value) == (-2.0, -1.0)
 
 
 def test_prompts_that_leave_less_than_the_buffer_do_not_end_the_run():
