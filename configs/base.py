@@ -207,7 +207,7 @@ def watch() -> ConfigDict:
     """Alarms (all H): a threshold, and what follows: 'ignore', 'warn' or 'stop'."""
     return ConfigDict({
         'entropy_below': 0.01, 'entropy': 'warn',  # nats per token
-        'equal_steps': 3, 'equal_rewards': 'warn',  # steps in a row in which all rewards are equal
+        'equal_steps': 3, 'equal_rewards': 'warn',  # steps in a row in which all answers are right, or all wrong
         'mismatch_above': 0.05, 'mismatch': 'warn',  # KL between sampler and trainer, nats per token
         'failures_above': 0.9, 'failures': 'warn',  # share of calls that fail
         'faults_above': 0.5, 'faults': 'stop',  # share of calls that the sandbox itself failed

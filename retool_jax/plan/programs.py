@@ -21,10 +21,12 @@ from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.model import attention, decoder
 from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Slice
+from retool_jax.rollout.engine import SamplingSettings
 from retool_jax.rollout.sampler import Feed, Sampler, SamplerSettings
 from retool_jax.rollout.sync import Sync, shardings
 from retool_jax.rollout.turns import TurnSettings
 from retool_jax.text import tags
+from retool_jax.train import ppo
 from retool_jax.train.ppo import PPOSettings
 from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
 from retool_jax.train.update import ForwardSettings, Learner, Scores, apart
@@ -63,9 +65,9 @@ class Run:
         forward = block(ForwardSettings, 'forward')
         forward = dataclasses.replace(
             forward, attention=attention.resolve(forward.attention, forward.row_width, slice.chip.platform))
-        self.loss = block(LossSettings, 'loss')
-        self.learner = Learner(model, forward, optimizer, self.mesh, loss=self.loss,
-                               advantage=block(AdvantageSettings, 'advantage'))
+        self.loss, advantage = block(LossSettings, 'loss'), block(AdvantageSettings, 'advantage')
+        ppo.check(self.sizes, advantage, self.loss, block(SamplingSettings, 'train_sampling'))
+        self.learner = Learner(model, forward, optimizer, self.mesh, loss=self.loss, advantage=advantage)
         # Engines are local to as many devices as hold the sampling weights, the tensor axis; where it is longer than a
         # host's devices, all hosts step one engine together (rollout/hosts.py).
         tensor = self.mesh.shape['tensor']

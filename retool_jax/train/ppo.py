@@ -44,8 +44,8 @@ class PPOSettings(RolloutSettings):
     def __post_init__(self):
         super().__post_init__()
         if self.critic_warmup_steps and self.critic == 'none':
-            raise UserError(f'critic_warmup_steps={self.critic_warmup_steps} holds the policy while a critic learns, and '
-                            "critic='none' has none: nothing would learn; set ppo.critic_warmup_steps=0")
+            raise UserError(f'ppo.critic_warmup_steps={self.critic_warmup_steps} holds the policy while a critic '
+                            "learns, and ppo.critic='none' has none: set ppo.critic_warmup_steps=0")
 
 
 def check(sizes: PPOSettings, advantage: AdvantageSettings, loss: LossSettings, sampling: SamplingSettings) -> None:

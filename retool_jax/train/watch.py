@@ -16,7 +16,7 @@ class WatchSettings:
     """Thresholds, and per alarm what follows: 'ignore', 'warn' or 'stop'."""
 
     entropy_below: float  # nats per token
-    equal_steps: int  # steps in a row whose episodes all have one reward
+    equal_steps: int  # steps in a row whose episodes are all right, or all wrong
     mismatch_above: float  # mean |KL| between sampler and trainer, nats per token
     failures_above: float  # share of calls that end in anything but OK
     faults_above: float  # share of calls that the sandbox itself failed
@@ -46,7 +46,7 @@ class Alarm:
 
 
 class Watch:
-    """Reads each step's metrics; remembers for how many steps all rewards have been equal.
+    """Reads each step's metrics; remembers for how many steps all answers have been right, or all wrong.
 
     An alarm is given when its condition begins to hold, not again at every step in which it goes on.
     """
@@ -59,7 +59,9 @@ class Watch:
     def look(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> list[Alarm]:
         """The alarms of a step that is over."""
         s = self.settings
-        self._equal = self._equal + 1 if len({e.reward.value for e in episodes}) == 1 else 0
+        # Correctness, not the reward: reward.style=verl and the overlong penalty tell wrong answers apart.
+        self._equal = self._equal + 1 if len({e.reward.correct for e in episodes}) == 1 else 0
+        right = bool(episodes) and episodes[0].reward.correct
         of = lambda name: metrics.get(name, 0.0)
         entropy = metrics.get('actor/entropy')
         why = ('weights move faster than carried episodes end; raise ppo.quanta or lower optimizer.lr'
@@ -70,8 +72,8 @@ class Watch:
                         f'actor/entropy {entropy or 0.0:.3g} is below {s.entropy_below:g}: the policy has collapsed; '
                         'lower optimizer.lr or raise loss.entropy_coef'),
             'equal_rewards': (self._equal >= s.equal_steps,
-                              f'all rewards of {self._equal} steps are equal: there is nothing to learn from; choose '
-                              'problems that the model solves sometimes'),
+                              f'all answers of {self._equal} steps are {"right" if right else "wrong"}: there is '
+                              'nothing to learn from; choose problems that the model solves sometimes'),
             'mismatch': (abs(of('mismatch/kl')) > s.mismatch_above,
                          f'mismatch/kl {of("mismatch/kl"):.3g} exceeds {s.mismatch_above:g}: {why}'),
             'failures': (of('tools/failure_frequency') > s.failures_above,

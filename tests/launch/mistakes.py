@@ -155,6 +155,15 @@ CASES = {  # binary and arguments, {} is the folder of files; words of the line
         'foreign another model'),
     'no file of traces': (('cold_start', '--config=configs/cold_start.py:qwen3_8b', '--config.model.path={}/model'),
                           'config.traces'),
+    'groups of one sample': (('ppo', '--config=configs/grpo.py:tiny', '--config.ppo.samples=1'),
+                             'grpo ppo.samples=1 ppo.samples=2'),
+    'groups of one sample, rehearsed': (('ppo', '--config=configs/grpo.py:tiny', '--config.ppo.samples=1', '--dry_run'),
+                                        'grpo ppo.samples=1 ppo.samples=2'),
+    'a demo that trains on a part of the distribution': (('demo', '--config.train_sampling.top_p=0.9'),
+                                                         'train_sampling top_p=0.9 top_p=1'),
+    'a demo whose groups are of one sample': (
+        ('demo', '--config.advantage.kind=rloo', '--config.ppo.critic=none', '--config.ppo.samples=1'),
+        'rloo ppo.samples=1'),
     'a target that is there': (
         ('convert', '--to=orbax', '--source={}/model', '--target={}/busy'), 'busy overwritten'),
     'a source that is none': (('convert', '--to=orbax', '--source={}/none', '--target={}/new'), 'none config.json'),

@@ -76,7 +76,7 @@ def test_every_size_of_every_algorithm_agrees_with_itself(name):
         assert config.run.dir == f'runs/{name}_{arg}'
         block = lambda kind, key: settings.build(kind, config[key], key)  # noqa: B023
         sizes, advantage = block(PPOSettings, 'ppo'), block(AdvantageSettings, 'advantage')
-        sizes.check(advantage)
+        reinforce.check(config)
         assert advantage.needs_groups == (sizes.samples > 1 and sizes.critic == 'none')
         assert sizes.problems_per_step * sizes.samples % sizes.minibatches == 0
         for kind, key in ((LossSettings, 'loss'), (WatchSettings, 'watch'), (reinforce.HalvesSettings, 'halves'),
@@ -143,6 +143,11 @@ def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
     ({'watch.faults': 'shout'}, "watch.faults='shout': choose one of ignore, warn, stop"),
     ({'train_sampling.top_p': 0.9}, 'train_sampling draws with temperature=1.0, top_p=0.9, .* set top_p=1'),
     ({'train_sampling.temperature': 0.0}, 'train_sampling draws with temperature=0.0, .* a temperature above 0'),
+    (NO_CRITIC | {'advantage.kind': 'grpo', 'ppo.samples': 1},
+     "advantage.kind='grpo' compares the samples of a problem, .* set ppo.samples=2"),
+    ({'ppo.quanta': 4, 'loss.correction': 'none'}, 'ppo.quanta=4 trains on tokens of older weights'),
+    ({'halves.episodes': '/kept', 'loss.correction': 'none'}, "halves.episodes='/kept' trains on tokens of other"),
+    ({'ppo.critic': 'none', 'ppo.critic_warmup_steps': 1}, 'ppo.critic_warmup_steps=1 holds the policy'),
     ({'ppo.quanta': 4, 'halves.train': False}, 'ppo.quanta=4 carries episodes over .* set ppo.quanta=0'),
     ({'halves.episodes': '/nowhere'}, "halves.episodes='/nowhere' holds no training episodes"),
 ])

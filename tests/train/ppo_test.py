@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Stop
 from retool_jax.model import decoder
+from retool_jax.rollout.engine import SamplingSettings
 from retool_jax.rollout.pack import pack
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import template
@@ -25,6 +27,7 @@ from tests.train import small
 SETTINGS = PPOSettings(steps=2, problems_per_step=3, samples=2, minibatches=2, epochs=1, critic='head',
                        critic_warmup_steps=0, drop_void=False, mask_truncated=False, overlong_buffer=0,
                        dynamic_rounds=0, quanta=0, offload=False)
+WHOLE = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
 FORWARD = small.make_forward()
 # The contract with other tools.
 NAMES = {'rewards/mean', 'actor/pg_clipfrac', 'actor/ppo_kl', 'actor/entropy', 'actor/grad_norm', 'critic/vf_loss',
@@ -113,9 +116,32 @@ def test_more_groups_than_a_step_has_are_refused():
 @pytest.mark.parametrize(('kind', 'critic'), [('gae', 'none'), ('grpo', 'head'), ('rloo', 'backbone')])
 def test_a_critic_that_nothing_reads_and_values_that_nobody_estimates_are_refused(kind, critic):
     sizes = dataclasses.replace(SETTINGS, critic=critic)
-    with pytest.raises(ValueError, match=f"ppo.critic='{critic}' contradicts advantage.kind='{kind}'"):
-        sizes.check(small.make_advantage(kind=kind))
-    dataclasses.replace(SETTINGS, critic='head').check(small.make_advantage())
+    with pytest.raises(UserError, match=f"ppo.critic='{critic}' contradicts advantage.kind='{kind}'"):
+        ppo.check(sizes, small.make_advantage(kind=kind), small.make_loss(), WHOLE)
+    ppo.check(dataclasses.replace(SETTINGS, critic='head'), small.make_advantage(), small.make_loss(), WHOLE)
+
+
+@pytest.mark.parametrize('kind', ['grpo', 'dr_grpo', 'rloo', 'reinforce_pp_baseline'])
+def test_groups_of_one_sample_are_refused_where_samples_are_compared(kind):
+    advantage, alone = small.make_advantage(kind=kind), dataclasses.replace(SETTINGS, critic='none', samples=1)
+    with pytest.raises(UserError, match=f"advantage.kind='{kind}' compares .* ppo.samples=1: .* set ppo.samples=2"):
+        ppo.check(alone, advantage, small.make_loss(), WHOLE)
+    ppo.check(dataclasses.replace(alone, samples=2), advantage, small.make_loss(), WHOLE)
+    ppo.check(alone, small.make_advantage(kind='reinforce_pp'), small.make_loss(), WHOLE)  # compares nobody
+    ppo.check(dataclasses.replace(SETTINGS, samples=1), small.make_advantage(), small.make_loss(), WHOLE)
+
+
+def test_tokens_of_older_weights_are_refused_where_nothing_weighs_them():
+    carried = dataclasses.replace(SETTINGS, quanta=4)
+    with pytest.raises(UserError, match='ppo.quanta=4 trains on tokens of older weights, .* set loss.correction=token'):
+        ppo.check(carried, small.make_advantage(), small.make_loss(correction='none'), WHOLE)
+    ppo.check(carried, small.make_advantage(), small.make_loss(correction='sequence'), WHOLE)
+    ppo.check(SETTINGS, small.make_advantage(), small.make_loss(correction='none'), WHOLE)
+
+
+def test_a_warm_up_of_no_critic_is_refused():
+    with pytest.raises(UserError, match="critic_warmup_steps=20 .* ppo.critic='none' .* set ppo.critic_warmup_steps=0"):
+        dataclasses.replace(SETTINGS, critic='none', critic_warmup_steps=20)
 
 
 @pytest.mark.parametrize(('drop_void', 'mask_truncated', 'expected'), [

@@ -60,6 +60,13 @@ def test_equal_rewards_ring_after_so_many_steps_in_a_row():
         [], [], [], ['equal_rewards'], [], [], [], ['equal_rewards']]
 
 
+def test_wrong_answers_that_are_shaped_apart_are_equal_all_the_same():
+    shaped = episodes(-1.0, -0.8, -1.6)
+    watch = Watch(SETTINGS)
+    (alarm,) = watch.look(CALM, shaped) + watch.look(CALM, shaped)
+    assert alarm.name == 'equal_rewards' and 'all answers of 2 steps are wrong' in alarm.text
+
+
 def test_a_warning_is_given_when_it_begins_and_a_stop_always():
     low, watch = CALM | {'actor/entropy': 0.0}, Watch(SETTINGS)
     assert [names(watch.look(m, MIXED)) for m in (low, low, CALM, low)] == [['entropy'], [], [], ['entropy']]
