@@ -122,7 +122,8 @@ def sandbox(arg: str) -> ConfigDict:
         'packages': ('numpy', 'scipy', 'sympy'),
         'echo': False,  # O prints what is printed, no more
         'retries': 3,
-        'queue': 16384,
+        'queue': 16384,  # snippets
+        'queue_mb': 256,
         'require_groups': False,
     })
 

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import socket
 import stat
 import struct
 import time
+import traceback
 from collections.abc import Callable
 
 from retool_jax.core.records import Verdict
@@ -39,6 +41,7 @@ class Request:
 
     id: int
     fields: dict
+    payload: bytes  # code, standard input and files, one after another
     attempts: int = 0
     cancelled: bool = False
 
@@ -52,6 +55,19 @@ class Lost(Exception):
     def __init__(self, words: str, unsealed: bool = False):
         super().__init__(words)
         self.unsealed = unsealed
+
+
+def _costs_its_request(callback: Callable) -> Callable:
+    """An exception within a callback ends its child at once, with the reason; loop and neighbours go on."""
+    @functools.wraps(callback)
+    def guarded(child: Child, *arguments) -> None:
+        try:
+            callback(child, *arguments)
+        except Exception as error:
+            traceback.print_exc()
+            child.fail(f'{type(error).__name__}: {error}')
+
+    return guarded
 
 
 class Child:
@@ -84,6 +100,7 @@ class Child:
         control.setblocking(False)
         self._loop.add_reader(control.fileno(), self._on_ready)
 
+    @_costs_its_request
     def _on_ready(self) -> None:
         """The child is sealed: learns its pid on this host and puts it under its limits."""
         self._loop.remove_reader(self._control.fileno())
@@ -111,6 +128,7 @@ class Child:
         os.close(self._pidfd)
         self._pidfd = descriptor
 
+    @_costs_its_request
     def start(self, request: Request, settings) -> None:
         """Sets the limits, then hands over the code; time is counted from here."""
         self.request = request
@@ -118,9 +136,6 @@ class Child:
         self._cpu_s = fields.get('cpu_s') or settings.cpu_s
         self._wall_s = fields.get('wall_s') or settings.wall_s
         memory_bytes = int((fields.get('memory_mb') or settings.memory_mb) * 2**20)
-        code = fields['code'].encode('utf-8', 'surrogatepass')
-        stdin = base64.b64decode(fields.get('stdin', ''))
-        files = {name: base64.b64decode(text) for name, text in fields.get('files', {}).items()}
         try:
             self.slot.arm(memory_bytes, settings.processes)
             with open(f'/proc/{self._pid}/statm') as file:
@@ -132,30 +147,34 @@ class Child:
         counted = 'memory' in self.slot.enforced
         address_bytes = size + memory_bytes * (_ADDRESS_FACTOR if counted else 1) + (_ADDRESS_EXTRA if counted else 0)
         header = json.dumps({
-            'seed': fields['seed'], 'echo': settings.echo, 'code': len(code), 'stdin': len(stdin),
-            'files': [[n, len(c)] for n, c in files.items()], 'cpu_s': self._cpu_s,
+            **{key: fields[key] for key in ('seed', 'code', 'stdin', 'files')},
+            'echo': settings.echo, 'cpu_s': self._cpu_s,
             'address_bytes': -(-address_bytes >> 24) << 24}).encode() + b'\n'
         for descriptor in self._pipes:
             os.set_blocking(descriptor, False)
             self._loop.add_reader(descriptor, self._on_output, descriptor)
-        self._unsent = memoryview(header + code + stdin + b''.join(files.values()))
+        self._unsent = [memoryview(header), memoryview(request.payload)]
         self._start = time.monotonic()
         self._send()
         self._arm_timer(0.0)
 
+    @_costs_its_request
     def _send(self) -> None:
         descriptor = self._control.fileno()
         try:
             while self._unsent:
-                self._unsent = self._unsent[self._control.send(self._unsent):]
+                self._unsent[0] = self._unsent[0][self._control.send(self._unsent[0]):]
+                if not self._unsent[0]:
+                    del self._unsent[0]
         except BlockingIOError:
             self._loop.add_writer(descriptor, self._send)
             return
         except OSError:
-            self._unsent = memoryview(b'')
+            self._unsent.clear()
         self._loop.remove_writer(descriptor)
         self._control.shutdown(socket.SHUT_WR) if self._status is None else None
 
+    @_costs_its_request
     def _on_output(self, descriptor: int) -> None:
         kept = self._pipes[descriptor]
         try:
@@ -191,6 +210,7 @@ class Child:
         wall_left = self._wall_s - (time.monotonic() - self._start)
         self._timer = self._loop.call_later(min(wall_left, max(0.02, (self._cpu_s - cpu_s) / _CORES)), self._on_timer)
 
+    @_costs_its_request
     def _on_timer(self) -> None:
         cpu_s = self._used_cpu_s()
         if cpu_s >= self._cpu_s or time.monotonic() - self._start >= self._wall_s:
@@ -210,11 +230,19 @@ class Child:
             self._timer.cancel()
         self._timer = self._loop.call_later(_GRACE_S, self.lose)
 
+    def fail(self, reason: str) -> None:
+        """Ends a child that we cannot carry on with; its snippet is not run again: it would fail again."""
+        if self.request is None:
+            self._close(Lost(reason))
+        else:
+            self._close({'verdict': Verdict.SANDBOX_ERROR, 'stdout': '', 'stderr': reason})
+
     def retire(self) -> None:
         """Ends a child that no snippet needs."""
         self._retired = True
         self.kill(None)
 
+    @_costs_its_request
     def on_exit(self, status: int, cpu_s: float = 0.0) -> None:
         """The wait status has come, from the parent of the process (not from the process)."""
         self._status, self._usage_cpu_s = status, cpu_s
@@ -227,6 +255,7 @@ class Child:
         self._timer = self._loop.call_later(_GRACE_S, self.lose)  # pipes close with the last process
         self._settle()
 
+    @_costs_its_request
     def lose(self) -> None:
         """The worker is gone and its wait status with it."""
         if self._over:
@@ -269,7 +298,7 @@ class Child:
             verdict = Verdict.SIGNAL
         if verdict in (Verdict.OUTPUT_LIMIT, Verdict.OOM, Verdict.TIMEOUT):
             exit_code = number = None  # whether the kill or the end came first is chance
-        fetched = {} if self._cause else self._fetch(self.request.fields.get('fetch', ()))
+        fetched = {} if self._cause else self._fetch(self.request.fields['fetch'])
         self._close({
             'verdict': verdict, 'exit_code': exit_code, 'signal': number, 'cpu_s': cpu_s, 'wall_s': wall_s,
             'peak_mb': self.slot.peak_mb(), 'truncated': self._cut, 'files': fetched,
@@ -282,9 +311,9 @@ class Child:
         for path in paths:
             parts = [p for p in os.path.normpath(os.path.join('/box', path)).split('/') if p]
             opened: list[int] = []
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: names that no file can have
                 try:
-                    if parts[:1] != ['box'] or len(parts) < 2:
+                    if parts[:1] != ['box'] or len(parts) < 2 or '\0' in path:
                         continue
                     at = self._box
                     for part in parts[1:-1]:

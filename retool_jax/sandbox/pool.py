@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 import socket
@@ -21,13 +22,16 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable
 
 import retool_jax
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import ExecResult, Verdict
+from retool_jax.sandbox.job import MOST, Job, number, pack
 
-_RESTARTS = 3
+_DEATHS = 4  # of the supervisor, in a row and without an answer between them, before the pool is broken
+_SILENT_S, _DEAF_S = 10.0, 60.0  # without a word of the supervisor: the pool ails; it is replaced
 _START_S = 600.0  # the first start may build the guest root
 
 
@@ -53,16 +57,19 @@ class SandboxSettings:
     echo: bool = False  # print the value of a last expression, as a notebook does
     retries: int = 3  # after faults of the sandbox, each on another worker
     queue: int = 16384  # snippets waiting; one more raises PoolFull
+    queue_mb: int = 256  # and what they take, code with input and files
     require_groups: bool = False  # refuse to run where control groups cannot be written
 
     def __post_init__(self):
         if self.path not in ('warm', 'cold'):
             raise UserError(f"sandbox.path={self.path!r}: must be 'warm' or 'cold'")
         positive = ('zygotes', 'spares', 'recycle', 'cpu_s', 'wall_s', 'memory_mb', 'processes', 'files', 'scratch_mb',
-                    'scratch_inodes', 'output_bytes', 'queue')
+                    'scratch_inodes', 'output_bytes', 'queue', 'queue_mb')
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise UserError(f'sandbox.{name}={getattr(self, name)!r}: must be greater than 0')
+            try:
+                number(f'sandbox.{name}', getattr(self, name), MOST.get(name, 2.0**53))
+            except ValueError as error:
+                raise UserError(str(error)) from None
         if self.concurrency < 0 or self.retries < 0:
             raise UserError('sandbox.concurrency and sandbox.retries must not be negative')
         for name in self.preload:
@@ -76,20 +83,6 @@ class SandboxSettings:
             object.__setattr__(self, 'concurrency', 2 * cores)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """A snippet with what a server's request may add to it; None takes the setting."""
-
-    code: str
-    seed: int = 0
-    stdin: bytes = b''
-    files: dict[str, bytes] = dataclasses.field(default_factory=dict)  # path below /box → content
-    fetch: tuple[str, ...] = ()  # paths below /box to return
-    cpu_s: float | None = None
-    wall_s: float | None = None
-    memory_mb: float | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """A result with the files that were asked for and found."""
@@ -99,7 +92,17 @@ class Outcome:
 
 
 class PoolFull(RuntimeError):
-    """More snippets wait than `queue` allows."""
+    """More snippets wait than `queue` allows, or more bytes than `queue_mb`."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """A job that is not answered yet, as the bytes that the supervisor gets."""
+
+    future: concurrent.futures.Future
+    frame: bytes
+    sent: bool = False
+    losses: int = 0  # deaths of the supervisor while it had this job
 
 
 class Pool:
@@ -108,7 +111,12 @@ class Pool:
     def __init__(self, settings: SandboxSettings = SandboxSettings()):
         self.settings = settings
         self.missing: tuple[str, ...] = ()  # control groups that could not be had: what is not enforced
-        self._waiting: dict[int, tuple[concurrent.futures.Future, dict]] = {}
+        self._waiting: dict[int, _Call] = {}
+        self._unsent: collections.deque[int] = collections.deque()  # in order; what was cancelled is skipped
+        self._sent = 0  # the supervisor has so many
+        self._bytes = 0  # of all frames that wait
+        # Enough that a slot never waits for this thread, little enough that what waits is held once: here.
+        self._window = 2 * settings.concurrency + 2
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._ready: concurrent.futures.Future = concurrent.futures.Future()
@@ -118,6 +126,8 @@ class Pool:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process: subprocess.Popen | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._heard = math.inf
+        self._deaths = 0  # in a row
         self._closed = False
         self._reason = ''
 
@@ -160,25 +170,37 @@ class Pool:
         return await asyncio.wrap_future(self.submit(code, seed))
 
     def submit_job(self, job: Job) -> concurrent.futures.Future[Outcome]:
-        """`submit` with standard input, files and limits of its own; cancelling the future kills the snippet."""
+        """`submit` with standard input, files and limits of its own; cancelling the future kills the snippet.
+
+        Raises:
+            ValueError: the field of the job that cannot be run, and why.
+            PoolFull: too many snippets wait, or too many bytes.
+            RuntimeError: the pool is closed, or broken: why.
+        """
+        id_ = next(self._numbers)
+        frame = job.frame(id_, self.settings)
         self._launch()
-        fields = {'op': 'run', 'code': job.code, 'seed': int(job.seed) % 2**32, 'fetch': list(job.fetch)}
-        fields |= {k: getattr(job, k) for k in ('cpu_s', 'wall_s', 'memory_mb') if getattr(job, k) is not None}
-        if job.stdin:
-            fields['stdin'] = base64.b64encode(job.stdin).decode()
-        if job.files:
-            fields['files'] = {n: base64.b64encode(c).decode() for n, c in job.files.items()}
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self._lock:
             if self._closed or self._reason:
                 raise RuntimeError(self._reason or 'sandbox: the pool is closed')
             if len(self._waiting) >= self.settings.queue:
                 raise PoolFull(f'sandbox: {len(self._waiting)} snippets wait already (sandbox.queue)')
-            fields['id'] = next(self._numbers)
-            self._waiting[fields['id']] = (future, fields)
-        future.add_done_callback(lambda f: self._forget(fields['id']) if f.cancelled() else None)
-        self._call(self._say, fields)
+            if self._waiting and self._bytes + len(frame) > self.settings.queue_mb << 20:
+                raise PoolFull(f'sandbox: {self._bytes >> 20} MiB of snippets wait already (sandbox.queue_mb)')
+            self._waiting[id_] = _Call(future, frame)
+            self._unsent.append(id_)
+            self._bytes += len(frame)
+        future.add_done_callback(lambda f: self._forget(id_) if f.cancelled() else None)
+        self._call(self._feed)
         return future
+
+    def ailing(self) -> str:
+        """Why no snippet can run at present, '' where all is well."""
+        if self._closed or self._reason:
+            return self._reason or 'sandbox: the pool is closed'
+        silent_s = time.monotonic() - self._heard
+        return f'sandbox: its supervisor has been silent for {silent_s:.0f} s' if silent_s > _SILENT_S else ''
 
     def stats(self) -> dict:
         """Counts since the start: snippets by verdict, waiting, retried and respawned workers."""
@@ -215,14 +237,15 @@ class Pool:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
             started.set()
-            for _ in range(1 + _RESTARTS):
+            while not (self._closed or self._reason):
                 with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
                     await self._serve_once()
-                self._process.wait()
-                if self._closed or self._reason:
-                    break
-            else:
-                self._abandon('sandbox: its supervisor died again and again')
+                status = self._process.wait()
+                self._deaths += 1
+                if self._deaths >= _DEATHS:
+                    self._abandon(f'sandbox: its supervisor died {self._deaths} times in a row (status {status})')
+                self._recount()
+                await asyncio.sleep(0.5 * (self._deaths - 1))
 
         try:
             asyncio.run(serve())
@@ -241,22 +264,59 @@ class Pool:
             env={**os.environ, 'PYTHONPATH': path})
         theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 26)
-        self._say(dataclasses.asdict(self.settings))
-        with self._lock:
-            todo = [fields for _, fields in self._waiting.values()]
-        for fields in todo:  # after a restart: whatever is not answered yet runs again
-            self._say(fields)
+        self._writer.write(pack(dataclasses.asdict(self.settings)))
+        self._feed()
+        watch = asyncio.ensure_future(self._listen_for_life())
         try:
             while True:
                 size = struct.unpack('!I', await reader.readexactly(4))[0]
-                self._hear(json.loads(await reader.readexactly(size)))
+                message = json.loads(await reader.readexactly(size))
+                self._heard = time.monotonic()
+                self._hear(message)
         finally:
+            watch.cancel()
             self._hang_up()
 
-    def _say(self, message: dict) -> None:
-        if self._writer is not None:  # else the next connection sends all that wait
-            data = json.dumps(message).encode()
-            self._writer.write(struct.pack('!I', len(data)) + data)
+    async def _listen_for_life(self) -> None:
+        """Kills a supervisor that has spoken and says nothing any more: stopped, or stuck in the kernel."""
+        while time.monotonic() - self._heard < _DEAF_S:
+            await asyncio.sleep(1.0)
+        self._process.kill()
+
+    def _feed(self) -> None:
+        """Hands over what waits, as far as the supervisor has use for it."""
+        with self._lock:
+            while self._writer is not None and self._unsent and self._sent < self._window:
+                call = self._waiting.get(self._unsent.popleft())
+                if call is not None:
+                    call.sent = True
+                    self._sent += 1
+                    self._writer.write(call.frame)
+
+    def _recount(self) -> None:
+        """After a death: all that is not answered waits again, but for what was there at too many deaths."""
+        self._heard = math.inf
+        with self._lock:
+            for call in self._waiting.values():
+                call.losses, call.sent = call.losses + call.sent, False
+            lost = [id_ for id_, call in self._waiting.items() if call.losses > self.settings.retries]
+            calls = [self._take(id_) for id_ in lost]
+            self._unsent, self._sent = collections.deque(self._waiting), 0
+        for call in calls:
+            self._answer(call, Outcome(ExecResult(Verdict.SANDBOX_ERROR, '', 'its supervisor died every time'), {}))
+
+    def _take(self, id_: int) -> _Call | None:
+        """Removes a call from those that wait; the lock is held."""
+        call = self._waiting.pop(id_, None)
+        if call is not None:
+            self._bytes -= len(call.frame)
+            self._sent -= call.sent
+        return call
+
+    def _answer(self, call: _Call, outcome: Outcome) -> None:
+        self._counts[str(outcome.result.verdict)] += 1
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            call.future.set_result(outcome)
 
     def _hear(self, message: dict) -> None:
         if message['op'] == 'ready':
@@ -266,21 +326,25 @@ class Pool:
         elif message['op'] == 'broken':
             self._abandon(message['reason'])
             self._hang_up()
-        else:
+        elif message['op'] == 'result':
+            self._deaths = 0
             with self._lock:
-                future, _ = self._waiting.pop(message['id'], (None, None))
+                call = self._take(message['id'])
                 self._counters = message['counters']
-            if future is not None:
-                outcome = _outcome(message['outcome'])
-                self._counts[str(outcome.result.verdict)] += 1
-                with contextlib.suppress(concurrent.futures.InvalidStateError):
-                    future.set_result(outcome)
+            if call is not None:
+                self._answer(call, _outcome(message['outcome']))
+            self._feed()
 
-    def _forget(self, number: int) -> None:
+    def _forget(self, id_: int) -> None:
         with self._lock:
-            known = self._waiting.pop(number, None)
-        if known:
-            self._call(self._say, {'op': 'cancel', 'id': number})
+            call = self._take(id_)
+        if call is not None and call.sent:
+            self._call(self._cancel, id_)
+
+    def _cancel(self, id_: int) -> None:
+        if self._writer is not None:
+            self._writer.write(pack({'op': 'cancel', 'id': id_}))
+            self._feed()
 
     def _hang_up(self) -> None:
         if self._writer is not None:
@@ -291,8 +355,7 @@ class Pool:
         """Nothing more will run: everybody who waits is told why."""
         with self._lock:
             self._reason = self._reason or reason
-            futures = [future for future, _ in self._waiting.values()]
-            self._waiting.clear()
+            futures = [self._take(id_).future for id_ in list(self._waiting)]
         for future in [self._ready, *futures]:
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 future.set_exception(RuntimeError(reason))

@@ -78,12 +78,11 @@ def _open_streams(stdin: bytes, files: dict[str, bytes]) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, 'wb') as file:
             file.write(content)
-    if stdin:
-        with open('/box/.stdin', 'wb+') as file:
+    if stdin:  # a file without a name: every name is the snippet's
+        with open(os.open('/box', os.O_TMPFILE | os.O_RDWR, 0o600), 'wb+') as file:
             file.write(stdin)
             file.seek(0)
             os.dup2(file.fileno(), 0)
-        os.unlink('/box/.stdin')
     sys.stdin = sys.__stdin__ = open(0, encoding='utf-8', errors='surrogateescape', closefd=False)  # noqa: SIM115
     # One write per line: a killed snippet keeps what it printed.
     sys.stdout = sys.__stdout__ = _writer(1, 'strict')

@@ -24,6 +24,7 @@ from retool_jax.sandbox import canary, jail
 from retool_jax.sandbox import guest as guest_lib
 from retool_jax.sandbox.cgroups import Groups
 from retool_jax.sandbox.child import Child, Lost, Request
+from retool_jax.sandbox.job import FRAME
 from retool_jax.sandbox.pool import SandboxSettings
 from retool_jax.sandbox.worker import Cold, Zygote
 
@@ -69,7 +70,8 @@ class Supervisor:
         # No snippet runs before the isolation has been seen to hold.
         self._canary = canary.combined()
         self._proven = False
-        probe = Request(-1, {'code': self._canary.code, 'seed': 0})
+        code = self._canary.code.encode()
+        probe = Request(-1, {'code': len(code), 'stdin': 0, 'files': [], 'fetch': [], 'seed': 0}, code)
         self._queue: collections.deque[Request] = collections.deque([probe])
         self._spares: collections.deque[Child] = collections.deque()
         self._requests: dict[int, Request] = {}
@@ -86,7 +88,7 @@ class Supervisor:
 
     async def run(self) -> None:
         """Serves until the client's end closes."""
-        reader, self._writer = await asyncio.open_connection(sock=self._link, limit=1 << 26)
+        reader, self._writer = await asyncio.open_connection(sock=self._link, limit=1 << 20)
         loop = asyncio.get_running_loop()
         stopped = asyncio.ensure_future(self._read(reader))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -101,6 +103,7 @@ class Supervisor:
                 self.dispatch()
             while not stopped.done():
                 await asyncio.wait([stopped], timeout=1.0)
+                self._say({'op': 'alive'})
                 if os.getppid() != parent:
                     break
                 for zygote in list(self._zygotes):
@@ -118,10 +121,11 @@ class Supervisor:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                size = struct.unpack('!I', await reader.readexactly(4))[0]
+                size, payload_size = FRAME.unpack(await reader.readexactly(FRAME.size))
                 message = json.loads(await reader.readexactly(size))
+                payload = await reader.readexactly(payload_size)
                 if message['op'] == 'run':
-                    request = Request(message['id'], message)
+                    request = Request(message['id'], message, payload)
                     self._requests[request.id] = request
                     self._queue.append(request)
                     self.dispatch()
@@ -265,7 +269,7 @@ class Supervisor:
 def main() -> None:
     """Reads the settings as the first frame, then serves."""
     link = socket.socket(fileno=int(sys.argv[1]))
-    size = struct.unpack('!I', link.recv(4, socket.MSG_WAITALL))[0]
+    size, _ = FRAME.unpack(link.recv(FRAME.size, socket.MSG_WAITALL))
     fields = json.loads(link.recv(size, socket.MSG_WAITALL))
     settings = SandboxSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
