@@ -1,4 +1,4 @@
-"""What a Qwen checkpoint's config.json says, as one frozen record."""
+"""What a checkpoint's config.json says, as one frozen record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pathlib
 from retool_jax.core import files
 from retool_jax.core.errors import UserError
 
-ARCHITECTURES = {'Qwen2ForCausalLM': 'qwen2', 'Qwen3ForCausalLM': 'qwen3'}
+ARCHITECTURES = {'LlamaForCausalLM': 'llama', 'Qwen2ForCausalLM': 'qwen2', 'Qwen3ForCausalLM': 'qwen3'}
+CONTEXTS = {'llama': 2048, 'qwen2': 32768, 'qwen3': 32768}  # transformers' max_position_embeddings where none is given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,21 @@ class YarnScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Sizes of a Qwen2.5 or Qwen3 dense model; field names are Hugging Face's."""
+class Llama3Scaling:
+    """Llama 3.1's context extension as Hugging Face's `rope_scaling` states it: of a context's worth of positions,
+    pairs that turn fewer than `low_freq_factor` times are slowed by `factor`, those above `high_freq_factor` kept."""
 
-    model_type: str  # 'qwen2' (biased q, k, v) or 'qwen3' (normalised q, k)
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of a dense decoder of the Llama, Qwen2 or Qwen3 family; field names are Hugging Face's."""
+
+    model_type: str  # 'llama', 'qwen2' (biased q, k, v) or 'qwen3' (normalised q, k)
     vocab_size: int  # padded width of the logits, not the tokenizer's size
     hidden_size: int
     intermediate_size: int
@@ -37,21 +49,23 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    rope_scaling: YarnScaling | None = None
+    rope_scaling: YarnScaling | Llama3Scaling | None = None
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
+    attention_bias: bool = False  # llama, qwen3: of q, k, v and o; qwen2's q, k, v have theirs without this
+    mlp_bias: bool = False  # llama
 
     @property
     def context(self) -> int:
-        """Positions that the weights were trained on, or that YaRN stretches them to."""
-        yarn = self.rope_scaling
-        stretched = int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0
+        """Positions that the weights were trained on, or that the rotary scaling stretches them to."""
+        scaling = self.rope_scaling
+        stretched = int(scaling.factor * scaling.original_max_position_embeddings) if scaling else 0
         return max(self.max_position_embeddings, stretched)
 
     @property
-    def attention_bias(self) -> bool:
-        return self.model_type == 'qwen2'
+    def qkv_bias(self) -> bool:
+        return self.attention_bias or self.model_type == 'qwen2'
 
     @property
     def qk_norm(self) -> bool:
@@ -62,20 +76,21 @@ class ModelConfig:
         d, f, h = self.hidden_size, self.intermediate_size, self.head_dim
         n, k = self.num_attention_heads, self.num_key_value_heads
         layer = 2 * d + d * h * (2 * n + 2 * k) + 3 * d * f
-        layer += h * (n + 2 * k) if self.attention_bias else 0
+        layer += h * (n + 2 * k) if self.qkv_bias else 0
+        layer += (d if self.attention_bias else 0) + (2 * f + d if self.mlp_bias else 0)
         layer += 2 * h if self.qk_norm else 0
         return self.num_hidden_layers * layer + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
 
 
 def from_hf(raw: dict, where: str = 'config.json') -> ModelConfig:
     """Reads a Hugging Face config dict. Errors: ValueError naming what is not supported."""
-    names = raw.get('architectures') or [{'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}.get(
-        raw.get('model_type', ''), raw.get('model_type', 'none'))]
+    by_type = {kind: name for name, kind in ARCHITECTURES.items()}
+    names = raw.get('architectures') or [by_type.get(raw.get('model_type', ''), raw.get('model_type', 'none'))]
     if names[0] not in ARCHITECTURES:
         raise UserError(f'{where}: architecture {names[0]} is not supported; '
                         f'supported are {", ".join(ARCHITECTURES)}')
     if raw.get('hidden_act', 'silu') != 'silu':
-        raise UserError(f'{where}: hidden_act {raw["hidden_act"]} is not supported; Qwen uses silu')
+        raise UserError(f'{where}: hidden_act {raw["hidden_act"]} is not supported; these models use silu')
     if raw.get('use_sliding_window'):
         raise UserError(f'{where}: use_sliding_window is true; only full attention is supported')
     if others := set(raw.get('layer_types') or ()) - {'full_attention'}:
@@ -85,8 +100,9 @@ def from_hf(raw: dict, where: str = 'config.json') -> ModelConfig:
     if missing:
         raise UserError(f'{where}: field {missing[0]} is missing')
     kind = ARCHITECTURES[names[0]]
-    if raw.get('attention_bias', kind == 'qwen2') != (kind == 'qwen2'):
-        raise UserError(f'{where}: attention_bias {raw["attention_bias"]} is not supported for {names[0]}')
+    for key, fixed in {'attention_bias': {'qwen2': True}, 'mlp_bias': {'qwen2': False, 'qwen3': False}}.items():
+        if kind in fixed and raw.get(key, fixed[kind]) != fixed[kind]:
+            raise UserError(f'{where}: {key} {raw[key]} is not supported for {names[0]}')
     heads = raw['num_attention_heads']
     width = 128 if kind == 'qwen3' else raw['hidden_size'] // heads  # the original's defaults
     rope = _rope(raw, where)
@@ -98,10 +114,12 @@ def from_hf(raw: dict, where: str = 'config.json') -> ModelConfig:
         head_dim=raw.get('head_dim') or width,
         rms_norm_eps=raw.get('rms_norm_eps', 1e-6),
         rope_theta=float(rope.get('rope_theta') or raw.get('rope_theta') or 10000.0),
-        rope_scaling=_yarn(rope, raw, where),
+        rope_scaling=_scaling(rope, raw, where),
         tie_word_embeddings=bool(raw.get('tie_word_embeddings', False)),
-        max_position_embeddings=raw.get('max_position_embeddings', 32768),
-        initializer_range=raw.get('initializer_range', 0.02))
+        max_position_embeddings=raw.get('max_position_embeddings', CONTEXTS[kind]),
+        initializer_range=raw.get('initializer_range', 0.02),
+        attention_bias=kind != 'qwen2' and bool(raw.get('attention_bias')),
+        mlp_bias=bool(raw.get('mlp_bias')))
 
 
 def _rope(raw: dict, where: str) -> dict:
@@ -116,7 +134,7 @@ def _rope(raw: dict, where: str) -> dict:
     return block
 
 
-def _yarn(scaling: dict, raw: dict, where: str) -> YarnScaling | None:
+def _scaling(scaling: dict, raw: dict, where: str) -> YarnScaling | Llama3Scaling | None:
     kind = scaling.get('rope_type') or scaling.get('type') or 'default'
     scaling = {'partial_rotary_factor': raw.get('partial_rotary_factor') or 1.0} | scaling
     plain = {'partial_rotary_factor': 1.0, 'truncate': True, 'mscale': None, 'mscale_all_dim': None}
@@ -125,22 +143,38 @@ def _yarn(scaling: dict, raw: dict, where: str) -> YarnScaling | None:
             raise UserError(f'{where}: rope_scaling {key}={scaling[key]} is not supported')
     if kind == 'default':
         return None
-    if kind != 'yarn':
-        raise UserError(f'{where}: rope_scaling type {kind} is not supported; supported are default, yarn')
+    if kind not in ('llama3', 'yarn'):
+        raise UserError(f'{where}: rope_scaling type {kind} is not supported; supported are default, llama3, yarn')
     longest = raw.get('max_position_embeddings', 32768)
     original = scaling.get('original_max_position_embeddings') or longest
+    if kind == 'llama3':
+        return _llama3(scaling, int(original), where)
     return YarnScaling(factor=float(scaling.get('factor') or longest / original),
                        original_max_position_embeddings=int(original),
                        beta_fast=float(scaling.get('beta_fast') or 32), beta_slow=float(scaling.get('beta_slow') or 1),
                        attention_factor=scaling.get('attention_factor'))
 
 
+def _llama3(scaling: dict, original: int, where: str) -> Llama3Scaling:
+    factors = {name: scaling.get(name) or 0.0 for name in ('factor', 'low_freq_factor', 'high_freq_factor')}
+    for name, value in factors.items():
+        if not value > 0:
+            raise UserError(f'{where}: rope_scaling {name}={value}; type llama3 needs a positive number')
+    if factors['low_freq_factor'] >= factors['high_freq_factor']:
+        raise UserError(f'{where}: rope_scaling low_freq_factor={factors["low_freq_factor"]} is not below '
+                        f'high_freq_factor={factors["high_freq_factor"]}')
+    return Llama3Scaling(**factors, original_max_position_embeddings=original)
+
+
 def to_hf(config: ModelConfig) -> dict:
     """The config.json that transformers loads."""
     raw = dataclasses.asdict(config)
+    if config.model_type == 'qwen2':  # has no such field: its biases are fixed
+        del raw['attention_bias']
     kind = {v: k for k, v in ARCHITECTURES.items()}[config.model_type]
     scaling = raw.pop('rope_scaling')
-    rope = {'rope_type': 'default'} if scaling is None else {'rope_type': 'yarn'} | scaling
+    name = {type(None): 'default', YarnScaling: 'yarn', Llama3Scaling: 'llama3'}[type(config.rope_scaling)]
+    rope = {'rope_type': name} | (scaling or {})
     return raw | {'architectures': [kind], 'hidden_act': 'silu', 'torch_dtype': 'float32',
                   'rope_parameters': rope | {'rope_theta': config.rope_theta},
                   'rope_scaling': None if scaling is None else rope, 'use_sliding_window': False}

@@ -1,4 +1,4 @@
-"""Qwen2.5 and Qwen3: one set of blocks for training (scanned) and sampling (unrolled, cached).
+"""Llama, Qwen2 and Qwen3: one set of blocks for training (scanned) and sampling (unrolled, cached).
 
 Parameters live outside as nested dicts named as in Hugging Face checkpoints. The training layout
 stacks the layers on a leading axis; the sampling layout (`to_sampling`) keeps them apart and holds

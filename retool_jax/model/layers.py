@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from retool_jax.core.mesh import constrain, gather
-from retool_jax.model.config import ModelConfig
+from retool_jax.model.config import Llama3Scaling, ModelConfig, YarnScaling
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
@@ -65,11 +65,12 @@ class Attention(nnx.Module):
         d, n, k, h = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         scale = config.initializer_range
         q_out, kv_out = {'heads': n, 'head_dim': h}, {'kv_heads': k, 'head_dim': h}
-        bias = config.attention_bias
+        bias = config.qkv_bias
         self.q_proj = Projection({'embed': d}, q_out, bias=bias, scale=scale, rngs=rngs)
         self.k_proj = Projection({'embed': d}, kv_out, bias=bias, scale=scale, rngs=rngs)
         self.v_proj = Projection({'embed': d}, kv_out, bias=bias, scale=scale, rngs=rngs)
-        self.o_proj = Projection({'heads': n, 'head_dim': h}, {'embed': d}, bias=False, scale=scale, rngs=rngs)
+        self.o_proj = Projection({'heads': n, 'head_dim': h}, {'embed': d}, bias=config.attention_bias, scale=scale,
+                                 rngs=rngs)
         norm = lambda: RMSNorm(h, 'head_dim', config.rms_norm_eps, rngs) if config.qk_norm else nnx.data(None)
         self.q_norm, self.k_norm = norm(), norm()
 
@@ -86,10 +87,10 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f = {'embed': config.hidden_size}, {'mlp': config.intermediate_size}
-        scale = config.initializer_range
-        self.gate_proj = Projection(d, f, bias=False, scale=scale, rngs=rngs)
-        self.up_proj = Projection(d, f, bias=False, scale=scale, rngs=rngs)
-        self.down_proj = Projection(f, d, bias=False, scale=scale, rngs=rngs)
+        scale, bias = config.initializer_range, config.mlp_bias
+        self.gate_proj = Projection(d, f, bias=bias, scale=scale, rngs=rngs)
+        self.up_proj = Projection(d, f, bias=bias, scale=scale, rngs=rngs)
+        self.down_proj = Projection(f, d, bias=bias, scale=scale, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         hidden_BTF = jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
@@ -133,14 +134,27 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """
     exponent = np.arange(0, config.head_dim, 2) / config.head_dim
     period = (config.rope_theta ** exponent).astype(np.float32)
-    if config.rope_scaling is None:
-        return 1 / period, 1.0
-    return _stretch(config, period)
+    match config.rope_scaling:
+        case None:
+            return 1 / period, 1.0
+        case Llama3Scaling() as scaling:
+            return _slow(scaling, 1 / period), 1.0
+        case YarnScaling() as scaling:
+            return _stretch(config, scaling, period)
 
 
-def _stretch(config: ModelConfig, period: np.ndarray) -> tuple[np.ndarray, float]:
+def _slow(scaling: Llama3Scaling, inv_freq: np.ndarray) -> np.ndarray:
+    """Llama 3.1: pairs that turn seldom in the original context are slowed by `factor`, fast ones kept, between them a
+    ramp over the number of turns."""
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / inv_freq)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return ((1 - kept) * inv_freq / scaling.factor + kept * inv_freq).astype(np.float32)
+
+
+def _stretch(config: ModelConfig, yarn: YarnScaling, period: np.ndarray) -> tuple[np.ndarray, float]:
     """YaRN (arXiv 2309.00071): low frequencies are stretched, high ones kept, a ramp between."""
-    yarn, half = config.rope_scaling, config.head_dim // 2
+    half = config.head_dim // 2
     def turns(rotations: float) -> float:  # the dimension that makes so many rotations in the original context
         context = yarn.original_max_position_embeddings
         return config.head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from retool_jax.model import config as model_config
-from retool_jax.model import decoder
+from retool_jax.model import decoder, layers
 from tests.model.sizes import make_config
 
 BASE = {'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'use_sliding_window': False, 'rope_theta': 1000000.0}
@@ -33,6 +35,11 @@ PUBLISHED = {
     'DeepSeek-R1-Distill-Qwen-1.5B': (raw('Qwen2', 151936, 1536, 8960, 28, 12, 2, use_mrope=False), 1.777),
     'Qwen3-0.6B': (raw('Qwen3', 151936, 1024, 3072, 28, 16, 8, head_dim=128, attention_bias=False,
                        tie_word_embeddings=True), 0.596),
+    'SmolLM2-135M': (raw('Llama', 49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True, rope_theta=100000), 0.1345),
+    'Llama-2-7B': (raw('Llama', 32000, 4096, 11008, 32, 32, 32, pretraining_tp=1), 6.738),
+    'Llama-3.2-1B': (raw('Llama', 128256, 2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True), 1.236),
+    'DeepSeek-R1-Distill-Llama-8B': (raw('Llama', 128256, 4096, 14336, 32, 32, 8, attention_bias=False,
+                                         mlp_bias=False), 8.030),
     'Qwen3-32B': (raw('Qwen3', 151936, 5120, 25600, 64, 64, 8, head_dim=128, attention_bias=False), 32.76),
 }
 
@@ -47,8 +54,10 @@ def test_published_sizes_have_their_published_number_of_parameters(name):
 
 
 @pytest.mark.parametrize('change', [{}, {'rope_scaling': model_config.YarnScaling(
-    factor=4.0, original_max_position_embeddings=64, attention_factor=1.1)}, {'tie_word_embeddings': True}])
-@pytest.mark.parametrize('kind', ['qwen2', 'qwen3'])
+    factor=4.0, original_max_position_embeddings=64, attention_factor=1.1)}, {'tie_word_embeddings': True},
+    {'rope_scaling': model_config.Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                                original_max_position_embeddings=64)}])
+@pytest.mark.parametrize('kind', ['llama', 'qwen2', 'qwen3'])
 def test_a_config_survives_the_way_out_and_back(kind, change):
     config = make_config(kind, **change)
     assert model_config.from_hf(model_config.to_hf(config)) == config
@@ -62,6 +71,37 @@ def test_both_spellings_of_yarn_are_read():
     config = model_config.from_hf(old)
     assert config == model_config.from_hf(new)
     assert config.rope_scaling == model_config.YarnScaling(factor=4.0, original_max_position_embeddings=32768)
+
+
+@pytest.mark.parametrize('kind, biases', [('llama', {'attention_bias': True}), ('llama', {'mlp_bias': True}),
+                                          ('qwen3', {'attention_bias': True})])
+def test_optional_biases_survive_the_way_out_and_back(kind, biases):
+    config = make_config(kind, **biases)
+    raw = model_config.to_hf(config)
+    assert {key: raw.get(key) for key in biases} == biases and model_config.from_hf(raw) == config
+
+
+LLAMA3 = {'rope_type': 'llama3', 'factor': 32.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 8192}
+
+
+def test_llama3_scaling_slows_what_turns_seldom_as_transformers_does():
+    transformers = pytest.importorskip('transformers')
+    source = raw('Llama', 100, 64, 48, 2, 2, 2, rope_theta=500000.0, max_position_embeddings=131072,
+                 rope_scaling=LLAMA3)
+    config = model_config.from_hf(source)
+    assert dataclasses.asdict(config.rope_scaling) == {k: v for k, v in LLAMA3.items() if k != 'rope_type'}
+    assert transformers.LlamaConfig(**copy.deepcopy(source)).rope_parameters == LLAMA3 | {'rope_theta': 500000.0}
+    plain, factor = layers.inverse_frequencies(dataclasses.replace(config, rope_scaling=None))
+    found, same = layers.inverse_frequencies(config)
+    ratio = plain / found
+    assert (factor, same, found.dtype) == (1.0, 1.0, np.float32)
+    # Turns in 8,192 positions: above 4 nothing changes, below 1 all is slowed 32 times.
+    turns = 8192 * plain / (2 * math.pi)
+    np.testing.assert_allclose(ratio[turns > 4], 1.0)
+    np.testing.assert_allclose(ratio[turns < 1], 32.0, rtol=1e-6)
+    between = ratio[(turns >= 1) & (turns <= 4)]
+    assert len(between) > 0 and ((between > 1) & (between < 32)).all()
 
 
 GOOD = raw('Qwen2', 100, 32, 48, 2, 4, 2)
@@ -111,16 +151,20 @@ def test_the_context_is_what_the_weights_or_yarn_reach():
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'architectures': ['LlamaForCausalLM']}, 'architecture LlamaForCausalLM is not supported'),
+    ({'architectures': ['MistralForCausalLM']}, 'architecture MistralForCausalLM is not supported'),
     ({'architectures': ['Qwen3MoeForCausalLM']}, 'architecture Qwen3MoeForCausalLM is not supported'),
     ({'architectures': None, 'model_type': 'gemma3'}, 'architecture gemma3 is not supported'),
     ({'hidden_act': 'gelu'}, 'hidden_act gelu is not supported'),
     ({'use_sliding_window': True}, 'use_sliding_window is true'),
     ({'attention_bias': False}, 'attention_bias False is not supported for Qwen2ForCausalLM'),
+    ({'mlp_bias': True}, 'mlp_bias True is not supported for Qwen2ForCausalLM'),
     ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types holds sliding_attention'),
     ({'partial_rotary_factor': 0.5}, 'rope_scaling partial_rotary_factor=0.5 is not supported'),
     ({'rope_scaling': 'yarn'}, "rope_scaling='yarn' is not supported"),
     ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'rope_scaling type linear is not supported'),
+    ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, 'rope_scaling type dynamic is not supported'),
+    ({'rope_scaling': LLAMA3 | {'high_freq_factor': None}}, 'rope_scaling high_freq_factor=0.0; type llama3 needs'),
+    ({'rope_scaling': LLAMA3 | {'high_freq_factor': 1.0}}, 'low_freq_factor=1.0 is not below high_freq_factor=1.0'),
     ({'rope_scaling': {'type': 'yarn', 'factor': 2.0, 'mscale': 0.7}}, 'rope_scaling mscale=0.7 is not supported'),
 ])
 def test_what_is_not_supported_is_refused_by_name(change, message):

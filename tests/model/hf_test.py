@@ -26,11 +26,12 @@ CONFIGS = {
     'qwen2_untied': make_config('qwen2'),
     'qwen2_tied': make_config('qwen2', tie_word_embeddings=True),
     'qwen3_tied': make_config('qwen3', tie_word_embeddings=True, num_key_value_heads=1),
+    'llama_biased': make_config('llama', attention_bias=True, mlp_bias=True, num_key_value_heads=1),
     'qwen3_untied': make_config('qwen3', num_attention_heads=6, num_key_value_heads=3, head_dim=8),
 }
 LARGE = 5_000_000_000  # bytes of a file: all tensors in one
 QUICK = {('qwen2_untied', 'float32', LARGE), ('qwen2_tied', 'bfloat16', 20_000), ('qwen3_tied', 'float32', 20_000),
-         ('qwen3_untied', 'bfloat16', LARGE)}
+         ('qwen3_untied', 'bfloat16', LARGE), ('llama_biased', 'bfloat16', 20_000)}
 
 
 def assert_same(a, b):

@@ -1,7 +1,8 @@
-"""The model is the real Qwen: logits of transformers' own Qwen2 and Qwen3, full and cached."""
+"""The model is the real one: logits of transformers' own Llama, Qwen2 and Qwen3, full and cached."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -21,7 +22,8 @@ from tests.model.sizes import make_config, make_params
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = Path(__file__).parent / 'fixtures'
 MAKE = Path(__file__).parent / 'make_fixtures.py'
-CASES = ('qwen2_grouped', 'qwen2_tied', 'qwen2_yarn', 'qwen3_grouped', 'qwen3_tied', 'qwen3_yarn')
+CASES = ('llama_grouped', 'llama_one_kv_head', 'llama_own_head_dim', 'llama_biased', 'llama_llama3', 'llama_yarn',
+         'qwen2_grouped', 'qwen2_tied', 'qwen2_yarn', 'qwen3_grouped', 'qwen3_tied', 'qwen3_yarn', 'qwen3_biased')
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -71,28 +73,40 @@ def test_logits_are_those_of_transformers_in_full_and_incrementally(case):
 
 def test_fixtures_hold_what_their_names_say():
     configs = {case: model_config.load_config(FIXTURES / case) for case in CASES}
-    assert {case for case, c in configs.items() if c.rope_scaling is not None} == {'qwen2_yarn', 'qwen3_yarn'}
-    assert {case for case, c in configs.items() if c.model_type == 'qwen3'} == {c for c in CASES if '3' in c}
-    assert {c.tie_word_embeddings for c in configs.values()} == {True, False}
+    kinds = {case: type(c.rope_scaling).__name__ for case, c in configs.items() if c.rope_scaling is not None}
+    assert kinds == {'llama_yarn': 'YarnScaling', 'qwen2_yarn': 'YarnScaling', 'qwen3_yarn': 'YarnScaling',
+                     'llama_llama3': 'Llama3Scaling'}
+    assert {case for case, c in configs.items() if c.attention_bias} == {'llama_biased', 'qwen3_biased'}
+    assert {case for case, c in configs.items() if c.mlp_bias} == {'llama_biased'}
+    for kind in ('llama', 'qwen2', 'qwen3'):
+        assert {case for case, c in configs.items() if c.model_type == kind} == {c for c in CASES if c.startswith(kind)}
+        assert {c.tie_word_embeddings for c in configs.values() if c.model_type == kind} == {True, False}
     groups = {c.num_attention_heads // c.num_key_value_heads for c in configs.values()}
-    assert groups == {1, 2, 4, 7}
+    assert groups == {1, 2, 3, 4, 7}
 
 
-@pytest.mark.parametrize('case', ['qwen2_grouped', 'qwen3_grouped', 'qwen2_yarn'])
+@pytest.mark.parametrize('case', ['llama_biased', 'llama_llama3', 'qwen2_grouped', 'qwen3_grouped', 'qwen2_yarn'])
 def test_parity_would_notice_a_bias_a_norm_a_head_or_a_rotation_left_out(case):
     config = model_config.load_config(FIXTURES / case)
     params, golden = hf.load(FIXTURES / case, config), np.load(FIXTURES / case / 'golden.npz')
     attention = params['layers']['self_attn']
-    part = attention['k_norm'] if config.qk_norm else attention['v_proj']
-    name = 'weight' if config.qk_norm else 'bias'
+    part = 'k_norm' if config.qk_norm else 'o_proj' if config.attention_bias else 'v_proj'
+    name = 'bias' if 'bias' in attention[part] else 'weight'
     broken = [params | {'layers': params['layers'] | {'self_attn': attention | {
-        'k_norm' if config.qk_norm else 'v_proj': part | {name: part[name] * 0.9}}}}]
+        part: attention[part] | {name: attention[part][name] * 0.9}}}}]
     o_LNHD = attention['o_proj']['weight']
     broken.append(params | {'layers': params['layers'] | {'self_attn': attention | {
-        'o_proj': {'weight': o_LNHD[:, ::-1]}}}})
-    for changed in broken:
+        'o_proj': attention['o_proj'] | {'weight': o_LNHD[:, ::-1]}}}})
+    if config.mlp_bias:
+        mlp = params['layers']['mlp']
+        broken += [params | {'layers': params['layers'] | {'mlp': mlp | {
+            part: mlp[part] | {'bias': mlp[part]['bias'] * 0.9}}}} for part in mlp]
+    tried = [(config, changed) for changed in broken]
+    if config.rope_scaling is not None:
+        tried.append((dataclasses.replace(config, rope_scaling=None), params))
+    for used, changed in tried:
         with pytest.raises(AssertionError):
-            assert_close(full_logits(config, changed, golden['tokens'], golden['lengths']), golden)
+            assert_close(full_logits(used, changed, golden['tokens'], golden['lengths']), golden)
     moved = np.array(golden['tokens'])
     moved[:, :2] = moved[:, 1::-1]
     with pytest.raises(AssertionError):
@@ -122,6 +136,15 @@ def test_logits_are_those_of_the_transformers_that_is_installed(tmp_path):
         run_peer(folder, '--seed', seed, '--scale', scale)
         for case in CASES:
             check(folder / case)
+
+
+@pytest.mark.slow
+def test_logits_of_random_shapes_of_every_family_are_those_of_transformers(tmp_path):
+    run_peer(tmp_path, '--seed', 7, '--random', 6)
+    made = sorted(directory.name for directory in tmp_path.iterdir())
+    assert made == [f'{kind}_{number}' for kind in ('llama', 'qwen2', 'qwen3') for number in range(6)]
+    for case in made:
+        check(tmp_path / case)
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ from retool_jax.train.residency import ON_DEVICE
 PUBLISHED = {  # parameters, from the models' pages
     'qwen2_5_0_5b': 494_032_768, 'qwen2_5_1_5b': 1_543_714_304, 'qwen2_5_7b': 7_615_616_512,
     'qwen2_5_14b': 14_770_033_664, 'qwen2_5_32b': 32_763_876_352, 'qwen3_0_6b': 596_049_920,
+    'smollm2_135m': 134_515_008, 'smollm2_1_7b': 1_711_376_384, 'llama3_1_8b': 8_030_261_248,
+    'r1_distill_llama_8b': 8_030_261_248,
     'qwen3_4b': 4_022_468_096, 'qwen3_8b': 8_190_735_360, 'qwen3_32b': 32_762_123_264,
 }
 A = Assumptions(tokens=100)
