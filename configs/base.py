@@ -210,6 +210,8 @@ def watch() -> ConfigDict:
         'entropy_below': 0.01, 'entropy': 'warn',  # nats per token
         'equal_steps': 3, 'equal_rewards': 'warn',  # steps in a row in which all answers are right, or all wrong
         'mismatch_above': 0.05, 'mismatch': 'warn',  # KL between sampler and trainer, nats per token
+        # mean |Δ log p| of the worst episode; bf16 gives up to 0.02, a wrong context 0.1 and more
+        'episode_mismatch_above': 0.05, 'episode_mismatch': 'warn',
         'failures_above': 0.9, 'failures': 'warn',  # share of calls that fail
         'faults_above': 0.5, 'faults': 'stop',  # share of calls that the sandbox itself failed
         'timeouts_above': 0.02, 'timeouts': 'warn',  # share of episodes whose answer is not judged in time

@@ -40,7 +40,8 @@ def correction(
       mask_BT, segment_ids_BT, num_segments: as in `policy_loss`.
 
     Returns:
-      weight_BT without gradient (0 outside the mask), and tallies: mismatch/logprob_abs_max, mismatch/kl
+      weight_BT without gradient (0 outside the mask), and tallies: mismatch/logprob_abs_max (of a token),
+      mismatch/episode_max (the largest mean of |ℓₒ − ℓₛ| over an episode's tokens), mismatch/kl
       (k1, ℓₛ − ℓₒ, over sampled tokens), mismatch/weight, mismatch/truncated, mismatch/rejected.
     """
     gap_BT = old_logprob_BT.astype(jnp.float32) - sampler_logprob_BT.astype(jnp.float32)
@@ -56,6 +57,8 @@ def correction(
     weight_BT = jnp.where(kept_BT, jnp.minimum(raw_BT, settings.correction_cap), 0.0)
     return weight_BT, {
         'mismatch/logprob_abs_max': max_over(jnp.abs(gap_BT), mask_BT),
+        'mismatch/episode_max': max_over(
+            segments.sequence_mean(jnp.abs(gap_BT), mask_BT, segment_ids_BT, num_segments), mask_BT),
         'mismatch/kl': mean_over(-gap_BT, mask_BT),
         'mismatch/weight': mean_over(weight_BT, mask_BT),
         'mismatch/truncated': mean_over(kept_BT & (raw_BT > settings.correction_cap), mask_BT),

@@ -59,10 +59,13 @@ class Flight:
         self.params, self.version, self.step, self.journal = params, version, step, journal
         self.quanta = -1 if quanta is None else quanta
         self.queue = collections.deque(enumerate(requests))
+        # Equal ids share a prefill, whatever their problems are called; a number stands for them, made once.
+        number: dict[tuple[int, ...], int] = {}
+        self.prompts = [number.setdefault(request.prompt, len(number)) for request in requests]
         self.slots: list[Slot | None] = [None] * self.sampler.settings.rows
         self.state: SampleState = engine.kept or self.sampler.empty()
         engine.kept = None  # given to the device's calls from now on
-        self.prefilled: dict[str, tuple[int, jax.Array]] = {}  # problem → row that holds its prompt, logits
+        self.prefilled: dict[int, tuple[int, jax.Array]] = {}  # prompt → row that holds it, logits behind it
         self.ended: collections.deque[tuple[int, Episode]] = collections.deque()  # not handed out yet
         self.fed: tuple[float, jax.Array, list[int]] | None = None  # since when, ready when done, rows
         self.stats = engine.stats = RolloutStats()
@@ -92,17 +95,17 @@ class Flight:
         """Frees a row; `stop` None carries its episode over to a later run."""
         slot, self.slots[row] = self.slots[row], None
         slot.episode.stop = stop
-        for problem_id, (source, _) in list(self.prefilled.items()):
+        for prompt, (source, _) in list(self.prefilled.items()):
             if source == row:  # its KV is about to be overwritten
-                heir = next((r for r, s in enumerate(self.slots) if s and s.request.problem.id == problem_id), None)
-                logits = self.prefilled.pop(problem_id)[1]
+                heir = next((r for r, s in enumerate(self.slots) if s and self.prompts[s.index] == prompt), None)
+                logits = self.prefilled.pop(prompt)[1]
                 if heir is not None:
-                    self.prefilled[problem_id] = (heir, logits)
+                    self.prefilled[prompt] = (heir, logits)
         self.stats.episodes += stop is not None
         self.ended.append((slot.index, slot.episode))
 
     def _admit(self) -> None:
-        """Gives free rows to queued episodes; samples of one problem copy the prompt's KV."""
+        """Gives free rows to queued episodes; those of one prompt copy its KV."""
         placed = []
         for row, slot in enumerate(self.slots):
             while self.slots[row] is None and self.queue:
@@ -153,29 +156,30 @@ class Flight:
 
     def _fork(self, placed: list[int]) -> None:
         """Prompts that are new are fed once; then every other sample copies the row."""
-        leaders: dict[str, int] = {}
+        leaders: dict[int, int] = {}
         followers = collections.defaultdict(list)
         for row in placed:
-            problem_id = self.slots[row].request.problem.id
-            if self.slots[row].request.begun is not None:
+            slot = self.slots[row]
+            if slot.request.begun is not None:
                 continue  # fed whole, with what it wrote
-            if problem_id in self.prefilled or problem_id in leaders:
-                followers[problem_id].append(row)
+            prompt = self.prompts[slot.index]
+            if prompt in self.prefilled or prompt in leaders:
+                followers[prompt].append(row)
             else:
-                leaders[problem_id] = row
-        wanted = {r.problem.id for _, r in self.queue if r.begun is None} | set(followers)
+                leaders[prompt] = row
+        wanted = {self.prompts[index] for index, request in self.queue if request.begun is None} | set(followers)
         self._feed(only=list(leaders.values()))
-        for problem_id, row in leaders.items():
-            if problem_id in wanted:
-                self.prefilled[problem_id] = (row, self.sampler.logits_of(self.state, row))
-        for problem_id in [p for p in self.prefilled if p not in wanted]:
-            del self.prefilled[problem_id]
-        for problem_id, rows in followers.items():
+        for prompt, row in leaders.items():
+            if prompt in wanted:
+                self.prefilled[prompt] = (row, self.sampler.logits_of(self.state, row))
+        for prompt in [p for p in self.prefilled if p not in wanted]:
+            del self.prefilled[prompt]
+        for prompt, rows in followers.items():
             for part in self._groups(rows):
-                self._copy(problem_id, part)
+                self._copy(prompt, part)
 
-    def _copy(self, problem_id: str, rows: list[int]) -> None:
-        source, logits_V = self.prefilled[problem_id]
+    def _copy(self, prompt: int, rows: list[int]) -> None:
+        source, logits_V = self.prefilled[prompt]
         target_R = self._row_array(rows)
         allowance_R = np.array([self.slots[r].allowance for r in rows] + [0] * (len(target_R) - len(rows)), np.int32)
         length = len(self.slots[rows[0]].pending)

@@ -57,10 +57,10 @@ class Apart(Engine):
 
 
 def part(requests: Sequence[Request], process: int, count: int) -> list[Request]:
-    """The requests of one process: a run of whole problems, so that its samples share a prompt's prefill."""
+    """The requests of one process: a run of whole prompts, so that the samples of each share its prefill."""
     groups: list[list[Request]] = []
     for request in requests:
-        if not groups or groups[-1][-1].problem.id != request.problem.id:
+        if not groups or groups[-1][-1].prompt != request.prompt:
             groups.append([])
         groups[-1].append(request)
     start, stop = (len(groups) * p // count for p in (process, process + 1))

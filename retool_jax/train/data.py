@@ -2,13 +2,17 @@
 
 A stream is an endless `grain.MapDataset`: its i-th problem depends on the sources, the weights, the
 seed and i alone. So a run resumes from a cursor, and the global batch is the same however many hosts
-share it.
+share it. Where sources are joined is where a problem gets its identity: groups, journals, reports and
+random keys go by `Problem.id` and nothing else.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 
@@ -19,16 +23,13 @@ from retool_jax.tasks import problems
 Source = Sequence[Problem] | str | pathlib.Path
 
 
-def stream(sources: Sequence[Source], weights: Sequence[float] | None, seed: int) -> grain.MapDataset:
+def stream(sources: Sequence[Source | grain.MapDataset], weights: Sequence[float] | None,
+           seed: int) -> grain.MapDataset:
     """An endless dataset of Problems: each source shuffled anew every epoch, mixed by `weights`.
 
-    A source is a list of problems, or the path of anything `problems.read` reads; files written by
-    `problems.write_array_record` are read at random, not loaded. Weights None: every problem of every
-    source equally often.
+    Sources are what `open_sources` takes or what it gave. Weights None: every problem of every source equally often.
     """
-    if not sources:
-        raise UserError('data: no source given')
-    opened = [open_source(source) for source in sources]
+    opened = open_sources(sources)
     if weights is None:
         weights = [len(dataset) for dataset in opened]
     if len(weights) != len(sources) or min(weights) <= 0:
@@ -44,6 +45,24 @@ def stream(sources: Sequence[Source], weights: Sequence[float] | None, seed: int
     return grain.MapDataset.mix(endless, [weight / total for weight in weights])
 
 
+def open_sources(sources: Sequence[Source | grain.MapDataset]) -> list[grain.MapDataset]:
+    """Each source as a dataset of Problems, each once, in order, with ids that are unique over all of them.
+
+    A source is a list of problems, or the path of anything `problems.read` reads; files written by
+    `problems.write_array_record` are read at random, not loaded. A single source keeps its ids; of several, each
+    puts its name before them ('gsm8k/train.jsonl/17'), so that two files with equal ids hold different problems.
+    The same file named twice holds the same ones. Datasets stay as they are.
+    """
+    if not sources:
+        raise UserError('data: no source given')
+    if all(isinstance(source, grain.MapDataset) for source in sources):
+        return list(sources)
+    opened = [open_source(source) for source in sources]
+    if len(opened) == 1:
+        return opened
+    return [dataset.map(functools.partial(_qualify, name)) for dataset, name in zip(opened, names(sources))]
+
+
 def open_source(source: Source) -> grain.MapDataset:
     """One source as a dataset of Problems, each once, in order."""
     if isinstance(source, str | pathlib.Path):
@@ -55,6 +74,38 @@ def open_source(source: Source) -> grain.MapDataset:
     if not len(source):
         raise UserError('data: a source without problems')
     return grain.MapDataset.source(source)
+
+
+def names(sources: Sequence[Source]) -> list[str]:
+    """What tells sources apart: of paths as many last parts as it takes, of a list its number."""
+    paths = [pathlib.Path(s).absolute() if isinstance(s, str | pathlib.Path) else pathlib.Path(str(number))
+             for number, s in enumerate(sources)]
+    depth, found = 0, {}
+    while len(set(found)) < len(set(paths)):
+        depth += 1
+        found = {'/'.join(path.parts[-depth:]): path for path in paths}
+    return ['/'.join(path.parts[-depth:]) for path in paths]
+
+
+def leave_out(datasets: Sequence[grain.MapDataset], fault: Callable[[Problem], str]
+              ) -> tuple[list[grain.MapDataset], list[tuple[Problem, str]]]:
+    """The datasets without the problems in which `fault` finds something, and those with what it is."""
+    kept, left = [], []
+    for dataset in datasets:
+        found = [(problem, fault(problem)) for problem in dataset]
+        left += [(problem, text) for problem, text in found if text]
+        indices = [i for i, (_, text) in enumerate(found) if not text]
+        kept.append(dataset if len(indices) == len(dataset) else
+                    grain.MapDataset.source(indices).map(dataset.__getitem__))
+    return kept, left
+
+
+def fingerprint(dataset: grain.MapDataset) -> str:
+    """A digest of every problem of a dataset, in order."""
+    digest = hashlib.sha256()
+    for problem in dataset:
+        digest.update(problems.encode_problem(problem) + b'\n')
+    return digest.hexdigest()
 
 
 def next_batch(
@@ -71,6 +122,10 @@ def next_batch(
             'the batch must be a positive multiple of the number of processes'
         )
     return [dataset[i] for i in range(cursor + process_index, cursor + count, process_count)], cursor + count
+
+
+def _qualify(name: str, problem: Problem) -> Problem:
+    return dataclasses.replace(problem, id=f'{name}/{problem.id}')
 
 
 def _is_ours(path: pathlib.Path) -> bool:

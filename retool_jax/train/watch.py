@@ -18,18 +18,20 @@ class WatchSettings:
     entropy_below: float  # nats per token
     equal_steps: int  # steps in a row whose episodes are all right, or all wrong
     mismatch_above: float  # mean |KL| between sampler and trainer, nats per token
+    episode_mismatch_above: float  # mean |Δ log p| between them over one episode, nats per token
     failures_above: float  # share of calls that end in anything but OK
     faults_above: float  # share of calls that the sandbox itself failed
     timeouts_above: float  # share of episodes whose answer the judge had no time for
     entropy: str
     equal_rewards: str
     mismatch: str
+    episode_mismatch: str
     failures: str
     faults: str
     timeouts: str
 
     def __post_init__(self):
-        for name in ('entropy', 'equal_rewards', 'mismatch', 'failures', 'faults', 'timeouts'):
+        for name in ('entropy', 'equal_rewards', 'mismatch', 'episode_mismatch', 'failures', 'faults', 'timeouts'):
             if getattr(self, name) not in ACTIONS:
                 raise UserError(f'watch.{name}={getattr(self, name)!r}: choose one of {", ".join(ACTIONS)}')
         if self.equal_steps < 1:
@@ -76,6 +78,10 @@ class Watch:
                               'nothing to learn from; choose problems that the model solves sometimes'),
             'mismatch': (abs(of('mismatch/kl')) > s.mismatch_above,
                          f'mismatch/kl {of("mismatch/kl"):.3g} exceeds {s.mismatch_above:g}: {why}'),
+            'episode_mismatch': (of('mismatch/episode_max') > s.episode_mismatch_above,
+                                 f'mismatch/episode_max {of("mismatch/episode_max"):.3g} exceeds '
+                                 f'{s.episode_mismatch_above:g}: one episode was sampled from another context than '
+                                 f'the trainer scores, or {why}'),
             'failures': (of('tools/failure_frequency') > s.failures_above,
                          f'tools/failure_frequency {of("tools/failure_frequency"):.2f} exceeds {s.failures_above:g}: '
                          'most code fails; read the episodes'),

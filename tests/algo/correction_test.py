@@ -44,6 +44,7 @@ def test_metrics_report_the_gap_what_was_truncated_and_what_was_rejected():
     _, metrics = correction(token, old, sampler, acted, rows, 1)
     found = {name: float(x) for name, x in tallies.results(metrics).items()}
     assert found['mismatch/logprob_abs_max'] == 1
+    assert found['mismatch/episode_max'] == pytest.approx(0.75)
     assert found['mismatch/kl'] == pytest.approx((-1 + 0.5 + 0 + 0) / 4)
     assert found['mismatch/truncated'] == 1 / 4
     assert found['mismatch/rejected'] == 0

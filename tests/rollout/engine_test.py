@@ -134,6 +134,37 @@ def test_chunks_as_wide_as_the_widest_ready_row_would_be_noticed(sampler, params
     assert not all(same(reference[k], again[k]) for k in reference)
 
 
+def gaps(params, episodes):
+    """Mean |ℓ_trainer − ℓ_sampler| of each episode."""
+    batch: Batch = pack(episodes, width=160, rows=1, segments=1)
+    score = jax.jit(lambda b: token_logprobs(params, decoder.forward(
+        CONFIG, params, b.tokens_BT, b.positions_BT, b.segment_ids_BT), b.tokens_BT, chunk=160)[0])
+    gap = np.abs(np.where(batch.acted_BT, np.asarray(score(batch)) - batch.sampler_logprob_BT, 0.0))
+    return gap.sum(1) / batch.acted_BT.sum(1)
+
+
+@pytest.mark.parametrize('length', [1, 20, 90])
+def test_problems_of_equal_ids_are_sampled_from_their_own_prompts(sampler, params, length):
+    asked = []
+    for letter in 'bcd':
+        problem = Problem('0', letter, 'a', letter, '')
+        prompt = tuple(TOKENIZER.encode(f'question {letter} ' * length)[:120])
+        asked += [Request(problem, sample, prompt) for sample in range(5)]
+    episodes = make_engine(sampler).run(sampler.sync(params), 0, asked, step=4)
+    assert [tuple(e.tokens[:e.prompt_length]) for e in episodes] == [r.prompt for r in asked]
+    assert gaps(params, episodes).max() < 1e-4
+
+
+def test_equal_prompts_are_fed_once_whatever_their_problems_are_called(sampler, params):
+    prompt = tuple(TOKENIZER.encode('the same question '))
+    asked = [Request(Problem(f'p{i}', 'q', 'a', 's', ''), 0, prompt) for i in range(6)]
+    engine = make_engine(sampler)
+    episodes = engine.run(sampler.sync(params), 0, asked, step=4)
+    assert engine.stats.shared_tokens == 5 * len(prompt)
+    assert len({tuple(e.tokens) for e in episodes}) == 6  # each with its own randomness
+    assert gaps(params, episodes).max() < 1e-4
+
+
 @pytest.mark.parametrize('count', [21, pytest.param(1000, marks=pytest.mark.slow)])
 def test_sampler_and_trainer_logprobs_agree(sampler, params, count):
     asked = requests(problems=-(-count // 3))[:count]

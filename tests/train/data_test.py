@@ -1,5 +1,8 @@
 """The stream of problems: its state is one integer, and hosts share one global batch."""
 
+import dataclasses
+import json
+
 import pytest
 
 from retool_jax.tasks import arithmetic, problems
@@ -56,8 +59,6 @@ def test_array_record_files_and_lists_give_the_same_stream(path, tmp_path):
 
 
 def test_array_record_files_of_other_schemas_are_read_too(tmp_path):
-    import json
-
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(str(tmp_path / 'b.array_record'), 'group_size:1')
@@ -66,6 +67,60 @@ def test_array_record_files_of_other_schemas_are_read_too(tmp_path):
     writer.close()
     batch, _ = data.next_batch(data.stream([tmp_path / 'b.array_record'], None, 0), 0, 4)
     assert sorted(p.answer for p in batch) == ['0', '1', '2', '3']
+
+
+def write(path, count, offset=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(''.join(json.dumps({'id': i, 'problem': f'{offset}+{i}?', 'answer': offset + i}) + '\n'
+                            for i in range(count)))
+    return path
+
+
+def test_ids_are_unique_over_sources_whatever_their_files_say(tmp_path):
+    files = [write(tmp_path / 'gsm8k/train.jsonl', 5), write(tmp_path / 'math/train.jsonl', 5, 100)]
+    (tmp_path / 'folder').mkdir()
+    problems.write_array_record(tmp_path / 'folder/a.array_record', problems.read(files[0]))
+    problems.write_array_record(tmp_path / 'b.array_record', problems.read(files[0]))
+    sources = [*files, tmp_path / 'folder', tmp_path / 'b.array_record', problems.read(files[1])]
+    batch, _ = data.next_batch(data.stream(sources, None, 0), 0, 25)
+    assert len({p.id for p in batch}) == 25
+    assert {p.id for p in batch} >= {'gsm8k/train.jsonl/0', 'math/train.jsonl/4'}
+    assert all(int(p.question.partition('+')[0]) == 100 for p in batch if p.id.startswith(('math', '4/')))
+
+
+def test_a_single_source_keeps_its_ids_and_one_named_twice_holds_the_same_problems(tmp_path):
+    file = write(tmp_path / 'train.jsonl', 4)
+    alone, _ = data.next_batch(data.stream([file], None, 0), 0, 4)
+    assert sorted(p.id for p in alone) == list('0123')
+    twice, _ = data.next_batch(data.stream([file, str(file)], None, 0), 0, 8)
+    assert sorted(p.id for p in twice) == sorted(2 * [f'train.jsonl/{i}' for i in range(4)])
+
+
+@pytest.mark.parametrize('sources, expected', [
+    (['a.jsonl', 'b.jsonl'], ['a.jsonl', 'b.jsonl']),
+    (['x/a.jsonl', 'y/a.jsonl'], ['x/a.jsonl', 'y/a.jsonl']),
+    (['x/z/a.jsonl', 'y/z/a.jsonl', 'b.parquet'], ['x/z/a.jsonl', 'y/z/a.jsonl', None]),
+    (['a.jsonl', './a.jsonl', 'b.jsonl'], ['a.jsonl', 'a.jsonl', 'b.jsonl']),
+    ([A, B], ['0', '1']), ([A, 'a.jsonl'], ['0', 'a.jsonl'])])
+def test_sources_are_named_by_as_much_of_their_paths_as_tells_them_apart(sources, expected):
+    assert all(name == wanted for name, wanted in zip(data.names(sources), expected) if wanted)
+
+
+def test_what_is_left_out_is_returned_and_the_rest_is_streamed_whole(path):
+    fault = lambda problem: 'odd' if int(problem.id.rpartition('-')[2]) % 2 else ''
+    sources = data.open_sources([path, B])
+    kept, left = data.leave_out(sources, fault)
+    assert {text for _, text in left} == {'odd'} and len(left) + sum(map(len, kept)) == len(A) + len(B)
+    batch, _ = data.next_batch(data.stream(kept, None, 0), 0, sum(map(len, kept)))
+    assert {p.id for p in batch} == {p.id for d in sources for p in d} - {p.id for p, _ in left}
+    assert data.leave_out(sources, lambda problem: '') == (sources, [])
+
+
+def test_a_fingerprint_follows_every_field_and_the_order(path):
+    whole = data.fingerprint(data.open_source(A))
+    assert whole == data.fingerprint(data.open_source(path))
+    changed = [[dataclasses.replace(A[0], answer='7'), *A[1:]], A[1:], [*reversed(A)]]
+    assert len({whole, *(data.fingerprint(data.open_source(c)) for c in changed)}) == 4
 
 
 @pytest.mark.parametrize(
