@@ -57,7 +57,8 @@ def single_uid() -> bool:
 def _base(guest: guest_lib.Guest, arguments: list[str], descriptors: list[int]) -> NsJailConfig:
     mounts = [MountPt(src=str(guest.root), dst='/', is_bind=True),
               MountPt(src=str(guest.code), dst='/runner', is_bind=True)]
-    mounts += [MountPt(src=f'/dev/{name}', dst=f'/dev/{name}', is_bind=True, rw=True) for name in guest_lib.DEVICES]
+    # Read-only: a device can be written to all the same, and its times, which all snippets see, cannot be set.
+    mounts += [MountPt(src=f'/dev/{name}', dst=f'/dev/{name}', is_bind=True) for name in guest_lib.DEVICES]
     return NsJailConfig(
         name='retool_jax', mode=Mode.ONCE, hostname='guest', cwd='/', time_limit=0, nice_level=0,
         log_level=LogLevel.INFO, envar=list(ENVIRONMENT), pass_fd=descriptors, mount=mounts, mount_proc=False,

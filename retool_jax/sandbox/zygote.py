@@ -92,6 +92,7 @@ def _fork(link: socket.socket, own_namespace: int, number: int, uid: int, settin
     os.unshare(os.CLONE_NEWPID)  # for the next child; setns below takes it back, else no second one could follow
     pid = os.fork()
     if pid == 0:
+        leave = os._exit
         try:
             os.dup2(out_write, 1)
             os.dup2(err_write, 2)
@@ -101,8 +102,11 @@ def _fork(link: socket.socket, own_namespace: int, number: int, uid: int, settin
             try:
                 os.write(2, f'sealing failed: {type(error).__name__}: {error}'.encode())
             finally:
-                os._exit(99)
-        runner.execute(request)
+                leave(99)
+        try:
+            runner.execute(request)
+        finally:  # nothing below is the child's, whatever the snippet made of the runner
+            leave(1)
     os.setns(own_namespace, os.CLONE_NEWPID)
     pidfd = os.pidfd_open(pid)
     _send(link, UP.pack(CHILD, number, pid, 0, 0.0), (pidfd, ours.fileno(), out_read, err_read))
@@ -149,7 +153,8 @@ def _limit(settings: dict, single: bool) -> None:
         return
     scratch_bytes = settings['scratch_mb'] << 20
     for name, value in [('CORE', 0), ('FSIZE', scratch_bytes), ('NOFILE', settings['files']),
-                        ('STACK', 8 << 20), ('MEMLOCK', 65536), ('MSGQUEUE', 0), ('RTPRIO', 0), ('SIGPENDING', 1024)]:
+                        ('STACK', 8 << 20), ('MEMLOCK', 65536), ('MSGQUEUE', 0), ('RTPRIO', 0),
+                        ('SIGPENDING', runner.PENDING_SIGNALS)]:
         limit = getattr(resource, f'RLIMIT_{name}')
         hard = resource.getrlimit(limit)[1]
         if hard != resource.RLIM_INFINITY:

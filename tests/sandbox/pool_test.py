@@ -166,13 +166,15 @@ def test_echo_prints_the_last_expression():
 def test_standard_input_and_files_go_in_and_come_out(pool):
     job = Job(
         code='print(input(), open("d/a.bin", "rb").read())\nopen("out.bin", "wb").write(bytes(range(256)))\n'
-        'import os\nos.symlink("/python/bin/python3", "link")\nos.mkfifo("pipe")',
+        'import os\nos.symlink("/python/bin/python3", "link")\nos.mkdir("directory")\n'
+        'try: os.mkfifo("pipe")\nexcept PermissionError: print("no pipe")',
         stdin=b'line\n',
         files={'d/a.bin': b'\0\xff'},
-        fetch=('out.bin', '/box/d/a.bin', 'link', 'pipe', 'nothing', '../dev/zero'),
+        fetch=('out.bin', '/box/d/a.bin', 'link', 'directory', 'pipe', 'nothing', '../dev/zero'),
     )
     outcome = pool.submit_job(job).result(60)
-    assert outcome.result.stdout == "line b'\\x00\\xff'\n", outcome.result.stderr
+    assert outcome.result.verdict is Verdict.OK, outcome.result.stderr
+    assert outcome.result.stdout == "line b'\\x00\\xff'\nno pipe\n"
     assert outcome.files == {'out.bin': bytes(range(256)), '/box/d/a.bin': b'\0\xff'}
 
 
