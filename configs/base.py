@@ -83,7 +83,6 @@ def sampler(arg: str) -> ConfigDict:
 def turns(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
     return ConfigDict({
-        'tools': True,
         'max_tokens': 200 if tiny else 16384,  # P: longest sequence (R: 2,048 of prompt + 16,384)
         'max_turn_tokens': 200 if tiny else 16384,
         'max_turns': 4 if tiny else 8,  # ? in P; R: at most 8 assistant turns

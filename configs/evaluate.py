@@ -20,7 +20,6 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
         'problems': config_dict.placeholder(str),  # .jsonl, .json, .parquet, .array_record or a folder of them
         'limit': config_dict.placeholder(int),  # the first problems only
         'samples': 8 if tiny else 32,  # per problem; P: 32
-        'backend': 'local',  # who samples: this project's own sampler
         'model': base.model(arg),
         'mesh': base.mesh(arg),
         'sampler': base.sampler(arg),

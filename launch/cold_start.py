@@ -10,27 +10,23 @@ from retool_jax.core import cli, episodes, metrics
 
 def main(config):
     from retool_jax.core import settings
-    from retool_jax.sandbox.feedback import FeedbackSettings
     from retool_jax.tasks import arithmetic
     from retool_jax.tasks import problems as problem_files
-    from retool_jax.train import assembly, cold_start, folder
+    from retool_jax.train import assembly, cold_start, folder, stages
 
-    if config.traces is None and config.model.path is not None:
-        raise cli.UserError('config.traces is missing; give a file of rewritten answers')
-    feedback = settings.build(FeedbackSettings, config.feedback, 'feedback')
+    stage = settings.build(stages.ColdStart, config)
     rewritten = list(problem_files.read_traces(config.traces)) if config.traces else None
     with (folder.claimed(config) as directory, assembly.open_sandbox(config.sandbox) as pool,
           assembly.open_grader(config.reward) as grader):
         language = assembly.open_language(config.model, directory)
         metrics.banner(model=language, sandbox=pool, run=directory)
         if rewritten is not None:
-            made, counts = cold_start.verify(rewritten, pool, feedback, language.template, language.tokenizer,
+            made, counts = cold_start.verify(rewritten, pool, stage.feedback, language.template, language.tokenizer,
                                              grader.equal, config.max_tokens)
         else:
             drawn = arithmetic.problems('train', config.problems, config.run.seed)
-            mix = cold_start.Mix(easy=dict(config.mix.easy), needy=dict(config.mix.needy))
-            made, counts = cold_start.build(drawn, mix, pool, feedback, language.template, language.tokenizer,
-                                            config.run.seed, config.max_tokens)
+            made, counts = cold_start.build(drawn, stage.mix, pool, stage.feedback, language.template,
+                                            language.tokenizer, config.run.seed, config.max_tokens)
         if not made:
             raise cli.UserError(f'no trace was kept: {counts}')
         episodes.write(directory / 'episodes', 'cold_start', made, language.tokenizer.decode)

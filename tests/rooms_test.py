@@ -17,7 +17,7 @@ PACKAGE = ROOT / 'retool_jax'
 _BELOW_TRAIN = {'core', 'sandbox', 'text', 'algo', 'model', 'tasks', 'rollout'}
 ROOMS = {  # what a room may import besides itself: rooms, or single modules of a room
     'core': set(),
-    'sandbox': {'core.records', 'core.errors'},  # its children start light
+    'sandbox': {'core.records', 'core.errors', 'core.checks'},  # its children start light
     'text': {'core'},
     'algo': {'core'},
     'model': {'core'},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from retool_jax.algo import groups
+from retool_jax.core.checks import above, check, one_of, within
 from retool_jax.core.errors import UserError
 
 ADVANTAGE_KINDS = ('gae', 'reinforce_pp', *groups.KINDS)
@@ -15,6 +16,7 @@ LOSS_CHOICES = {
     'kl_in': ('loss', 'reward'),
     'correction': ('none', 'token', 'sequence'),
 }
+LARGE = 1e9  # a coefficient or a clip beyond it is a slip of the hand
 LOG_RATIO_LIMIT = 20.0  # e^20 is far beyond any clip, and far below the overflow of float32
 
 
@@ -32,15 +34,10 @@ class AdvantageSettings:
     whiten: bool
 
     def __post_init__(self):
-        if self.kind not in ADVANTAGE_KINDS:
-            choices = ', '.join(ADVANTAGE_KINDS)
-            raise UserError(f'advantage.kind={self.kind!r} is unknown; choose one of {choices}')
-        for name in ('gamma', 'lam'):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f'advantage.{name}={getattr(self, name)} must lie in [0, 1]')
+        check(self, kind=one_of(ADVANTAGE_KINDS), gamma=within(0, 1), lam=within(0, 1))
         if self.kind.startswith('reinforce_pp') and not self.whiten:
             raise UserError(
-                f'advantage.whiten=False contradicts advantage.kind={self.kind!r}, which always whitens; '
+                f'whiten=False contradicts advantage.kind={self.kind!r}, which always whitens; '
                 'set advantage.whiten=True, or advantage.kind=dr_grpo for an unwhitened group baseline'
             )
 
@@ -86,32 +83,19 @@ class LossSettings:
     correction_high: float
 
     def __post_init__(self):
-        for name, choices in LOSS_CHOICES.items():
-            if getattr(self, name) not in choices:
-                value = getattr(self, name)
-                raise UserError(f'loss.{name}={value!r} is unknown; choose one of {", ".join(choices)}')
-        bounds = {
-            'clip_low': (0 <= self.clip_low <= 1, 'must lie in [0, 1]'),
-            'clip_high': (self.clip_high >= 0, 'must not be negative'),
-            'dual_clip': (self.dual_clip is None or self.dual_clip > 1, 'must exceed 1, or be None'),
-            'kl_coef': (self.kl_coef >= 0, 'must not be negative'),
-            'value_coef': (self.value_coef >= 0, 'must not be negative'),
-            'value_clip': (self.value_clip is None or self.value_clip > 0, 'must be positive, or None'),
-            'correction_cap': (self.correction_cap >= 1, 'must be at least 1: equal policies have weight 1'),
-            'correction_low': (0 <= self.correction_low <= 1, 'must lie in [0, 1]'),
-            'correction_high': (self.correction_high >= 1, 'must be at least 1'),
-        }
-        for name, (holds, remedy) in bounds.items():
-            if not holds:
-                raise UserError(f'loss.{name}={getattr(self, name)} {remedy}')
-        if self.aggregation == 'seq-mean-token-sum' and not (self.aggregation_constant or 0) > 0:
+        check(self, **{name: one_of(choices) for name, choices in LOSS_CHOICES.items()})
+        check(self, clip_low=within(0, 1), clip_high=within(0, LARGE), dual_clip=above(1, LARGE),
+              aggregation_constant=above(0, LARGE), entropy_coef=within(0, LARGE), kl_coef=within(0, LARGE),
+              value_coef=within(0, LARGE), value_clip=above(0, LARGE), correction_cap=within(1, LARGE),
+              correction_low=within(0, 1), correction_high=within(1, LARGE))
+        if self.aggregation == 'seq-mean-token-sum' and self.aggregation_constant is None:
             raise UserError(
-                f'loss.aggregation_constant={self.aggregation_constant} must be positive, since '
+                f'aggregation_constant={self.aggregation_constant} must be positive, since '
                 'loss.aggregation=seq-mean-token-sum divides by it; set it to the tokens the policy may write'
             )
         if self.kind == 'gspo' and self.aggregation != 'seq-mean-token-mean':
             raise UserError(
-                f'loss.aggregation={self.aggregation!r} would weight the one ratio of a GSPO sequence by its '
+                f'aggregation={self.aggregation!r} would weight the one ratio of a GSPO sequence by its '
                 'length; set loss.aggregation=seq-mean-token-mean'
             )
 

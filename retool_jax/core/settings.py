@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_dict
 
 from retool_jax.core.errors import UserError, nearest
 
+LIMIT = 1e30  # numbers beyond it, infinities and NaN are no value of any key: float32 ends at 3.4e38
 ABSENT = '(absent)'  # stands for the value of a key that one of two configurations lacks
 
 
@@ -25,8 +26,8 @@ def build[T](kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '
     for messages.
 
     Raises:
-      ValueError: a key unknown or missing, a value of another type (the dotted key is named), or what
-        the dataclass's own __post_init__ refused.
+      UserError: a key unknown or missing, a value of another type (the dotted key is named), or what the
+        dataclass's own __post_init__ refused, which begins with the name of a field.
     """
     if not isinstance(block, (ConfigDict, Mapping)):
         raise UserError(f'config key {name}: expected a block of keys, got {block!r}')
@@ -47,7 +48,7 @@ def build[T](kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '
     try:
         return kind(**values)
     except UserError as error:
-        raise UserError(f'{name}: {error}' if name else str(error)) from error
+        raise UserError(_join(name, str(error))) from error
 
 
 def to_json(config: Any) -> Any:
@@ -140,11 +141,13 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if origin in (dict, Mapping) and isinstance(value, (ConfigDict, Mapping)):
         return {k: _convert(args[1], value[k], _join(key, k)) for k in value}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _convert(float, float(value), key) if abs(value) < LIMIT else _convert(int, value, key)
     if kind is tuple and isinstance(value, list):
         return tuple(value)
     plain = origin or kind
     if isinstance(value, plain) and not (isinstance(value, bool) and plain in (int, float)):
+        if value == '' or (plain in (int, float) and not abs(value) < LIMIT):
+            raise UserError(f'{key}={value!r}: {"must not be empty" if value == "" else "must be a finite number"}')
         return value
     raise UserError(f'{key}={value!r}: expected {_name(kind)}, got {type(value).__name__}')
 

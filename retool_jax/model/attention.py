@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from retool_jax.model.cache import KV
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
 
+KINDS = ('auto', 'dense', 'blocked', 'splash', 'cudnn')
 MASKED = -1e30  # finite, so that a fully masked (padding) row stays free of NaN
 
 
@@ -45,8 +47,7 @@ def blocked(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_
             segment_ids_BT: Int[Array, 'B T'], block: int = 512) -> Float[Array, 'B T N H']:
     """The same, a block of queries at a time, recomputed in the backward pass: memory B·N·block·T."""
     b, t, n, h = q_BTNH.shape
-    if t % block:
-        raise ValueError(f'sequence length {t} is not a multiple of the attention block {block}')
+    block = math.gcd(t, block)
     blocks = t // block
     q_blocks = q_BTNH.reshape(b, blocks, block, n, h).swapaxes(0, 1)
     segment_blocks = segment_ids_BT.reshape(b, blocks, block).swapaxes(0, 1)
@@ -78,8 +79,6 @@ def choose(implementation: str, length: int) -> Callable[..., jax.Array]:
     """
     implementation = resolve(implementation, length, jax.default_backend())
     table = {'dense': dense, 'blocked': blocked, 'splash': kernels.splash, 'cudnn': kernels.cudnn}
-    if implementation not in table:
-        raise ValueError(f'model.attention: {implementation!r} is unknown; choose auto, {", ".join(table)}')
     return table[implementation]
 
 

@@ -9,6 +9,7 @@ import pathlib
 from retool_jax.core import files
 from retool_jax.core.errors import UserError
 
+DTYPES = ('float32', 'bfloat16', 'float16')  # of activations
 ARCHITECTURES = {'LlamaForCausalLM': 'llama', 'Qwen2ForCausalLM': 'qwen2', 'Qwen3ForCausalLM': 'qwen3'}
 CONTEXTS = {'llama': 2048, 'qwen2': 32768, 'qwen3': 32768}  # transformers' max_position_embeddings where none is given
 

@@ -28,6 +28,8 @@ from retool_jax.model.layers import Block, Projection, RMSNorm, declare, rope_ta
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
 
+REMATS = ('none', 'full', 'dots', 'offload')
+
 
 class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -139,8 +141,6 @@ def forward(config: ModelConfig, params: Params, tokens_BT: Int[Array, 'B T'], p
                 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
                 'offload': jax.checkpoint_policies.offload_dot_with_no_batch_dims('device', 'pinned_host')}
     if remat != 'none':
-        if remat not in policies:
-            raise ValueError(f'model.remat: {remat!r} is unknown; choose none, {", ".join(policies)}')
         layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
     x_BTD, _ = jax.lax.scan(layer, x_BTD, params['layers'], unroll=unroll)
     return _bind(config, 'norm', params['norm'])(x_BTD)

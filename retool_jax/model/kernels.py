@@ -34,7 +34,7 @@ def splash(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_B
     length, size = q_BTNH.shape[1], q_BTNH.shape[3]
     block = next((b for b in BLOCKS if length % b == 0), None)
     if block is None:
-        raise UserError(f'model.attention: splash needs rows of a multiple of {LANES} tokens, not {length}; '
+        raise UserError(f'forward.attention: splash needs rows of a multiple of {LANES} tokens, not {length}; '
                         'change forward.row_width')
     sizes = kernels.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
@@ -59,7 +59,7 @@ def cudnn(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_BT
     Errors: ValueError in float32, which the kernel does not have.
     """
     if implementation == 'cudnn' and q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        raise UserError(f'model.attention: cudnn has no {q_BTNH.dtype.name} kernel; set forward.dtype=bfloat16')
+        raise UserError(f'forward.attention: cudnn has no {q_BTNH.dtype.name} kernel; set forward.dtype=bfloat16')
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         length_B = (segment_ids_BT == 1).sum(axis=1, dtype=jnp.int32)

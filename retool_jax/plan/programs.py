@@ -14,22 +14,18 @@ import numpy as np
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
-from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import mesh as meshes
 from retool_jax.core import settings
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.model import attention, decoder
 from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Slice
-from retool_jax.rollout.engine import SamplingSettings
-from retool_jax.rollout.sampler import Feed, Sampler, SamplerSettings
+from retool_jax.rollout.sampler import Feed, Sampler
 from retool_jax.rollout.sync import Sync, shardings
-from retool_jax.rollout.turns import TurnSettings
 from retool_jax.text import tags
-from retool_jax.train import ppo
-from retool_jax.train.ppo import PPOSettings
-from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
-from retool_jax.train.update import ForwardSettings, Learner, Scores, apart
+from retool_jax.train.stages import Reinforcement
+from retool_jax.train.state import add_critic, init_state, make_optimizer
+from retool_jax.train.update import Learner, Scores, apart
 
 Shapes = Any  # a tree of ShapeDtypeStructs with shardings
 
@@ -51,29 +47,26 @@ class Run:
     """Everything of a run that has a shape: model, sizes, meshes, learner, sampler, buffers."""
 
     def __init__(self, config: ConfigDict, model: ModelConfig, slice: Slice):
-        """config: of configs/ppo.py. Errors: ValueError naming what does not divide."""
-        block = lambda kind, name: settings.build(kind, config[name], name)
-        self.model, self.slice, self.sizes = model, slice, block(PPOSettings, 'ppo')
-        self.turns = block(TurnSettings, 'turns')
+        """config: of configs/ppo.py. Errors: UserError naming the key, or what does not divide."""
+        stage = settings.build(Reinforcement, config)
+        self.model, self.slice, self.sizes, self.turns = model, slice, stage.ppo, stage.turns
         self.mesh = place(config.mesh.to_dict(), slice, slice.count)
         updates = self.sizes.minibatches * self.sizes.epochs
-        optimizers = [block(OptimizerSettings, 'optimizer')]
-        if self.sizes.critic != 'none':
-            optimizers.append(block(OptimizerSettings, 'critic_optimizer'))
-        optimizer = make_optimizer(optimizers[0], self.sizes.steps * updates, *optimizers[1:],
+        optimizer = make_optimizer(stage.optimizer, self.sizes.steps * updates,
+                                   stage.critic_optimizer if self.sizes.critic != 'none' else None,
                                    critic_warmup_steps=self.sizes.critic_warmup_steps * updates)
-        forward = block(ForwardSettings, 'forward')
+        forward = stage.forward
         forward = dataclasses.replace(
             forward, attention=attention.resolve(forward.attention, forward.row_width, slice.chip.platform))
-        self.loss, advantage = block(LossSettings, 'loss'), block(AdvantageSettings, 'advantage')
-        ppo.check(self.sizes, advantage, self.loss, block(SamplingSettings, 'train_sampling'))
-        self.learner = Learner(model, forward, optimizer, self.mesh, loss=self.loss, advantage=advantage)
+        self.loss = stage.loss
+        self.learner = Learner(model, forward, optimizer, self.mesh, loss=self.loss,
+                               advantage=stage.advantage)
         # Engines are local to as many devices as hold the sampling weights, the tensor axis; where it is longer than a
         # host's devices, all hosts step one engine together (rollout/hosts.py).
         tensor = self.mesh.shape['tensor']
         together = slice.count > slice.chip.host and slice.chip.host % tensor
         self.sampler_mesh = self.mesh if together else place({'data': 1, 'fsdp': 1, 'tensor': tensor}, slice, tensor)
-        sampler = block(SamplerSettings, 'sampler')
+        sampler = stage.sampler
         table = np.zeros((sum(map(len, tags.TAGS)) + 1, model.vocab_size), np.int32)
         self.sampler = Sampler(model, sampler, table, table[:, 0], (0,), self.sampler_mesh)
         self.sync = Sync(model, sampler.dtype, self.mesh)  # every device at once, before engines take their parts

@@ -15,6 +15,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from retool_jax.core.checks import MANY, above, check, within
 from retool_jax.core.pytrees import Params, SampleState
 from retool_jax.core.records import Episode, ExecResult, Problem
 from retool_jax.rollout import turns
@@ -48,6 +49,9 @@ class SamplingSettings:
     top_k: int  # 0 keeps everything
     min_p: float  # 0 keeps everything
 
+    def __post_init__(self):
+        check(self, temperature=within(0, 1e6), top_p=above(0, 1), top_k=within(0, MANY), min_p=within(0, 1))
+
     @property
     def truncates(self) -> bool:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
@@ -76,9 +80,9 @@ class Engine:
         """`purpose` separates the randomness of training, evaluation, … under one seed. `link`: the sampler's mesh
         spans several processes, all of which make the same calls with the same requests."""
         if rules.settings.tools and executor is None:
-            raise ValueError('rollout.tools is true but no executor was given')
+            raise ValueError('an engine with tools needs an executor')
         if rules.settings.max_tokens > sampler.settings.slots:
-            raise ValueError(f'rollout.max_tokens {rules.settings.max_tokens} exceeds the {sampler.settings.slots} '
+            raise ValueError(f'turns.max_tokens={rules.settings.max_tokens} exceeds the {sampler.settings.slots} '
                              'KV slots of a row; raise sampler.slots')
         self.sampler, self.rules, self.sampling, self.executor = sampler, rules, sampling, executor
         self.link = link

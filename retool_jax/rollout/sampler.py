@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.core import mesh as meshes
+from retool_jax.core.checks import check, one_of, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Int8KV, KVCache, Params, SampleState
 from retool_jax.model import cache as kv_cache
 from retool_jax.model import decoder
-from retool_jax.model.config import ModelConfig
+from retool_jax.model.config import DTYPES, ModelConfig
 from retool_jax.rollout import rows, sampling
 from retool_jax.rollout.sync import Sync
 
-DTYPES = ('float32', 'bfloat16', 'float16')
 STOP_NONE, STOP_EOS, STOP_CODE, STOP_ANSWER, STOP_LENGTH = range(5)
 
 
@@ -45,14 +45,11 @@ class SamplerSettings:
     cache_dtype: str  # 'int8' keeps a scale per slot and head
 
     def __post_init__(self):
-        for name in ('rows', 'slots', 'chunk', 'group', 'quota', 'min_bound'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name}={getattr(self, name)} must be at least 1')
+        check(self, rows=within(1, 2**16), slots=within(1, 2**24), chunk=within(1, 2**16), group=within(1, 2**16),
+              quota=within(1, 2**16), min_bound=within(1, 2**24), dtype=one_of(DTYPES),
+              cache_dtype=one_of((*DTYPES, 'int8')))
         if not 0 <= self.decode_rows <= self.rows:
             raise UserError(f'decode_rows={self.decode_rows} must be from 1 to rows={self.rows}, or 0 for all rows')
-        for name, known in (('dtype', DTYPES), ('cache_dtype', (*DTYPES, 'int8'))):
-            if getattr(self, name) not in known:
-                raise UserError(f'{name}={getattr(self, name)!r}: choose one of {", ".join(known)}')
 
 
 @jax.tree_util.register_dataclass

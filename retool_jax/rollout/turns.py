@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from retool_jax.core.checks import MANY, check, one_of, within
 from retool_jax.core.records import Episode, ExecResult, Stop, ToolCall, Verdict
 from retool_jax.rollout.sampler import STOP_ANSWER, STOP_CODE, STOP_EOS, STOP_NONE
 from retool_jax.text import tags, template
@@ -16,16 +17,26 @@ from retool_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TurnSettings:
-    """Budgets of an episode."""
+class Budgets:
+    """How much an episode may write, and what ends it."""
 
-    tools: bool  # False: text only, `</code>` is plain text and nothing is executed
     max_tokens: int  # prompt and everything after it
     max_turn_tokens: int  # tokens the policy may write in one turn
     max_turns: int
     max_calls: int  # executed or refused `</code>`
     on_cap: str  # past max_calls: 'answer' says so once and goes on, 'end' ends the episode
     on_answer: str  # at `</answer>`: 'end' ends the episode, 'eos' lets it go on to EOS
+
+    def __post_init__(self):
+        check(self, max_tokens=within(1, MANY), max_turn_tokens=within(1, MANY), max_turns=within(1, MANY),
+              max_calls=within(0, MANY), on_cap=one_of(('answer', 'end')), on_answer=one_of(('end', 'eos')))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TurnSettings(Budgets):
+    """The budgets of a model with or without tools."""
+
+    tools: bool  # False: text only, `</code>` is plain text and nothing is executed
 
 
 @dataclasses.dataclass(frozen=True)

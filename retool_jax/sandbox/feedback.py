@@ -6,7 +6,7 @@ import dataclasses
 import re
 import signal
 
-from retool_jax.core.errors import UserError
+from retool_jax.core.checks import MANY, check, one_of, within
 from retool_jax.core.records import ExecResult, Verdict
 
 STYLES = ('paper', 'official', 'full')
@@ -26,10 +26,7 @@ class FeedbackSettings:
     max_frames: int = 6  # of a traceback; the last ones are kept
 
     def __post_init__(self):
-        if self.style not in STYLES:
-            raise UserError(f'feedback.style={self.style!r}: must be one of {", ".join(STYLES)}')
-        if self.max_chars < 2 or self.max_frames < 1:
-            raise UserError(f'feedback.max_chars={self.max_chars}, max_frames={self.max_frames}: must be ≥ 2 and ≥ 1')
+        check(self, style=one_of(STYLES), max_chars=within(2, MANY), max_frames=within(1, MANY))
 
 
 def render(result: ExecResult, settings: FeedbackSettings) -> str:

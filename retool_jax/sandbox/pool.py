@@ -26,12 +26,14 @@ import time
 from collections.abc import Iterable
 
 import retool_jax
-from retool_jax.core.errors import UserError
+from retool_jax.core.checks import MANY, Rule, above, check, one_of, within
 from retool_jax.core.records import ExecResult, Verdict
-from retool_jax.sandbox.job import MOST, Job, number, pack
+from retool_jax.sandbox.job import MOST, Job, pack
 
 _DEATHS = 4  # of the supervisor, in a row and without an answer between them, before the pool is broken
 _SILENT_S, _DEAF_S = 10.0, 60.0  # without a word of the supervisor: the pool ails; it is replaced
+MODULE = Rule(lambda x: x.replace('.', '').replace('_', '').isalnum(), 'is no module name')
+PACKAGE = Rule(lambda x: x.replace('.', '').replace('_', '').replace('-', '').isalnum(), 'is no name of a package')
 _START_S = 600.0  # the first start may build the guest root
 
 
@@ -61,20 +63,12 @@ class SandboxSettings:
     require_groups: bool = False  # refuse to run where control groups cannot be written
 
     def __post_init__(self):
-        if self.path not in ('warm', 'cold'):
-            raise UserError(f"sandbox.path={self.path!r}: must be 'warm' or 'cold'")
-        positive = ('zygotes', 'spares', 'recycle', 'cpu_s', 'wall_s', 'memory_mb', 'processes', 'files', 'scratch_mb',
-                    'scratch_inodes', 'output_bytes', 'queue', 'queue_mb')
-        for name in positive:
-            try:
-                number(f'sandbox.{name}', getattr(self, name), MOST.get(name, 2.0**53))
-            except ValueError as error:
-                raise UserError(str(error)) from None
-        if self.concurrency < 0 or self.retries < 0:
-            raise UserError('sandbox.concurrency and sandbox.retries must not be negative')
-        for name in self.preload:
-            if not name.replace('.', '').replace('_', '').isalnum():
-                raise UserError(f'sandbox.preload: {name!r} is no module name')
+        check(self, path=one_of(('warm', 'cold')), zygotes=within(1, 1024), spares=within(1, 1024),
+              concurrency=within(0, 2**16), recycle=within(1, MANY), processes=within(1, 2**22),
+              files=within(1, 2**20), scratch_inodes=within(1, MANY), output_bytes=within(1, MANY), preload=MODULE,
+              packages=PACKAGE, retries=within(0, 1000), queue=within(1, MANY),
+              **{name: above(0, most) for name, most in MOST.items()},
+              **dict.fromkeys(('scratch_mb', 'queue_mb'), above(0, MOST['memory_mb'])))
         object.__setattr__(self, 'preload', tuple(self.preload))
         object.__setattr__(self, 'packages', tuple(self.packages))
         if not self.concurrency:

@@ -247,6 +247,7 @@ _FAMILIES = {
         '<｜end▁of▁sentence｜>',
     ),
 }
+NAMES = tuple(_FAMILIES)
 
 
 def _instruction(name: str, tools: bool) -> str:

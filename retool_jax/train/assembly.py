@@ -25,7 +25,7 @@ from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine, Executor, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
-from retool_jax.rollout.turns import Rules, TurnSettings
+from retool_jax.rollout.turns import Budgets, Rules, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render
 from retool_jax.sandbox.pool import Pool, SandboxSettings
 from retool_jax.tasks.grader import Grader
@@ -120,15 +120,13 @@ def _table(tokenizer: Tokenizer, width: int, tools: bool, answer_ends: bool) -> 
 
 def make_table(language: Language, tools: bool, on_answer: str) -> tags.TagTable:
     """The tag automaton: `</code>` where there are tools, `</answer>` where it ends the episode."""
-    if on_answer not in ('end', 'eos'):
-        raise UserError(f"turns.on_answer={on_answer!r}: choose 'end' or 'eos'")
     return _table(language.tokenizer, language.config.vocab_size, tools, on_answer == 'end')
 
 
 def make_engine(language: Language, sampler: Sampler, config: ConfigDict, sampling: ConfigDict, tools: bool,
                 executor: Executor | None, seed: int, purpose: int) -> Engine:
     """The engine of one purpose; engines may share a sampler. Of several processes all call it alike."""
-    turns = dataclasses.replace(settings.build(TurnSettings, config.turns, 'turns'), tools=tools)
+    turns = TurnSettings(tools=tools, **dataclasses.asdict(settings.build(Budgets, config.turns, 'turns')))
     feedback = settings.build(FeedbackSettings, config.feedback, 'feedback')
     rules = Rules(turns, language.tokenizer, make_table(language, tools, turns.on_answer),
                   lambda result: render(result, feedback))

@@ -50,15 +50,14 @@ class Mix:
     def __post_init__(self):
         for name in ('easy', 'needy'):
             shares = getattr(self, name)
-            unknown = set(shares) - set(arithmetic.TRACE_KINDS)
-            if unknown:
-                known = ', '.join(arithmetic.TRACE_KINDS)
-                raise UserError(f'mix.{name}: no trace kind {sorted(unknown)[0]!r}; use {known}')
-            if min(shares.values(), default=0) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
-                raise UserError(f'mix.{name}={dict(shares)}: shares must be at least 0 and add up to 1')
-
-
-TEXT_ONLY = Mix(easy={'mental': 1.0}, needy={'mental': 1.0})
+            for kind, share in shares.items():
+                if kind not in arithmetic.TRACE_KINDS:
+                    raise UserError(f'{name}.{kind}: no such kind of trace; use {", ".join(arithmetic.TRACE_KINDS)}')
+                if not 0 <= share <= 1:
+                    raise UserError(f'{name}.{kind}={share} must lie in [0, 1]')
+            if not abs(sum(shares.values()) - 1) <= 1e-6:
+                listed = ', '.join(f'mix.{name}.{kind}={share}' for kind, share in shares.items())
+                raise UserError(f'{listed.removeprefix("mix.")}: the shares must add up to 1')
 
 
 @dataclasses.dataclass(frozen=True)

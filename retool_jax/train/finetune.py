@@ -18,10 +18,9 @@ from retool_jax.core.pytrees import TrainState
 from retool_jax.core.records import Episode
 from retool_jax.model import hf
 from retool_jax.train import assembly, folder, sft
-from retool_jax.train.reinforce import CheckpointSettings
-from retool_jax.train.sft import SFTSettings
-from retool_jax.train.state import OptimizerSettings, init_state, make_optimizer
-from retool_jax.train.update import ForwardSettings, Learner
+from retool_jax.train.stages import FineTuning
+from retool_jax.train.state import init_state, make_optimizer
+from retool_jax.train.update import Learner
 
 
 def run(config: ConfigDict) -> None:
@@ -29,10 +28,9 @@ def run(config: ConfigDict) -> None:
 
     `final/` is the last state; with a held-out share, the one of those saved whose loss on it was lowest.
     """
+    stage = settings.build(FineTuning, config)
     processes.join()
-    sizes = settings.build(SFTSettings, config.sft, 'sft')
-    saving = settings.build(CheckpointSettings, config.checkpoints, 'checkpoints')
-    forward = settings.build(ForwardSettings, config.forward, 'forward')
+    sizes, saving, forward = stage.sft, stage.checkpoints, stage.forward
     everything = read_traces(config.traces, forward.row_width)
     traces, held_out = sft.hold_out(everything, sizes.evaluation_share)
     if not traces or (sizes.evaluation_share and not held_out):
@@ -40,7 +38,7 @@ def run(config: ConfigDict) -> None:
                         f'{len(everything)} traces; choose a share that leaves some on both sides, or 0')
     sizes = sft.settle(sizes, traces, config.run.seed)
     mesh = assembly.make_mesh(config.mesh)
-    optimizer = make_optimizer(settings.build(OptimizerSettings, config.optimizer, 'optimizer'), sizes.steps)
+    optimizer = make_optimizer(stage.optimizer, sizes.steps)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(folder.claimed(config, free=('checkpoints',)))
         stack.enter_context(folder.stoppable())
@@ -82,10 +80,8 @@ def run(config: ConfigDict) -> None:
     assembly.say(f'model: {export} (a Hugging Face directory)')
 
 
-def read_traces(path: str | None, width: int) -> list[Episode]:
+def read_traces(path: str, width: int) -> list[Episode]:
     """The episodes of a cold start's folder that fit a row."""
-    if not path:
-        raise UserError('config.traces is missing; give the episodes/ folder that launch/cold_start.py wrote')
     if not pathlib.Path(path).is_dir() or not episode_files.names(path):
         raise UserError(f'config.traces={path!r} holds no episodes; give the folder that launch/cold_start.py wrote')
     traces = episode_files.read(path)

@@ -18,6 +18,7 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RETIRED = ('backend', 'turns.tools')  # keys of folders that earlier versions made; neither changed a run
 RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints')
 
 
@@ -39,7 +40,7 @@ def _claim(config: ConfigDict, free: Sequence[str]) -> None:
             before = json.loads(file.read_text())
         except ValueError:
             raise UserError(f'run.dir={str(directory)!r}: config.json is damaged; choose another folder') from None
-        found = settings.differences(before, config, ignore=('run.dir', *free))
+        found = settings.differences(before, config, ignore=('run.dir', *RETIRED, *free))
         # A run that was refused before its first result left a configuration that binds nobody.
         if found and has_results(directory):
             raise UserError(f'run.dir={str(directory)!r} holds a run of another configuration '

@@ -17,6 +17,8 @@ from retool_jax.algo.advantages import explained_variance
 from retool_jax.algo.groups import episode_masks
 from retool_jax.algo.segments import in_update
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
+from retool_jax.core import checks
+from retool_jax.core.checks import MANY, one_of, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.core.records import Episode, Stop
@@ -26,6 +28,7 @@ from retool_jax.rollout.pack import join, pack
 from retool_jax.train import rollouts
 from retool_jax.train.residency import Residency
 from retool_jax.train.rollouts import RolloutSettings, Source
+from retool_jax.train.state import CRITICS
 from retool_jax.train.update import ForwardSettings, Learner, Scores, mean_metrics
 
 
@@ -43,8 +46,10 @@ class PPOSettings(RolloutSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        checks.check(self, steps=within(1, MANY), minibatches=within(1, 2**20), epochs=within(1, 10**6),
+                     critic=one_of(CRITICS), critic_warmup_steps=within(0, MANY))
         if self.critic_warmup_steps and self.critic == 'none':
-            raise UserError(f'ppo.critic_warmup_steps={self.critic_warmup_steps} holds the policy while a critic '
+            raise UserError(f'critic_warmup_steps={self.critic_warmup_steps} holds the policy while a critic '
                             "learns, and ppo.critic='none' has none: set ppo.critic_warmup_steps=0")
 
 
@@ -64,10 +69,12 @@ def check(sizes: PPOSettings, advantage: AdvantageSettings, loss: LossSettings, 
     if sizes.quanta and loss.correction == 'none':
         raise UserError(f'ppo.quanta={sizes.quanta} trains on tokens of older weights, which loss.correction=none '
                         'takes for those of the current ones; set loss.correction=token or sequence')
-    if sampling.truncates or sampling.temperature <= 0:  # ratios are between whole distributions
-        raise UserError(f'train_sampling draws with temperature={sampling.temperature}, top_p={sampling.top_p}, '
-                        f'top_k={sampling.top_k}, min_p={sampling.min_p}; the update knows a temperature above 0 and '
-                        'no truncation: set top_p=1, top_k=0, min_p=0')
+    if sampling.temperature == 0:
+        raise UserError('train_sampling.temperature=0.0 draws one answer only; choose one above 0')
+    if sampling.truncates:  # ratios are between whole distributions
+        raise UserError(f'train_sampling.top_p={sampling.top_p}, train_sampling.top_k={sampling.top_k}, '
+                        f'train_sampling.min_p={sampling.min_p}: the update knows no truncation; set top_p=1, top_k=0, '
+                        'min_p=0')
 
 
 @dataclasses.dataclass

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core import settings
@@ -28,30 +27,14 @@ from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode
 from retool_jax.model import hf
-from retool_jax.rollout.engine import Engine, Executor, SamplingSettings
-from retool_jax.sandbox.feedback import FeedbackSettings
+from retool_jax.rollout.engine import Engine, Executor
 from retool_jax.tasks import arithmetic
 from retool_jax.tasks.grader import Grader
 from retool_jax.train import assembly, cold_start, evaluate, folder, ppo, rollouts, sft
-from retool_jax.train.ppo import PPOSettings
 from retool_jax.train.sft import SFTSettings
-from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
-from retool_jax.train.update import ForwardSettings, Learner
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RecipeSettings:
-    """Sizes of the demo."""
-
-    problems_seen: int  # problems that the tool model's cold start is made from
-    text_needy: float  # share of problems needing the tool that the text-only cold start keeps, of twice as many
-    sft_steps: int
-    lead_steps: int  # the first of them, without mental traces of families that need the tool
-    sft_batch_tokens: int
-    problems: int  # held-out problems of the headline score
-    apart_problems: int  # of each set scored apart
-    samples: int  # per problem, in evaluation
-
+from retool_jax.train.stages import Demo
+from retool_jax.train.state import add_critic, init_state, make_optimizer
+from retool_jax.train.update import Learner
 
 HELD_OUT = 'new_operands'  # the headline set; the others are scored apart
 APART = ('new_wording', 'larger_range')
@@ -63,10 +46,8 @@ class Story:
     def __init__(self, config: ConfigDict, directory: pathlib.Path, executor: Executor, grader: Grader,
                  writer: console.Metrics):
         self.config, self.executor, self.grader, self.writer = config, executor, grader, writer
-        self.recipe = settings.build(RecipeSettings, config.recipe, 'recipe')
-        self.ppo = settings.build(PPOSettings, config.ppo, 'ppo')
-        self.forward = settings.build(ForwardSettings, config.forward, 'forward')
-        self.feedback = settings.build(FeedbackSettings, config.feedback, 'feedback')
+        self.stage = stage = settings.build(Demo, config)
+        self.recipe, self.ppo, self.forward, self.feedback = stage.recipe, stage.ppo, stage.forward, stage.feedback
         self.directory = directory
         self.seed = config.run.seed
         self.mesh = assembly.make_mesh(config.mesh)
@@ -98,7 +79,7 @@ class Story:
     def traces(self, tools: bool) -> list[Episode]:
         """The cold start of one model; what verification dropped is printed."""
         if tools:
-            mix = cold_start.Mix(easy=dict(self.config.mix.easy), needy=dict(self.config.mix.needy))
+            mix = self.stage.mix
             problems = arithmetic.problems('train', self.recipe.problems_seen, self.seed)
         else:
             mix, rng = cold_start.TEXT_ONLY, random.Random(f'text-only/{self.seed}')
@@ -112,8 +93,7 @@ class Story:
 
     def sft(self, tools: bool, traces: Sequence[Episode], params: Params) -> Params:
         """Supervised fine-tuning from `params`."""
-        optimizer = make_optimizer(settings.build(OptimizerSettings, self.config.sft_optimizer, 'sft_optimizer'),
-                                   self.recipe.sft_steps)
+        optimizer = make_optimizer(self.stage.sft_optimizer, self.recipe.sft_steps)
         learner = Learner(self.language.config, self.forward, optimizer, self.mesh)
         sizes = SFTSettings(steps=self.recipe.sft_steps, epochs=0, batch_tokens=self.recipe.sft_batch_tokens,
                             evaluation_share=0.0)
@@ -133,13 +113,11 @@ class Story:
 
     def reinforce(self, tools: bool, params: Params) -> Params:
         """PPO from `params`."""
-        block = lambda name: settings.build(OptimizerSettings, self.config[name], name)
         tree = add_critic(self.language.config, params, self.ppo.critic)
-        optimizer = make_optimizer(block('optimizer'), self.ppo.steps * self.ppo.minibatches * self.ppo.epochs,
-                                   block('critic_optimizer') if 'critic' in tree else None)
+        optimizer = make_optimizer(self.stage.optimizer, self.ppo.steps * self.ppo.minibatches * self.ppo.epochs,
+                                   self.stage.critic_optimizer if 'critic' in tree else None)
         learner = Learner(self.language.config, self.forward, optimizer, self.mesh,
-                          loss=settings.build(LossSettings, self.config.loss, 'loss'),
-                          advantage=settings.build(AdvantageSettings, self.config.advantage, 'advantage'),
+                          loss=self.stage.loss, advantage=self.stage.advantage,
                           temperature=self.config.train_sampling.temperature)
         asked = self.ppo.problems_per_step * max(self.ppo.dynamic_rounds, 1)
         stream = arithmetic.problems('train', asked * self.ppo.steps, seed=self.seed + 1_000_003)
@@ -179,17 +157,10 @@ def needy_code_ratio(episodes: Sequence[Episode]) -> float:
     return float(np.mean(asked)) if asked else 0.0
 
 
-def check(config: ConfigDict) -> None:
-    """Refuses blocks that contradict each other; UserError naming the keys."""
-    block = lambda kind, name: settings.build(kind, config[name], name)
-    ppo.check(block(PPOSettings, 'ppo'), block(AdvantageSettings, 'advantage'), block(LossSettings, 'loss'),
-              block(SamplingSettings, 'train_sampling'))
-
-
 @contextlib.contextmanager
 def opened(config: ConfigDict) -> Iterator[Story]:
     """The story of a run's folder, with sandbox, grader and log; what an earlier telling left there is deleted."""
-    check(config)
+    settings.build(Demo, config)
     directory = folder.claim(config)
     for old in ('model', 'tool_rl', 'checkpoints', 'episodes'):
         shutil.rmtree(directory / old, ignore_errors=True)

@@ -41,8 +41,8 @@ def run(config: ConfigDict) -> dict[str, float]:
 
     Errors: those of the configuration, as in a real run; out of memory as the device reports it.
     """
+    reinforce.read(config)
     processes.join()
-    reinforce.check(config)
     stream = reinforce.open_stream(config.data, config.run.seed)
     reinforce.open_validation(config.validation)
     with tempfile.TemporaryDirectory() as place, folder.stoppable():

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core import processes, settings
@@ -21,7 +20,7 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem
 from retool_jax.core.signals import uninterrupted
 from retool_jax.model import hf
-from retool_jax.rollout.engine import Engine, Executor, SamplingSettings
+from retool_jax.rollout.engine import Engine, Executor
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.tasks import arithmetic
@@ -31,42 +30,16 @@ from retool_jax.train import assembly, data, evaluate, folder, ppo, rollouts
 from retool_jax.train.guard import Guard
 from retool_jax.train.ppo import PPOSettings, Progress, StepResult
 from retool_jax.train.residency import Residency
-from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
-from retool_jax.train.update import ForwardSettings, Learner
-from retool_jax.train.watch import Watch, WatchSettings
+from retool_jax.train.stages import CheckpointSettings, HalvesSettings, Reinforcement, require_path
+from retool_jax.train.state import add_critic, init_state, make_optimizer
+from retool_jax.train.update import Learner
+from retool_jax.train.watch import Watch
 
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
 CARRIED = 'carried'  # folder of the unfinished episodes of each checkpoint
 FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox')  # may change between two starts of a run
 STALL_S = 60.0  # beyond all retries of a call, after which a silent sandbox is given up
 REMOTE_S = 900.0  # beyond sandbox.remote's own patience with servers that are gone
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
-    """When state is saved."""
-
-    every: int  # steps
-    keep_last: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HalvesSettings:
-    """One half of a step alone."""
-
-    episodes: str | None  # an episodes/ folder to train on, a part a step: no sampler, sandbox or grader
-    train: bool  # False: episodes are made and kept, weights stay as they are
-
-    def check(self, sizes: PPOSettings, loss: LossSettings) -> None:
-        """Refuses to cut episodes that no later weights will go on with, and to take kept ones for the current
-        weights'."""
-        if sizes.quanta and not (self.train and self.episodes is None):
-            raise UserError(f'ppo.quanta={sizes.quanta} carries episodes over to the weights of the next step, which '
-                            'one half alone has not; set ppo.quanta=0')
-        if self.episodes is not None and loss.correction == 'none':
-            raise UserError(f'halves.episodes={self.episodes!r} trains on tokens of other weights, which '
-                            'loss.correction=none takes for those of the current ones; set loss.correction=token or '
-                            'sequence')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,45 +70,41 @@ class Parts:
                                 journal)
 
 
+def read(config: ConfigDict) -> Reinforcement:
+    """The stage that a configuration describes, with the model that a run of it needs."""
+    stage = settings.build(Reinforcement, config)
+    require_path(stage.model)
+    return stage
+
+
 def build(config: ConfigDict, directory: pathlib.Path) -> Parts:
     """Model, learner and first state; the embedded model's files are written below `directory`."""
-    check(config)
-    block = lambda kind, name: settings.build(kind, config[name], name)
-    sizes, loss = block(PPOSettings, 'ppo'), block(LossSettings, 'loss')
+    stage = read(config)
+    sizes, loss = stage.ppo, stage.loss
     mesh = assembly.make_mesh(config.mesh)
     language = assembly.open_language(config.model, directory)
     policy = assembly.load_policy(config.model, language, config.run.seed, mesh)
     tree = add_critic(language.config, policy, sizes.critic)
     updates = sizes.minibatches * sizes.epochs
-    optimizer = make_optimizer(block(OptimizerSettings, 'optimizer'), sizes.steps * updates,
-                               block(OptimizerSettings, 'critic_optimizer') if 'critic' in tree else None,
+    optimizer = make_optimizer(stage.optimizer, sizes.steps * updates,
+                               stage.critic_optimizer if 'critic' in tree else None,
                                sizes.critic_warmup_steps * updates)
     reference = jax.tree.map(jnp.copy, policy) if loss.needs_reference else None
-    learner = Learner(language.config, block(ForwardSettings, 'forward'), optimizer, mesh, loss=loss,
-                      advantage=block(AdvantageSettings, 'advantage'), temperature=config.train_sampling.temperature)
-    return Parts(config, sizes, block(HalvesSettings, 'halves'), language, mesh, learner,
+    learner = Learner(language.config, stage.forward, optimizer, mesh, loss=loss,
+                      advantage=stage.advantage, temperature=stage.train_sampling.temperature)
+    return Parts(config, sizes, stage.halves, language, mesh, learner,
                  Progress(init_state(tree, optimizer)), Residency(sizes.offload, reference))
-
-
-def check(config: ConfigDict) -> None:
-    """Refuses blocks that contradict each other; UserError naming the keys."""
-    block = lambda kind, name: settings.build(kind, config[name], name)
-    sizes, loss = block(PPOSettings, 'ppo'), block(LossSettings, 'loss')
-    ppo.check(sizes, block(AdvantageSettings, 'advantage'), loss, block(SamplingSettings, 'train_sampling'))
-    block(HalvesSettings, 'halves').check(sizes, loss)
 
 
 def run(config: ConfigDict) -> None:
     """Trains to the last step, or goes on where the folder's last checkpoint stands."""
+    stage = read(config)
     processes.join()
-    saving = settings.build(CheckpointSettings, config.checkpoints, 'checkpoints')
-    watch = Watch(settings.build(WatchSettings, config.watch, 'watch'))
-    check(config)
     stream, held_out = open_stream(config.data, config.run.seed), open_validation(config.validation)
     if config.halves.episodes:
         rollouts.part_names(config.halves.episodes)
     with folder.claimed(config, free=FREE) as directory, folder.stoppable():
-        go_on(config, directory, saving, watch, stream, held_out)
+        go_on(config, directory, stage.checkpoints, Watch(stage.watch), stream, held_out)
 
 
 def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSettings, watch: Watch,

@@ -11,6 +11,7 @@ import numpy as np
 
 from retool_jax.algo.groups import overlong_penalty, unequal_groups
 from retool_jax.core import episodes as episode_files
+from retool_jax.core.checks import MANY, check, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop, Verdict
@@ -35,11 +36,11 @@ class RolloutSettings:
     quanta: int  # decode calls that an episode gets in a step, then it is carried into the next; 0: until it ends
 
     def __post_init__(self):
+        check(self, problems_per_step=within(1, 2**20), samples=within(1, 2**16), dynamic_rounds=within(0, 2**16),
+              overlong_buffer=within(0, MANY), quanta=within(0, MANY))
         if self.dynamic_rounds and self.samples < 2:
             raise UserError(f'dynamic_rounds={self.dynamic_rounds} compares the samples of a problem, of which there '
                             f'is samples={self.samples}; raise it, or set dynamic_rounds=0')
-        if self.quanta < 0:
-            raise UserError(f'quanta={self.quanta} must be 0, for whole episodes, or the decode calls of a step')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
-from retool_jax.core import processes
+from retool_jax.core import processes, settings
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop
@@ -28,23 +28,16 @@ from retool_jax.text.template import Template
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.train import assembly, evaluate, folder
 from retool_jax.train.reinforce import open_guarded, open_journal
+from retool_jax.train.stages import Evaluation
 
-BACKENDS = ('local',)
 UNFINISHED = 'unfinished'  # below episodes/: parts of an evaluation that is not through
 KEEP_S = 60.0  # finished episodes wait no longer than this before they are on disk
 
 
 def run(config: ConfigDict) -> dict:
     """Scores the model on `config.problems`; returns what summary.json holds."""
+    settings.build(Evaluation, config)
     processes.join()
-    if config.backend not in BACKENDS:
-        raise UserError(f'backend={config.backend!r} is not known; use one of {", ".join(BACKENDS)}')
-    if config.samples < 1:
-        raise UserError(f'samples={config.samples}: at least one answer per problem is needed')
-    if config.limit is not None and config.limit < 1:
-        raise UserError(f'limit={config.limit}: at least one problem is needed')
-    if not config.problems:
-        raise UserError('config.problems is missing; give a problem file')
     problems = problem_files.read(config.problems, config.limit)
     name, tools = pathlib.Path(config.problems).stem, config.model.tools
     with contextlib.ExitStack() as stack:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from retool_jax.core.errors import UserError
+from retool_jax.core.checks import MANY, below, check, within
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.core.records import Episode
 from retool_jax.core.signals import uninterrupted
@@ -29,10 +29,8 @@ class SFTSettings:
     evaluation_share: float  # of the problems, whose traces are never trained on; 0 measures no held-out loss
 
     def __post_init__(self):
-        if not 0 <= self.evaluation_share < 1:
-            raise UserError(f'sft.evaluation_share={self.evaluation_share} must lie in [0, 1), a share of problems')
-        if self.epochs < 0:
-            raise UserError(f'sft.epochs={self.epochs} must be 0, for sft.steps steps, or the passes to make')
+        check(self, steps=within(1, MANY), epochs=within(0, 10**6), batch_tokens=within(1, MANY),
+              evaluation_share=below(0, 1))
 
 
 def hold_out(episodes: Sequence[Episode], share: float) -> tuple[list[Episode], list[Episode]]:

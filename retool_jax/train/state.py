@@ -10,8 +10,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from retool_jax.core.checks import MANY, above, below, check, one_of, within
 from retool_jax.core.pytrees import Params, TrainState
 from retool_jax.model.config import ModelConfig
+
+SCHEDULES = ('constant', 'cosine', 'linear', 'wsd')
+CRITICS = ('none', 'head', 'backbone')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,10 @@ class OptimizerSettings:
     weight_decay: float  # on matrices only
     grad_clip: float  # global norm
 
+    def __post_init__(self):
+        check(self, lr=within(0, 1e3), schedule=one_of(SCHEDULES), warmup_steps=within(0, MANY), b1=below(0, 1),
+              b2=below(0, 1), weight_decay=within(0, 1e3), grad_clip=above(0, 1e9))
+
 
 def make_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     """Learning rate over `steps` optimizer steps."""
@@ -35,8 +43,6 @@ def make_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
              'cosine': lambda: optax.cosine_decay_schedule(s.lr, rest),
              'linear': lambda: optax.linear_schedule(s.lr, 0.0, rest),
              'wsd': lambda: optax.linear_schedule(s.lr, 0.0, rest // 4, transition_begin=rest - rest // 4)}
-    if s.schedule not in after:
-        raise ValueError(f'optimizer.schedule: {s.schedule!r} is unknown; choose {", ".join(after)}')
     warmup = optax.linear_schedule(0.0, s.lr, max(s.warmup_steps, 1))
     return optax.join_schedules([warmup, after[s.schedule]()], [s.warmup_steps])
 
@@ -76,8 +82,8 @@ def add_critic(config: ModelConfig, policy: Params, kind: str) -> Params:
     'backbone' that starts from the policy's weights, or 'none'."""
     if kind == 'none':
         return {'policy': policy}
-    if kind not in ('head', 'backbone'):
-        raise ValueError(f'critic.kind: {kind!r} is unknown; choose none, head, backbone')
+    if kind not in CRITICS:
+        raise ValueError(f'critic {kind!r} is unknown; choose one of {", ".join(CRITICS)}')
     critic = {'head': _everywhere(init_value_head(config), policy)}
     if kind == 'backbone':
         critic['backbone'] = {name: jax.tree.map(jnp.copy, policy[name]) for name in ('embed_tokens', 'layers', 'norm')}

@@ -18,10 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from retool_jax.algo import aggregation, losses, segments, tallies
 from retool_jax.algo.advantages import advantages, reward_on_last_acted
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
+from retool_jax.core.checks import check, one_of, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, Params, TrainState
-from retool_jax.model import decoder
-from retool_jax.model.config import ModelConfig
+from retool_jax.model import attention, decoder
+from retool_jax.model.config import DTYPES, ModelConfig
+from retool_jax.model.kernels import LANES
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout.pack import join
 
@@ -39,6 +41,26 @@ class ForwardSettings:
     micro_rows: int  # rows per micro-batch; 0 is one for each device of data × fsdp
     row_width: int  # tokens per row
     row_segments: int  # episodes per row, at most
+
+    def __post_init__(self):
+        check(self, dtype=one_of(DTYPES), attention=one_of(attention.KINDS), remat=one_of(decoder.REMATS),
+              unroll=within(1, 2**16), logprob_chunk=within(1, 2**24), vocab_chunk=within(1, 2**24),
+              micro_rows=within(0, 2**20), row_width=within(1, 2**24), row_segments=within(1, 2**16))
+        if self.row_width % min(self.logprob_chunk, self.row_width):
+            raise UserError(f'logprob_chunk={self.logprob_chunk} does not divide row_width={self.row_width}; '
+                            'choose a divisor')
+        self._check_attention()
+
+    def _check_attention(self):
+        if self.attention == 'cudnn' and self.dtype == 'float32':
+            raise UserError('attention=cudnn has no float32 kernel; set forward.dtype=bfloat16')
+        if self.attention == 'cudnn' and self.row_segments > 1:
+            raise UserError(f'row_segments={self.row_segments} contradicts forward.attention=cudnn, which takes one '
+                            'episode per row; set it to 1')
+        kind = attention.resolve(self.attention, self.row_width, 'tpu')
+        if kind in ('splash', 'blocked') and self.row_width % LANES:
+            raise UserError(f'row_width={self.row_width} is no multiple of {LANES}, which attention={self.attention} '
+                            'needs; choose one')
 
 
 @jax.tree_util.register_dataclass
@@ -60,9 +82,6 @@ class Learner:
                  mesh: jax.sharding.Mesh, *, loss: LossSettings | None = None,
                  advantage: AdvantageSettings | None = None, temperature: float = 1.0):
         """loss and advantage are None for supervised training; temperature is the sampler's."""
-        if forward.attention == 'cudnn' and forward.row_segments > 1:
-            raise UserError(f"forward.row_segments={forward.row_segments}: attention='cudnn' takes one episode per "
-                            'row; set it to 1')
         ways = mesh.shape['data'] * mesh.shape['fsdp']
         if forward.micro_rows % ways:
             raise UserError(f'forward.micro_rows={forward.micro_rows} does not divide over data × fsdp = {ways} '

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from retool_jax.core.errors import UserError
+from retool_jax.core.checks import MANY, check, one_of, within
 from retool_jax.core.records import Episode
 
 ACTIONS = ('ignore', 'warn', 'stop')
+ALARMS = ('entropy', 'equal_rewards', 'mismatch', 'episode_mismatch', 'failures', 'faults', 'timeouts')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,10 @@ class WatchSettings:
     timeouts: str
 
     def __post_init__(self):
-        for name in ('entropy', 'equal_rewards', 'mismatch', 'episode_mismatch', 'failures', 'faults', 'timeouts'):
-            if getattr(self, name) not in ACTIONS:
-                raise UserError(f'watch.{name}={getattr(self, name)!r}: choose one of {", ".join(ACTIONS)}')
-        if self.equal_steps < 1:
-            raise UserError(f'watch.equal_steps={self.equal_steps} must be at least 1')
+        check(self, entropy_below=within(0, 1e9), equal_steps=within(1, MANY),
+              **dict.fromkeys(('mismatch_above', 'episode_mismatch_above'), within(0, 1e9)),
+              **dict.fromkeys(('failures_above', 'faults_above', 'timeouts_above'), within(0, 1)),
+              **dict.fromkeys(ALARMS, one_of(ACTIONS)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ def refuses(make, **changes) -> str:
 @pytest.mark.parametrize('name, choices', LOSS_CHOICES.items())
 def test_an_unknown_choice_is_refused_with_the_known_ones(name, choices):
     line = refuses(loss_settings, **{name: 'typo'})
-    assert f"loss.{name}='typo'" in line and all(choice in line for choice in choices)
+    assert f"{name}='typo'" in line and all(choice in line for choice in choices)
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(name, choices):
     ],
 )
 def test_a_number_out_of_range_is_refused_by_name_and_value(name, value):
-    assert f'loss.{name}={value} must' in refuses(loss_settings, **{name: value})
+    assert f'{name}={value} must' in refuses(loss_settings, **{name: value})
 
 
 @pytest.mark.parametrize('constant', [None, 0.0, -4.0])
 def test_token_sums_need_their_constant(constant):
     line = refuses(loss_settings, aggregation='seq-mean-token-sum', aggregation_constant=constant)
-    assert f'loss.aggregation_constant={constant} must be positive' in line
+    assert line.startswith(f'aggregation_constant={constant} must ')
 
 
 @pytest.mark.parametrize('aggregation', ['token-mean', 'seq-mean-token-sum'])
@@ -59,7 +59,7 @@ def advantage_settings(**changes) -> AdvantageSettings:
 
 @pytest.mark.parametrize('name, value', [('gamma', 1.5), ('gamma', -0.1), ('lam', 2.0)])
 def test_discounts_lie_between_zero_and_one(name, value):
-    assert f'advantage.{name}={value} must lie in [0, 1]' in refuses(advantage_settings, **{name: value})
+    assert f'{name}={value} must lie in [0, 1]' in refuses(advantage_settings, **{name: value})
 
 
 def test_unknown_and_contradictory_advantages_are_refused():

@@ -77,7 +77,7 @@ def test_a_block_becomes_a_frozen_dataclass_with_its_nested_ones():
         (dict(style='poem'), r"ppo\.style='poem': expected one of 'paper', 'full'"),
         (dict(mode='word'), r"ppo\.mode='word': expected one of 'token', 'sequence'"),
         (dict(sizes=(1, 'b')), r"ppo\.sizes\[1\]='b': expected int, got str"),
-        (dict(steps=0), r'ppo: steps=0: give at least 1'),
+        (dict(steps=0), r'^ppo\.steps=0: give at least 1'),
     ],
 )  # fmt: skip
 def test_a_wrong_block_is_refused_with_the_dotted_key(changes, message):

@@ -104,7 +104,6 @@ CASES = {  # binary and arguments, {} is the folder of files; words of the line
     'missing config file': (('evaluate', '--config=configs/evaluation.py:tiny'),
                             'configs/evaluation.py configs/evaluate.py'),
     'unknown model': (('evaluate', '--config=configs/evaluate.py:qwen9'), 'qwen9 qwen2_5_7b'),
-    'unknown backend': ((*EVALUATE, PROBLEMS, '--config.backend=elsewhere'), 'backend elsewhere local'),
     'unknown template': ((*MODEL[:3], '--config.model.path={}/model', '--config.model.template=llama'),
                          'llama qwen3'),
     'no samples': ((*EVALUATE, PROBLEMS, '--config.samples=0'), 'samples=0'),

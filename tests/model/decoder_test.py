@@ -169,11 +169,6 @@ def test_recomputing_everything_keeps_fewer_bytes():
     assert used['full'] < used['none'] / 2
 
 
-def test_a_policy_that_is_unknown_is_refused():
-    with pytest.raises(ValueError, match="^model.remat: 'most' is unknown; choose none, full, dots, offload"):
-        loss_of(CONFIGS['qwen2'], make_tokens(CONFIGS['qwen2'], 1, 4), remat='most')(PARAMS['qwen2'])
-
-
 def test_bfloat16_activations_stay_near_float32():
     config, params = CONFIGS['qwen3'], PARAMS['qwen3']
     tokens = make_tokens(config, 3, WIDTH)

@@ -248,5 +248,5 @@ def test_a_torn_journal_line_is_cut_off(tmp_path):
 
 def test_text_only_rollouts_take_no_executor(sampler, params):
     rules = turns.Rules(dataclasses.replace(TURNS, tools=True), TOKENIZER, TABLE, lambda r: r.stdout)
-    with pytest.raises(ValueError, match='no executor'):
+    with pytest.raises(ValueError, match='needs an executor'):
         Engine(sampler, rules, PLAIN, None, seed=0, purpose=0)

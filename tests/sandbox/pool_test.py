@@ -223,7 +223,7 @@ def test_a_closed_pool_answers_at_once():
 
 @pytest.mark.parametrize('field, value', [('path', 'hot'), ('memory_mb', 0), ('retries', -1), ('preload', ('os; x',))])
 def test_bad_settings_name_the_field(field, value):
-    with pytest.raises(ValueError, match=rf'sandbox\.{field}'):
+    with pytest.raises(ValueError, match=field):
         SandboxSettings(**{field: value})
 
 

@@ -10,7 +10,7 @@ from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core.records import Reward
 from retool_jax.report import pages
-from retool_jax.train import evaluate, reinforce
+from retool_jax.train import evaluate, reinforce, stages
 from retool_jax.train.ppo import PPOSettings
 from retool_jax.train.state import OptimizerSettings
 from retool_jax.train.watch import WatchSettings
@@ -76,11 +76,11 @@ def test_every_size_of_every_algorithm_agrees_with_itself(name):
         assert config.run.dir == f'runs/{name}_{arg}'
         block = lambda kind, key: settings.build(kind, config[key], key)  # noqa: B023
         sizes, advantage = block(PPOSettings, 'ppo'), block(AdvantageSettings, 'advantage')
-        reinforce.check(config)
+        settings.build(stages.Reinforcement, config)
         assert advantage.needs_groups == (sizes.samples > 1 and sizes.critic == 'none')
         assert sizes.problems_per_step * sizes.samples % sizes.minibatches == 0
-        for kind, key in ((LossSettings, 'loss'), (WatchSettings, 'watch'), (reinforce.HalvesSettings, 'halves'),
-                          (reinforce.CheckpointSettings, 'checkpoints'), (OptimizerSettings, 'optimizer')):
+        for kind, key in ((LossSettings, 'loss'), (WatchSettings, 'watch'), (stages.HalvesSettings, 'halves'),
+                          (stages.CheckpointSettings, 'checkpoints'), (OptimizerSettings, 'optimizer')):
             block(kind, key)
     assert f'python launch/ppo.py --config=configs/{name}.py:tiny' in (cli.ROOT / f'configs/{name}.py').read_text()
 
@@ -140,9 +140,9 @@ def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
     ({'ppo.critic': 'none'}, "ppo.critic='none' contradicts advantage.kind='gae'"),
     ({'advantage.kind': 'grpo'}, "ppo.critic='head' contradicts advantage.kind='grpo'"),
     ({'ppo.dynamic_rounds': 2, 'ppo.samples': 1}, 'dynamic_rounds=2 compares the samples'),
-    ({'watch.faults': 'shout'}, "watch.faults='shout': choose one of ignore, warn, stop"),
-    ({'train_sampling.top_p': 0.9}, 'train_sampling draws with temperature=1.0, top_p=0.9, .* set top_p=1'),
-    ({'train_sampling.temperature': 0.0}, 'train_sampling draws with temperature=0.0, .* a temperature above 0'),
+    ({'watch.faults': 'shout'}, "watch.faults='shout' is unknown; choose one of ignore, warn, stop"),
+    ({'train_sampling.top_p': 0.9}, 'train_sampling.top_p=0.9, .* set top_p=1'),
+    ({'train_sampling.temperature': 0.0}, 'train_sampling.temperature=0.0 .* above 0'),
     (NO_CRITIC | {'advantage.kind': 'grpo', 'ppo.samples': 1},
      "advantage.kind='grpo' compares the samples of a problem, .* set ppo.samples=2"),
     ({'ppo.quanta': 4, 'loss.correction': 'none'}, 'ppo.quanta=4 trains on tokens of older weights'),

@@ -136,9 +136,9 @@ def test_a_head_begins_at_zero_and_a_backbone_with_its_own_copy_of_the_policy():
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="optimizer.schedule: 'step' is unknown; choose constant, cosine, linear, wsd"):
+    with pytest.raises(ValueError, match="schedule='step' is unknown; choose one of constant, cosine, linear, wsd"):
         make_schedule(settings(schedule='step'), 10)
-    with pytest.raises(ValueError, match="critic.kind: 'heads' is unknown; choose none, head, backbone"):
+    with pytest.raises(ValueError, match="critic 'heads' is unknown; choose one of none, head, backbone"):
         add_critic(make_config(), make_params(make_config()), 'heads')
 
 

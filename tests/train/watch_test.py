@@ -76,7 +76,7 @@ def test_a_warning_is_given_when_it_begins_and_a_stop_always():
 
 
 def test_unknown_actions_are_refused():
-    with pytest.raises(ValueError, match="watch.entropy='panic': choose one of ignore, warn, stop"):
+    with pytest.raises(ValueError, match="entropy='panic' is unknown; choose one of ignore, warn, stop"):
         dataclasses.replace(SETTINGS, entropy='panic')
-    with pytest.raises(ValueError, match='watch.equal_steps=0 must be at least 1'):
+    with pytest.raises(ValueError, match='equal_steps=0 must lie in '):
         dataclasses.replace(SETTINGS, equal_steps=0)

@@ -1,0 +1,72 @@
+"""Which values a key may have: rules for the `__post_init__` of settings, each with the words of its one line.
+
+    check(self, steps=within(1, MANY), lr=above(0, 100), dtype=one_of(DTYPES), path=local_path())
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from retool_jax.core.errors import UserError
+
+MANY = 2**31 - 1  # the largest int32: steps, tokens and rows are counted in compiled programs
+_SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What holds of a value, and what is said where it does not."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def check(settings: object, **rules: Rule) -> None:
+    """Holds each named field of a dataclass against its rule; of a tuple, each entry. None, where a field may be
+    absent, needs no rule.
+
+    Raises:
+      UserError: the first field that breaks its rule, as NAME=VALUE and the rule's words; `settings.build` puts
+        the name of the block before it.
+    """
+    for name, rule in rules.items():
+        value = getattr(settings, name)
+        many = isinstance(value, tuple)
+        for i, entry in enumerate(value if many else (value,)):
+            if entry is not None and not rule.holds(entry):
+                raise UserError(f'{name}{f"[{i}]" if many else ""}={entry!r} {rule.words}')
+
+
+def within(low: float, high: float) -> Rule:
+    """A number of [low, high]; NaN lies in no interval."""
+    return Rule(lambda x: low <= x <= high, f'must lie in [{low:.10g}, {high:.10g}]')
+
+
+def above(low: float, high: float) -> Rule:
+    """A number of (low, high]."""
+    return Rule(lambda x: low < x <= high, f'must lie in ({low:.10g}, {high:.10g}]')
+
+
+def below(low: float, high: float) -> Rule:
+    """A number of [low, high)."""
+    return Rule(lambda x: low <= x < high, f'must lie in [{low:.10g}, {high:.10g})')
+
+
+def one_of(choices: Iterable[str]) -> Rule:
+    """One of a few words."""
+    choices = tuple(choices)
+    return Rule(lambda x: x in choices, f'is unknown; choose one of {", ".join(choices)}')
+
+
+def filled() -> Rule:
+    """Text that is not empty."""
+    return Rule(lambda x: bool(x.strip()), 'must not be empty')
+
+
+def local_path() -> Rule:
+    """A path of a file system of this machine: stores such as gs:// and s3:// are neither read nor written."""
+    return Rule(lambda x: bool(x.strip()) and '\0' not in x and not _SCHEME.match(x),
+                'must be a path of this machine; a store (gs://, s3://, …) has to be mounted or copied first')
