@@ -1,73 +1,74 @@
 """Problem files of every public spelling, read into `Problem`s; array_record files of our own.
 
-Which schema a row has is seen from its fields, so a file is named and nothing else. Nothing is fetched:
-the README says where each set comes from.
+Which schema a row has is seen from its fields (`schemas`), so a file is named and nothing else. Nothing is
+fetched: docs/guide.md says where each set comes from.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import logging
-import math
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from retool_jax.core import files
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
-from retool_jax.tasks import answers
+from retool_jax.tasks import schemas
+from retool_jax.tasks.schemas import brief, is_dapo, read_problem
 
-QUESTION_FIELDS = ('problem', 'question', 'input', 'prompt')  # looked up in this order, in any case
-ANSWER_FIELDS = ('answer', 'output', 'final_answer', 'expected_answer', 'ground_truth', 'solution')
-ID_FIELDS = ('id', 'unique_id', 'problem_id')
-TRACE_FIELDS = ('rewritten', 'trace', 'response', 'text')
 BATCH_ROWS = 8192
-
-# DAPO's instruction asks for an "Answer:" line, which contradicts the box; ReTool-SFT's user turn
-# wraps the question in the whole tool prompt.
-_DAPO = re.compile(
-    r'^\s*Solve the following math problem step by step\..*?to the problem\.\s*'
-    r'|\s*Remember to put your answer on its own line after "Answer:"\.?\s*$',
-    re.DOTALL,
-)
-_RETOOL = re.compile(
-    r'\*?user question:?\*?:?\s*(.*?)(?:\s*Remember to place the final answer.*)?$', re.DOTALL
-)
-_RETOOL_ASK = re.compile(r'^Answer the following Math Problem[^\n]*\\boxed\{[^\n]*\n+')
+# What the hub's tools write beside a set: none of it is one.
+ABOUT = ('dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'state.json')
 
 Row = tuple[str, Mapping]  # where it stands ('file:line'), its fields
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Problems of a file and what was left out."""
+    """Problems of a file or a folder, and what was left out."""
 
     problems: list[Problem]
     rows: int  # read
     repeated: int  # DAPO only: rows left out because the same question and answer stood before
     conflicting: int  # DAPO only: questions left out because their rows disagree about the answer
+    files: dict[str, int]  # rows of each file, or of each split of a TFDS folder
+    unreadable: tuple[str, ...] = ()  # what is wrong with each row that was left out for it
+
+    def remarks(self, path: str | pathlib.Path) -> list[str]:
+        """What a person should hear of it, a line each."""
+        lines = []
+        if len(self.files) > 1:
+            parts = ', '.join(f'{name} ({count} rows)' for name, count in self.files.items())
+            lines.append(f'{path}: {len(self.files)} files are read together: {parts}')
+        if self.repeated or self.conflicting:
+            lines.append(f'{path}: of {self.rows} rows {self.repeated} repeated ones are left out, and '
+                         f'{self.conflicting} questions with conflicting answers')
+        if self.unreadable:
+            lines.append(f'{path}: {len(self.unreadable)} of {self.rows} rows cannot be read and are left out, '
+                         f'the first: {self.unreadable[0]}')
+        return lines
 
 
 def read(path: str | pathlib.Path, limit: int | None = None) -> list[Problem]:
     """Problems of a file, or of all files of a folder, in order; `load` tells what was left out as well.
 
     Reads .jsonl, .json, .parquet, .array_record and folders that TFDS prepared; `limit` keeps the first
-    ones. Raises ValueError, one line naming file, line and field, for whatever cannot be read; a file
+    ones. Raises UserError, one line naming file, line and field, for whatever cannot be read; a file
     without problems is an error.
     """
     loaded = load(path)
-    if loaded.repeated or loaded.conflicting:
-        logging.info(
-            '%s: %d rows, %d repeated and %d questions with conflicting answers left out',
-            path, loaded.rows, loaded.repeated, loaded.conflicting,
-        )  # fmt: skip
+    for line in loaded.remarks(path):
+        logging.info(line)
     return loaded.problems[:limit]
 
 
-def load(path: str | pathlib.Path) -> Loaded:
-    """`read` with counts.
+def load(path: str | pathlib.Path, leave_out: bool = False) -> Loaded:
+    """`read` with counts; with `leave_out` rows that cannot be read are left out and listed instead of refused.
 
     Of DAPO-Math-17k's rows (its public file is one block repeated a hundred times) every question is
     kept once, and none whose rows disagree about the answer. Other sets are never thinned.
@@ -79,17 +80,26 @@ def load(path: str | pathlib.Path) -> Loaded:
     conflicts: set[str] = set()
     asked: set[str] = set()  # DAPO: questions kept
     ids: set[str] = set()
-    rows = repeated = 0
+    counts: collections.Counter[str] = collections.Counter()
+    unreadable: list[str] = []
+    repeated = 0
     for number, (where, row) in enumerate(read_rows(path)):
-        rows += 1
-        if is_dapo(row):
-            key = _dapo_key(row, where)
-            if key in seen:
-                repeated += 1
-                continue
-            seen.add(key)
-        problem = read_problem(row, where, f'{path.stem}-{number}', path.stem)
-        if is_dapo(row):
+        counts[_file_of(where, path)] += 1
+        try:
+            dapo = is_dapo(row)
+            if dapo:
+                key = schemas.dapo_key(row, where)
+                if key in seen:
+                    repeated += 1
+                    continue
+                seen.add(key)
+            problem = read_problem(row, where, f'{path.stem}-{number}', path.stem)
+        except UserError as error:
+            if not leave_out:
+                raise
+            unreadable.append(str(error))
+            continue
+        if dapo:
             known = golds.setdefault(problem.question, problem.answer)
             if known != problem.answer:
                 conflicts.add(problem.question)
@@ -98,14 +108,27 @@ def load(path: str | pathlib.Path) -> Loaded:
                 repeated += 1
                 continue
             asked.add(problem.question)
-        if problem.id in ids:
-            problem = dataclasses.replace(problem, id=f'{problem.id}#{number}')
-        ids.add(problem.id)
-        problems.append(problem)
+        problems.append(_unique(problem, ids, number))
     problems = [p for p in problems if p.question not in conflicts]
     if not problems:
-        raise UserError(f'{path}: no problems in it ({rows} rows read)')
-    return Loaded(problems, rows, repeated, len(conflicts))
+        more = f'; the first that cannot be read: {unreadable[0]}' if unreadable else ''
+        raise UserError(f'{path}: no problems in it ({counts.total()} rows read){more}')
+    return Loaded(problems, counts.total(), repeated, len(conflicts), dict(counts), tuple(unreadable))
+
+
+def _unique(problem: Problem, ids: set[str], number: int) -> Problem:
+    """A problem under an id that is not among `ids`, to which it is added."""
+    name = problem.id
+    while name in ids:
+        name = f'{name}#{number}'
+    ids.add(name)
+    return problem if name == problem.id else dataclasses.replace(problem, id=name)
+
+
+def _file_of(where: str, path: pathlib.Path) -> str:
+    """The file of a row, by its path below `path`; of a TFDS folder the split."""
+    place = re.sub(r':\d+$|: (?:record|row) \d+$| record \d+$', '', where)
+    return place.removeprefix(str(path)).lstrip('/: ') or path.name
 
 
 def check_golds(problems: Iterable[Problem], parses: Callable[[str], bool]) -> None:
@@ -119,79 +142,18 @@ def check_golds(problems: Iterable[Problem], parses: Callable[[str], bool]) -> N
 
 
 def read_traces(path: str | pathlib.Path) -> list[tuple[Problem, str]]:
-    """Worked answers of a file: rows with `messages` (a user and an assistant turn), or a problem with
-    its `rewritten` (else `trace`, `response` or `text`) field."""
+    """Worked answers of a file: rows with a chat, whose turns are joined with their calls, or a problem with its
+    `rewritten` (else `trace`, `response`, …) field. Raises UserError for what is neither, and for a chat that cannot
+    be joined whole."""
+    path, ids = pathlib.Path(path), set()
     out = []
-    path = pathlib.Path(path)
     for number, (where, row) in enumerate(read_rows(path)):
-        if 'messages' in row:
-            text = _turn(row, 'messages', 'assistant', where)
-        else:
-            name = next((n for n in TRACE_FIELDS if isinstance(row.get(n), str)), None)
-            if name is None:
-                wanted = ', '.join(('messages', *TRACE_FIELDS))
-                raise UserError(f'{where}: no worked answer: none of the fields {wanted} is there')
-            text = row[name]
-        out.append((read_problem(row, where, f'{path.stem}-{number}', path.stem), text))
+        text = schemas.read_trace(row, where)
+        problem = read_problem(row, where, f'{path.stem}-{number}', path.stem)
+        out.append((_unique(problem, ids, number), text))
     if not out:
         raise UserError(f'{path}: no traces in it')
     return out
-
-
-def read_problem(row: Mapping, where: str, default_id: str, source: str) -> Problem:
-    """One row of any known schema as a Problem; `where` names it in errors."""
-    if is_dapo(row):
-        question = _DAPO.sub('', _turn(row, 'prompt', 'user', where))
-        answer, field = row['reward_model'].get('ground_truth'), 'reward_model.ground_truth'
-    elif 'messages' in row:
-        question = _strip_prompt(_turn(row, 'messages', 'user', where))
-        answer, field = answers.last_box(_turn(row, 'messages', 'assistant', where)), 'messages: last box'
-    else:
-        names = {name.lower(): name for name in row}
-        asked = _first(names, QUESTION_FIELDS, where)
-        field = _first(names, ANSWER_FIELDS, where)
-        question, answer = row[asked], row[field]
-        if not isinstance(question, str):
-            raise UserError(f'{where}: field {asked!r} is {_brief(question)}: it must be text')
-        if field.lower() == 'solution':  # MATH's own files: the answer is the box of the solution
-            answer = answers.last_box(answer) if isinstance(answer, str) else answer
-    if not question.strip():
-        raise UserError(f'{where}: the question is empty')
-    own_id = next((row[name] for name in ID_FIELDS if row.get(name) not in (None, '')), None)
-    extra = row.get('extra_info')
-    if own_id is None and isinstance(extra, Mapping) and extra.get('index') not in (None, ''):
-        own_id = extra['index']
-    return Problem(
-        id=str(default_id if own_id is None else own_id),
-        question=question.strip(),
-        answer=read_answer(answer, where, field),
-        source=str(row.get('source') or row.get('data_source') or source),
-        family=str(row.get('family') or row.get('subject') or ''),
-    )
-
-
-def read_answer(value: object, where: str, field: str) -> str:
-    """A gold answer as a bare string: 25, 25.0, '025', ['25'] and a boxed 25 are all '25'."""
-    while isinstance(value, list | tuple) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f'{where}: field {field!r} is {_brief(value)}: an answer is text or a number')
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise UserError(f'{where}: field {field!r} is {value}: an answer is a finite number')
-        value = int(value) if value.is_integer() else value
-    text = str(value).strip()
-    box = answers.last_box(text)
-    if box is not None and re.fullmatch(r'\$?\\boxed\s*\{' + re.escape(box) + r'\}\$?', text):
-        text = box.strip()  # the box is the whole answer
-    if not text:
-        raise UserError(f'{where}: field {field!r} is empty: every problem needs its answer')
-    return answers.integer(text) or text
-
-
-def is_dapo(row: Mapping) -> bool:
-    """Whether a row has DAPO-Math-17k's fields."""
-    return isinstance(row.get('reward_model'), Mapping) and isinstance(row.get('prompt'), list)
 
 
 # --- rows of files -------------------------------------------------------------------------------
@@ -203,10 +165,7 @@ def read_rows(path: pathlib.Path) -> Iterator[Row]:
         if (path / 'dataset_info.json').is_file():
             yield from _tfds_rows(path)
             return
-        files = sorted(f for f in path.iterdir() if _kind(f))
-        if not files:
-            raise UserError(f'{path}: no file in this folder ends in {", ".join(_READERS)}')
-        for file in files:
+        for file in _files(path):
             yield from read_rows(file)
         return
     if not path.exists():
@@ -217,8 +176,23 @@ def read_rows(path: pathlib.Path) -> Iterator[Row]:
         raise UserError(f'{path}: cannot tell its format from its name; it must end in {known}')
     for where, row in _READERS[kind](path):
         if not isinstance(row, Mapping):
-            raise UserError(f'{where}: {_brief(row)} where an object with fields was expected')
+            raise UserError(f'{where}: {brief(row)} where an object with fields was expected')
         yield where, row
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a set, by name; of a folder as it comes from the hub those below `data/`, or its one subfolder's."""
+    entries = sorted(f for f in folder.iterdir() if not f.name.startswith('.'))
+    found = [f for f in entries if f.is_file() and _kind(f) and f.name not in ABOUT]
+    if found:
+        return found
+    inner = [f for f in entries if f.is_dir() and any(_kind(g) and g.is_file() for g in f.iterdir())]
+    inner = [f for f in inner if f.name == 'data'] or inner
+    if len(inner) == 1:
+        return _files(inner[0])
+    if inner:
+        raise UserError(f'{folder}: problem files lie in {", ".join(f.name for f in inner)}; name one of these folders')
+    raise UserError(f'{folder}: no file in this folder ends in {", ".join(_READERS)}')
 
 
 def _kind(path: pathlib.Path) -> str | None:
@@ -235,16 +209,44 @@ def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
 
 def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
     with _opened(path) as file:
-        content = _parse(file.read(), str(path))
+        data = file.read()
+    try:
+        content = _parse(data, str(path))
+    except UserError:
+        lines = [line for line in data.splitlines() if line.strip()]
+        if len(lines) < 2 or not lines[0].lstrip().startswith(b'{') or not lines[0].rstrip().endswith(b'}'):
+            raise
+        yield from _jsonl_rows(path)  # JSON lines under a name that says otherwise
+        return
+    for number, row in enumerate(_rows_in(content, path), start=1):
+        where = f'{path}: record {number}'
+        if isinstance(row, Mapping) and isinstance(row.get('row'), Mapping):  # the data viewer's form of a row
+            if row.get('truncated_cells'):
+                raise UserError(f'{where}: the data viewer cut its cells {row["truncated_cells"]}; '
+                                'download the file itself')
+            row = row['row']
+        yield where, row
+
+
+def _rows_in(content: object, path: pathlib.Path) -> list:
+    """The rows of a JSON file: a list, one row alone, a table by columns, or the one list of rows in a record."""
     if isinstance(content, Mapping):
-        lists = (v for v in content.values() if isinstance(v, list) and v and isinstance(v[0], Mapping))
-        content = [content] if is_dapo(content) or 'messages' in content else next(lists, [content])
+        names = {str(name).lower() for name in content}
+        columns = [v for v in content.values() if isinstance(v, list)]
+        if names & set(schemas.QUESTION_FIELDS):
+            table = len(columns) == len(content) and len({len(column) for column in columns}) == 1
+            if not table or any(isinstance(row, Mapping) for row in columns[0]):
+                return [content]
+            return [dict(zip(content, row)) for row in zip(*columns)]
+        lists = {name: v for name, v in content.items() if isinstance(v, list) and v and isinstance(v[0], Mapping)}
+        if 'rows' in lists:
+            return lists['rows']  # beside the data viewer's list of features
+        if len(lists) > 1:
+            raise UserError(f'{path}: it holds {len(lists)} lists of rows, {", ".join(lists)}; keep one to a file')
+        return next(iter(lists.values()), [content])
     if not isinstance(content, list):
-        raise UserError(f'{path}: {_brief(content)} where a list of problems was expected')
-    for number, row in enumerate(content, start=1):
-        if isinstance(row, Mapping) and isinstance(row.get('row'), Mapping):
-            row = row['row']  # the data viewer's form of a row
-        yield f'{path}: record {number}', row
+        raise UserError(f'{path}: {brief(content)} where a list of problems was expected')
+    return content
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
@@ -252,6 +254,7 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
     import pyarrow.parquet
 
     number = 0
+    files.refuse_pointer(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(BATCH_ROWS):
@@ -273,6 +276,7 @@ def _array_record_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
 def _array_records(path: pathlib.Path, batch: int = 1024) -> Iterator[bytes]:
     from array_record.python.array_record_module import ArrayRecordReader
 
+    files.refuse_pointer(path)
     try:
         reader = ArrayRecordReader(str(path))
         total = reader.num_records()
@@ -301,7 +305,7 @@ _READERS = {
 def write_array_record(path: str | pathlib.Path, problems: Iterable[Problem]) -> int:
     """Writes problems as JSON objects, one a record, for random access; the file appears whole or not.
 
-    Returns how many were written. `read` and `train.data` read it.
+    Returns how many were written. `read` and `train.data` read it. Ids that stand there already get a number.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -310,17 +314,16 @@ def write_array_record(path: str | pathlib.Path, problems: Iterable[Problem]) ->
         raise UserError(f'{path}: the name of an array_record file must end in .array_record')
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    count = 0
+    ids: set[str] = set()
     try:
         writer = ArrayRecordWriter(str(partial), 'group_size:1')  # one record a group: access at random
-        for problem in problems:
-            writer.write(encode_problem(problem))
-            count += 1
+        for number, problem in enumerate(problems):
+            writer.write(encode_problem(_unique(problem, ids, number)))
         writer.close()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return count
+    return len(ids)
 
 
 def encode_problem(problem: Problem) -> bytes:
@@ -337,6 +340,7 @@ def decode_problem(record: bytes) -> Problem:
 
 
 def _opened(path: pathlib.Path):
+    files.refuse_pointer(path)
     try:
         return path.open('rb')
     except OSError as error:
@@ -350,41 +354,6 @@ def _parse(data: bytes, where: str) -> object:
         raise UserError(f'{where}: not UTF-8 (byte {error.start}): save it as UTF-8') from None
     except (ValueError, RecursionError) as error:
         raise UserError(f'{where}: malformed JSON: {_first_line(error)}') from None
-
-
-def _first(names: Mapping[str, str], wanted: tuple[str, ...], where: str) -> str:
-    for name in wanted:
-        if name in names:
-            return names[name]
-    found = ', '.join(names.values())
-    raise UserError(f'{where}: none of the fields {", ".join(wanted)} is there (found: {found})')
-
-
-def _turn(row: Mapping, field: str, role: str, where: str) -> str:
-    """Text of the last message of a role."""
-    messages = row[field]
-    if isinstance(messages, list):
-        for message in reversed(messages):
-            if isinstance(message, Mapping) and message.get('role') == role:
-                if isinstance(message.get('content'), str):
-                    return message['content']
-                break
-    raise UserError(f'{where}: field {field!r} holds no {role} message with text content')
-
-
-def _dapo_key(row: Mapping, where: str) -> tuple[str, str]:
-    return _turn(row, 'prompt', 'user', where), str(row['reward_model'].get('ground_truth'))
-
-
-def _strip_prompt(text: str) -> str:
-    """The question inside ReTool-SFT's tool prompt; a plain user turn stays as it is."""
-    found = _RETOOL.search(text)
-    return _RETOOL_ASK.sub('', found[1]).strip() if found else text.strip()
-
-
-def _brief(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else text[:37] + '...'
 
 
 def _first_line(error: Exception) -> str:

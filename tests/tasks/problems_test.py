@@ -128,6 +128,106 @@ def test_a_folder_is_read_file_by_file(tmp_path):
     assert [p.id for p in problems.read(tmp_path)] == [r['id'] for r in TEN]
 
 
+def test_files_of_a_folder_that_are_read_together_are_told_with_their_counts(tmp_path):
+    write(tmp_path / 'train.jsonl', TEN[:7])
+    assert problems.load(tmp_path).remarks(tmp_path) == []
+    write(tmp_path / 'test.parquet', TEN[7:])
+    loaded = problems.load(tmp_path)
+    assert loaded.files == {'test.parquet': 3, 'train.jsonl': 7}
+    (line,) = loaded.remarks('set')
+    assert line == 'set: 2 files are read together: test.parquet (3 rows), train.jsonl (7 rows)'
+
+
+def test_dot_files_and_the_hubs_own_files_are_no_problems(tmp_path):
+    write(tmp_path / 'a.jsonl', TEN)
+    for name in ('.a.jsonl', '._a.jsonl', 'dataset_infos.json', 'state.json'):
+        (tmp_path / name).write_text('{"default": {"splits": 1}}')
+    (tmp_path / '.cache').mkdir()
+    write(tmp_path / '.cache/b.jsonl', TEN)
+    assert len(problems.read(tmp_path)) == 10
+
+
+def test_a_folder_as_the_hub_hands_it_out_is_read_from_its_data(tmp_path):
+    (tmp_path / 'README.md').write_text('---\nlicense: mit\n---')
+    (tmp_path / 'data').mkdir()
+    write(tmp_path / 'data/train-00000-of-00002.parquet', TEN[:5])
+    write(tmp_path / 'data/train-00001-of-00002.parquet', TEN[5:])
+    assert [p.id for p in problems.read(tmp_path)] == [r['id'] for r in TEN]
+    (tmp_path / 'data').rename(tmp_path / 'main')
+    assert len(problems.read(tmp_path)) == 10
+    (tmp_path / 'socratic').mkdir()
+    write(tmp_path / 'socratic/train.jsonl', TEN)
+    with pytest.raises(ValueError, match='problem files lie in main, socratic; name one'):
+        problems.read(tmp_path)
+
+
+@pytest.mark.parametrize('content', [
+    '\n'.join(map(json.dumps, TEN)), '\n\n'.join(map(json.dumps, TEN)) + '\n', json.dumps(TEN),
+    json.dumps({'rows': TEN}), json.dumps({'version': 1, 'data': TEN}), json.dumps({'examples': TEN, 'license': 'mit'}),
+    json.dumps({'features': [{'feature_idx': 0, 'name': 'problem'}], 'rows': [
+        {'row_idx': i, 'row': row, 'truncated_cells': []} for i, row in enumerate(TEN)], 'num_rows_total': 10}),
+    json.dumps({name: [row[name] for row in TEN] for name in TEN[0]}), '\ufeff' + json.dumps(TEN)])
+def test_a_json_file_is_read_in_all_its_forms(tmp_path, content):
+    (tmp_path / 'ten.json').write_text(content)
+    assert problems.read(tmp_path / 'ten.json') == [Problem(r['id'], r['problem'], r['answer'], 'ten', '') for r in TEN]
+
+
+def test_a_json_file_with_one_row_is_that_row(tmp_path):
+    row = TEN[3] | {'generations': [{'text': 'x'}], 'tags': ['a']}
+    (tmp_path / 'one.json').write_text(json.dumps(row, indent=2))
+    assert [p.id for p in problems.read(tmp_path / 'one.json')] == ['p3']
+    (tmp_path / 'one.json').write_text(json.dumps(dapo('Q?', '1')))
+    assert [p.answer for p in problems.read(tmp_path / 'one.json')] == ['1']
+
+
+@pytest.mark.parametrize('content, words', [
+    ({'train': TEN, 'test': TEN}, 'it holds 2 lists of rows, train, test; keep one'),
+    ({'features': [], 'rows': [{'row_idx': 0, 'row': TEN[0], 'truncated_cells': ['problem']}]}, r'record 1: .* cut'),
+    ({'problem': ['Q'], 'answer': ['1', '2']}, "field 'problem' is"),
+])
+def test_a_json_file_that_holds_less_or_more_than_a_set_is_refused(tmp_path, content, words):
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words):
+        problems.read(tmp_path / 'a.json')
+
+
+@pytest.mark.parametrize('suffix', ['.jsonl', '.json', '.parquet', '.array_record'])
+def test_a_pointer_in_the_place_of_a_file_is_named(tmp_path, suffix):
+    (tmp_path / f'a{suffix}').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 9\n')
+    with pytest.raises(ValueError, match=rf'a\{suffix} is a pointer of Git LFS') as caught:
+        problems.read(tmp_path / f'a{suffix}')
+    assert '\n' not in str(caught.value)
+
+
+def test_rows_that_cannot_be_read_may_be_left_out_and_listed(tmp_path):
+    write(tmp_path / 'a.jsonl', [TEN[0], {'problem': 'Prove it.', 'answer': 'proof'}, TEN[1], {'problem': 'Q'}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: field 'answer' is 'proof'"):
+        problems.read(tmp_path / 'a.jsonl')
+    loaded = problems.load(tmp_path / 'a.jsonl', leave_out=True)
+    assert [p.id for p in loaded.problems] == ['p0', 'p1'] and len(loaded.unreadable) == 2
+    (line,) = loaded.remarks('a')
+    assert line.startswith('a: 2 of 4 rows cannot be read and are left out, the first: ') and "'proof'" in line
+
+
+def test_an_id_that_looks_like_a_numbered_one_stays_apart(tmp_path):
+    rows = [{'id': name, 'problem': f'Q{i}', 'answer': i} for i, name in enumerate(['a#2', 'a', 'a', 'a#2', 'a#2'])]
+    read = problems.read(write(tmp_path / 'a.jsonl', rows))
+    assert len({p.id for p in read}) == 5
+    problems.write_array_record(tmp_path / 'a.array_record', [read[0]] * 3)
+    assert len({p.id for p in problems.read(tmp_path / 'a.array_record')}) == 3
+
+
+@pytest.mark.parametrize('gold', ['12', None])
+def test_the_gold_of_a_trace_is_its_answer_column_where_there_is_one(tmp_path, gold):
+    chat = [{'role': 'user', 'content': 'Q?'}, {'role': 'assistant', 'content': r'\boxed{13}'}]
+    row = {'messages': chat, 'answer': gold}
+    ((problem, text),) = problems.read_traces(write(tmp_path / 't.jsonl', [row]))
+    assert (problem.question, problem.answer, text) == ('Q?', gold or '13', r'\boxed{13}')
+    parts = {'prompt': chat[:1], 'completion': chat[1:], 'answer': gold}
+    ((problem, text),) = problems.read_traces(write(tmp_path / 't.jsonl', [parts]))
+    assert (problem.question, problem.answer, text) == ('Q?', gold or '13', r'\boxed{13}')
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason='no shared problem files')
 def test_the_real_aime_and_math_files_are_read_whole():
     aime, math = (problems.read(SHARED / f'{name}.jsonl') for name in ('aime24', 'math500'))
@@ -150,7 +250,7 @@ def test_the_real_aime_and_math_files_are_read_whole():
         ('a.jsonl', b'{"problem": "Q", "answer": null}', r"a\.jsonl:1: field 'answer' is null"),
         ('a.jsonl', b'{"problem": "Q", "answer": true}', r"a\.jsonl:1: field 'answer' is true"),
         ('a.jsonl', b'{"problem": "Q", "answer": NaN}', r"a\.jsonl:1: field 'answer' is nan"),
-        ('a.jsonl', b'{"problem": "Q", "solution": "none"}', r"a\.jsonl:1: field 'solution' is null"),
+        ('a.jsonl', b'{"problem": "Q", "solution": "none"}', r"a\.jsonl:1: field 'solution' is 'none', which stands"),
         ('a.jsonl', b'{"problem": ["Q"], "answer": 1}', r"a\.jsonl:1: field 'problem' is \[\"Q\"\]"),
         ('a.jsonl', b'{"problem": " ", "answer": 1}', r'a\.jsonl:1: the question is empty'),
         ('a.jsonl', b'{"messages": [{"role": "user"}]}', r"a\.jsonl:1: field 'messages' holds no user"),
