@@ -1,8 +1,7 @@
-"""The pool over HTTP, in SandboxFusion's schema: POST /run_code, GET /v1/ping, GET /metrics.
+"""The pool over HTTP: POST /run_code and GET /v1/ping in SandboxFusion's schema (schema.py); GET /metrics.
 
-Every run is answered with status 200; 422 is a body that cannot be run, 413 one too large, 429
-with Retry-After a full queue, 401 a missing token. Extra keys go both ways: `seed`, `cpu_timeout`
-in; `verdict`, `truncated`, `cpu_time`, `peak_mb`, `signal` out.
+Every run is answered with status 200; 422 is a body that cannot be run, 413 one too large, 429 with Retry-After a full
+queue, 401 a missing token, 503 a pool that cannot run anything, 408 a request that does not come (listener.py).
 """
 
 from __future__ import annotations
@@ -17,19 +16,24 @@ import ipaddress
 import json
 import socket
 from collections.abc import AsyncIterator
-from typing import Annotated
 
 import prometheus_client
-import pydantic
-import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retool_jax.core.errors import UserError
-from retool_jax.core.records import ExecResult, Verdict
-from retool_jax.sandbox.pool import Job, Outcome, Pool, PoolFull, SandboxSettings
+from retool_jax.sandbox import schema
+from retool_jax.sandbox.job import MOST, number
+from retool_jax.sandbox.listener import Listener, Patience
+from retool_jax.sandbox.pool import Outcome, Pool, PoolFull, SandboxSettings
+
+_WANTED = 'a token is needed: Authorization: Bearer TOKEN, or http://any:TOKEN@host in the address'
+_CHALLENGE = {'WWW-Authenticate': 'Bearer, Basic realm="sandbox"'}
+_GONE = Response(status_code=499)  # nobody reads it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,17 +41,27 @@ class ServerSettings:
     """Where the server listens and what a request may ask for."""
 
     host: str = '127.0.0.1'  # anything else needs a token
-    port: int = 8080  # 0: any free one
+    port: int = 8080
+    metrics_port: int = 0  # /metrics without the token, on a port of its own; 0: none
     token: str = ''  # '' asks for none
-    max_timeout_s: float = 60.0  # a larger run_timeout is cut to this
-    max_memory_mb: float = 4096.0
+    max_timeout_s: float = 60.0  # a larger run_timeout or cpu_timeout is cut to this, and the answer says so
+    max_memory_mb: float = 4096.0  # the same for memory_limit_MB
     max_body_bytes: int = 32 << 20
     drain_s: float = 60.0  # after SIGTERM, for what runs
+    patience: Patience = dataclasses.field(default_factory=Patience)
 
     def __post_init__(self):
         if not self.token and not _is_loopback(self.host):
             raise UserError(f'host={self.host!r}: reachable by others, so a token is needed '
                             '(environment variable RETOOL_SANDBOX_TOKEN)')
+        try:
+            number('max_timeout_s', self.max_timeout_s, MOST['wall_s'])
+            number('max_memory_mb', self.max_memory_mb, MOST['memory_mb'])
+            number('drain_s', self.drain_s or 1, MOST['wall_s'])
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if self.metrics_port and self.metrics_port == self.port:
+            raise UserError(f'metrics_port={self.metrics_port} is the port of the server itself; choose another')
 
 
 def _is_loopback(host: str) -> bool:
@@ -57,76 +71,11 @@ def _is_loopback(host: str) -> bool:
         return host == 'localhost'
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):  # not pydantic's str: it refuses lone surrogates, which Python code may hold
-        raise ValueError('must be a string')
-    return value
+class Reply(JSONResponse):
+    """JSON in ASCII: lone surrogates, which names of files may hold, pass as escapes."""
 
-
-def _content(value: object) -> bytes:
-    try:
-        return base64.b64decode(_text(value), validate=True)
-    except binascii.Error:
-        raise ValueError('must be base64') from None
-
-
-Seconds = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
-
-
-class RunCode(pydantic.BaseModel):
-    """The body of /run_code."""
-
-    code: Annotated[str, pydantic.PlainValidator(_text)]
-    language: str = 'python'
-    compile_timeout: Seconds = 10.0
-    run_timeout: Seconds = 10.0
-    memory_limit_MB: float = -1  # the schema's spelling
-    stdin: str | None = ''
-    files: dict[str, Annotated[bytes, pydantic.PlainValidator(_content)] | None] = {}
-    fetch_files: list[str] = []
-    seed: int = 0
-    cpu_timeout: Seconds | None = None  # CPU seconds; without it run_timeout bounds both
-
-    @pydantic.field_validator('language')
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in ('python', 'python3', 'pytest'):
-            raise ValueError('only python is run here')
-        return value
-
-    def job(self, settings: ServerSettings) -> Job:
-        """What the pool is asked to do."""
-        wall_s = min(self.run_timeout, settings.max_timeout_s)
-        return Job(
-            code=self.code, seed=self.seed, stdin=(self.stdin or '').encode('utf-8', 'surrogatepass'),
-            files={name: content for name, content in self.files.items() if content is not None},
-            fetch=tuple(self.fetch_files), wall_s=wall_s, cpu_s=min(self.cpu_timeout or wall_s, wall_s),
-            memory_mb=min(self.memory_limit_MB, settings.max_memory_mb) if self.memory_limit_MB > 0 else None)
-
-
-def reply(outcome: Outcome, name: str) -> dict:
-    """An outcome in the schema's words."""
-    result = outcome.result
-    if result.verdict is Verdict.SANDBOX_ERROR:
-        return {'status': 'SandboxError', 'message': result.stderr or 'the sandbox failed', 'compile_result': None,
-                'run_result': None, 'executor_pod_name': name, 'files': {}, 'verdict': str(result.verdict)}
-    timed_out = result.verdict is Verdict.TIMEOUT
-    return {
-        'status': 'Success' if result.verdict is Verdict.OK else 'Failed', 'message': '', 'compile_result': None,
-        'run_result': {
-            'status': 'TimeLimitExceeded' if timed_out else 'Finished', 'execution_time': result.wall_s,
-            'return_code': None if timed_out else _return_code(result),
-            'stdout': result.stdout, 'stderr': result.stderr},
-        'executor_pod_name': name,
-        'files': {path: base64.b64encode(content).decode() for path, content in outcome.files.items()},
-        'verdict': str(result.verdict), 'truncated': result.truncated, 'cpu_time': result.cpu_s,
-        'peak_mb': result.peak_mb, 'signal': result.signal}
-
-
-def _return_code(result: ExecResult) -> int:
-    if result.exit_code is not None:
-        return result.exit_code
-    return -(result.signal or 9)  # as subprocess says it; killed for memory or output: SIGKILL
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, separators=(',', ':')).encode()
 
 
 class Metrics:
@@ -146,61 +95,139 @@ class Metrics:
             gauge.set_function(lambda key=key: pool.stats().get(key, 0))
 
 
-def make_app(pool: Pool, settings: ServerSettings) -> Starlette:
-    """The application over a pool that it starts and closes."""
-    metrics = Metrics(pool)
-    name = socket.gethostname()
+class Service:
+    """What the routes do, over a pool that the application starts and closes."""
 
-    def refuse(status: int, message: str, headers: dict | None = None) -> Response:
-        metrics.refused.labels(str(status)).inc()
-        return JSONResponse({'detail': message}, status, headers)
+    def __init__(self, pool: Pool, settings: ServerSettings):
+        self.pool, self.settings = pool, settings
+        self.metrics = Metrics(pool)
+        self._name = socket.gethostname()
+        self._reading = 0  # bytes of all bodies on their way in
+        self._most_reading = max(pool.settings.queue_mb << 20, settings.max_body_bytes)
 
-    def authorized(request: Request) -> bool:
-        given = request.headers.get('authorization', '').removeprefix('Bearer ')
-        return not settings.token or hmac.compare_digest(given.encode(), settings.token.encode())
+    def refuse(self, status: int, message: str, headers: dict | None = None) -> Response:
+        """A request that is not run, counted."""
+        self.metrics.refused.labels(str(status)).inc()
+        return Reply({'detail': message}, status, headers)
 
-    async def run_code(request: Request) -> Response:
-        if not authorized(request):
-            return refuse(401, 'a token is needed: Authorization: Bearer …', {'WWW-Authenticate': 'Bearer'})
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > settings.max_body_bytes:
-                return refuse(413, f'the body is larger than {settings.max_body_bytes} bytes')
+    async def run_code(self, request: Request) -> Response:
+        """POST /run_code."""
+        if not authorized(request, self.settings.token):
+            return self.refuse(401, _WANTED, _CHALLENGE)
+        request.scope['state']['known'] = True  # listener.py: the last to make room
         try:
-            job = RunCode.model_validate(json.loads(bytes(body))).job(settings)
-        except (pydantic.ValidationError, ValueError, RecursionError) as error:
-            return refuse(422, _explain(error))
-        try:
-            future = asyncio.wrap_future(pool.submit_job(job))
-        except PoolFull:
-            return refuse(429, 'the queue is full', {'Retry-After': '1'})
-        outcome = await _unless_gone(request, future)
+            body = await self._read(request)
+            if isinstance(body, Response):
+                return body
+            job, cut = schema.read(body).job(self.settings.max_timeout_s, self.settings.max_memory_mb)
+            del body  # what waits is held once, by the pool
+            future = asyncio.wrap_future(self.pool.submit_job(job))
+            del job
+            outcome = await _unless_gone(request, future)
+        except ClientDisconnect:
+            return _GONE
+        except PoolFull as full:
+            return self.refuse(429, str(full), {'Retry-After': '1'})
+        except ValueError as error:
+            return self.refuse(422, str(error))
+        except RuntimeError as error:  # the pool is broken or closed, and says why
+            return self.refuse(503, str(error))
+        except asyncio.CancelledError:  # drain_s is over
+            return self.refuse(503, 'the server ends')
         if outcome is None:
-            return Response(status_code=499)  # nobody reads it
-        metrics.runs.labels(str(outcome.result.verdict)).inc()
-        metrics.seconds.observe(outcome.result.wall_s)
-        return JSONResponse(reply(outcome, name))
+            return _GONE
+        self.metrics.runs.labels(str(outcome.result.verdict)).inc()
+        self.metrics.seconds.observe(outcome.result.wall_s)
+        return Reply(schema.reply(outcome, self._name, cut))
 
-    async def ping(_: Request) -> Response:
-        return JSONResponse('pong')
+    async def _read(self, request: Request) -> bytes | Response:
+        """The body, or the refusal of one that is too large, alone or with the others on their way."""
+        most = self.settings.max_body_bytes
+        announced = int(request.headers.get('content-length', 0))  # h11 has seen that it is one number
+        body, size = bytearray(), announced
+        self._reading += size
+        try:
+            if self._reading > self._most_reading and self._reading > size:
+                return self.refuse(429, 'too many bodies are on their way', {'Retry-After': '1'})
+            if size > most:
+                return self.refuse(413, f'the body is larger than {most} bytes')
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > size:  # in chunks, of no announced length
+                    self._reading += len(body) - size
+                    size = len(body)
+                    if size > most:
+                        return self.refuse(413, f'the body is larger than {most} bytes')
+                    if self._reading > self._most_reading:
+                        return self.refuse(429, 'too many bodies are on their way', {'Retry-After': '1'})
+            return bytes(body)
+        finally:
+            self._reading -= size
 
-    async def show_metrics(request: Request) -> Response:
-        if not authorized(request):
-            return refuse(401, 'a token is needed: Authorization: Bearer …', {'WWW-Authenticate': 'Bearer'})
-        return PlainTextResponse(prometheus_client.generate_latest(metrics.registry),
+    async def ping(self, _: Request) -> Response:
+        """GET /v1/ping: 503 where no snippet can run."""
+        reason = self.pool.ailing()
+        return Reply({'detail': reason}, 503) if reason else Reply('pong')
+
+    async def show_metrics(self, request: Request) -> Response:
+        """GET /metrics on the server's port."""
+        if not authorized(request, self.settings.token):
+            return self.refuse(401, _WANTED, _CHALLENGE)
+        return await self.scrape(request)
+
+    async def scrape(self, _: Request) -> Response:
+        """GET /metrics on a port of its own, where who may ask is the network's business."""
+        return PlainTextResponse(prometheus_client.generate_latest(self.metrics.registry),
                                  media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
+    async def turn_away(self, _: Request, error: HTTPException) -> Response:
+        """What there is no route for."""
+        return self.refuse(error.status_code, f'{error.detail}: this server does POST /run_code, GET /v1/ping and GET '
+                           f'/metrics; languages: {", ".join(schema.LANGUAGES)}', error.headers)
+
     @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        await asyncio.to_thread(pool.start)
+    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        """The pool lives as long as the application."""
+        await asyncio.to_thread(self.pool.start)
         try:
             yield
         finally:
-            await asyncio.to_thread(pool.close)
+            await asyncio.to_thread(self.pool.close)
 
-    return Starlette(lifespan=lifespan, routes=[
-        Route('/run_code', run_code, methods=['POST']), Route('/v1/ping', ping), Route('/metrics', show_metrics)])
+
+def authorized(request: Request, token: str) -> bool:
+    """Whether a request carries the token: as a bearer's, or as the password of HTTP Basic with any user."""
+    if not token:
+        return True
+    given = [value for name, value in request.headers.raw if name == b'authorization']
+    scheme, _, secret = (given[0] if len(given) == 1 else b'').strip().partition(b' ')
+    secret = secret.strip()
+    if scheme.lower() == b'basic':
+        try:
+            secret = base64.b64decode(secret, validate=True).partition(b':')[2]
+        except binascii.Error:
+            return False
+    elif scheme.lower() != b'bearer':
+        return False
+    return hmac.compare_digest(secret, token.encode())
+
+
+def make_app(pool: Pool, settings: ServerSettings) -> ASGIApp:
+    """The application over a pool that it starts and closes."""
+    service = Service(pool, settings)
+    handlers = {HTTPException: service.turn_away}
+    main = Starlette(lifespan=service.lifespan, exception_handlers=handlers, routes=[
+        Route('/run_code', service.run_code, methods=['POST']), Route('/v1/ping', service.ping),
+        Route('/metrics', service.show_metrics)])
+    scraped = Starlette(exception_handlers=handlers, routes=[Route('/metrics', service.scrape)])
+    for app in (main, scraped):
+        app.router.redirect_slashes = False
+
+    async def by_port(scope: Scope, receive: Receive, send: Send) -> None:
+        on_own_port = scope['type'] == 'http' and scope['server'][1] == settings.metrics_port
+        await (scraped if on_own_port else main)(scope, receive, send)
+
+    return by_port
 
 
 async def _unless_gone(request: Request, future: asyncio.Future) -> Outcome | None:
@@ -218,32 +245,28 @@ async def _unless_gone(request: Request, future: asyncio.Future) -> Outcome | No
         future.cancel()
 
 
-def _explain(error: Exception) -> str:
-    if isinstance(error, pydantic.ValidationError):
-        return '; '.join(f'{".".join(map(str, e["loc"])) or "body"}: {e["msg"]}' for e in error.errors(
-            include_url=False, include_context=False, include_input=False))
-    return f'the body is no JSON object: {error}'
-
-
-def open_port(server: ServerSettings) -> socket.socket:
-    """The listening socket, before anything is started; ValueError where the address cannot be had."""
-    family = socket.AF_INET6 if ':' in server.host else socket.AF_INET
+def open_port(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything is started; ValueError where the address cannot be had."""
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((server.host, server.port))
+        listening.bind((host, port))
     except OSError as error:
         listening.close()
-        raise UserError(f'{server.host}:{server.port}: {error.strerror}; choose another --port or --host') from None
+        raise UserError(f'{host}:{port}: {error.strerror}; choose another --port or --host') from None
     listening.set_inheritable(True)
     return listening
 
 
 def serve(server: ServerSettings, sandbox: SandboxSettings) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what runs."""
-    listening = open_port(server)
-    app = make_app(Pool(sandbox), server)
-    config = uvicorn.Config(app, host=server.host, port=server.port, access_log=False, log_level='info', lifespan='on',
-                            backlog=4096, timeout_keep_alive=75, timeout_graceful_shutdown=int(server.drain_s))
-    with listening:
-        uvicorn.Server(config).run(sockets=[listening])
+    if sandbox.memory_mb > server.max_memory_mb:
+        raise UserError(f'memory_mb={sandbox.memory_mb} of a snippet that names none exceeds max_memory_mb='
+                        f'{server.max_memory_mb:g}; raise this or lower that')
+    with contextlib.ExitStack() as stack:
+        ports = (server.port, server.metrics_port) if server.metrics_port else (server.port,)
+        sockets = [stack.enter_context(open_port(server.host, port)) for port in ports]
+        app = make_app(Pool(sandbox), server)
+        Listener(app, server.patience, access_log=False, log_level='info', lifespan='on',
+                 timeout_graceful_shutdown=int(server.drain_s)).run(sockets=sockets)
