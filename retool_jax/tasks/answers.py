@@ -1,6 +1,6 @@
-r"""Where an answer is in a text, and when two answers are the same string or the same integer.
+r"""Where an answer is in a text, and when two answers are for certain the same string or the same integer.
 
-Anything beyond that (fractions, sets, radicals…) is for `grader`'s child process to decide.
+Anything beyond that (fractions, sets, radicals, words…) is for `grader`'s child process to decide.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ import re
 
 _TOKEN = re.compile(r'\\boxed\s*\{|\\.|[{}]', re.DOTALL)  # `\{` and `\\` are one unit each
 _INTEGER = re.compile(r'[+-]?[0-9]+')
-_SPACING = re.compile(r'\\[!,;:> ]|\\q?quad\b|~|\s+')
+_NO_SPACE = re.compile(r'(?<!\\)\\!\s*')
+_SPACING = re.compile(r'(?:(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~|\s)+')
+_GROUPS = re.compile(r'(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d|,\d)')  # 1 000 is 1000, and 3 4 is not 34
+_COMMAS = re.compile(r'[+-]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?')
 _DELIMITERS = (('$$', '$$'), ('$', '$'), (r'\(', r'\)'), (r'\[', r'\]'))
 
 
@@ -41,7 +44,8 @@ def normalise(answer: str) -> str:
     r"""One spelling for answers that differ only in typesetting.
 
     Outer dollar signs, spacing, `\left` and `\right`, the final full stop, and the size of a fraction
-    (`\dfrac`) carry no meaning; the typographic minus is a minus.
+    (`\dfrac`) carry no meaning; the typographic minus is a minus. Groups of three digits are one number; other
+    numbers side by side stay two.
     """
     answer = answer.strip()
     for left, right in _DELIMITERS:
@@ -49,10 +53,13 @@ def normalise(answer: str) -> str:
             answer = answer[len(left) : -len(right)]
     answer = re.sub(r'\\[dt]frac\b', r'\\frac', answer)
     answer = re.sub(r'\\(?:left|right)(?![a-zA-Z])', '', answer)
-    answer = _SPACING.sub(' ', answer).replace('\N{MINUS SIGN}', '-')
-    # A space matters only between two letters or after a command: `\pi r` is not `\pir`.
-    answer = re.sub(r'(?<![a-zA-Z]) | (?![a-zA-Z])', '', answer)
-    return answer[:-1] if answer.endswith('.') else answer
+    answer = _SPACING.sub(' ', _NO_SPACE.sub('', answer)).replace('\N{MINUS SIGN}', '-')
+    answer = _GROUPS.sub(lambda m: m[0].replace(' ', ''), answer)
+    # A space matters between letters and digits alone: `\pi r` is not `\pir`, 1 1/2 is not 11/2.
+    answer = answer.removesuffix('.').rstrip()
+    if _COMMAS.fullmatch(answer):
+        return answer.replace(',', '').replace('{}', '')
+    return re.sub(r'(?<![a-zA-Z0-9.]) | (?![a-zA-Z0-9.])', '', answer)
 
 
 def integer(answer: str) -> str | None:

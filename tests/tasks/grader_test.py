@@ -12,7 +12,7 @@ import pytest
 
 from retool_jax.tasks.grader import Grader, Verdict, shape
 
-from .answer_pairs import EQUAL, KNOWN_MISSES, PAIRS, UNEQUAL
+from .answer_pairs import EQUAL, PAIRS, UNEQUAL
 
 MATH500 = pathlib.Path(__file__).parents[3] / 'shared/data/math500.jsonl'
 
@@ -45,7 +45,6 @@ def test_a_hundred_pairs_half_of_them_unequal_are_judged_right(grader):
     rewards = grader.grade_many([_text(a) for a, _, _ in PAIRS], [b for _, b, _ in PAIRS])
     wrong = [pair for pair, reward in zip(PAIRS, rewards) if reward.correct != pair[2]]
     assert not wrong
-    assert not any(grader.equal(a, b) for a, b in KNOWN_MISSES)
 
 
 @pytest.mark.skipif(not MATH500.is_file(), reason='no MATH-500 file')
@@ -84,7 +83,7 @@ def test_a_megabyte_of_latex_reaches_the_child_and_is_cut_off_where_no_length_is
 
 def test_an_answer_that_needs_too_much_memory_is_wrong_and_the_judge_lives_on():
     with Grader(time_limit_s=60, memory_mb=256) as grader:
-        assert not grader.equal('(x+1)^{1000000}', r'\sqrt{7}')  # more than 500 MB where it is let
+        assert not grader.equal(r'\sum_{k=1}^{9} 2^{300000000 k}', r'\sqrt{7}')  # 340 MB where it is let
         judge = grader._children[0].process.pid
         worker = pathlib.Path(f'/proc/{judge}/task/{judge}/children').read_text().split()[0]
         peak_kb = pathlib.Path(f'/proc/{worker}/status').read_text().split('VmPeak:')[1].split()[0]
@@ -177,9 +176,10 @@ def test_bad_settings_are_refused_by_name():
 
 def test_neither_the_grader_nor_its_child_imports_heavy_libraries():
     script = (
-        'import sys, retool_jax.tasks.grader, retool_jax.tasks.judge, math_verify\n'
+        'import sys, retool_jax.tasks.grader\n'
         'from retool_jax.tasks.judge import verify\n'
-        'assert verify(math_verify, {"answer": "1/2", "gold": "0.5"})["equal"]\n'
+        'assert verify({"answer": "1/2", "gold": "0.5"})["equal"]\n'
+        'assert verify({"answer": r"\\sum_{k=1}^{3} k", "gold": "6"})["equal"]\n'
         'assert not {"jax", "transformers", "matplotlib", "torch"} & set(sys.modules)'
     )
     subprocess.run([sys.executable, '-c', script], check=True, cwd=pathlib.Path(__file__).parents[2])
