@@ -1,4 +1,7 @@
-"""Attention over whole sequences (training) and over a KV cache (sampling)."""
+"""Attention over whole sequences (training) and over a KV cache (sampling).
+
+Queries come scaled, q·H^-½ (layers.rotate): no form scales them again.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ MASKED = -1e30  # finite, so that a fully masked (padding) row stays free of NaN
 
 
 def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
-    """Scaled dot products in f32, [B, K, G, T, S]."""
+    """Dot products in f32, [B, K, G, T, S]."""
     b, t, n, h = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     q = q_BTNH.reshape(b, t, kv_heads, n // kv_heads, h)
-    return jnp.einsum('BTKGH,BSKH->BKGTS', q, k_BSKH, preferred_element_type=jnp.float32) * h**-0.5
+    return jnp.einsum('BTKGH,BSKH->BKGTS', q, k_BSKH, preferred_element_type=jnp.float32)
 
 
 def _mix(score_BKGTS: jax.Array, mask_BTS: jax.Array, v_BSKH: jax.Array) -> jax.Array:
@@ -99,7 +102,7 @@ def cached(q_BCNH: Float[Array, 'B C N H'], k_BKSH: KV, v_BKSH: KV,
         scores = scores * k_scale[:, :, None]
     mask_BCS = jnp.arange(slots) <= positions_BC[:, :, None]
     mask = jnp.repeat(mask_BCS, n // kv_heads, axis=1)[:, None]
-    probs = jax.nn.softmax(jnp.where(mask, scores * h**-0.5, MASKED), axis=-1)
+    probs = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
     if v_scale is not None:
         probs = probs * v_scale[:, :, None]
     out = jnp.einsum('BKXS,BKSH->BKXH', probs.astype(q.dtype), v.astype(q.dtype))

@@ -160,21 +160,30 @@ def unembed(params: Params, x_BD: Float[Array, '*rows D']) -> Float[Array, '*row
 
 
 def to_sampling(config: ModelConfig, params: Params, dtype=jnp.float32) -> Params:
-    """Training layout → sampling layout, in `dtype`; a jit on the same devices."""
+    """Training layout → sampling layout, in `dtype` but for the gains of norms (f32); a jit on the same devices."""
     layers = [sampling_layer(params['layers'], i, dtype) for i in range(config.num_hidden_layers)]
     return sampling_ends(params, dtype) | {'layers': layers}
 
 
 def sampling_layer(layers: Params, i: int | jax.Array, dtype=jnp.float32) -> Params:
     """Layer `i` of the training layout's stack as the sampling layout has it."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False).astype(dtype), layers)
+    return _cast(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), layers), dtype)
 
 
 def sampling_ends(params: Params, dtype=jnp.float32) -> Params:
     """The sampling layout but for its layers: embeddings, last norm, head."""
-    cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
-    return {'embed_tokens': cast(params['embed_tokens']), 'norm': cast(params['norm']),
-            'lm_head': {'weight': head_weight(params).astype(dtype)}}
+    ends = {'embed_tokens': params['embed_tokens'], 'norm': params['norm'], 'lm_head': {'weight': head_weight(params)}}
+    return _cast(ends, dtype)
+
+
+def _cast(params: Params, dtype) -> Params:
+    """Weights as the trainer's forward pass reads them: the gains of norms, which multiply in f32, stay f32.
+
+    Everything else is cast where the trainer uses it, to the same bits. Gains of bf16 raised the deviation between
+    sampler and trainer from 1.8e-3 to 2.9e-3 as soon as training had moved them.
+    """
+    gain = lambda path: any('norm' in entry.key for entry in path)
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if gain(path) else x.astype(dtype), params)
 
 
 def extend(config: ModelConfig, params: Params, cache: KVCache, tokens_BC: Int[Array, 'B C'], count_B: Int[Array, ' B'],

@@ -1,6 +1,6 @@
 """Fused attention of the accelerators: splash attention on TPU, cuDNN on GPU.
 
-Neither holds a matrix of scores, forwards or backwards.
+Neither holds a matrix of scores, forwards or backwards. Queries come scaled, q·H^-½ (layers.rotate).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def splash(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_B
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-    length, size = q_BTNH.shape[1], q_BTNH.shape[3]
+    length = q_BTNH.shape[1]
     block = next((b for b in BLOCKS if length % b == 0), None)
     if block is None:
         raise UserError(f'forward.attention: splash needs rows of a multiple of {LANES} tokens, not {length}; '
@@ -44,7 +44,7 @@ def splash(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_B
         mask = kernels.MultiHeadMask([kernels.CausalMask((length, length))] * q_BTNH.shape[2])
         kernel = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
         heads_first = lambda x: jnp.moveaxis(x, 2, 1)
-        q, k, v = (heads_first(x) for x in (q_BTNH * size**-0.5, k_BTKH, v_BTKH))
+        q, k, v = (heads_first(x) for x in (q_BTNH, k_BTKH, v_BTKH))
         out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, kernels.SegmentIds(s, s)))(q, k, v, segment_ids_BT)
         return jnp.moveaxis(out, 1, 2)
     return _on_each_device(local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
@@ -63,8 +63,9 @@ def cudnn(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_BT
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         length_B = (segment_ids_BT == 1).sum(axis=1, dtype=jnp.int32)
-        out = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, query_seq_lengths=length_B,
-                                           key_value_seq_lengths=length_B, implementation=implementation)
+        out = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, scale=1.0, is_causal=True,
+                                           query_seq_lengths=length_B, key_value_seq_lengths=length_B,
+                                           implementation=implementation)
         segment_BTNH = segment_ids_BT[:, :, None, None]  # the kernel leaves what it likes at padding
         return jnp.where(segment_BTNH == 1, out, jnp.where(segment_BTNH == 0, 0, jnp.nan)).astype(out.dtype)
     return _on_each_device(local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)

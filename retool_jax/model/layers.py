@@ -17,7 +17,7 @@ from retool_jax.model.config import Llama3Scaling, ModelConfig, YarnScaling
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH, k_BTKH, v_BTKH → BTNH
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH times H^-½, k_BTKH, v_BTKH → BTNH
 
 
 def declare(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float = 0.0,
@@ -78,7 +78,7 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH = constrain(rotate(q_BTNH, rope), 'batch', None, 'heads', None)
+        q_BTNH = constrain(rotate(q_BTNH, rope, q_BTNH.shape[-1] ** -0.5), 'batch', None, 'heads', None)
         return self.o_proj(attend(q_BTNH, rotate(k_BTKH, rope), v_BTKH))
 
 
@@ -169,8 +169,12 @@ def _stretch(config: ModelConfig, yarn: YarnScaling, period: np.ndarray) -> tupl
 
 
 def rotate(x_BTNH: Float[Array, 'B T N H'], rope: tuple[Float[Array, 'B T half'], Float[Array, 'B T half']],
-           ) -> Float[Array, 'B T N H']:
-    """Rotary embedding, halves convention (dimension i pairs with i + H/2)."""
+           scale: float = 1.0) -> Float[Array, 'B T N H']:
+    """Rotary embedding, halves convention (dimension i pairs with i + H/2), times `scale`.
+
+    Computed in f32 and rounded once: a scale applied after the cast is rounded again, by some kernels and not by
+    others (H^-½ of 128 is no power of two).
+    """
     cos, sin = (t[:, :, None, :] for t in rope)
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    return (jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1) * scale).astype(x_BTNH.dtype)

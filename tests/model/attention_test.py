@@ -15,15 +15,15 @@ PACKED = np.array([[1] * 7 + [2] * 13 + [0] * 4, [1] * 24, [1] * 3 + [2] * 5 + [
 
 
 def reference(q_BTNH, k_BSKH, v_BSKH, allowed_BTS) -> np.ndarray:
-    """Float64, one head and one query at a time."""
+    """Float64, one head and one query at a time; queries come scaled."""
     q, k, v = (np.asarray(x, np.float64) for x in (q_BTNH, k_BSKH, v_BSKH))
-    b, t, n, h = q.shape
+    b, t, n, _ = q.shape
     group, out = n // k.shape[2], np.zeros(q.shape)
     for row in range(b):
         for head in range(n):
             for i in range(t):
                 keys = np.flatnonzero(allowed_BTS[row, i])
-                score = k[row, keys, head // group] @ q[row, i, head] / np.sqrt(h)
+                score = k[row, keys, head // group] @ q[row, i, head]
                 weight = np.exp(score - score.max())
                 out[row, i, head] = weight / weight.sum() @ v[row, keys, head // group]
     return out
@@ -31,8 +31,8 @@ def reference(q_BTNH, k_BSKH, v_BSKH, allowed_BTS) -> np.ndarray:
 
 def inputs(heads, kv_heads, head_dim=8, length=24, slots=None, dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
-    make = lambda t, n: jnp.asarray(rng.normal(size=(3, t, n, head_dim)), dtype)
-    return make(length, heads), make(slots or length, kv_heads), make(slots or length, kv_heads)
+    make = lambda t, n, scale=1.0: jnp.asarray(scale * rng.normal(size=(3, t, n, head_dim)), dtype)
+    return (make(length, heads, head_dim ** -0.5), make(slots or length, kv_heads), make(slots or length, kv_heads))
 
 
 def allowed(segment_ids_BT) -> np.ndarray:

@@ -28,7 +28,8 @@ twin = functools.partial(kernels.cudnn, implementation='xla')
 
 def inputs(rows=2, heads=4, kv_heads=2, head_dim=64, dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(size=(rows, LENGTH, n, head_dim)), dtype) for n in (heads, kv_heads, kv_heads)]
+    return [jnp.asarray(scale * rng.normal(size=(rows, LENGTH, n, head_dim)), dtype)
+            for n, scale in ((heads, head_dim ** -0.5), (kv_heads, 1.0), (kv_heads, 1.0))]
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 5e-6), (jnp.bfloat16, 3e-2)])
