@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -17,6 +18,8 @@ from retool_jax.rollout.engine import Engine, Request
 from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template, final_text, prompt_ids
 from retool_jax.text.tokenizer import Tokenizer
+
+type Equal = Callable[[str, str], bool]
 
 RESAMPLES = 2000  # of the bootstrap
 LONGEST_ANSWER = 200  # characters kept in summary.json
@@ -67,18 +70,45 @@ def pass_at(k: int, correct: int, samples: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def winners(episodes: Sequence[Episode]) -> list[str]:
-    """The most frequent answers of one problem, the first written first; none where nobody answered."""
-    votes = collections.Counter(e.reward.answer for e in episodes if e.reward.answer)
-    most = max(votes.values(), default=0)
-    return [answer for answer, count in votes.items() if count == most]
+def count_votes(episodes: Sequence[Episode], equal: Equal) -> list[list[Episode]]:
+    """The samples of one problem that answered, those of equal answers together, the first written first.
+
+    Right ones are equal to the gold answer and so to each other; a wrong one joins the first wrong one that it equals.
+    """
+    answers: list[list[Episode]] = []
+    for episode in episodes:
+        reward = episode.reward
+        if not reward.answer:
+            continue
+        joined = next((given for given in answers if given[0].reward.correct == reward.correct and (
+            reward.correct or equal(reward.answer, given[0].reward.answer))), None)
+        if joined is None:
+            answers.append(joined := [])
+        joined.append(episode)
+    return answers
 
 
-def majority(episodes: Sequence[Episode]) -> float:
-    """Whether the most frequent answer of one problem is right; ties share."""
-    found = winners(episodes)
-    right = {e.reward.answer for e in episodes if e.reward.correct}
-    return sum(answer in right for answer in found) / max(len(found), 1)
+def winners(episodes: Sequence[Episode], equal: Equal) -> list[Episode]:
+    """The first of each of the most frequent answers of one problem; none where nobody answered."""
+    votes = count_votes(episodes, equal)
+    most = max(map(len, votes), default=0)
+    return [given[0] for given in votes if len(given) == most]
+
+
+def majority(episodes: Sequence[Episode], equal: Equal | None = None) -> float:
+    """Whether the most frequent answer of one problem is right; ties share. `equal` as in `summarise`."""
+    with _judging(equal) as equal:
+        found = winners(episodes, equal)
+    return sum(e.reward.correct for e in found) / max(len(found), 1)
+
+
+@contextlib.contextmanager
+def _judging(equal: Equal | None) -> Iterator[Equal]:
+    if equal is not None:
+        yield equal
+        return
+    with Grader() as grader:
+        yield grader.equal
 
 
 def interval(values: Sequence[float], seed: int = 0) -> list[float]:
@@ -90,14 +120,15 @@ def interval(values: Sequence[float], seed: int = 0) -> list[float]:
     return [float(x) for x in np.quantile(means, [0.025, 0.975])]
 
 
-def summarise(episodes: Sequence[Episode]) -> dict:
+def summarise(episodes: Sequence[Episode], equal: Equal | None = None) -> dict:
     """Scores and statistics of graded episodes; every problem must have the same number of samples.
 
     Returns {k, problems, avg, pass, maj, exact, lenient, …}, shares in [0, 1]: `avg` is avg@k by equivalence,
     `exact` and `lenient` the same by equal strings and by the authors' rule, `pass_at` pass@j for j up to k;
     `ci` is the interval of avg, `NAME_ci` that of another; `families` maps each family to its avg, `verdicts`
     and `stops` count calls and episodes, `by_problem` has a record for each problem. No clock enters: the
-    same episodes give the same summary. Errors: ValueError for unequal numbers of samples.
+    same episodes give the same summary. `equal(answer, other)` says which answers are one vote (`Grader.equal`);
+    None: a grader of its own. Errors: ValueError for unequal numbers of samples.
     """
     by_problem: dict[str, list[Episode]] = collections.defaultdict(list)
     for episode in episodes:
@@ -106,7 +137,8 @@ def summarise(episodes: Sequence[Episode]) -> dict:
     if len(samples) != 1:
         raise ValueError(f'evaluation: problems have {sorted(samples)} samples; all must have the same number')
     k = samples.pop()
-    records = {name: _record(group) for name, group in by_problem.items()}
+    with _judging(equal) as equal:
+        records = {name: _record(group, equal) for name, group in by_problem.items()}
     column = lambda name: [record[name] for record in records.values()]
     mean = lambda pick: float(np.mean([float(pick(e)) for e in episodes]))
     families: dict[str, list[float]] = collections.defaultdict(list)
@@ -134,13 +166,15 @@ def summarise(episodes: Sequence[Episode]) -> dict:
     }
 
 
-def _record(group: Sequence[Episode]) -> dict:
+def _record(group: Sequence[Episode], equal: Equal) -> dict:
     """What is known of one problem: shares of its samples, the gold answer and the most frequent one."""
     share = lambda pick: float(np.mean([float(pick(e)) for e in group]))
+    found = winners(group, equal)
     return {
-        'avg': share(lambda e: e.reward.correct), 'maj': majority(group), 'exact': share(lambda e: e.reward.exact),
+        'avg': share(lambda e: e.reward.correct), 'maj': sum(e.reward.correct for e in found) / max(len(found), 1),
+        'exact': share(lambda e: e.reward.exact),
         'lenient': share(lambda e: e.reward.lenient), 'gold': group[0].problem.answer,
-        'answer': (winners(group) or [''])[0][:LONGEST_ANSWER], 'family': group[0].problem.family,
+        'answer': found[0].reward.answer[:LONGEST_ANSWER] if found else '', 'family': group[0].problem.family,
         'code': share(lambda e: any(c.code for c in e.calls)), 'calls': share(lambda e: len(e.calls)),
         'length': share(lambda e: e.acted_count), 'truncated': share(lambda e: e.stop == Stop.LENGTH),
     }

@@ -141,7 +141,7 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
             made = evaluate.run(engine, sampler.sync(progress.state.params['policy']), step, held_out,
                                 config.validation.samples, language.template, language.tokenizer, grader, step=step)
             keep('episodes', f'val_{step:05d}', made)
-            found = evaluate.summarise(made)
+            found = evaluate.summarise(made, grader.equal)
             score.update({'score': found['avg']})
             return evaluate.as_metrics(pathlib.Path(config.validation.problems).stem, found)
 

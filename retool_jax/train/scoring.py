@@ -58,7 +58,7 @@ def run(config: ConfigDict) -> dict:
         advance = stack.enter_context(assembly.progress(f'evaluate {name}', len(problems) * config.samples))
         episodes = run_kept(engine, sampler.sync(params), problems, config.samples, directory / 'episodes',
                             f'val_{name}', language.template, language.tokenizer, grader, journal, advance)
-    found = {name: evaluate.summarise(episodes)}
+        found = {name: evaluate.summarise(episodes, grader.equal)}
     if faults := found[name]['stops'].get(Stop.FAULT, 0):
         assembly.say(f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
                      'see python -m retool_jax.sandbox.doctor')

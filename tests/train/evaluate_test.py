@@ -1,12 +1,15 @@
 """Evaluation: scores against counting by hand, and intervals."""
 
 import itertools
+import json
+import pathlib
 import random
 
 import numpy as np
 import pytest
 
 from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict
+from retool_jax.tasks.grader import Grader
 from retool_jax.train import evaluate
 from tests.train import small
 
@@ -42,6 +45,43 @@ def test_the_majority_is_the_most_frequent_answer_and_ties_share(answers, expect
     for seed in range(3):
         random.Random(seed).shuffle(episodes)
         assert evaluate.majority(episodes) == pytest.approx(expected)
+
+
+MAJORITY = pathlib.Path(__file__).parents[3] / 'shared/cases/turn2/majority.jsonl'
+
+
+def vote(grader, gold, texts):
+    episodes = [make('p', False) for _ in texts]
+    for episode, reward in zip(episodes, grader.grade_many(texts, [gold] * len(texts))):
+        episode.reward = reward
+    return episodes
+
+
+@pytest.mark.parametrize(('gold', 'answers', 'expected'), [
+    ('0.5', ['0.5', r'\frac{1}{2}', ' 0.5 ', r'\frac12', '2', '2'], 1.0),
+    ('25', ['25', '025', '25 ', '$25$', '7', '7'], 1.0),
+    ('25', ['7', '7.0', '25'], 0.0),
+    ('25', ['7', '7.0', '25', '25.0'], 0.5),
+    ('25', [r'\frac{14}{2}', '7', '8', '25'], 0.0),
+    ('(1,2)', ['(1, 2)', r'\left(1,2\right)', '(2,1)', '(2, 1)', r'(\frac{4}{2},1)'], 0.0),
+    (r'\text{Friday}', ['friday', 'Friday', 'Monday', r'\text{monday}', 'Sunday'], 0.5)])
+def test_equal_answers_are_one_vote_however_they_are_written(gold, answers, expected):
+    with Grader() as grader:
+        episodes = vote(grader, gold, [rf'\boxed{{{answer}}}' for answer in answers])
+        for seed in range(2):
+            random.Random(seed).shuffle(episodes)
+            assert evaluate.majority(episodes, grader.equal) == pytest.approx(expected)
+        found = evaluate.summarise(episodes, grader.equal)['by_problem']['p']
+    assert found['maj'] == pytest.approx(expected)
+    assert found['answer'] in [episode.reward.answer for episode in episodes]
+
+
+@pytest.mark.skipif(not MAJORITY.is_file(), reason='no file of votes')
+def test_votes_that_others_lost_to_spelling_are_counted():
+    rows = [json.loads(line) for line in MAJORITY.read_text().splitlines()]
+    with Grader() as grader:
+        found = [evaluate.majority(vote(grader, row['gold'], row['texts'])) for row in rows]
+    assert rows and found == [row['majority'] for row in rows]
 
 
 def test_an_interval_covers_the_mean_as_the_normal_distribution_would():
