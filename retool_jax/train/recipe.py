@@ -144,7 +144,8 @@ class Story:
                 made = evaluate.run(engine, weights, 0, arithmetic.problems(split, count, seed=self.seed + 7),
                                     self.recipe.samples, self.language.template, self.language.tokenizer, self.grader,
                                     finished=lambda episode: advance())
-                found[split] = evaluate.summarise(made, self.grader.equal) | {'code_ratio_needy': needy_code_ratio(made)}
+                found[split] = evaluate.summarise(made, self.grader.equal)
+                found[split]['code_ratio_needy'] = needy_code_ratio(made)
                 episode_files.write(self.directory / 'episodes', f'val_{name}_{split}', made,
                                     self.language.tokenizer.decode)
         self.log(f'val_{name}', 0, {f'val/{split}/avg@{self.recipe.samples}': s['avg'] for split, s in found.items()})

@@ -47,6 +47,12 @@ def test_the_majority_is_the_most_frequent_answer_and_ties_share(answers, expect
         assert evaluate.majority(episodes) == pytest.approx(expected)
 
 
+@pytest.fixture(scope='module')
+def grader():
+    with Grader() as opened:
+        yield opened
+
+
 MAJORITY = pathlib.Path(__file__).parents[3] / 'shared/cases/turn2/majority.jsonl'
 
 
@@ -65,22 +71,20 @@ def vote(grader, gold, texts):
     ('25', [r'\frac{14}{2}', '7', '8', '25'], 0.0),
     ('(1,2)', ['(1, 2)', r'\left(1,2\right)', '(2,1)', '(2, 1)', r'(\frac{4}{2},1)'], 0.0),
     (r'\text{Friday}', ['friday', 'Friday', 'Monday', r'\text{monday}', 'Sunday'], 0.5)])
-def test_equal_answers_are_one_vote_however_they_are_written(gold, answers, expected):
-    with Grader() as grader:
-        episodes = vote(grader, gold, [rf'\boxed{{{answer}}}' for answer in answers])
-        for seed in range(2):
-            random.Random(seed).shuffle(episodes)
-            assert evaluate.majority(episodes, grader.equal) == pytest.approx(expected)
-        found = evaluate.summarise(episodes, grader.equal)['by_problem']['p']
+def test_equal_answers_are_one_vote_however_they_are_written(grader, gold, answers, expected):
+    episodes = vote(grader, gold, [rf'\boxed{{{answer}}}' for answer in answers])
+    for seed in range(2):
+        random.Random(seed).shuffle(episodes)
+        assert evaluate.majority(episodes, grader.equal) == pytest.approx(expected)
+    found = evaluate.summarise(episodes, grader.equal)['by_problem']['p']
     assert found['maj'] == pytest.approx(expected)
     assert found['answer'] in [episode.reward.answer for episode in episodes]
 
 
 @pytest.mark.skipif(not MAJORITY.is_file(), reason='no file of votes')
-def test_votes_that_others_lost_to_spelling_are_counted():
+def test_votes_that_others_lost_to_spelling_are_counted(grader):
     rows = [json.loads(line) for line in MAJORITY.read_text().splitlines()]
-    with Grader() as grader:
-        found = [evaluate.majority(vote(grader, row['gold'], row['texts'])) for row in rows]
+    found = [evaluate.majority(vote(grader, row['gold'], row['texts'])) for row in rows]
     assert rows and found == [row['majority'] for row in rows]
 
 
