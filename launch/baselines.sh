@@ -34,6 +34,7 @@ torch_python="${RETOOL_PYTHON:-}"
 for found in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.11*/bin/python3 "$(type -P python3.11 || true)" .venv/bin/python; do
     [ -n "$torch_python" ] || { "$found" -c 'import venv, ensurepip' >/dev/null 2>&1 && torch_python="$found"; } || true
 done
-make_env torch "$torch_python" 'torch==2.13.*' 'transformers>=5' safetensors sentencepiece numpy
+make_env torch "$torch_python" 'torch==2.13.*' 'transformers>=5' safetensors sentencepiece numpy \
+    gguf accelerate
 make_env tunix "${RETOOL_PYTHON:-.venv/bin/python}" 'google-tunix==0.1.7'
 echo 'baselines: ready'

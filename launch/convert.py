@@ -1,10 +1,12 @@
-"""Converts weights between Hugging Face directories and checkpoints of this project.
+"""Converts weights between Hugging Face directories and checkpoints of this project, and out of GGUF files.
 
+    python launch/convert.py SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2-135M-Instruct
     python launch/convert.py --to=orbax --source=Qwen2.5-7B --target=checkpoints/qwen2_5_7b
     python launch/convert.py --to=hf --source=runs/ppo/checkpoints --like=Qwen2.5-7B --target=exported
 
-`--like` is a Hugging Face directory whose config.json and tokenizer the export gets. Nothing is
-overwritten. Memory: the weights once, plus the largest tensor.
+The two names are --source and --target; a GGUF file becomes a Hugging Face directory. `--like` is one whose
+config.json and tokenizer an export gets. Nothing is overwritten. Memory: the weights once, plus the largest
+tensor; of a GGUF file 64 MiB of numbers.
 """
 
 import os
@@ -16,24 +18,33 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # no accelerator is needed, and w
 from retool_jax.core import cli, metrics
 
 TO = flags.DEFINE_enum('to', None, ['hf', 'orbax'], 'What to write.')
-SOURCE = flags.DEFINE_string('source', None, 'Directory to read.')
+SOURCE = flags.DEFINE_string('source', None, 'Directory, or GGUF file, to read.')
 TARGET = flags.DEFINE_string('target', None, 'Directory to write; it must be new or empty.')
 LIKE = flags.DEFINE_string('like', None, '--to=hf: Hugging Face directory with config.json and tokenizer.')
 STEP = flags.DEFINE_integer('step', None, '--to=hf: step of the checkpoint; the newest by default.')
 PART = flags.DEFINE_string('part', 'params.policy', '--to=hf: where the weights are in the checkpoint.')
-DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the target; hf: bfloat16, orbax: float32.')
+DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the target; hf: bfloat16, orbax: float32, of a '
+                          'GGUF file what holds its numbers exactly.')
 
 
 def main() -> None:
-    for flag in (TO, SOURCE, TARGET) + ((LIKE,) if TO.value == 'hf' else ()):
+    source = SOURCE.value or ''
+    single = source.endswith('.gguf') or os.path.isfile(source)  # the others are directories
+    for flag in (SOURCE, TARGET) if single else (TO, SOURCE, TARGET) + ((LIKE,) if TO.value == 'hf' else ()):
         if flag.value is None:
             raise cli.UserError(f'--{flag.name} is missing; see --help')
-    from retool_jax.model import config, convert, hf
+    if single and TO.value == 'orbax':
+        raise cli.UserError('--to=orbax: a GGUF file becomes a Hugging Face directory first; leave --to out')
+    from retool_jax.model import config, convert, gguf, hf
 
-    names = hf.leaves(config.load_config(LIKE.value if TO.value == 'hf' else SOURCE.value))
-    with metrics.progress(f'{SOURCE.value} → {TARGET.value}', sum(len(leaf.names) for leaf in names)) as advance:
+    file = gguf.read(SOURCE.value) if single else None
+    sizes = gguf.load_config(file) if file else config.load_config(LIKE.value if TO.value == 'hf' else SOURCE.value)
+    total = sum(len(leaf.names) for leaf in hf.leaves(sizes))
+    with metrics.progress(f'{SOURCE.value} → {TARGET.value}', total) as advance:
         step = lambda done, total: advance()
-        if TO.value == 'orbax':
+        if file:
+            convert.from_gguf(file, TARGET.value, DTYPE.value, step)
+        elif TO.value == 'orbax':
             convert.to_orbax(SOURCE.value, TARGET.value, DTYPE.value or 'float32', step)
         else:
             convert.to_hf(SOURCE.value, TARGET.value, LIKE.value, step=STEP.value, part=PART.value,
@@ -42,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    cli.run_plain(main)
+    cli.run_plain(main, bare=('source', 'target'))

@@ -20,7 +20,7 @@ ROOMS = {  # what a room may import besides itself: rooms, or single modules of 
     'sandbox': {'core.records', 'core.errors', 'core.checks'},  # its children start light
     'text': {'core'},
     'algo': {'core'},
-    'model': {'core'},
+    'model': {'core', 'text.vocabulary'},  # a GGUF file holds both
     'tasks': {'core', 'text'},
     'rollout': {'core', 'text', 'sandbox', 'model'},
     'train': _BELOW_TRAIN,

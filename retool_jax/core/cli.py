@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags, logging
@@ -54,9 +54,12 @@ def run(main: Callable[[ConfigDict], None], *, default_config: str | None = None
     _run(lambda argv: main(parse_config(argv, default_config)), main)
 
 
-def run_plain(main: Callable[[], None]) -> None:
-    """`run` for a binary with flags of its own and no configuration file."""
-    _run(lambda argv: (parse_flags(argv), main())[1], main)
+def run_plain(main: Callable[[], None], bare: Sequence[str] = ()) -> None:
+    """`run` for a binary with flags of its own and no configuration file.
+
+    bare: the flags that arguments without a name stand for, in this order.
+    """
+    _run(lambda argv: (parse_flags(argv, bare=bare), main())[1], main)
 
 
 def command() -> str:
@@ -94,10 +97,10 @@ def parse_config(argv: list[str], default_config: str | None = None) -> ConfigDi
     return config
 
 
-def parse_flags(argv: list[str], keys: dict[str, object] | None = None) -> None:
+def parse_flags(argv: list[str], keys: dict[str, object] | None = None, bare: Sequence[str] = ()) -> None:
     """Parses absl flags; what is unknown or of a wrong type is a UserError.
 
-    `keys` are the configuration's, as `flatten` gives them, to name the type that was expected.
+    `keys` are the configuration's, as `flatten` gives them, to name the type that was expected. bare: `run_plain`.
     """
     try:
         rest = flags.FLAGS(argv)
@@ -109,8 +112,11 @@ def parse_flags(argv: list[str], keys: dict[str, object] | None = None) -> None:
         raise UserError(_one_line(error)) from None
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
-    if len(rest) > 1:
-        raise UserError(f'unexpected argument {rest[1]!r}; flags are written --name=value')
+    unnamed = [name for name in bare if not flags.FLAGS[name].present]
+    if len(rest) > 1 + len(unnamed):
+        raise UserError(f'unexpected argument {rest[1 + len(unnamed)]!r}; flags are written --name=value')
+    for name, value in zip(unnamed, rest[1:]):
+        flags.FLAGS[name].value = value
 
 
 def load_config(spec: str) -> ConfigDict:

@@ -1,9 +1,10 @@
-"""Hugging Face directories to orbax checkpoints and back."""
+"""Hugging Face directories to orbax checkpoints and back, and out of GGUF files."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.model import config as model_config
-from retool_jax.model import decoder, hf
+from retool_jax.model import decoder, gguf, hf
+from retool_jax.text import vocabulary
 
 
 def to_orbax(source: str | os.PathLike, target: str | os.PathLike, dtype=jnp.float32,
@@ -46,6 +48,24 @@ def to_hf(source: str | os.PathLike, target: str | os.PathLike, like: str | os.P
     params = _read(pathlib.Path(source).absolute() / str(steps[-1] if step is None else step), part.split('.'),
                    decoder.abstract_params(config))
     hf.save(target, config, params, dtype, tokenizer_dir=like, progress=progress)
+
+
+def from_gguf(file: gguf.File, target: str | os.PathLike, dtype=None, progress: hf.Progress | None = None) -> None:
+    """Writes a GGUF file as a Hugging Face directory: weights in `dtype`, configuration, tokenizer and chat template.
+
+    dtype: None is bfloat16 for matrices stored as such, else float32, in which every number of the file is exact.
+    Memory: 64 MiB of numbers, and the header. Errors: UserError naming what is missing or not supported, before
+    anything is written.
+    """
+    hf.refuse_existing(target)
+    config = gguf.load_config(file)
+    if dtype is None:
+        matrices = {tensor.kind.name for tensor in file.tensors.values() if len(tensor.shape) > 1}
+        dtype = jnp.bfloat16 if matrices == {'BF16'} else jnp.float32
+    fetch = gguf.fetcher(file, config, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary.save(file.metadata, pathlib.Path(folder), str(file.path))
+        hf.write(target, config, fetch, dtype, folder, progress=progress)
 
 
 def _read(directory: pathlib.Path, part: list[str], wanted):

@@ -16,7 +16,7 @@ import os
 import pathlib
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -284,6 +284,15 @@ def save(directory: str | os.PathLike, config: ModelConfig, params: Params, dtyp
 
     Errors: ValueError where something is in the way, or there is no tokenizer.
     """
+    write(directory, config, lambda leaf, i: [_fetch(params, leaf, i, dtype)], dtype, tokenizer_dir,
+          file_bytes=file_bytes, progress=progress)
+
+
+def write(directory: str | os.PathLike, config: ModelConfig, fetch: Callable[[Leaf, int | None], Iterable[np.ndarray]],
+          dtype, tokenizer_dir: str | os.PathLike | None = None, *, file_bytes: int = 5_000_000_000,
+          progress: Progress | None = None) -> None:
+    """`save` from any source: `fetch(leaf, layer)` gives a tensor as the checkpoint has it, in `dtype`, in one or
+    more parts along its first axis."""
     directory, name = pathlib.Path(directory).absolute(), jnp.dtype(dtype).name
     kinds = {jnp.dtype(kind).name: code for code, kind in DTYPES.items()}
     if name not in kinds:
@@ -308,8 +317,8 @@ def save(directory: str | os.PathLike, config: ModelConfig, params: Params, dtyp
         with open(partial / file if writes else os.devnull, 'wb') as f:
             f.write(_header(part, kinds[name], jnp.dtype(dtype).itemsize))
             for leaf, i in part:
-                host = _fetch(params, leaf, i, dtype)
-                f.write(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
+                for host in fetch(leaf, i):
+                    f.write(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
                 tick()
     if not writes:
         return

@@ -24,11 +24,12 @@ from retool_jax.text import tags
 CONTROL = re.compile(r'<[|｜][^<>\s]+[|｜]>')
 
 # What ends a turn besides the eos_token that the tokenizer's own files name.
-TURN_ENDS = ('<|im_end|>', '<|endoftext|>', '<｜end▁of▁sentence｜>', '</s>')
+TURN_ENDS = ('<|im_end|>', '<|eot_id|>', '<|endoftext|>', '<｜end▁of▁sentence｜>', '</s>')
 
 # Already in normal form C: Qwen's tokenizer composes characters, which is no loss of ours to report.
 PROBES = (
     'a',
+    ''.join(map(chr, range(0x20, 0x7F))),
     ' a',
     'two  spaces, trailing ',
     'line\n\nline\r\n\ttab\n    indented\n',
@@ -209,7 +210,7 @@ def _open_huggingface(path: pathlib.Path):
 
     files.refuse_pointer(path)
     try:
-        fast = tokenizers.Tokenizer.from_str(_with_plain_tags(path.read_text(encoding='utf-8')))
+        fast = tokenizers.Tokenizer.from_str(_made_exact(path.read_text(encoding='utf-8')))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f'tokenizer file {str(path)!r} cannot be read: {_first_line(error)}') from None
     fast.no_truncation()  # settings of another program's batches: a prompt is encoded whole and alone
@@ -235,16 +236,34 @@ def _open_huggingface(path: pathlib.Path):
     return token_bytes, special_ids, encode_text if byte_level else _keep_block(encode_text, token_bytes)
 
 
-def _with_plain_tags(text: str) -> str:
-    """tokenizer.json in which a tag that was added as a special token is an ordinary one: as such it spells its bytes,
-    so that the model's one id closes a call, and what is encoded of a tag is that id too."""
-    if not any(json.dumps(tag) in text for tag in tags.SPOKEN):
+def _made_exact(text: str) -> str:
+    """tokenizer.json in which a tag that was added as a special token is an ordinary one, and that puts no space of its
+    own before a text.
+
+    As an ordinary token a tag spells its bytes, so that the model's one id closes a call, and what is encoded of a tag
+    is that id too. The space that SentencePiece's models put before their whole input stands after no special token,
+    and every text here follows one, or other text.
+    """
+    if not any(json.dumps(tag) in text for tag in tags.SPOKEN) and not re.search('"(prepend|add_prefix_space)', text):
         return text
     content = json.loads(text)
+    for key in ('normalizer', 'pre_tokenizer'):
+        content[key] = _without_prefix(content.get(key))
     for token in content.get('added_tokens') or ():
         if token.get('content') in tags.SPOKEN and token.get('special'):
             token.update(special=False, normalized=False, lstrip=False, rstrip=False, single_word=False)
     return json.dumps(content, ensure_ascii=False)
+
+
+def _without_prefix(part: dict | None) -> dict | None:
+    """A normalizer or pre-tokenizer of tokenizer.json without the steps that put a space before the text."""
+    if not part or part.get('type') == 'Prepend':
+        return None
+    for key in ('normalizers', 'pretokenizers'):
+        if key in part:
+            part = part | {key: [kept for inner in part[key] if (kept := _without_prefix(inner))]}
+    off = {'add_prefix_space': False, 'prepend_scheme': 'never'}
+    return part | {key: value for key, value in off.items() if key in part}
 
 
 def _open_sentencepiece(path: pathlib.Path):

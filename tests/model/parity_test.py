@@ -21,7 +21,6 @@ from tests.model.sizes import make_config, make_params
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = Path(__file__).parent / 'fixtures'
-MAKE = Path(__file__).parent / 'make_fixtures.py'
 CASES = ('llama_grouped', 'llama_one_kv_head', 'llama_own_head_dim', 'llama_biased', 'llama_llama3', 'llama_yarn',
          'qwen2_grouped', 'qwen2_tied', 'qwen2_yarn', 'qwen3_grouped', 'qwen3_tied', 'qwen3_yarn', 'qwen3_biased')
 TOLERANCE = 1e-4  # of the largest logit
@@ -121,10 +120,11 @@ def peer() -> str | None:
     return str(side) if side.exists() else None
 
 
-def run_peer(*arguments) -> None:
+def run_peer(*arguments, script: str = 'make_fixtures.py') -> None:
     if peer() is None:
         pytest.skip('needs torch and transformers: make baselines')
-    child = subprocess.run([peer(), str(MAKE), *map(str, arguments)], capture_output=True, text=True, timeout=300,
+    child = subprocess.run([peer(), str(Path(__file__).parent / script), *map(str, arguments)], capture_output=True,
+                           text=True, timeout=300,
                            env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
     assert child.returncode == 0, child.stderr[-2000:]
 

@@ -20,11 +20,13 @@ def make_config(model_type: str = 'qwen2', **changes) -> ModelConfig:
 
 def make_params(config: ModelConfig, seed: int = 0) -> Params:
     """Random weights without the zeros and ones of initialization, so that a bias or a norm left out shows."""
-    leaves, structure = jax.tree.flatten(decoder.abstract_params(config))
     rng = np.random.default_rng(seed)
-    return structure.unflatten([
-        jnp.asarray(rng.normal(1.0 if len(leaf.shape) < 3 else 0.0, 0.15, leaf.shape), jnp.float32)
-        for leaf in leaves])
+    centred = {'o_proj', 'gate_proj', 'up_proj', 'down_proj'}  # biases of mean 1 here would drown what tokens say
+
+    def make(path, leaf):
+        mean = 0.0 if len(leaf.shape) >= 3 or centred & {key.key for key in path} else 1.0
+        return jnp.asarray(rng.normal(mean, 0.15, leaf.shape), jnp.float32)
+    return jax.tree_util.tree_map_with_path(make, decoder.abstract_params(config))
 
 
 def make_tokens(config: ModelConfig, rows: int, width: int, seed: int = 1) -> np.ndarray:
