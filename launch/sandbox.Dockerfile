@@ -24,7 +24,7 @@ COPY launch/sandbox_server.py launch/sandbox_server.py
 # The guests' root is part of the image: a pod is ready in about a second.
 RUN python -m retool_jax.sandbox.guest
 
-EXPOSE 8080
+EXPOSE 8080 9464
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/v1/ping', timeout=2)"]

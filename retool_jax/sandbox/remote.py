@@ -192,6 +192,8 @@ class Remote:
         probe = ours if 'verdict' in reply else canary_lib.CANARIES[0]
         if probe is not ours:
             fields, _ = await self._post(host, probe.code, 0)
+        if cut := reply.get('cut'):  # silently shorter limits would be other rewards
+            raise HostFault(f'it gives less than asked for: {cut}; raise its --max_timeout_s or --max_memory_mb')
         if not canary_lib.passed(probe, fields):
             raise HostFault(f'its canary failed ({fields.verdict}: {fields.stdout[-80:]!r})')
 
@@ -280,7 +282,7 @@ class Remote:
         if response.status_code in (400, 401, 403, 404, 413, 422):
             raise Refused(f'sandbox: {host.address} answers {response.status_code}: {response.text[:200]}')
         if response.status_code != 200:
-            raise HostFault(f'status {response.status_code}')
+            raise HostFault(f'status {response.status_code}: {response.text[:200]}')
         try:
             reply = response.json()
             return _result(reply), reply

@@ -103,8 +103,9 @@ def read(body: bytes) -> RunCode:
     try:
         return RunCode.model_validate(json.loads(body))
     except pydantic.ValidationError as error:
-        raise ValueError('; '.join(f'{".".join(map(str, e["loc"])) or "body"}: {e["msg"]}' for e in error.errors(
-            include_url=False, include_context=False, include_input=False))) from None
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        raise ValueError('; '.join(f'{".".join(map(str, e["loc"])) or "body"}: {e["msg"].removeprefix("Value error, ")}'
+                                   for e in faults)) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f'the body is no JSON object: {error}') from None
 

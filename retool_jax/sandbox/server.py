@@ -209,7 +209,10 @@ def authorized(request: Request, token: str) -> bool:
             return False
     elif scheme.lower() != b'bearer':
         return False
-    return hmac.compare_digest(secret, token.encode())
+    spellings = [token.encode()]
+    with contextlib.suppress(UnicodeEncodeError):
+        spellings.append(token.encode('latin-1'))  # so do older clients
+    return any([hmac.compare_digest(secret, spelling) for spelling in spellings])
 
 
 def make_app(pool: Pool, settings: ServerSettings) -> ASGIApp:

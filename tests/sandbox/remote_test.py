@@ -57,6 +57,13 @@ def _address(server: http.server.HTTPServer) -> str:
     return f'http://127.0.0.1:{server.server_address[1]}'
 
 
+def test_a_server_that_would_cut_its_limits_is_not_used_and_says_so(servers):
+    remote = Remote(RemoteSettings(addresses=(servers[0].address,), wall_s=90.0))
+    with pytest.raises(RuntimeError, match=r"less than asked for: \{'run_timeout': 60.0\}; raise its --max_timeout_s"):
+        remote.start()
+    remote.close()
+
+
 def test_results_are_the_pools(servers, pools):
     snippets = [
         'print(1 + 1)',

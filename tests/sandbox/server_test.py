@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import collections
+import contextlib
 import http.client
 import json
+import os
+import pathlib
+import random
 import signal
 import threading
 import time
 
 import pytest
 
-from retool_jax.sandbox.server import ServerSettings
 from tests.sandbox.conftest import children_of
 from tests.sandbox.servers import Server
 
@@ -21,7 +25,7 @@ def server(pools):
     pools('warm')  # skips where the local pool cannot be
     server = Server('--concurrency=4')
     yield server
-    server.stop()
+    assert 'Traceback' not in server.stop()
 
 
 @pytest.mark.parametrize(
@@ -110,10 +114,66 @@ def test_bad_bodies_are_answered_422_with_the_field(body, word, server):
     assert status == 422 and word in json.loads(answer)['detail'], answer
 
 
-def test_other_refusals(server):
+def test_other_refusals_say_what_there_is(server):
     assert server.request('POST', '/run_code', b' ' * (33 << 20))[0] == 413
-    assert server.request('GET', '/run_code')[0] == 405
-    assert server.request('GET', '/nothing')[0] == 404
+    assert server.request('POST', '/run_code', iter([b' ' * (1 << 20)] * 33))[0] == 413  # in chunks
+    for method, path, status in (('GET', '/run_code', 405), ('OPTIONS', '/run_code', 405), ('GET', '/nothing', 404),
+                                 ('POST', '/run_code/', 404), ('POST', '/run_jupyter', 404), ('POST', '/submit', 404),
+                                 ('GET', '/%00%ff%F0%9F%A6%80', 404), ('GET', '//', 404), ('DELETE', '/v1/ping', 405),
+                                 ('GET', 'http://x/v1/ping', 404), ('OPTIONS', '*', 404)):  # fmt: skip
+        got, body, _ = server.request(method, path)
+        assert got == status and 'POST /run_code' in json.loads(body)['detail'], (method, path, got)
+    assert server.request('HEAD', '/v1/ping')[:2] == (200, b'')
+    detail = json.loads(server.request('POST', '/run_code', b'{"code": "", "language": "pytest"}')[1])['detail']
+    assert "'pytest' is not run here" in detail and 'python and python3' in detail
+
+
+@pytest.mark.parametrize('name', ['../x', '/python/x', 'a\0b', 'x' * 300, '.', '', '\ud800', 'a/'])
+def test_files_that_cannot_be_written_are_answered_422_and_nothing_runs(name, server):
+    ran = server.request('GET', '/metrics')[1].decode().count('sandbox_runs_total{verdict="error"}')
+    body = json.dumps({'code': '1 / 0', 'files': {name: '', 'a': ''}}).encode()
+    status, answer, _ = server.request('POST', '/run_code', body)
+    assert status == 422 and 'files' in json.loads(answer)['detail']
+    assert server.request('GET', '/metrics')[1].decode().count('sandbox_runs_total{verdict="error"}') == ran
+
+
+def test_names_in_any_script_come_back_and_so_do_those_that_are_no_text(server):
+    reply = server.run(
+        'open("é🦀", "w").write("1")\nopen(b"\\x80", "w").write("2")\nprint(open("数/a").read())',
+        files={'数/a': base64.b64encode('é'.encode()).decode()},
+        fetch_files=['é🦀', '\udc80', '\ud800', 'a\0b', 'x' * 9999],
+        stdin='\ud800🦀',
+    )
+    assert reply['run_result']['stdout'] == 'é\n', reply
+    assert {k: base64.b64decode(v) for k, v in reply['files'].items()} == {'é🦀': b'1', '\udc80': b'2'}
+
+
+def _bodies(seed: int, count: int):
+    """Bodies of /run_code, most of them wrong in some way: values of other types, cut, or with a byte turned."""
+    rng = random.Random(seed)
+    fields = ['code', 'language', 'compile_timeout', 'run_timeout', 'memory_limit_MB', 'stdin', 'files', 'fetch_files',
+              'seed', 'cpu_timeout', 'é\ud800']  # fmt: skip
+    values = [None, True, 0, -1, 1, 0.01, 1e-9, 1e308, 10**30, float('nan'), float('inf'), '', 'a', 'python', '🦀',
+              '\ud800', '\0', 'eA==', [], ['a'], ['\ud800', '\0'], [[]], {}, {'a': 'eA=='}, {'\ud800': 'eA=='},
+              {'..': None}, {'a': ['b']}, [[[[[[]]]]]], 'x' * 5000]  # fmt: skip
+    for _ in range(count):
+        body = {'code': 'print(1)'} | {f: rng.choice(values) for f in rng.sample(fields, rng.randrange(4))}
+        data = bytearray(json.dumps(body).encode())
+        if rng.random() < 0.3:
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        if rng.random() < 0.1:
+            del data[rng.randrange(len(data)) :]
+        yield bytes(data)
+
+
+def test_no_body_brings_a_500(server):
+    statuses = collections.Counter()
+    for body in _bodies(seed=1, count=400):
+        status, answer, _ = server.request('POST', '/run_code', body)
+        statuses[status] += 1
+        assert status in (200, 422) and isinstance(json.loads(answer), dict), (status, body[:300])
+        assert status == 422 or json.loads(answer)['status'] != 'SandboxError', body[:300]
+    assert min(statuses.values()) > 20 and len(statuses) == 2, statuses
 
 
 def test_metrics_count_by_verdict(server):
@@ -213,27 +273,63 @@ def test_a_full_queue_answers_429_with_retry_after():
         server.stop()
 
 
-def test_with_a_token_nothing_runs_without_it():
-    server = Server(token='hush')
+def test_a_pool_that_dies_within_a_request_and_for_good_is_said_by_every_route():
+    server = Server('--concurrency=2')
     try:
-        body = json.dumps({'code': 'print(1)', 'language': 'python'}).encode()
-        for given in (
-            {'Authorization': 'Bearer wrong'},
-            {'Authorization': ''},
-            {'Authorization': 'Bearer hüsh'.encode()},
-        ):
-            assert server.request('POST', '/run_code', body, given)[0] == 401
-        assert server.request('GET', '/metrics', None, {'Authorization': ''})[0] == 401
+        replies = []
+        body = b'{"code": "import time\\ntime.sleep(3)"}'
+        ask = lambda: replies.append(server.request('POST', '/run_code', body))
+        asking = [threading.Thread(target=ask) for _ in range(2)]
+        [thread.start() for thread in asking]
+        deadline = time.monotonic() + 60
+        while server.request('GET', '/v1/ping')[0] == 200:
+            assert time.monotonic() < deadline
+            for supervisor in _supervisors(server.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(supervisor, signal.SIGKILL)
+        [thread.join() for thread in asking]
+        for status, answer, _ in [*replies, server.request('GET', '/v1/ping'),
+                                  server.request('POST', '/run_code', b'{"code": ""}')]:  # fmt: skip
+            assert status == 503 and 'died 4 times in a row' in json.loads(answer)['detail']
+        assert server.request('GET', '/metrics')[0] == 200
+    finally:
+        assert 'Traceback' not in server.stop()
+
+
+def _supervisors(pid: int) -> list[int]:
+    found = []
+    for child in children_of(pid):
+        with contextlib.suppress(OSError):
+            if b'sandbox.supervisor' in pathlib.Path(f'/proc/{child}/cmdline').read_bytes():
+                found.append(child)
+    return found
+
+
+def test_bodies_that_wait_or_come_are_bounded_by_their_bytes():
+    server = Server('--concurrency=1', '--queue_mb=32')
+    try:
+        body = json.dumps({'code': 'import time\ntime.sleep(2)\n#' + 'x' * (10 << 20), 'memory_limit_MB': 512}).encode()
+        statuses: list[int] = []
+        asking = [threading.Thread(target=lambda: statuses.append(server.request('POST', '/run_code', body)[0]))
+                  for _ in range(12)]  # fmt: skip
+        [thread.start() for thread in asking]
+        [thread.join() for thread in asking]
+        assert set(statuses) == {200, 429} and statuses.count(429) >= 6, statuses
         assert server.run('print(1)')['status'] == 'Success'
     finally:
-        server.stop()
+        assert 'Traceback' not in server.stop()
 
 
-@pytest.mark.parametrize('host', ['0.0.0.0', '::', '10.0.0.1', 'example.org'])
-def test_addresses_that_others_reach_need_a_token(host):
-    with pytest.raises(ValueError, match='RETOOL_SANDBOX_TOKEN'):
-        ServerSettings(host=host)
-    ServerSettings(host=host, token='x')
+def test_snippets_longer_than_the_drain_are_answered_503_with_no_traceback():
+    server = Server('--drain_s=1')
+    replies = []
+    thread = threading.Thread(target=lambda: replies.append(
+        server.request('POST', '/run_code', b'{"code": "import time\\ntime.sleep(9)"}')))  # fmt: skip
+    thread.start()
+    time.sleep(0.7)
+    log = server.stop()
+    thread.join()
+    assert replies[0][0] == 503 and 'Traceback' not in log, log
 
 
 def test_sigterm_finishes_what_runs_and_leaves_nothing():

@@ -52,7 +52,7 @@ class Server:
     def request(self, method: str, path: str, body: bytes | None = None, headers: dict | None = None):
         """(status, body, headers) of one request on a connection of its own."""
         with contextlib.closing(http.client.HTTPConnection('127.0.0.1', self.port, timeout=120)) as connection:
-            given = {'Authorization': f'Bearer {self.token}'} if self.token else {}
+            given = {'Authorization': f'Bearer {self.token}'.encode()} if self.token else {}
             connection.request(method, path, body, given | (headers or {}))
             response = connection.getresponse()
             return response.status, response.read(), response.headers

@@ -1,5 +1,7 @@
 """A real sandbox that fails, hangs and dies in the middle of a step: training goes on and nothing false is learnt."""
 
+import contextlib
+import dataclasses
 import os
 import signal
 import zlib
@@ -17,6 +19,7 @@ from retool_jax.train.guard import Guard
 from tests.train import killable
 
 SMALL = SandboxSettings(zygotes=1, spares=2, preload=(), memory_mb=128)
+UNSTARTABLE = dataclasses.replace(SMALL, preload=('no_such_module',))
 
 
 class Faulty:
@@ -91,3 +94,17 @@ def test_a_sandbox_that_only_fails_stops_the_run_by_name(folder):
         run(folder, 'hopeless', 1.0, {}, **{'watch.faults': 'stop'})
     assert all(e.stop == Stop.FAULT or not e.calls
                for e in episode_files.read(folder / 'hopeless' / 'alarms', 'faults_00000'))
+
+
+def test_a_pool_that_breaks_and_cannot_be_replaced_rings_with_its_reason(folder):
+    config = killable.make_config_of(folder, 'broken', **{'ppo.steps': 1, 'ppo.problems_per_step': 12,
+                                                          'watch.faults': 'stop', 'watch.failures': 'ignore'})
+    with Pool(SMALL) as pool, Guard(pool, lambda: Pool(UNSTARTABLE), stall_s=60) as guard:
+        assert guard.submit('print(1)').result(60).stdout == '1\n'
+        while not pool.ailing():  # its supervisor dies again and again
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pool._process.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match='step 0: faults'), killable.tiny_world(folder, 'broken', executor=guard):
+            reinforce.run(config)
+    calls = [c for e in episode_files.read(folder / 'broken' / 'alarms', 'faults_00000') for c in e.calls]
+    assert calls and {c.verdict for c in calls} == {Verdict.SANDBOX_ERROR}
