@@ -44,6 +44,8 @@ extras = {
             'beartype>=0.20', 'jinja2>=3.1', 'gguf>=0.17'],
 }
 
+binaries = ('cold_start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan')
+
 setup(
     name='retool_jax',
     version='0.1.0',
@@ -53,7 +55,15 @@ setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     python_requires='>=3.12',
-    packages=find_packages(include=['retool_jax', 'retool_jax.*']),
+    # The configurations and the binaries lie beside the package here and inside it where it is installed.
+    packages=[*find_packages(include=['retool_jax', 'retool_jax.*']), 'retool_jax._configs', 'retool_jax._launch'],
+    package_dir={'retool_jax._configs': 'configs', 'retool_jax._launch': 'launch'},
+    entry_points={'console_scripts': [
+        *(f'retool-{name.replace("_", "-")} = retool_jax._launch.{name}:run' for name in binaries),
+        'retool-sandbox = retool_jax._launch.sandbox_server:run',
+        'retool-doctor = retool_jax.sandbox.doctor:main',
+        'retool-report = retool_jax.report.__main__:main',
+    ]},
     include_package_data=True,
     package_data={'retool_jax': ['py.typed', '**/*.json', '**/*.css', '**/*.js', '**/*.html', '**/*.policy']},
     install_requires=core,

@@ -35,5 +35,9 @@ def main(config):
     print(f'episodes: {directory / "episodes"}')
 
 
-if __name__ == '__main__':
+def run() -> None:
     cli.run(main)
+
+
+if __name__ == '__main__':
+    run()

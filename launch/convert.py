@@ -52,5 +52,9 @@ def main() -> None:
     metrics.say(f'{TARGET.value}: written')
 
 
-if __name__ == '__main__':
+def run() -> None:
     cli.run_plain(main, bare=('source', 'target'))
+
+
+if __name__ == '__main__':
+    run()

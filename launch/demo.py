@@ -17,5 +17,9 @@ def main(config):
     print(f'report: {report}   model: {report.parent / "tool_rl"} (a Hugging Face directory)')
 
 
-if __name__ == '__main__':
+def run() -> None:
     cli.run(main, default_config='configs/demo.py')
+
+
+if __name__ == '__main__':
+    run()

@@ -19,6 +19,10 @@ def main(config):
     print(f'report: {report}')
 
 
-if __name__ == '__main__':
+def run() -> None:
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     cli.run(main)
+
+
+if __name__ == '__main__':
+    run()

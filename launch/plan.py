@@ -40,5 +40,9 @@ def main(config):
     sys.exit(0 if plan['fits'] else 1)
 
 
-if __name__ == '__main__':
+def run() -> None:
     cli.run(main)
+
+
+if __name__ == '__main__':
+    run()

@@ -11,9 +11,6 @@ import os
 from absl import flags
 
 from retool_jax.core import cli
-from retool_jax.sandbox.listener import Patience
-from retool_jax.sandbox.pool import SandboxSettings
-from retool_jax.sandbox.server import ServerSettings, serve
 
 HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on; others than loopback need RETOOL_SANDBOX_TOKEN.')
 PORT = flags.DEFINE_integer('port', 8080, 'Port to listen on.', lower_bound=0, upper_bound=65535)
@@ -36,6 +33,10 @@ DRAIN_S = flags.DEFINE_float('drain_s', 60.0, 'Seconds that running snippets get
 
 
 def main() -> None:
+    from retool_jax.sandbox.listener import Patience
+    from retool_jax.sandbox.pool import SandboxSettings
+    from retool_jax.sandbox.server import ServerSettings, serve  # of the extra `server`
+
     server = ServerSettings(
         host=HOST.value, port=PORT.value, metrics_port=METRICS_PORT.value,
         token=os.environ.get('RETOOL_SANDBOX_TOKEN', ''), max_timeout_s=MAX_TIMEOUT_S.value,
@@ -46,5 +47,9 @@ def main() -> None:
     serve(server, sandbox)
 
 
-if __name__ == '__main__':
+def run() -> None:
     cli.run_plain(main)
+
+
+if __name__ == '__main__':
+    run()

@@ -13,5 +13,9 @@ def main(config):
         print(f'report: {pages.write(config.run.dir)}')
 
 
-if __name__ == '__main__':
+def run() -> None:
     cli.run(main)
+
+
+if __name__ == '__main__':
+    run()

@@ -1,7 +1,8 @@
 """The one door of every binary: flags in, one line and exit 2 out where the user is at fault.
 
 A launch file ends in `cli.run(main)`. Flags are absl's, the configuration is an ml_collections file:
-`python launch/ppo.py --config=configs/ppo.py:tiny --config.ppo.clip=0.2`.
+`python launch/ppo.py --config=configs/ppo.py:tiny --config.ppo.clip=0.2`. Where the package is installed the same
+binary is `retool-ppo`, and `configs/` is part of it unless the current folder has its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,6 +37,7 @@ _OUTSIDE = {
     errno.ENOTDIR, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENAMETOOLONG,
 }  # fmt: skip
 
+_SERVER = ('starlette', 'uvicorn', 'pydantic', 'prometheus_client', 'httpx')  # libraries of an extra of setup.py
 
 # Finalisers, and JAX's callback of the garbage collector: Python prints what they raise and goes on.
 _SWALLOWING = ('__del__', '_xla_gc_callback')
@@ -65,6 +68,8 @@ def run_plain(main: Callable[[], None], bare: Sequence[str] = ()) -> None:
 def command() -> str:
     """The command line of this process, as one can paste it into a shell."""
     script = Path(sys.argv[0])
+    if script.suffix != '.py':  # a console script
+        return shlex.join([script.name, *sys.argv[1:]])
     if script.is_absolute() and script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())
     return shlex.join(['python', str(script), *sys.argv[1:]])
@@ -120,12 +125,10 @@ def parse_flags(argv: list[str], keys: dict[str, object] | None = None, bare: Se
 
 
 def load_config(spec: str) -> ConfigDict:
-    """Returns the locked `get_config(ARG)` of 'PATH[:ARG]'; PATH is relative to here or to the repository."""
+    """Returns the locked `get_config(ARG)` of 'PATH[:ARG]'; PATH is relative to here, or one of this project's."""
     path, colon, arg = spec.partition(':')
     file = _find(path)
-    # The files import `configs.base`; a script's sys.path holds launch/ alone.
-    if str(ROOT) not in sys.path:
-        sys.path.insert(1, str(ROOT))
+    _name_configs(file)
     loader = importlib.util.spec_from_file_location(f'{file.stem}_config', file)
     module = importlib.util.module_from_spec(loader)
     try:
@@ -150,6 +153,12 @@ def load_config(spec: str) -> ConfigDict:
     return config
 
 
+def config_folder() -> Path:
+    """The folder of this project's configurations: beside the package in a checkout, inside it once installed."""
+    inside = ROOT / 'retool_jax' / '_configs'
+    return inside if inside.is_dir() else ROOT / 'configs'
+
+
 def flatten(config: ConfigDict, prefix: str = '') -> dict[str, type]:
     """Returns {dotted key: type} of every leaf."""
     leaves = {}
@@ -165,11 +174,13 @@ def flatten(config: ConfigDict, prefix: str = '') -> dict[str, type]:
 def explain(error: BaseException) -> str | None:
     """Returns the one line for an error that the user can mend, None for one of ours.
 
-    Theirs are: a UserError, and an OSError about files, disks and ports. Any other error is a fault of
-    ours and keeps its traceback.
+    Theirs are: a UserError, an OSError about files, disks and ports, and a library of an extra that is not
+    installed. Any other error is a fault of ours and keeps its traceback.
     """
     if isinstance(error, UserError):
         return _one_line(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in _SERVER:
+        return f"{error.name} is not installed; it comes with the extra `server`: pip install 'retool_jax[server]'"
     if isinstance(error, OSError) and error.errno in _OUTSIDE:
         where = ' → '.join(repr(str(f)) for f in (error.filename, error.filename2) if f is not None)
         return f'{where}: {error.strerror}' if where else _one_line(error)
@@ -245,14 +256,24 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def _find(path: str) -> Path:
-    for file in (Path(path), ROOT / path):
+    given = Path(path)
+    ours = config_folder().joinpath(*given.parts[1:]) if given.parts[:1] == ('configs',) else given
+    for file in (given, ours):
         if file.is_file():
             return file.resolve()
     raise UserError(f'config file not found: {path!r}{nearest(path, _known_configs().split(", "))}')
 
 
+def _name_configs(file: Path) -> None:
+    """Makes `from configs import base` find the neighbours of a configuration file, and this project's behind them:
+    no path of modules holds a `configs`."""
+    package = sys.modules.setdefault('configs', types.ModuleType('configs'))
+    neighbours = [str(file.parent)] if file.parent.name == 'configs' else []
+    package.__path__ = list(dict.fromkeys([*neighbours, str(config_folder()), *getattr(package, '__path__', ())]))
+
+
 def _known_configs() -> str:
-    names = sorted(p.name for p in (ROOT / 'configs').glob('*.py') if p.name not in ('__init__.py', 'base.py'))
+    names = sorted(p.name for p in config_folder().glob('*.py') if p.name not in ('__init__.py', 'base.py'))
     return ', '.join(f'configs/{n}' for n in names)
 
 
@@ -271,7 +292,7 @@ def _help(main: Callable) -> None:
     module = sys.modules[main.__module__]
     print((module.__doc__ or '').strip() + '\n')
     for name, own in sorted(flags.FLAGS.flags_by_module_dict().items()):
-        if name.split('.')[0] not in _ASIDE:
+        if name.split('.')[0] not in _ASIDE or name == main.__module__:
             for flag in sorted(own, key=lambda f: f.name):
                 print(f'  --{flag.name}={flag.default}\n      {flag.help}')
     _, given = _take_config(sys.argv)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
+from retool_jax.core import cli
 from retool_jax.core.errors import UserError
 from retool_jax.report import pages, plots
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog='python -m retool_jax.report', description='Writes RUN_DIR/report.html.')
+    parser = argparse.ArgumentParser(prog='retool-report', description='Writes RUN_DIR/report.html.')
     parser.add_argument('run_dir', help='the folder that a run wrote')
     parser.add_argument('--episodes', type=int, default=2000, help='episodes in the browser, at most')
     parser.add_argument('--picture', action='store_true', help='write curves.png beside the report')
@@ -21,8 +22,11 @@ def main() -> int:
         print(pages.write(options.run_dir, pages.Limits(episodes=options.episodes)))
         if options.picture:
             print(plots.curves(options.run_dir))
-    except (ValueError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
+    except Exception as error:
+        line = cli.explain(error)
+        if line is None:
+            raise
+        print(f'error: {line}', file=sys.stderr)
         return 2
     return 0
 

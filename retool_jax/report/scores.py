@@ -122,14 +122,28 @@ RATES = (
 )
 
 
+COLUMNS = 6  # of a table; further models stand below it. More than 3 take the whole width of the page
+
+
 def _table(title: str, note: str, blocks: dict, rows: list[tuple[str, dict[str, str]]], whole: bool = False) -> str:
-    head = ''.join(f'<th scope="col"><i class="swatch k-{labels.model(n, i)[1]}"></i>'
-                   f'{escape(labels.SHORT.get(n) or labels.model(n)[0])}</th>' for i, n in enumerate(blocks))
-    body = ''.join(f'<tr><th scope="row">{escape(name)}</th>' + ''.join(
-        cells.get(n, '<td class="none">–</td>') for n in blocks) + '</tr>' for name, cells in rows)
+    names = list(blocks)
+    parts = ''.join(_columns(names, range(start, min(start + COLUMNS, len(names))), rows)
+                    for start in range(0, len(names), COLUMNS))
+    whole = whole or len(names) > 3
     return (f'<section class="card{" whole" if whole else ""}"><h3>{escape(title)} <small>{escape(note)}</small></h3>'
-            f'<div class="scroll"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-            '</section>')
+            f'{parts}</section>')
+
+
+def _columns(names: list[str], chosen: range, rows: list[tuple[str, dict[str, str]]]) -> str:
+    """The columns of some models; where the page is narrow, each cell says whose it is (page.css)."""
+    titles = {names[i]: escape(labels.SHORT.get(names[i]) or labels.model(names[i])[0]) for i in chosen}
+    head = ''.join(f'<th scope="col"><i class="swatch k-{labels.model(names[i], i)[1]}"></i>{titles[names[i]]}</th>'
+                   for i in chosen)
+    cell = lambda cells, n: cells.get(n, '<td class="none">–</td>').replace('<td', f'<td data-of="{titles[n]}"', 1)
+    body = ''.join(f'<tr><th scope="row">{escape(name)}</th>{"".join(cell(cells, n) for n in titles)}</tr>'
+                   for name, cells in rows)
+    return (f'<div class="scroll folds"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
+            '</div>')
 
 
 def _score_cell(block: dict) -> str:

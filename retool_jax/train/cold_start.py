@@ -60,6 +60,9 @@ class Mix:
                 raise UserError(f'{listed.removeprefix("mix.")}: the shares must add up to 1')
 
 
+TEXT_ONLY = Mix(easy={'mental': 1.0}, needy={'mental': 1.0})
+
+
 @dataclasses.dataclass(frozen=True)
 class Draft:
     """A trace before its snippets are run: the policy's turns, all but the last ending in `</code>`."""

@@ -193,3 +193,23 @@ def test_no_window_is_too_narrow_for_the_page(window, width):
         left, right = window.run('const b = document.querySelector(arguments[0]).getBoundingClientRect(); '
                                  'return [b.left, b.right]', selector)
         assert 0 <= left < right <= width
+
+
+@pytest.mark.parametrize('models', [5, 8, 13])
+def test_no_table_of_scores_scrolls_sideways_at_any_width(chromium, tmp_path, models):
+    folder = run_folder(tmp_path / 'run')
+    summary = json.loads((folder / 'summary.json').read_text())
+    block = summary['tool_rl']
+    for number in range(5, models):  # beside the five of a demo
+        summary[f'a_further_model_{number}'] = block
+    (folder / 'summary.json').write_text(json.dumps(summary))
+    chromium.open(pages.write(folder, Limits(episodes=20)))
+    for width in (1920, 1400, 1280, 1000, 700, 480, 360):
+        chromium.resize(width, 900)
+        found = chromium.run("""return [...document.querySelectorAll('.tables .scroll')].filter(e => e.offsetParent)
+            .map(e => [e.closest('section').querySelector('h3').innerText, e.scrollWidth - e.clientWidth])""")
+        assert len(found) >= 3 and all(over <= 0 for _, over in found), (width, found)
+        assert chromium.run('return document.documentElement.scrollWidth') <= width
+    chromium.resize(1400, 900)
+    text = chromium.run('return document.querySelector(".tables").innerText')
+    assert all(name in text for name in ('Beside the score', 'RL, tools', 'Text start'))
