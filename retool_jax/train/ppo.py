@@ -40,7 +40,7 @@ class PPOSettings(RolloutSettings):
     minibatches: int  # optimizer steps per pass over the step's episodes
     epochs: int  # passes
     critic: str  # 'none', 'head' on the policy's trunk, or its own 'backbone'
-    critic_warmup_steps: int  # RL steps in which only the critic learns
+    critic_warmup_steps: int  # RL steps in which only the critic learns: the policy is neither differentiated nor moved
     mask_truncated: bool  # episodes that ran out of budget leave the update
     offload: bool  # what a phase does not need waits in the host's memory (train/residency.py)
 
@@ -201,7 +201,8 @@ def update(learner: Learner, progress: Progress, settings: PPOSettings, episodes
     progress.state, found = residency.enter('update', progress.state), []
     for _ in range(settings.epochs):
         for rows in minibatches:
-            progress.state, metrics = learner.ppo_step(progress.state, batch, scores, rows)
+            progress.state, metrics = learner.ppo_step(progress.state, batch, scores, rows,
+                                                       held=step < settings.critic_warmup_steps)
             found.append(metrics)
     explained = _explained(batch, scores) if settings.critic != 'none' else None
     return _Pending(step, list(episodes), found, explained, {}, _Clock(began, found[-1]))

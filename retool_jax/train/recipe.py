@@ -114,8 +114,10 @@ class Story:
     def reinforce(self, tools: bool, params: Params) -> Params:
         """PPO from `params`."""
         tree = add_critic(self.language.config, params, self.ppo.critic)
-        optimizer = make_optimizer(self.stage.optimizer, self.ppo.steps * self.ppo.minibatches * self.ppo.epochs,
-                                   self.stage.critic_optimizer if 'critic' in tree else None)
+        updates = self.ppo.minibatches * self.ppo.epochs
+        optimizer = make_optimizer(self.stage.optimizer, self.ppo.steps * updates,
+                                   self.stage.critic_optimizer if 'critic' in tree else None,
+                                   self.ppo.critic_warmup_steps * updates)
         learner = Learner(self.language.config, self.forward, optimizer, self.mesh,
                           loss=self.stage.loss, advantage=self.stage.advantage,
                           temperature=self.config.train_sampling.temperature)

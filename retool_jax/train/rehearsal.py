@@ -53,7 +53,8 @@ def run(config: ConfigDict) -> dict[str, float]:
         with assembly.open_grader(config.reward) as grader:
             source = parts.source(sampler, FakeTools() if config.model.tools else None, stream, grader)
             results, began = [], time.perf_counter()
-            once = dataclasses.replace(parts.sizes, steps=1)
+            # A step in which the policy is held compiles less than the run needs.
+            once = dataclasses.replace(parts.sizes, steps=1, critic_warmup_steps=0)
             ppo.train(parts.learner, parts.progress, once, collect=source, seed=config.run.seed,
                       residency=parts.residency, report=results.append)
             seconds = time.perf_counter() - began

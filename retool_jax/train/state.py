@@ -49,22 +49,30 @@ def make_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
 
 def make_optimizer(policy: OptimizerSettings, steps: int, critic: OptimizerSettings | None = None,
                    critic_warmup_steps: int = 0) -> optax.GradientTransformation:
-    """AdamW for the tree {'policy', 'critic'}, each part clipped and scheduled on its own.
+    """AdamW for the tree {'policy', 'critic'}, each part clipped, scheduled and counted on its own.
 
-    The policy's learning rate is 0 for the first `critic_warmup_steps` optimizer steps.
+    Gradients may lack a part, which then keeps parameters, moments and count: so the policy is held for the first
+    `critic_warmup_steps` optimizer steps, and its schedule takes its course over the others.
     """
-    parts = {'policy': _adamw(policy, steps, hold=critic_warmup_steps)}
+    parts = {'policy': _adamw(policy, steps - critic_warmup_steps)}
     if critic is not None:
         parts['critic'] = _adamw(critic, steps)
-    return optax.partition(parts, lambda params: {
-        name: jax.tree.map(lambda _: name, part) for name, part in params.items()})  # noqa: B023
+
+    def update(gradients, state, params):
+        found = {name: parts[name].update(part, state[name], params[name]) for name, part in gradients.items()}
+        return {name: changes for name, (changes, _) in found.items()}, state | {
+            name: own for name, (_, own) in found.items()}
+    return optax.GradientTransformation(
+        lambda params: {name: parts[name].init(part) for name, part in params.items()}, update)
 
 
-def _adamw(settings: OptimizerSettings, steps: int, hold: int = 0) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; biases and norms are not decayed."""
-    schedule = make_schedule(settings, steps - hold)
-    if hold:
-        schedule = optax.join_schedules([optax.constant_schedule(0.0), schedule], [hold])
+def _adamw(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW.
+
+    Biases and the gains of norms are not decayed: towards 0 a gain switches its layer off. PyTorch's AdamW, and with
+    it verl and TRL, decays every parameter unless it is given groups.
+    """
+    schedule = make_schedule(settings, steps)
     matrices = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, x: path[-1].key == 'weight' and 'norm' not in jax.tree_util.keystr(path), params)
     return optax.chain(

@@ -69,6 +69,7 @@ class Scores:
     """What the update needs beside the batch, computed once before it. All f32 [B, T]."""
 
     logprob_BT: jax.Array  # ℓₒ
+    entropy_BT: jax.Array  # of the policy's distribution at each token
     reference_logprob_BT: jax.Array  # ℓᵣ, zeros where there is no reference
     value_BT: jax.Array  # V_old, zeros where there is no critic
     advantage_BT: jax.Array
@@ -98,6 +99,7 @@ class Learner:
         self._make_zeros = {}  # compiled for the parameters' shardings when they are first seen
         self._sft = jax.jit(self._add_sft, donate_argnames=('gradients',))
         self._ppo = jax.jit(self._add_ppo, donate_argnames=('gradients',))
+        self._held = jax.jit(self._add_held, donate_argnames=('gradients',))
         self._apply = jax.jit(self._apply_gradients, donate_argnames=('state',))
         self._score = jax.jit(self._evaluate)
         self._advantages = jax.jit(self._estimate, static_argnames=('num_groups',))
@@ -130,30 +132,35 @@ class Learner:
         parts = [self._scored(params, micro) for micro in self._micro(batch, 0, rows)]
         total = batch.tokens_BT.shape[0]
         join_rows = lambda xs: jnp.pad(jnp.concatenate(xs), ((0, total - rows), (0, 0)))
-        logprob_BT, _, value_BT = (join_rows(x) for x in zip(*parts))
+        logprob_BT, entropy_BT, value_BT = (join_rows(x) for x in zip(*parts))
         reference_BT = jnp.zeros_like(logprob_BT)
         if self.loss.needs_reference:
             if reference is None:
                 raise ValueError(f'loss.kl_coef is {self.loss.kl_coef} but there is no reference policy')
             reference_BT = join_rows([self._scored({'policy': reference}, m)[0] for m in self._micro(batch, 0, rows)])
         advantage_BT, return_BT = self._advantages(batch, logprob_BT, reference_BT, value_BT, num_groups=num_groups)
-        return Scores(logprob_BT=logprob_BT, reference_logprob_BT=reference_BT, value_BT=value_BT,
-                      advantage_BT=advantage_BT, return_BT=return_BT)
+        return Scores(logprob_BT=logprob_BT, entropy_BT=entropy_BT, reference_logprob_BT=reference_BT,
+                      value_BT=value_BT, advantage_BT=advantage_BT, return_BT=return_BT)
 
-    def ppo_step(self, state: TrainState, batch: Batch, scores: Scores,
-                 rows: tuple[int, int]) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer step over one mini-batch: rows first … last + 1 of a scored batch."""
+    def ppo_step(self, state: TrainState, batch: Batch, scores: Scores, rows: tuple[int, int],
+                 held: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step over one mini-batch: rows first … last + 1 of a scored batch.
+
+        held: the critic alone takes a step. Nothing is differentiated by the policy, and neither its weights nor its
+        moments change; its metrics are those of the scored batch, with a ratio of 1.
+        """
         denominators = self._denominators(batch, *rows)
         gradients, merged = {}, {}
-        for params in apart(state.params):
-            added, found = self._zeros(params), []
+        add, parts = (self._held, [state.params]) if held else (self._ppo, apart(state.params))
+        for params in parts:
+            added, found = self._zeros({'critic': params['critic']} if held else params), []
             for micro, scored in self._micro((batch, scores), *rows):
-                added, metrics = self._ppo(params=params, gradients=added, micro=micro, scores=scored,
-                                           denominators=denominators)
+                added, metrics = add(params=params, gradients=added, micro=micro, scores=scored,
+                                     denominators=denominators)
                 found.append(metrics)
             gradients, merged = gradients | added, merged | _merge(found)
         state, norms = self._apply(state=state, gradients=gradients)
-        return state, merged | norms
+        return state, {'actor/grad_norm': np.float32(0)} | merged | norms
 
     def put(self, tree):
         """Moves host arrays with a leading batch axis onto the mesh; each process reads its own rows of them."""
@@ -180,8 +187,10 @@ class Learner:
         for row in range(start, stop, self.forward.micro_rows):
             yield self._cut(tree, np.int32(row))
 
-    def _evaluate(self, params: Params, micro: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """logprob, entropy and value of every token, [B, T] each; zeros where `params` lacks the part."""
+    def _evaluate(self, params: Params, micro: Batch,
+                  logprobs: bool = True) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """logprob, entropy and value of every token, [B, T] each; zeros where `params` lacks the part, and for the
+        first two without `logprobs`."""
         f = self.forward
         run = lambda weights: decoder.forward(
             self.config, weights, micro.tokens_BT, micro.positions_BT, micro.segment_ids_BT,
@@ -190,9 +199,10 @@ class Learner:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             if 'policy' in params:
                 hidden_BTD = run(params['policy'])
-                logprob_BT, entropy_BT = token_logprobs(
-                    params['policy'], hidden_BTD, micro.tokens_BT, temperature=self.temperature, chunk=f.logprob_chunk,
-                    vocab_chunk=f.vocab_chunk)
+                if logprobs:
+                    logprob_BT, entropy_BT = token_logprobs(
+                        params['policy'], hidden_BTD, micro.tokens_BT, temperature=self.temperature,
+                        chunk=f.logprob_chunk, vocab_chunk=f.vocab_chunk)
             if 'critic' in params:
                 critic = params['critic']
                 if 'backbone' in critic:
@@ -232,33 +242,45 @@ class Learner:
         return jax.tree.map(jnp.add, gradients, found), metrics
 
     def _add_ppo(self, params, gradients, micro: Batch, scores: Scores, denominators):
-        policy_denominator, token_denominator = denominators
-        mask_BT, n = self._mask(micro), self.forward.row_segments
-
         def objective(params):
             logprob_BT, entropy_BT, value_BT = self._evaluate(params, micro)
             loss, metrics = jnp.float32(0), {}
             if 'policy' in params:
-                loss, metrics = losses.actor_loss(
-                    self.loss, logprob_BT=logprob_BT, entropy_BT=entropy_BT, old_logprob_BT=scores.logprob_BT,
-                    sampler_logprob_BT=micro.sampler_logprob_BT, advantage_BT=scores.advantage_BT, mask_BT=mask_BT,
-                    segment_ids_BT=micro.segment_ids_BT, num_segments=n, denominator=policy_denominator,
-                    reference_logprob_BT=scores.reference_logprob_BT)
+                loss, metrics = self._actor_loss(logprob_BT, entropy_BT, micro, scores, denominators[0])
             if 'critic' in params:
-                value_loss, more = losses.critic_loss(
-                    self.loss, value_BT=value_BT, old_value_BT=scores.value_BT, return_BT=scores.return_BT,
-                    mask_BT=mask_BT, denominator=token_denominator)
+                value_loss, more = self._critic_loss(value_BT, micro, scores, denominators[1])
                 loss, metrics = loss + value_loss, metrics | more
             return loss, metrics
         found, metrics = jax.grad(objective, has_aux=True)(params)
         return jax.tree.map(jnp.add, gradients, found), metrics
 
+    def _add_held(self, params, gradients, micro: Batch, scores: Scores, denominators):
+        trunk = {} if 'backbone' in params['critic'] else {'policy': params['policy']}
+
+        def objective(critic):
+            value_BT = self._evaluate(trunk | {'critic': critic}, micro, logprobs=False)[2]
+            return self._critic_loss(value_BT, micro, scores, denominators[1])
+        found, metrics = jax.grad(objective, has_aux=True)(params['critic'])
+        _, more = self._actor_loss(scores.logprob_BT, scores.entropy_BT, micro, scores, denominators[0])
+        return jax.tree.map(jnp.add, gradients, {'critic': found}), metrics | more
+
+    def _actor_loss(self, logprob_BT, entropy_BT, micro: Batch, scores: Scores, denominator):
+        return losses.actor_loss(
+            self.loss, logprob_BT=logprob_BT, entropy_BT=entropy_BT, old_logprob_BT=scores.logprob_BT,
+            sampler_logprob_BT=micro.sampler_logprob_BT, advantage_BT=scores.advantage_BT, mask_BT=self._mask(micro),
+            segment_ids_BT=micro.segment_ids_BT, num_segments=self.forward.row_segments, denominator=denominator,
+            reference_logprob_BT=scores.reference_logprob_BT)
+
+    def _critic_loss(self, value_BT, micro: Batch, scores: Scores, denominator):
+        return losses.critic_loss(self.loss, value_BT=value_BT, old_value_BT=scores.value_BT,
+                                  return_BT=scores.return_BT, mask_BT=self._mask(micro), denominator=denominator)
+
     def _apply_gradients(self, state: TrainState, gradients: Params):
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         names = {'policy': 'actor/grad_norm', 'critic': 'critic/grad_norm'}
         norms = {names[part]: optax.tree.norm(g) for part, g in gradients.items()}
-        return TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates),
-                          opt_state=opt_state), norms
+        moved = {part: optax.apply_updates(state.params[part], changes) for part, changes in updates.items()}
+        return TrainState(step=state.step + 1, params=state.params | moved, opt_state=opt_state), norms
 
 
 def apart(params: Params) -> list[Params]:

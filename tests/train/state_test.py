@@ -33,7 +33,7 @@ def walk(optimizer, params, gradients):
     state, found, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for gradient in gradients:
         updates, state = update(gradient, state, params)
-        params = jax.tree.map(jnp.add, params, updates)
+        params = params | {part: jax.tree.map(jnp.add, params[part], changes) for part, changes in updates.items()}
         found.append(params)
     return found
 
@@ -90,7 +90,7 @@ def moves(states, part):
 def test_the_policy_is_held_while_the_critic_warms_up():
     ones = jax.tree.map(jnp.ones_like, small_tree())
     held = make_optimizer(settings(schedule='linear'), 8, settings(), critic_warmup_steps=3)
-    states = walk(held, small_tree(), [ones] * 8)
+    states = walk(held, small_tree(), [{'critic': ones['critic']}] * 3 + [ones] * 5)
     assert moves(states, 'policy') == [False] * 3 + [True] * 5
     assert moves(states, 'critic') == [True] * 8
     plain = walk(make_optimizer(settings(schedule='linear'), 8, settings()), small_tree(), [ones] * 8)
@@ -99,6 +99,20 @@ def test_the_policy_is_held_while_the_critic_warms_up():
     sizes = [float(jnp.abs(b['policy']['layer']['weight'] - a['policy']['layer']['weight']).max())
              for a, b in itertools.pairwise(states[2:])]
     assert sizes[0] > 0.5 > 0.15 > sizes[-1]
+
+
+def test_a_part_without_gradients_keeps_its_moments_and_its_count():
+    ones = jax.tree.map(jnp.ones_like, small_tree())
+    optimizer = make_optimizer(settings(), 8, settings(), critic_warmup_steps=3)
+    first = optimizer.init(small_tree())
+    state, params = first, small_tree()
+    for _ in range(3):
+        updates, state = optimizer.update({'critic': ones['critic']}, state, params)
+        assert set(updates) == {'critic'}
+    jax.tree.map(np.testing.assert_array_equal, state['policy'], first['policy'])
+    # The first step is then that of a policy that was never held, bias correction and all.
+    moved = optimizer.update(ones, state, params)[0]['policy']
+    jax.tree.map(np.testing.assert_array_equal, moved, optimizer.update(ones, first, params)[0]['policy'])
 
 
 def test_each_part_is_clipped_on_its_own():

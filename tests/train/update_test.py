@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from retool_jax.core.pytrees import TrainState
 from retool_jax.model import decoder
 from retool_jax.rollout.pack import join, pack
+from retool_jax.train.state import OptimizerSettings, make_optimizer
 from retool_jax.train.update import mean_metrics
 from tests.train import small
 
@@ -177,6 +179,45 @@ def test_only_a_head_on_the_trunk_turns_the_policy_by_the_value_loss(learner, cr
     assert small.distance(shifted['critic'], plain['critic']) > 1e-2
     moved = small.distance(shifted['policy'], plain['policy'])
     assert moved > 1e-3 if critic == 'head' else moved < 1e-6
+
+
+@pytest.mark.parametrize('critic', ['head', pytest.param('backbone', marks=pytest.mark.slow)])
+def test_a_held_policy_takes_no_step_and_no_moments_and_its_first_step_is_that_of_a_fresh_one(critic):
+    adam = OptimizerSettings(lr=small.LR, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.01,
+                             grad_clip=1.0)
+    learner = small.make_learner(make_optimizer(adam, 6, adam, critic_warmup_steps=2))
+    batch, stop = make_batch()
+    batch, first = learner.put(batch), small.make_state(learner.optimizer, critic)
+    whole, kept = jax.device_get((first.params, first.opt_state)), small.make_tree(critic)
+    scores = learner.score(first.params, batch, stop, None, num_groups=4)
+    state, metrics = first, {}
+    for _ in range(2):
+        state, metrics = learner.ppo_step(state, batch, scores, (0, stop), held=True)
+    equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+    equal(state.params['policy'], whole[0]['policy'])
+    equal(state.opt_state['policy'], whole[1]['policy'])
+    assert int(state.step) == 2 and all((np.asarray(a) != b).any() for a, b in zip(
+        jax.tree.leaves(state.params['critic']['head']), jax.tree.leaves(whole[0]['critic']['head'])))
+    assert metrics['actor/ppo_kl'] == 0 and metrics['actor/ratio_max'] == 1 and metrics['actor/grad_norm'] == 0
+    assert metrics['actor/entropy'] > 0 and metrics['mismatch/logprob_abs_max'] > 0 and metrics['critic/vf_loss'] > 0
+    # With the critic as it was, the policy's next step is the first of a run that held nothing.
+    restart = TrainState(step=state.step, params={'policy': state.params['policy'], 'critic': kept['critic']},
+                         opt_state=state.opt_state)
+    after, told = learner.ppo_step(restart, batch, scores, (0, stop))
+    fresh, expected = learner.ppo_step(small.make_state(learner.optimizer, critic), batch, scores, (0, stop))
+    equal(after.params['policy'], jax.device_get(fresh.params['policy']))
+    assert set(metrics) == set(told) == set(expected) and told['actor/grad_norm'] > 0
+
+
+def test_a_held_policy_is_not_differentiated(learner):
+    batch, stop = make_batch()
+    batch, tree = learner.put(batch), small.make_tree()
+    scores = learner.score(tree, batch, stop, None, num_groups=4)
+    micro, scored = next(learner._micro((batch, scores), 0, stop))
+    rest = dict(params=tree, micro=micro, scores=scored, denominators=learner._denominators(batch, 0, stop))
+    flops = lambda program, gradients: program.lower(gradients=gradients, **rest).compile().cost_analysis()['flops']
+    held = flops(learner._held, {'critic': tree['critic']})
+    assert held < 0.4 * flops(learner._ppo, tree)  # the trunk forwards, without the vocabulary
 
 
 def test_the_mean_loss_without_a_step_is_that_of_the_step():
