@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from retool_jax.core.checks import MANY
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, ExecResult, Problem, Stop, Verdict
 from retool_jax.rollout.sampler import STOP_CODE, STOP_EOS
@@ -36,6 +37,11 @@ from retool_jax.text.tokenizer import Tokenizer
 REASONS = ('kept', 'format', 'execution', 'answer', 'length')
 IN_FLIGHT = 256  # snippets handed to the pool at once: enough to keep it busy, far from its queue's end
 
+# Where an output was cut: an ellipsis, and a word about it in brackets if there is one: '...', '…', '(truncated)...',
+# '...(truncated)...', '… [12 characters omitted] …'.
+_NOTE = r'[\[(<][^\[\]()<>\n]{0,60}?(?:truncat|omit|cut|skip|char|more|lines)[^\[\]()<>\n]{0,60}[\])>]'
+_DOTS = r'(?:\.{3,}|…)'
+_CUT = re.compile(rf'{_NOTE}\s*{_DOTS}|{_DOTS}(?:\s*{_NOTE}(?:\s*{_DOTS})?)?')
 _TAG = re.compile(r'</?(?:code|interpreter|answer)>')
 _CONCLUSION = re.compile(r'<answer>\s*\\boxed\{.*\}\s*</answer>\s*\Z', re.DOTALL)
 
@@ -184,7 +190,7 @@ def run(
     samples: collections.Counter[str] = collections.Counter()
     episodes = []
     for item in formed:
-        reason = fault(item, results, rules, equal)
+        reason = fault(item, results, feedback, equal)
         if reason == 'kept':
             prompt = prompt_ids(template, tokenizer, item.problem.question)
             episode = assemble(item, results, rules, prompt, end, samples[item.problem.id])
@@ -216,7 +222,10 @@ def execute(codes: Iterable[str], pool: Pool | None, progress: bool = True) -> d
 
 
 def fault(
-    draft: Draft, results: Mapping[str, ExecResult], rules: Rules, equal: Callable[[str, str], bool | None]
+    draft: Draft,
+    results: Mapping[str, ExecResult],
+    feedback: FeedbackSettings,
+    equal: Callable[[str, str], bool | None],
 ) -> str:
     """Why a well-formed trace is dropped: 'execution' or 'answer', or 'kept'.
 
@@ -232,7 +241,7 @@ def fault(
     if box is None or not equal(box, draft.problem.answer):
         return 'answer'
     for result, claim in zip(ran, draft.printed):
-        if claim is not None and not _bears_out(result, claim, rules):
+        if claim is not None and not bears_out(result, claim, feedback):
             return 'execution'
     if ran and draft.printed[-1] is None:
         lines = ran[-1].stdout.split()
@@ -265,11 +274,41 @@ def assemble(
     return episode
 
 
-def _bears_out(result: ExecResult, claim: str, rules: Rules) -> bool:
-    """Whether a run says what was claimed, spacing aside; of an error only the last line, styles differ."""
-    pair = [wrap_feedback(rules.render(result)), claim]
-    pair = [re.sub(r'\s*</?interpreter>\s*', '', text) for text in pair]
-    if result.verdict != Verdict.OK:
-        pair = [text.splitlines()[-1] if text else '' for text in pair]
-    ours, theirs = (re.sub(r'\s+', '', text) for text in pair)
-    return ours == theirs
+def bears_out(result: ExecResult, claim: str, feedback: FeedbackSettings) -> bool:
+    """Whether a run says what was claimed, spacing aside; of an error only the last line, styles differ.
+
+    The whole output is compared, whatever `feedback` would leave of it. Where the claim holds an ellipsis it was cut
+    there: what stands before, between and after must follow one another in the output, beginning with its first
+    character and ending with its last.
+    """
+    whole = dataclasses.replace(feedback, max_chars=MANY, max_frames=MANY)
+    said, printed, claimed = (re.sub(r'</?interpreter>', '', text).strip() for text in (
+        wrap_feedback(render(result, whole)), wrap_feedback(result.stdout), claim))
+    if result.verdict == Verdict.OK:  # what was printed, or what this project adds to it where it is nothing
+        return _shows(claimed, printed) or _shows(claimed, said)
+    *above, last = claimed.splitlines() or ['']
+    error = (said.splitlines() or [''])[-1]
+    # A cut inside the last line has left the head of another one before it.
+    return _shows(last, error) or bool(above and _CUT.search(last) and _shows('…' + _CUT.split(last)[-1], error))
+
+
+def _shows(claimed: str, said: str) -> bool:
+    """Whether `claimed` is `said`, or what is left of it with something cut out at every ellipsis."""
+    if _spaced(claimed) == (said := _spaced(said)):
+        return True
+    head, *others = (_spaced(part) for part in _CUT.split(claimed))
+    if not others or not any((head, *others)) or not said.startswith(head):
+        return False
+    *between, tail = others
+    place = len(head)
+    for part in between:  # at least one character is missing at each cut
+        place = said.find(part, place + 1)
+        if place < 0:
+            return False
+        place += len(part)
+    return said.endswith(tail) and place < len(said) - len(tail)
+
+
+def _spaced(text: str) -> str:
+    """Spacing counts between two words or numbers alone: there it is one blank."""
+    return re.sub(r'(?<!\w)\s+|\s+(?!\w)', '', re.sub(r'\s+', ' ', text.strip()))

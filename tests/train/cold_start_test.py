@@ -154,6 +154,52 @@ def test_rewritten_answers_are_kept_or_dropped_by_their_real_runs(text, reason):
     assert _verify(text, {'print(1+1)': '2\n'}) == reason
 
 
+LONG = ' '.join(str(n * n) for n in range(300))  # 1,487 characters, more than feedback shows
+
+
+@pytest.mark.parametrize('claim', [
+    LONG,  # whole
+    f'{LONG[:200]}...{LONG[-200:]}',  # as the authors' code cuts
+    # As verl does.
+    f'{LONG[:128]}...(truncated)...{LONG[-128:]}', f'{LONG[:256]}...(truncated)', f'(truncated)...{LONG[-256:]}',
+    f'{LONG[:512]}… [463 characters omitted] …{LONG[-512:]}',  # our own
+    f'{LONG[:20]} … {LONG[400:420]} … {LONG[-20:]}', '0 1 4 9 ...'])
+def test_a_long_output_bears_out_a_claim_that_is_whole_or_cut(claim):
+    text = f'{GOOD}\n<interpreter>\n{claim}\n</interpreter>\n\n{ANSWER}'
+    assert _verify(text, {'print(1+1)': LONG + '\n'}) == 'kept'
+
+
+@pytest.mark.parametrize('claim', [
+    LONG + ' 1', LONG[:-1], LONG[:200] + LONG[-200:],  # cut without a word
+    f'1 {LONG[:200]}...{LONG[-200:]}', f'{LONG[:200]}...{LONG[-200:]}1',  # another head, another tail
+    f'{LONG[:20]} … 3 3 3 … {LONG[-20:]}', f'{LONG[-20:]}...{LONG[:20]}', f'{LONG}...{LONG}', f'{LONG}...', '...', '…',
+    LONG.replace(' ', '')])  # other numbers
+def test_a_long_output_bears_out_no_other_claim(claim):
+    text = f'{GOOD}\n<interpreter>\n{claim}\n</interpreter>\n\n{ANSWER}'
+    assert _verify(text, {'print(1+1)': LONG + '\n'}) == 'execution'
+
+
+@pytest.mark.parametrize(('claim', 'reason'), [
+    ('Traceback (most recent call last):\n  File "a.py"\nValueError: ' + 'x' * 500, 'kept'),
+    ('Traceback (most recent call last):\n  File "a...' + 'x' * 200, 'kept'),  # cut inside the last line
+    ('ValueError: ' + 'x' * 100 + '...' + 'x' * 200, 'kept'),
+    ('TypeError: ' + 'x' * 100 + '...' + 'x' * 200, 'execution'), ('ValueError: ' + 'x' * 499, 'execution')])
+def test_a_long_error_is_compared_by_its_last_line_before_it_is_cut(claim, reason):
+    error = ExecResult(Verdict.ERROR, '', 'Traceback\nValueError: ' + 'x' * 500 + '\n', exit_code=1)
+    text = (f'{_call("boom")}\n<interpreter>\n{claim}\n</interpreter>\n\n'
+            f'{GOOD}\n<interpreter>\n2\n</interpreter>\n\n{ANSWER}')
+    assert _verify(text, {'print(1+1)': '2\n', 'boom': error}) == reason
+
+
+@pytest.mark.parametrize(('printed', 'claim', 'reason'), [
+    ('', '', 'kept'), ('', '(no output: use print to see a value)', 'kept'), ('2\n', '', 'execution'),
+    ('[1, 2]\n', '[1,2]', 'kept'), ('1\n2\n', '1 2', 'kept'), ('12\n', '1 2', 'execution'),
+    ('[0 1 2 ... 7 8 9]\n', '[0 1 2 ... 7 8 9]', 'kept'), ('f(1) = 2\n', 'f(2)...= 2', 'execution')])
+def test_spacing_aside_a_claim_is_what_was_printed(printed, claim, reason):
+    text = f'{GOOD}\n<interpreter>\n{claim}\n</interpreter>\n\n{ANSWER}'
+    assert _verify(text, {'print(1+1)': printed}) == reason
+
+
 def test_an_answer_that_is_not_what_the_snippet_printed_is_dropped():
     problem = arithmetic.problems('train', 4, 0)[3]
     mix = Mix(easy={'code': 1}, needy={'code': 1})
