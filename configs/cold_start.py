@@ -2,10 +2,10 @@
 
     python launch/cold_start.py --config=configs/cold_start.py:tiny
     python launch/cold_start.py --config=configs/cold_start.py:qwen2_5_32b --config.model.path=Qwen2.5-32B-Instruct \
-        --config.traces=ReTool-SFT.parquet
+        --config.traces=ReTool-SFT.parquet --config.golds=problems.jsonl
 
 Hardware: CPU; 12,000 embedded problems take half a minute on 2 cores. What verification drops is counted
-by its reason.
+by its reason, and answers that were held against nothing but the trace's own last box are counted apart.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -17,6 +17,8 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
     return ConfigDict({
         'run': base.run(arg, 'cold_start'),
         'traces': config_dict.placeholder(str),  # a file of rewritten answers; tiny: none, made from the task
+        # A problem file with the gold answers of traces that have none but their own last box (ReTool-SFT's rows).
+        'golds': config_dict.placeholder(str),
         'problems': 12000,  # of the embedded task
         'mix': base.mix(),
         'max_tokens': base.turns(arg).max_tokens,  # longer traces are dropped

@@ -10,12 +10,15 @@ from retool_jax.core import cli, episodes, metrics
 
 def main(config):
     from retool_jax.core import settings
-    from retool_jax.tasks import arithmetic
+    from retool_jax.tasks import arithmetic, golds
     from retool_jax.tasks import problems as problem_files
     from retool_jax.train import assembly, cold_start, folder, stages
 
     stage = settings.build(stages.ColdStart, config)
     rewritten = list(problem_files.read_traces(config.traces)) if config.traces else None
+    own = golds.own(rewritten, config.traces) if rewritten else set()
+    if config.golds:
+        rewritten, own = golds.join(rewritten, own, problem_files.read(config.golds))
     with (folder.claimed(config) as directory, assembly.open_sandbox(config.sandbox) as pool,
           assembly.open_grader(config.reward) as grader):
         language = assembly.open_language(config.model, directory)
@@ -30,8 +33,13 @@ def main(config):
         if not made:
             raise cli.UserError(f'no trace was kept: {counts}')
         episodes.write(directory / 'episodes', 'cold_start', made, language.tokenizer.decode)
-        (directory / 'summary.json').write_text(json.dumps({'counts': counts}, indent=2))
-    metrics.table('traces', ('', 'number'), list(counts.items()))
+        unverified = sum(episode.problem.id in own for episode in made)
+        verified = {'verified': len(made) - unverified, 'own': unverified}
+        (directory / 'summary.json').write_text(json.dumps({'counts': counts, 'answers': verified}, indent=2))
+    metrics.table('traces', ('', 'number', 'share'), cold_start.shares(counts))
+    if own:
+        metrics.say(f'answers: {len(made) - unverified} of {len(made)} traces kept were verified; {unverified} have no '
+                    'gold answer but their own last box, which verifies nothing: --config.golds=FILE names one')
     print(f'episodes: {directory / "episodes"}')
 
 

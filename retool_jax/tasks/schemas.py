@@ -66,6 +66,14 @@ def read_problem(row: Mapping, where: str, default_id: str, source: str) -> Prob
     )
 
 
+def has_gold(row: Mapping) -> bool:
+    """Whether a row has an answer beside what a model wrote in its chat."""
+    names = {str(name).lower(): name for name in row}
+    model = row.get('reward_model')
+    told = [row[names[name]] for name in ANSWER_FIELDS if name in names]
+    return any(not _blank(x) for x in [*told, model.get('ground_truth') if isinstance(model, Mapping) else None])
+
+
 def read_trace(row: Mapping, where: str) -> str:
     """The worked answer of a row: a chat's, joined, or the text of one of TRACE_FIELDS."""
     for name in ('messages', 'conversations'):

@@ -34,7 +34,10 @@ from retool_jax.text.template import (
 )
 from retool_jax.text.tokenizer import Tokenizer
 
-REASONS = ('kept', 'format', 'execution', 'answer', 'length')
+REASONS = {  # why a trace is dropped
+    'kept': 'kept', 'format': 'tags, their order or a fence are not those of a rollout',
+    'execution': 'a snippet fails, or prints something else than the trace says',
+    'answer': 'the answer is not the gold answer', 'length': 'longer than max_tokens'}  # fmt: skip
 IN_FLIGHT = 256  # snippets handed to the pool at once: enough to keep it busy, far from its queue's end
 
 # Where an output was cut: an ellipsis, and a word about it in brackets if there is one: '...', '…', '(truncated)...',
@@ -120,6 +123,12 @@ def verify(
     """
     drafts = [read_draft(problem, text) for problem, text in rewritten]
     return run(drafts, pool, feedback, template, tokenizer, equal, max_tokens, progress)
+
+
+def shares(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """Rows of a table: why traces are kept or dropped, how many, and their share in %."""
+    total = max(sum(counts.values()), 1)
+    return [(REASONS[reason], str(count), f'{100 * count / total:.1f} %') for reason, count in counts.items()]
 
 
 def draft(problem: Problem, trace: arithmetic.Trace) -> Draft:

@@ -172,6 +172,7 @@ class ColdStart:
 
     run: RunSettings
     traces: str | None  # a file of rewritten answers; None: made from the embedded task
+    golds: str | None  # a problem file with the answers of traces that have none but their own last box
     problems: int  # of the embedded task
     mix: Mix
     max_tokens: int  # longer traces are dropped
@@ -181,10 +182,12 @@ class ColdStart:
     reward: RewardSettings
 
     def __post_init__(self):
-        check(self, traces=local_path(), problems=within(1, PROBLEMS), max_tokens=within(1, MANY))
+        check(self, traces=local_path(), golds=local_path(), problems=within(1, PROBLEMS), max_tokens=within(1, MANY))
         require_path(self.model)
         if self.traces is None and self.model.path is not None:
             raise UserError('traces is missing: config.traces has to name a file of rewritten answers')
+        if self.golds is not None and self.traces is None:
+            raise UserError(f'golds={self.golds!r} answers the traces of a file, and traces names none')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

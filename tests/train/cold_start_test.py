@@ -221,6 +221,13 @@ def test_traces_over_the_budget_are_counted(max_tokens):
     assert _verify(text, {'print(1+1)': '2\n'}, max_tokens=max_tokens) == 'length'
 
 
+def test_what_was_dropped_is_told_by_cause_with_its_share():
+    rows = cold_start.shares({'kept': 30, 'format': 0, 'execution': 9, 'answer': 1, 'length': 0})
+    assert [row[1:] for row in rows] == [
+        ('30', '75.0 %'), ('0', '0.0 %'), ('9', '22.5 %'), ('1', '2.5 %'), ('0', '0.0 %')]
+    assert 'prints something else' in rows[2][0]
+
+
 def test_bad_mixes_are_refused_by_name():
     with pytest.raises(ValueError, match='^easy.prose: no such kind of trace'):
         Mix(easy={'prose': 1.0}, needy={'mental': 1.0})

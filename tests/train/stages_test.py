@@ -32,7 +32,7 @@ BAD = {
                  r'loss\.(clip_low|clip_high|entropy_coef|kl_coef|value_coef|correction_low)|sft\.evaluation_share|'
                  r'watch\.\w+|recipe\.text_needy'},
     str: {'': None, ' ': None,
-          'nonsense': r'run\.dir|model\.(path|name)|traces|(validation\.)?problems|halves\.episodes',
+          'nonsense': r'run\.dir|model\.(path|name|instruction)|traces|golds|(validation\.)?problems|halves\.episodes',
           'gs://bucket/thing': r'model\.name', 's3://bucket/thing': r'model\.name', 'hdfs://x/y': r'model\.name'},
     tuple: {('',): None, (' ',): None, (0,): None, ('gs://bucket/a.jsonl',): None, (math.nan,): None, (None,): None},
     bool: {},

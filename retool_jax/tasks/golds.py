@@ -1,0 +1,53 @@
+"""Gold answers of traces: which are the trace's own last box, and those that a problem file knows better."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from retool_jax.core.errors import UserError
+from retool_jax.core.records import Problem
+from retool_jax.tasks import problems, schemas
+
+
+def own(rewritten: Iterable[tuple[Problem, str]], path: str | pathlib.Path) -> set[str]:
+    """Ids of the traces of a file whose gold answer is what the trace itself says last.
+
+    Judged by that, an answer is right whatever it is. A row counts whose fields hold no answer but its trace.
+    """
+    bare = set()
+    for where, row in problems.read_rows(pathlib.Path(path)):
+        try:
+            if not schemas.has_gold(row):
+                bare.add(_asked(schemas.read_problem(row, where, '', '').question))
+        except UserError:  # a row that the reader has left out
+            continue
+    return {problem.id for problem, _ in rewritten if _asked(problem.question) in bare}
+
+
+def join(rewritten: Sequence[tuple[Problem, str]], ids: set[str], golds: Iterable[Problem],
+         ) -> tuple[list[tuple[Problem, str]], set[str]]:
+    """The traces, those named by `ids` with the answer that `golds` has for their question, and the ids of the rest.
+
+    Questions are one if they differ in spacing alone; one with two answers in `golds` has none.
+    Raises: UserError where no question of `golds` is asked by any of these traces.
+    """
+    known: dict[str, set[str]] = {}
+    for problem in golds:
+        known.setdefault(_asked(problem.question), set()).add(problem.answer)
+    sure = {question: answers.pop() for question, answers in known.items() if len(answers) == 1}
+    found, left = [], set()
+    for problem, text in rewritten:
+        if problem.id in ids and (gold := sure.get(_asked(problem.question))) is None:
+            left.add(problem.id)
+        elif problem.id in ids:
+            problem = Problem(problem.id, problem.question, gold, problem.source, problem.family)
+        found.append((problem, text))
+    if ids and left == ids:
+        raise UserError('golds: no question of this file is that of a trace without a gold answer of its own; name the '
+                        'problem file that the traces were written for')
+    return found, left
+
+
+def _asked(question: str) -> str:
+    return ' '.join(question.split())
