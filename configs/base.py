@@ -130,6 +130,9 @@ def sandbox(arg: str) -> ConfigDict:
 def reward() -> ConfigDict:
     return ConfigDict({
         'style': 'paper',  # P eq. 2: +1 or −1; 'verl' adds R's shaping
+        # Rows of a problem file without an answer, and gold answers that are no mathematics: 'refuse' the file, or
+        # 'leave_out' those, said and listed in left_out.jsonl.
+        'unreadable': 'refuse',
         'time_limit_s': 5.0,  # of CPU time, per answer
         'memory_mb': 1024,
         'workers': 1,

@@ -15,7 +15,10 @@ def main(config):
     from retool_jax.train import assembly, cold_start, folder, stages
 
     stage = settings.build(stages.ColdStart, config)
-    rewritten = list(problem_files.read_traces(config.traces)) if config.traces else None
+    leave_out = stage.reward.unreadable == 'leave_out'
+    rewritten, left = problem_files.load_traces(config.traces, leave_out) if config.traces else (None, [])
+    if left:
+        metrics.say(f'{config.traces}: {len(left)} rows cannot be read and are left out, the first: {left[0]}')
     own = golds.own(rewritten, config.traces) if rewritten else set()
     if config.golds:
         rewritten, own = golds.join(rewritten, own, problem_files.read(config.golds))

@@ -13,7 +13,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from retool_jax.core import files
 from retool_jax.core.errors import UserError
@@ -131,29 +131,30 @@ def _file_of(where: str, path: pathlib.Path) -> str:
     return place.removeprefix(str(path)).lstrip('/: ') or path.name
 
 
-def check_golds(problems: Iterable[Problem], parses: Callable[[str], bool]) -> None:
-    """Raises ValueError at the first gold answer that `parses` (`Grader.parses`) cannot read."""
-    for problem in problems:
-        if not parses(problem.answer):
-            raise UserError(
-                f'problem {problem.id!r} of {problem.source}: answer {problem.answer[:80]!r} cannot be read '
-                'as mathematics: correct it in the file'
-            )
-
-
 def read_traces(path: str | pathlib.Path) -> list[tuple[Problem, str]]:
     """Worked answers of a file: rows with a chat, whose turns are joined with their calls, or a problem with its
     `rewritten` (else `trace`, `response`, …) field. Raises UserError for what is neither, and for a chat that cannot
     be joined whole."""
+    return load_traces(path)[0]
+
+
+def load_traces(path: str | pathlib.Path, leave_out: bool = False) -> tuple[list[tuple[Problem, str]], list[str]]:
+    """`read_traces`, and what is wrong with each row that `leave_out` leaves out instead of refusing the file."""
     path, ids = pathlib.Path(path), set()
-    out = []
+    pairs, unreadable = [], []
     for number, (where, row) in enumerate(read_rows(path)):
-        text = schemas.read_trace(row, where)
-        problem = read_problem(row, where, f'{path.stem}-{number}', path.stem)
-        out.append((_unique(problem, ids, number), text))
-    if not out:
+        try:
+            text = schemas.read_trace(row, where)
+            problem = read_problem(row, where, f'{path.stem}-{number}', path.stem)
+        except UserError as error:
+            if not leave_out:
+                raise
+            unreadable.append(str(error))
+            continue
+        pairs.append((_unique(problem, ids, number), text))
+    if not pairs:
         raise UserError(f'{path}: no traces in it')
-    return out
+    return pairs, unreadable
 
 
 # --- rows of files -------------------------------------------------------------------------------

@@ -69,6 +69,16 @@ def open_language(config: ConfigDict, directory: pathlib.Path) -> Language:
     return load_language(config.path or directory / 'model', config.template, config.tools)
 
 
+def check_context(language: Language, tokens: int, key: str) -> None:
+    """Refuses episodes longer than the positions that the weights know; `key` is what sets their length."""
+    context = language.config.context
+    if tokens > context:
+        factor = -(-tokens // context)
+        raise UserError(f'{key}={tokens} exceeds the {context} positions of the model (max_position_embeddings in '
+                        f'config.json); lower it, or stretch them there with "rope_scaling": {{"rope_type": "yarn", '
+                        f'"factor": {factor}.0, "original_max_position_embeddings": {context}}}')
+
+
 def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sharding.Mesh) -> Params:
     """f32 weights in the training layout: those of `model.path`, or random ones from `seed` without a path."""
     sizes = language.config

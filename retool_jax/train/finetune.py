@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from retool_jax.core import episodes as episode_files
@@ -44,6 +46,9 @@ def run(config: ConfigDict) -> None:
         stack.enter_context(folder.stoppable())
         language = assembly.open_language(config.model, directory)
         check_ids(everything, language, config.traces)
+        assembly.check_context(language, max(len(trace.tokens) for trace in everything), 'the longest trace')
+        folder.bind(directory, {f'traces={config.traces!r}': {'count': len(everything),
+                                                              'sha256': fingerprint(everything)}})
         learner = Learner(language.config, forward, optimizer, mesh)
         state = init_state({'policy': assembly.load_policy(config.model, language, config.run.seed, mesh)}, optimizer)
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
@@ -92,6 +97,14 @@ def read_traces(path: str, width: int) -> list[Episode]:
         assembly.say(f'{len(traces) - len(fitting)} of {len(traces)} traces are longer than forward.row_width={width} '
                     'and left out')
     return fitting
+
+
+def fingerprint(traces: list[Episode]) -> str:
+    """A digest of the ids of all traces and of who wrote them, in order."""
+    digest = hashlib.sha256()
+    for trace in traces:
+        digest.update(np.asarray([len(trace.tokens), *trace.tokens, *trace.acted], np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def check_ids(traces: list[Episode], language: assembly.Language, path: str) -> None:

@@ -7,7 +7,7 @@ import errno
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
@@ -19,6 +19,7 @@ from retool_jax.core.metrics import Metrics
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RETIRED = ('backend', 'turns.tools')  # keys of folders that earlier versions made; neither changed a run
+DATA = 'data.json'
 RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints')
 
 
@@ -54,6 +55,25 @@ def _claim(config: ConfigDict, free: Sequence[str]) -> None:
     new = directory / 'config.json.new'  # a run killed here must not damage what it goes on from
     new.write_text(json.dumps(settings.to_json(config), indent=2))
     new.replace(file)
+
+
+def bind(directory: pathlib.Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
+    """Holds a run to the data that it began with: {name: {'count': …, 'sha256': …}}, kept in data.json.
+
+    Errors: UserError where results stand in the folder and the data of one name are others now.
+    """
+    processes.first(lambda: _bind(directory, found))
+
+
+def _bind(directory: pathlib.Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
+    file = directory / DATA
+    if file.exists() and has_results(directory):
+        before = json.loads(file.read_text())
+        for name, now in found.items():
+            if before.get(name, now) != now:
+                raise UserError(f'{name} is not what the run in {str(directory)!r} began with ({before[name]["count"]} '
+                                f'entries then, {now["count"]} now, or others); put it back, or choose another run.dir')
+    file.write_text(json.dumps(found, indent=2))
 
 
 def has_results(directory: pathlib.Path) -> bool:

@@ -20,6 +20,7 @@ from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.model import decoder
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.train import assembly, folder, ppo, reinforce
+from retool_jax.train.intake import Intake, tell_overlong
 
 GIB = 2.0**30
 
@@ -43,21 +44,22 @@ def run(config: ConfigDict) -> dict[str, float]:
     """
     reinforce.read(config)
     processes.join()
-    stream = reinforce.open_stream(config.data, config.run.seed)
-    reinforce.open_validation(config.validation)
-    with tempfile.TemporaryDirectory() as place, folder.stoppable():
+    with (assembly.open_grader(config.reward) as grader, tempfile.TemporaryDirectory() as place, folder.stoppable()):
+        intake = Intake(config.reward.unreadable, grader.parses)
+        sources, held_out = reinforce.open_sources(config, intake), reinforce.open_validation(config.validation, intake)
         parts = reinforce.build(config, pathlib.Path(place))
+        stream = reinforce.open_stream(config, sources, intake, parts.language)
+        tell_overlong(held_out, parts.language, config.turns.max_tokens)
         assembly.banner(model=parts.language, mesh=dict(parts.mesh.shape), sandbox=FakeTools(), run='none: a dry run')
         sampler = parts.sampler()
         table = memory(parts, sampler)
-        with assembly.open_grader(config.reward) as grader:
-            source = parts.source(sampler, FakeTools() if config.model.tools else None, stream, grader)
-            results, began = [], time.perf_counter()
-            # A step in which the policy is held compiles less than the run needs.
-            once = dataclasses.replace(parts.sizes, steps=1, critic_warmup_steps=0)
-            ppo.train(parts.learner, parts.progress, once, collect=source, seed=config.run.seed,
-                      residency=parts.residency, report=results.append)
-            seconds = time.perf_counter() - began
+        source = parts.source(sampler, FakeTools() if config.model.tools else None, stream, grader)
+        results, began = [], time.perf_counter()
+        # A step in which the policy is held compiles less than the run needs.
+        once = dataclasses.replace(parts.sizes, steps=1, critic_warmup_steps=0)
+        ppo.train(parts.learner, parts.progress, once, collect=source, seed=config.run.seed,
+                  residency=parts.residency, report=results.append)
+        seconds = time.perf_counter() - began
     table |= peaks()
     metrics = results[0].metrics
     if not processes.leads():

@@ -8,6 +8,7 @@ import json
 import pathlib
 from collections.abc import Callable, Sequence
 
+import grain
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -24,10 +25,10 @@ from retool_jax.rollout.engine import Engine, Executor
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.tasks import arithmetic
-from retool_jax.tasks import problems as problem_files
 from retool_jax.tasks.grader import Grader
 from retool_jax.train import assembly, data, evaluate, folder, ppo, rollouts
 from retool_jax.train.guard import Guard
+from retool_jax.train.intake import Intake, tell_overlong
 from retool_jax.train.ppo import PPOSettings, Progress, StepResult
 from retool_jax.train.residency import Residency
 from retool_jax.train.stages import CheckpointSettings, HalvesSettings, Reinforcement, require_path
@@ -83,6 +84,7 @@ def build(config: ConfigDict, directory: pathlib.Path) -> Parts:
     sizes, loss = stage.ppo, stage.loss
     mesh = assembly.make_mesh(config.mesh)
     language = assembly.open_language(config.model, directory)
+    assembly.check_context(language, stage.turns.max_tokens, 'turns.max_tokens')
     policy = assembly.load_policy(config.model, language, config.run.seed, mesh)
     tree = add_critic(language.config, policy, sizes.critic)
     updates = sizes.minibatches * sizes.epochs
@@ -100,24 +102,30 @@ def run(config: ConfigDict) -> None:
     """Trains to the last step, or goes on where the folder's last checkpoint stands."""
     stage = read(config)
     processes.join()
-    stream, held_out = open_stream(config.data, config.run.seed), open_validation(config.validation)
     if config.halves.episodes:
         rollouts.part_names(config.halves.episodes)
-    with folder.claimed(config, free=FREE) as directory, folder.stoppable():
-        go_on(config, directory, stage.checkpoints, Watch(stage.watch), stream, held_out)
+    with assembly.open_grader(config.reward) as grader:
+        intake = Intake(config.reward.unreadable, grader.parses)
+        sources, held_out = open_sources(config, intake), open_validation(config.validation, intake)
+        with folder.claimed(config, free=FREE) as directory, folder.stoppable():
+            go_on(config, directory, stage.checkpoints, Watch(stage.watch), grader, intake, sources, held_out)
 
 
-def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSettings, watch: Watch,
-          stream: rollouts.Problems, held_out: list[Problem]) -> None:
+def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSettings, watch: Watch, grader: Grader,
+          intake: Intake, sources: list[grain.MapDataset], held_out: list[Problem]) -> None:
     """`run` in a folder that is its own."""
     parts = build(config, directory)
     sizes, halves, progress, language = parts.sizes, parts.halves, parts.progress, parts.language
     rolls = halves.episodes is None
+    stream = open_stream(config, sources, intake, language)
+    tell_overlong(held_out, language, config.turns.max_tokens)
+    if config.data.sources and rolls:
+        folder.bind(directory, fingerprints(config, sources))
+    intake.write(directory)
 
     with contextlib.ExitStack() as stack:
         tools = config.model.tools and (rolls or bool(held_out))
         executor = stack.enter_context(open_guarded(config.sandbox, tools))
-        grader = stack.enter_context(assembly.open_grader(config.reward))
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
         writer = stack.enter_context(console.Metrics(directory, processes.leads()))
         journal = stack.enter_context(contextlib.closing(open_journal(directory)))
@@ -279,12 +287,26 @@ def open_guarded(config: ConfigDict, tools: bool):
             yield guard
 
 
-def open_stream(config: ConfigDict, seed: int):
-    """The endless dataset of block `data`; without sources the embedded task."""
-    sources = list(config.sources) or [arithmetic.problems('train', EMBEDDED, seed)]
-    return data.stream(sources, list(config.weights) or None, seed)
+def open_sources(config: ConfigDict, intake: Intake) -> list[grain.MapDataset]:
+    """The sources of block `data`; without any the embedded task."""
+    if not config.data.sources:
+        return data.open_sources([arithmetic.problems('train', EMBEDDED, config.run.seed)])
+    return intake.open(list(config.data.sources))
 
 
-def open_validation(config: ConfigDict) -> list:
+def open_stream(config: ConfigDict, sources: list[grain.MapDataset], intake: Intake,
+                language: assembly.Language) -> grain.MapDataset:
+    """The endless dataset of problems that leave room for an answer."""
+    fitting = intake.fit(sources, language, config.turns.max_tokens)
+    return data.stream(fitting, list(config.data.weights) or None, config.run.seed)
+
+
+def fingerprints(config: ConfigDict, sources: list[grain.MapDataset]) -> dict[str, dict[str, int | str]]:
+    """What a run is held to of its data (`folder.bind`)."""
+    return {f'data.sources={path!r}': {'count': len(dataset), 'sha256': data.fingerprint(dataset)}
+            for path, dataset in zip(config.data.sources, sources)}
+
+
+def open_validation(config: ConfigDict, intake: Intake) -> list[Problem]:
     """The problems of block `validation`, none without a path."""
-    return problem_files.read(config.problems, config.limit) if config.problems else []
+    return intake.read(config.problems, config.limit) if config.problems else []

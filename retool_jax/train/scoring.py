@@ -22,11 +22,11 @@ from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
-from retool_jax.tasks import problems as problem_files
 from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.train import assembly, evaluate, folder
+from retool_jax.train.intake import Intake, tell_overlong
 from retool_jax.train.reinforce import open_guarded, open_journal
 from retool_jax.train.stages import Evaluation
 
@@ -38,15 +38,18 @@ def run(config: ConfigDict) -> dict:
     """Scores the model on `config.problems`; returns what summary.json holds."""
     settings.build(Evaluation, config)
     processes.join()
-    problems = problem_files.read(config.problems, config.limit)
     name, tools = pathlib.Path(config.problems).stem, config.model.tools
     with contextlib.ExitStack() as stack:
         grader = stack.enter_context(assembly.open_grader(config.reward))
-        problem_files.check_golds(problems, grader.parses)
+        intake = Intake(config.reward.unreadable, grader.parses)
+        problems = intake.read(config.problems, config.limit)
         mesh = assembly.make_mesh(config.mesh)
         directory = stack.enter_context(folder.claimed(config))
         stack.enter_context(folder.stoppable())
         language = assembly.open_language(config.model, directory)
+        assembly.check_context(language, config.turns.max_tokens, 'turns.max_tokens')
+        tell_overlong(problems, language, config.turns.max_tokens)
+        intake.write(directory)
         sampler = assembly.make_sampler(language, config, tools, mesh)
         params = assembly.load_policy(config.model, language, config.run.seed, mesh)
         pool = stack.enter_context(open_guarded(config.sandbox, tools))

@@ -21,6 +21,7 @@ from retool_jax.tasks import grader
 from retool_jax.text import template
 from retool_jax.train import ppo
 from retool_jax.train.cold_start import Mix
+from retool_jax.train.intake import UNREADABLE
 from retool_jax.train.ppo import PPOSettings
 from retool_jax.train.sft import SFTSettings
 from retool_jax.train.state import OptimizerSettings
@@ -87,13 +88,14 @@ class RewardSettings:
     """How answers are graded."""
 
     style: str  # 'paper': +1 or −1; 'verl': its shaping besides
+    unreadable: str  # rows and gold answers that cannot be read: 'refuse' the set, or 'leave_out' and list them
     time_limit_s: float
     memory_mb: int
     workers: int
 
     def __post_init__(self):
-        check(self, style=one_of(grader.STYLES), time_limit_s=above(0, 3600), memory_mb=within(256, 2**20),
-              workers=within(1, 1024))
+        check(self, style=one_of(grader.STYLES), unreadable=one_of(UNREADABLE), time_limit_s=above(0, 3600),
+              memory_mb=within(256, 2**20), workers=within(1, 1024))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

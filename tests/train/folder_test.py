@@ -122,3 +122,15 @@ def test_what_others_keep_in_a_folder_stays_when_it_is_refused(tmp_path):
     with pytest.raises(UserError, match='other files'), folder.claimed(make_config(tmp_path)):
         pass
     assert [file.name for file in tmp_path.iterdir()] == ['notes.txt']
+
+
+def test_a_run_is_held_to_the_data_that_it_began_with(tmp_path):
+    directory = folder.claim(make_config(tmp_path / 'run'))
+    begun, other = {'x.jsonl': {'count': 6, 'sha256': 'a'}}, {'x.jsonl': {'count': 5, 'sha256': 'b'}}
+    folder.bind(directory, other)
+    folder.bind(directory, begun)  # nothing depends on them yet
+    put_result(directory, 'checkpoints')
+    folder.bind(directory, begun)
+    with pytest.raises(UserError, match=r"^x\.jsonl is not what the run in '.*run' began with \(6 entries then, 5 now"):
+        folder.bind(directory, other)
+    assert json.loads((directory / folder.DATA).read_text()) == begun
