@@ -18,7 +18,8 @@ from tests.train import killable
 TINY = assembly.Language(model_config.TINY, byte_tokenizer(), make_template('tiny'))
 FRAME = len(prompt_ids(TINY.template, TINY.tokenizer, ''))
 GOOD = [{'id': f'p{i}', 'problem': f'{i} + {i}?', 'answer': str(2 * i)} for i in range(4)]
-BAD = [{'id': 'words', 'problem': 'Why?', 'answer': '\\begin{cases}'}, {'id': 'proof', 'problem': 'P?', 'answer': 'proof'}]
+BAD = [{'id': 'words', 'problem': 'Why?', 'answer': '\\begin{cases}'},
+       {'id': 'proof', 'problem': 'Prove it.', 'answer': 'proof'}]
 
 
 def write(path: pathlib.Path, rows) -> pathlib.Path:
@@ -98,7 +99,8 @@ def test_an_evaluation_says_which_problems_count_as_wrong_for_their_length(capsy
 def test_a_run_leaves_long_questions_out_and_refuses_data_replaced_under_it(tmp_path, capsys):
     folder = tmp_path / 'world'
     killable.make_model(folder)
-    config = killable.make_config_of(folder, 'run', **{'model.tools': False, 'ppo.steps': 1})
+    config = killable.make_config_of(folder, 'run', **{
+        'model.tools': False, 'ppo.steps': 1, 'forward.micro_rows': 0, 'sampler.rows': 8})
     file = folder / 'problems.jsonl'
     before = file.read_text()
     file.write_text(before + json.dumps({'id': 'long-one', 'problem': '2 + ' * 200 + '2', 'answer': '402'}) + '\n')
