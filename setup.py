@@ -21,6 +21,7 @@ core = [
     'transformers>=5.0',
     'tokenizers>=0.21',
     'sentencepiece>=0.2',
+    'jinja2>=3.1',
     'tensorflow-datasets>=4.9.10',
     'grain>=0.2.18',
     'array_record>=0.8',
@@ -41,7 +42,7 @@ extras = {
     'server': ['starlette>=0.45', 'uvicorn>=0.34', 'pydantic>=2.10', 'prometheus-client>=0.21', 'httpx>=0.28'],
     'gguf': ['gguf>=0.17'],  # reading GGUF files, for launch/convert.py
     'dev': ['pytest>=8.4', 'pytest-xdist>=3.8', 'ruff>=0.9', 'jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6.29',
-            'beartype>=0.20', 'jinja2>=3.1', 'gguf>=0.17'],
+            'beartype>=0.20', 'gguf>=0.17'],
 }
 
 binaries = ('cold_start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan')

@@ -11,6 +11,7 @@ MODELS = {
     'tiny': 'tiny',
     'qwen2_5_0_5b': 'qwen2_5', 'qwen2_5_1_5b': 'qwen2_5', 'qwen2_5_7b': 'qwen2_5', 'qwen2_5_14b': 'qwen2_5',
     'qwen2_5_32b': 'qwen2_5', 'r1_distill_qwen_32b': 'r1_distill',
+    'smollm2_135m': 'own', 'smollm2_1_7b': 'own', 'llama3_1_8b': 'own', 'r1_distill_llama_8b': 'r1_distill',
     'qwen3_0_6b': 'qwen3', 'qwen3_4b': 'qwen3', 'qwen3_8b': 'qwen3', 'qwen3_32b': 'qwen3',
 }
 
@@ -24,6 +25,11 @@ def check(arg: str) -> str:
 
 def is_tiny(arg: str) -> bool:
     return check(arg) == 'tiny'
+
+
+def longest(arg: str) -> int:
+    """Tokens of an episode: P's longest sequence, or the context of a smaller model."""
+    return 200 if is_tiny(arg) else 8192 if arg.startswith('smollm2') else 16384
 
 
 def run(arg: str, name: str) -> ConfigDict:
@@ -57,7 +63,7 @@ def forward(arg: str) -> ConfigDict:
         'logprob_chunk': 200 if tiny else 2048,
         'vocab_chunk': 1024 if tiny else 8192,
         'micro_rows': 16 if tiny else 0,  # 0: one for each device of data × fsdp
-        'row_width': 200 if tiny else 16384,  # P: longest sequence
+        'row_width': longest(arg),
         'row_segments': 8 if tiny else 16,
     })
 
@@ -66,7 +72,7 @@ def sampler(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
     return ConfigDict({
         'rows': 32 if '32b' in arg else 64,
-        'slots': 256 if tiny else 16384,  # P: longest sequence
+        'slots': 256 if tiny else longest(arg),
         'chunk': 64 if tiny else 256,
         'group': 8,
         'quota': 16 if tiny else 64,
@@ -83,8 +89,8 @@ def sampler(arg: str) -> ConfigDict:
 def turns(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
     return ConfigDict({
-        'max_tokens': 200 if tiny else 16384,  # P: longest sequence (R: 2,048 of prompt + 16,384)
-        'max_turn_tokens': 200 if tiny else 16384,
+        'max_tokens': longest(arg),  # R: 2,048 of prompt + 16,384
+        'max_turn_tokens': longest(arg),
         'max_turns': 4 if tiny else 8,  # ? in P; R: at most 8 assistant turns
         'max_calls': 3 if tiny else 7,  # ? in P; leaves the last turn for the answer
         'on_cap': 'answer',  # ? in P

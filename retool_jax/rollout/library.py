@@ -47,7 +47,8 @@ def open_model(directory: str | pathlib.Path, family: str, dtype: str = 'float32
     """
     config = model_config.load_config(directory)
     params = jax.jit(functools.partial(decoder.to_sampling, config, dtype=jnp.dtype(dtype)))(hf.load(directory, config))
-    return Model(config, tokenizers.load(directory), template.make_template(family, tools), params)
+    tokenizer = tokenizers.load(directory)
+    return Model(config, tokenizer, template.make_template(family, tools, tokenizer), params)
 
 
 class Engine(engines.Engine):

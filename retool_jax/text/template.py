@@ -12,6 +12,7 @@ import textwrap
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode
+from retool_jax.text import chat
 from retool_jax.text.tokenizer import Tokenizer
 
 # Prompt elements: P fig. 7. The words are ours.
@@ -86,13 +87,25 @@ class Snippet:
     start: int  # characters before the code's first line
 
 
-def make_template(name: str, tools: bool = True) -> Template:
-    """The record of a family: 'tiny', 'qwen2_5', 'qwen3' or 'r1_distill'. ValueError for any other name."""
-    if name not in _FAMILIES:
-        raise UserError(f'template {name!r} is not known; use one of {", ".join(_FAMILIES)}')
-    before, after, turn_end = _FAMILIES[name]
-    opening, _, closing = _instruction(name, tools).partition('{question}')
-    return Template(name, tools, before + opening, closing + after, turn_end, after.endswith('<think>\n'))
+def make_template(name: str, tools: bool = True, tokenizer: Tokenizer | None = None) -> Template:
+    """The record of a family: 'tiny', 'qwen2_5', 'qwen3', 'r1_distill', or 'own', read from the chat template that
+    lies beside `tokenizer`.
+
+    Raises UserError for any other name, and where the chat template's rendering of a prompt has other ids.
+    """
+    if name not in NAMES:
+        raise UserError(f'template {name!r} is not known; use one of {", ".join(NAMES)}')
+    before, after, turn_end = chat.read(tokenizer) if name == OWN else _FAMILIES[name]
+    instruction = _instruction(name, tools)
+    opening, _, closing = instruction.partition('{question}')
+    made = Template(name, tools, before + opening, closing + after, turn_end, after.endswith('<think>\n'))
+    if name == OWN:
+        content = instruction.replace('{question}', chat.ASKED)
+        rendered = chat.render(tokenizer, [{'role': 'user', 'content': content}], True)
+        if prompt_ids(made, tokenizer, chat.ASKED) != tokenizer.encode(rendered, specials=True):
+            raise UserError(f'chat template of {str(tokenizer.directory)!r} changes the words of a message; name a '
+                            'template with model.template')
+    return made
 
 
 def prompt_ids(template: Template, tokenizer: Tokenizer, question: str) -> list[int]:
@@ -247,7 +260,8 @@ _FAMILIES = {
         '<｜end▁of▁sentence｜>',
     ),
 }
-NAMES = tuple(_FAMILIES)
+OWN = 'own'
+NAMES = (*_FAMILIES, OWN)
 
 
 def _instruction(name: str, tools: bool) -> str:

@@ -101,7 +101,7 @@ def load_language(path: str | pathlib.Path, template: str, tools: bool) -> Langu
     if tokenizer.size > config.vocab_size:
         raise UserError(f'model.path={str(path)!r}: the tokenizer has {tokenizer.size} ids, the model only '
                         f'{config.vocab_size} logits')
-    return Language(config, tokenizer, make_template(template, tools))
+    return Language(config, tokenizer, make_template(template, tools, tokenizer))
 
 
 def make_sampler(language: Language, config: ConfigDict, tools: bool, mesh: jax.sharding.Mesh | None = None) -> Sampler:
