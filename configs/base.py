@@ -45,6 +45,9 @@ def model(arg: str) -> ConfigDict:
         'name': arg,  # launch/plan.py knows the sizes of these without their files
         'template': MODELS[check(arg)],
         'tools': True,  # False: the text-only baseline (P §3.2)
+        # A file with what the model is asked, {question} where the problem goes; none: this project's words. Give the
+        # same one to every stage: a model knows the prompt that it was trained with.
+        'instruction': config_dict.placeholder(str),
     })
 
 

@@ -7,6 +7,7 @@ same ids.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 import textwrap
 
@@ -15,6 +16,7 @@ from retool_jax.core.records import Episode
 from retool_jax.text import chat
 from retool_jax.text.tokenizer import Tokenizer
 
+QUESTION = '{question}'  # where the problem goes in an instruction
 # Prompt elements: P fig. 7. The words are ours.
 ANSWER_FORM = """\
 Close with the final answer, in a box, as the last thing you write:
@@ -87,25 +89,46 @@ class Snippet:
     start: int  # characters before the code's first line
 
 
-def make_template(name: str, tools: bool = True, tokenizer: Tokenizer | None = None) -> Template:
+def make_template(
+    name: str, tools: bool = True, tokenizer: Tokenizer | None = None, instruction: str | None = None
+) -> Template:
     """The record of a family: 'tiny', 'qwen2_5', 'qwen3', 'r1_distill', or 'own', read from the chat template that
     lies beside `tokenizer`.
+
+    instruction: what the user turn says, as `read_instruction` gives it; None: this project's words.
 
     Raises UserError for any other name, and where the chat template's rendering of a prompt has other ids.
     """
     if name not in NAMES:
         raise UserError(f'template {name!r} is not known; use one of {", ".join(NAMES)}')
     before, after, turn_end = chat.read(tokenizer) if name == OWN else _FAMILIES[name]
-    instruction = _instruction(name, tools)
-    opening, _, closing = instruction.partition('{question}')
+    instruction = _instruction(name, tools) if instruction is None else instruction
+    opening, _, closing = instruction.partition(QUESTION)
     made = Template(name, tools, before + opening, closing + after, turn_end, after.endswith('<think>\n'))
     if name == OWN:
-        content = instruction.replace('{question}', chat.ASKED)
+        content = instruction.replace(QUESTION, chat.ASKED)
         rendered = chat.render(tokenizer, [{'role': 'user', 'content': content}], True)
         if prompt_ids(made, tokenizer, chat.ASKED) != tokenizer.encode(rendered, specials=True):
             raise UserError(f'chat template of {str(tokenizer.directory)!r} changes the words of a message; name a '
                             'template with model.template')
     return made
+
+
+def read_instruction(path: str | pathlib.Path) -> str:
+    """The text of a file for `make_template`, without its last line's end.
+
+    Raises: UserError naming the file where it cannot be read.
+    """
+    named = f'model.instruction={str(path)!r}'
+    try:
+        text = pathlib.Path(path).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise UserError(f'{named} is not UTF-8 (byte {error.start}): save it as UTF-8') from None
+    except OSError as error:
+        raise UserError(f'{named} cannot be read: {error.strerror}') from None
+    if (times := text.count(QUESTION)) != 1:
+        raise UserError(f'{named} holds {QUESTION} {times} times; it has to stand there once, where the problem goes')
+    return text.removesuffix('\n').removesuffix('\r')
 
 
 def prompt_ids(template: Template, tokenizer: Tokenizer, question: str) -> list[int]:

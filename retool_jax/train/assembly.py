@@ -31,7 +31,7 @@ from retool_jax.sandbox.pool import Pool, SandboxSettings
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import tags
 from retool_jax.text import tokenizer as tokenizers
-from retool_jax.text.template import Template, make_template
+from retool_jax.text.template import Template, make_template, read_instruction
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.train import embedded
 
@@ -66,7 +66,7 @@ def open_language(config: ConfigDict, directory: pathlib.Path) -> Language:
         processes.wait()
         if not (directory / 'model' / 'config.json').exists():  # a directory of this machine alone
             embedded.write_model(directory / 'model')
-    return load_language(config.path or directory / 'model', config.template, config.tools)
+    return load_language(config.path or directory / 'model', config.template, config.tools, config.instruction)
 
 
 def check_context(language: Language, tokens: int, key: str) -> None:
@@ -92,8 +92,9 @@ def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sha
         return hf.load(config.path, sizes, shardings, progress=lambda done, total: advance())
 
 
-def load_language(path: str | pathlib.Path, template: str, tools: bool) -> Language:
-    """Reads config.json and the tokenizer of a model directory; the weights are loaded apart."""
+def load_language(path: str | pathlib.Path, template: str, tools: bool, instruction: str | None = None) -> Language:
+    """Reads config.json and the tokenizer of a model directory, and the file of the instruction; the weights are loaded
+    apart."""
     if not pathlib.Path(path).is_dir():
         raise UserError(f'model.path={str(path)!r} is no directory; give a Hugging Face model directory')
     config = model_config.load_config(path)
@@ -101,7 +102,8 @@ def load_language(path: str | pathlib.Path, template: str, tools: bool) -> Langu
     if tokenizer.size > config.vocab_size:
         raise UserError(f'model.path={str(path)!r}: the tokenizer has {tokenizer.size} ids, the model only '
                         f'{config.vocab_size} logits')
-    return Language(config, tokenizer, make_template(template, tools, tokenizer))
+    asked = None if instruction is None else read_instruction(instruction)
+    return Language(config, tokenizer, make_template(template, tools, tokenizer, asked))
 
 
 def make_sampler(language: Language, config: ConfigDict, tools: bool, mesh: jax.sharding.Mesh | None = None) -> Sampler:

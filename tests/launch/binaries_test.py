@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from retool_jax.core import cli
+from retool_jax.core import cli, settings
+from retool_jax.train import stages
 from tests.launch import launcher, mistakes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -25,6 +26,25 @@ def test_every_configuration_builds_and_says_how_it_is_run(name, arg):
     text = (ROOT / f'configs/{name}.py').read_text()
     assert f'python launch/{name}.py --config=configs/{name}.py:tiny' in text
     assert 'Hardware:' in text
+
+
+@pytest.mark.parametrize(('arg', 'size'), [('official', 'qwen2_5_32b'), ('official_tiny', 'tiny'),
+                                           ('official_r1_distill_qwen_32b', 'r1_distill_qwen_32b')])
+def test_the_authors_evaluation_is_a_preset(arg, size):
+    config, plain = (cli.load_config(f'configs/evaluate.py:{name}') for name in (arg, size))
+    assert config.run.dir == f'runs/evaluate_{arg}' and config.model == plain.model
+    config.problems = 'aime24.jsonl'
+    if size != 'tiny':
+        config.model.path = 'model'
+    stage = settings.build(stages.Evaluation, config)
+    turns = stage.turns
+    assert turns.max_tokens == stage.sampler.slots == 2 * turns.max_turn_tokens  # two whole segments at least
+    assert min(turns.max_turns, turns.max_calls) >= turns.max_tokens and turns.on_answer == 'eos'
+    assert (stage.sampling.temperature, stage.feedback.style, stage.feedback.max_chars) == (1.0, 'official', 400)
+    if size != 'tiny':
+        assert (turns.max_turn_tokens, stage.samples, stage.sampling.top_p, stage.sandbox.cpu_s) == (16384, 32, 0.7, 5)
+    with pytest.raises(ValueError, match='qwen9'):
+        cli.load_config('configs/evaluate.py:official_qwen9')
 
 
 @pytest.mark.parametrize('name', [*CONFIGS, 'demo'])

@@ -147,3 +147,17 @@ def test_a_tool_cannot_speak_in_tags_or_chat_tokens():
     assert said.count('</interpreter>') == 1 and '<answer>' not in said and '</code>' not in said
     assert not set(following.ids) & set(TOKENIZER.special_ids.values())
     assert episode.calls[0].feedback in said
+
+
+def test_every_segment_has_its_own_budget_and_calls_have_no_cap_where_none_is_reached():
+    free = rules(max_tokens=4000, max_turn_tokens=60, max_turns=4000, max_calls=4000)
+    episode, seen = fresh(), []
+    for _ in range(30):  # ten times what max_turn_tokens allows in all
+        following = call(free, episode)
+        assert isinstance(following, Feed)
+        seen.append(following.allowance)
+    assert set(seen) == {60} and episode.acted_count > 10 * 60 and len(episode.calls) == 30
+    assert write(free, episode, 'x' * 60, STOP_LENGTH) == End(Stop.LENGTH)  # a segment that fills its own
+    full = fresh()
+    following = call(rules(max_tokens=140, max_turn_tokens=60, max_turns=4000, max_calls=4000), full)
+    assert following.allowance == 140 - len(full.tokens) < 60  # the row ends before the segment

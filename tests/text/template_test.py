@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem
 from retool_jax.text import tags, template
 from retool_jax.text import tokenizer as tokenizer_lib
@@ -136,6 +137,30 @@ def test_a_question_cannot_bring_in_chat_tokens(name, request):
 def test_a_tokenizer_of_another_family_is_refused(tiny):
     with pytest.raises(ValueError, match="'r1_distill' needs the special token <｜begin▁of▁sentence｜>"):
         template.prompt_ids(template.make_template('r1_distill'), tiny, 'Q')
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_an_instruction_of_a_file_takes_the_place_of_our_words(name, tmp_path, request):
+    path = tmp_path / 'prompt.txt'
+    path.write_text('Solve {this}. Box it: \\boxed{x}\n*user question:*\n{question}\n\nThink in <code> tags.\n')
+    asked = template.make_template(name, instruction=template.read_instruction(path))
+    ours, tokenizer = template.make_template(name), of_family(name, request)
+    assert (asked.turn_end, asked.opens_think) == (ours.turn_end, ours.opens_think)
+    text = tokenizer.decode(template.prompt_ids(asked, tokenizer, 'What is 1 + 1?'), specials=True)
+    begin, end = template._FAMILIES[name][:2]
+    assert text == (f'{begin}Solve {{this}}. Box it: \\boxed{{x}}\n*user question:*\nWhat is 1 + 1?\n\n'
+                    f'Think in <code> tags.{end}')
+
+
+@pytest.mark.parametrize(('content', 'words'), [
+    (b'Solve it.', r'holds \{question\} 0 times'), (b'{question} {question}', r'holds \{question\} 2 times'),
+    (b'L\xf6se: {question}', 'is not UTF-8'), (None, 'cannot be read: No such file')])
+def test_an_instruction_that_cannot_be_asked_is_refused_by_its_file(tmp_path, content, words):
+    path = tmp_path / 'prompt.txt'
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f'model.instruction=.*prompt.txt.* {words}'):
+        template.read_instruction(path)
 
 
 def test_an_unknown_family_is_refused():

@@ -21,9 +21,10 @@ from tests.sandbox.servers import Server
 BYTES = Language(make_config(vocab_size=300), fakes.byte_tokenizer(), make_template('tiny'))
 
 
-def model_block(path=None, template='tiny', tools=True):
-    block = ConfigDict({'path': config_dict.placeholder(str), 'template': template, 'tools': tools})
-    block.path = path and str(path)
+def model_block(path=None, template='tiny', tools=True, instruction=None):
+    block = ConfigDict({'path': config_dict.placeholder(str), 'template': template, 'tools': tools,
+                        'instruction': config_dict.placeholder(str)})
+    block.path, block.instruction = path and str(path), instruction and str(instruction)
     return block
 
 
@@ -65,6 +66,14 @@ def test_a_path_is_opened_where_it_is(written, tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"model.path='.*nowhere' is no directory; give a Hugging Face"):
         assembly.open_language(model_block(tmp_path / 'nowhere'), tmp_path)
+
+
+def test_the_instruction_of_a_file_is_what_the_model_is_asked(written, tmp_path):
+    prompt = tmp_path / 'prompt.txt'
+    prompt.write_text('Please: {question}\n')
+    found = assembly.open_language(model_block(written[1] / 'model', instruction=prompt), tmp_path)
+    assert found.template == make_template('tiny', True, instruction='Please: {question}')
+    assert found.template.before.endswith('user\nPlease: ')
 
 
 def test_a_tokenizer_wider_than_the_logits_is_refused(tmp_path):
