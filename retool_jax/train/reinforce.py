@@ -134,7 +134,7 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
         folder.rewind(directory, progress.done, writer)
         sampler = parts.sampler() if rolls or held_out else None
         source = (parts.source(sampler, executor, stream, grader, journal) if rolls else
-                  rollouts.dumped(halves.episodes, language.config.vocab_size))
+                  rollouts.dumped(halves.episodes, language.config.vocab_size, config.forward.row_width))
         advance = stack.enter_context(assembly.progress('RL', sizes.steps - progress.done))
         validates = lambda done: bool(held_out) and (done == sizes.steps or done % config.validation.every == 0)
         saves = lambda done: done == sizes.steps or done % saving.every == 0

@@ -212,11 +212,11 @@ def part_names(directory: str) -> list[str]:
     return names
 
 
-def dumped(directory: str, vocab_size: int) -> Source:
+def dumped(directory: str, vocab_size: int, width: int | None = None) -> Source:
     """The source that reads: step i takes part i of an episodes/ folder, beginning again behind the last.
 
-    Rewards are those of the run that wrote them, its shaping included. Errors: ValueError for episodes that are not
-    graded, or of another tokenizer.
+    Rewards are those of the run that wrote them, its shaping included. Errors: UserError for episodes that are not
+    graded, of another tokenizer, or longer than `width`, the tokens of a row.
     """
     names = part_names(directory)
 
@@ -227,5 +227,9 @@ def dumped(directory: str, vocab_size: int) -> Source:
             raise UserError(f'{directory}/{name}.jsonl holds episodes without a reward: they were never graded')
         if max(max(e.tokens) for e in episodes) >= vocab_size:
             raise UserError(f'{directory}/{name}.jsonl holds ids beyond the model: it was written for another one')
+        longest = max(episodes, key=lambda e: len(e.tokens))
+        if width is not None and len(longest.tokens) > width:
+            raise UserError(f'{directory}/{name}.jsonl: an episode of problem {longest.problem.id!r} has '
+                            f'{len(longest.tokens)} tokens, more than forward.row_width={width}; raise it')
         return Collected(episodes, cursor, {'time/rollout_s': 0.0, 'time/tools_blocked_s': 0.0})
     return collect

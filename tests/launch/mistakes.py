@@ -21,6 +21,7 @@ from retool_jax.text import tokenizer as tokenizer_files
 
 SIZES = ModelConfig(model_type='qwen2', vocab_size=272, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                     num_attention_heads=4, num_key_value_heads=4, head_dim=8)
+POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4976698672\n'
 GOOD = {'id': 'a', 'problem': 'What is 1 + 1?', 'answer': '2'}
 
 
@@ -36,6 +37,11 @@ def write_files(folder: pathlib.Path) -> None:
     put('fieldless.jsonl', '{"problem": "What?"}\n')
     put('answerless.jsonl', good + json.dumps(GOOD | {'answer': None}) + '\n')
     put('nonsense.jsonl', json.dumps(GOOD | {'id': 'b', 'answer': '\\frac{1}{'}) + '\n')
+    put('pointer.jsonl', POINTER)
+    put('pointer.parquet', POINTER)
+    put('proof.jsonl', good + json.dumps(GOOD | {'id': 'c', 'answer': 'proof'}) + '\n')
+    put('long.jsonl', json.dumps(GOOD | {'id': 'long-one', 'problem': '1 + ' * 3000 + '1'}) + '\n')
+    put('asked.jsonl', json.dumps({'messages': [{'role': role, 'content': 'x'} for role in ('user', 'assistant') * 2]}))
     put('latin.jsonl', '{"problem": "Wieviel ist ein Fünftel?", "answer": "1/5"}\n'.encode('latin-1'))
     put('words.parquet', 'not a table')
     put('problems.txt', 'What is 1 + 1?')
@@ -76,6 +82,12 @@ def write_models(folder: pathlib.Path) -> None:
     (spoil('garbled_tokenizer') / 'tokenizer.json').write_text('{}')
     narrow = json.loads((folder / 'model' / 'config.json').read_text()) | {'vocab_size': 200}
     (spoil('narrow') / 'config.json').write_text(json.dumps(narrow))
+    short = json.loads((folder / 'model' / 'config.json').read_text()) | {'max_position_embeddings': 64}
+    (spoil('short') / 'config.json').write_text(json.dumps(short))
+    (spoil('mapless') / hf.SINGLE).rename(folder / 'mapless' / 'model-00001-of-00001.safetensors')
+    (folder / 'mapless' / hf.INDEX).write_text('{"metadata": {}}')
+    for name in (hf.SINGLE, 'config.json', 'tokenizer.json'):
+        (spoil(f'pointer_{name}') / name).write_text(POINTER)
     write_bytes_tokenizer(spoil('endless'))
     write_bytes_tokenizer(spoil('lossy'), normalizers.Lowercase(), '<|im_end|>')
 
@@ -96,6 +108,7 @@ def write_bytes_tokenizer(directory: pathlib.Path, normalizer=None, end: str = '
 EVALUATE = ('evaluate', '--config=configs/evaluate.py:tiny')
 PROBLEMS = '--config.problems={}/good.jsonl'
 MODEL = (*EVALUATE, PROBLEMS, '--config.model.path={}/')
+PPO = ('ppo', '--config=configs/ppo.py:tiny')
 CASES = {  # binary and arguments, {} is the folder of files; words of the line
     'unknown key': ((*EVALUATE, '--config.sampels=3'), 'sampels samples'),
     'unknown key of a block': (('ppo', '--config=configs/ppo.py:tiny', '--config.ppo.step=3'), 'ppo.step ppo.steps'),
@@ -116,6 +129,29 @@ CASES = {  # binary and arguments, {} is the folder of files; words of the line
     'missing field': ((*EVALUATE, '--config.problems={}/fieldless.jsonl'), 'fieldless.jsonl:1 answer'),
     'no answer': ((*EVALUATE, '--config.problems={}/answerless.jsonl'), 'answerless.jsonl:2 answer'),
     'answer that cannot be parsed': ((*EVALUATE, '--config.problems={}/nonsense.jsonl'), r"'b' \\frac{1}{ mathematics"),
+    'answer that cannot be parsed, in training': (
+        (*PPO, "--config.data.sources=('{}/nonsense.jsonl',)"), "'b' mathematics reward.unreadable=leave_out"),
+    'answer that cannot be parsed, in validation': (
+        (*PPO, '--config.validation.problems={}/nonsense.jsonl'), r"'b' \\frac{1}{ mathematics"),
+    'answer that cannot be parsed, rehearsed': (
+        (*PPO, "--config.data.sources=('{}/nonsense.jsonl',)", '--dry_run'), r"'b' \\frac{1}{ mathematics"),
+    'a word for no answer': ((*EVALUATE, '--config.problems={}/proof.jsonl'), "proof.jsonl:2 answer 'proof'"),
+    'nothing but questions that are too long': (
+        (*PPO, "--config.data.sources=('{}/long.jsonl',)"), "'long-one' turns.max_tokens=200"),
+    'a chat with two questions as a trace': (
+        ('cold_start', '--config=configs/cold_start.py:tiny', '--config.traces={}/asked.jsonl'),
+        'asked.jsonl:1 messages questions'),
+    'a pointer of Git LFS for problems': ((*EVALUATE, '--config.problems={}/pointer.jsonl'), 'pointer.jsonl LFS'),
+    'a pointer of Git LFS for a table': ((*EVALUATE, '--config.problems={}/pointer.parquet'), 'pointer.parquet LFS'),
+    'a pointer of Git LFS for weights': (
+        (*MODEL[:3], '--config.model.path={}/pointer_model.safetensors'), 'model.safetensors LFS'),
+    'a pointer of Git LFS for config.json': (
+        (*MODEL[:3], '--config.model.path={}/pointer_config.json'), 'pointer_config.json/config.json LFS'),
+    'a pointer of Git LFS for a tokenizer': (
+        (*MODEL[:3], '--config.model.path={}/pointer_tokenizer.json'), 'pointer_tokenizer.json/tokenizer.json LFS'),
+    'an index without weights': ((*MODEL[:3], '--config.model.path={}/mapless'), 'index.json weight_map'),
+    'episodes beyond the positions of the model': (
+        (*MODEL[:3], '--config.model.path={}/short'), 'max_tokens=1024 64 max_position_embeddings rope_scaling yarn'),
     'not UTF-8': ((*EVALUATE, '--config.problems={}/latin.jsonl'), 'latin.jsonl:1 UTF-8'),
     'not a parquet file': ((*EVALUATE, '--config.problems={}/words.parquet'), 'words.parquet'),
     'unknown kind of file': ((*EVALUATE, '--config.problems={}/problems.txt'), 'problems.txt .jsonl'),

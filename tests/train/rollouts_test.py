@@ -203,6 +203,10 @@ def test_kept_episodes_that_cannot_be_trained_on_are_refused(tmp_path):
     episode_files.write(tmp_path, 'train_00000', made, lambda ids: '')
     with pytest.raises(ValueError, match='holds ids beyond the model'):
         rollouts.dumped(str(tmp_path), 5)(None, 0, 0)
+    longest = max(len(e.tokens) for e in made)
+    rollouts.dumped(str(tmp_path), 96, longest)(None, 0, 0)
+    with pytest.raises(ValueError, match=rf"problem '.*' has {longest} tokens, .* forward.row_width={longest - 1}"):
+        rollouts.dumped(str(tmp_path), 96, longest - 1)(None, 0, 0)
     made[1].reward = None
     episode_files.write(tmp_path, 'train_00000', made, lambda ids: '')
     with pytest.raises(ValueError, match='without a reward'):
