@@ -3,18 +3,21 @@
 # page faults. Elsewhere the variable means nothing.
 PY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 .venv/bin/python
 ARGS ?=
+EXTRA ?=
 
 .PHONY: help setup demo test test-all soak bench baselines lint lock
 
 help:
+	@echo 'make setup      all that the others need; EXTRA=tpu, cuda12 or cuda13 adds an accelerator'
 	@echo 'make demo       cold start, SFT, RL with tools, the text baseline, evaluation: a run folder and a report'
 	@echo 'make test       the quick tests        make test-all   every test but the soak'
 	@echo 'make soak       minutes of steady load  make bench      sandbox, rollout, update: one JSON line each'
 	@echo 'make baselines  side environments with the peers that benchmarks compare with'
 	@echo 'make lint       ruff                    make lock       pin the newest packages in requirements.lock'
 
+# EXTRA=tpu, cuda12 or cuda13 adds the accelerator's JAX; later targets keep it.
 setup:
-	@bash launch/setup.sh
+	@EXTRA='$(EXTRA)' bash launch/setup.sh
 
 demo: setup
 	@$(PY) launch/demo.py $(ARGS)

@@ -1,22 +1,27 @@
 #!/usr/bin/env bash
 # Makes everything that `make demo` and `make test` need: .venv, the locked packages, the library that
 # nsjail is linked with, the guest root of the sandbox. Does nothing when nothing changed.
-# RETOOL_PYTHON=/path/to/python3 names the interpreter to use.
+# RETOOL_PYTHON=/path/to/python3 names the interpreter to use; EXTRA=tpu, cuda12 or cuda13 adds the JAX of an
+# accelerator to a machine that has one, and stays until another is named.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stamp=.venv/.ready
 inputs=(requirements.lock setup.py launch/setup.sh retool_jax/sandbox/guest.py)
 key="$(cat "${inputs[@]}" | cksum) $PWD"  # the directory too: an environment that was moved is broken
+say() { printf 'setup: %s\n' "$*"; }
+die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+had=''
 if [ -f "$stamp" ] && [ -x .venv/bin/python ]; then
-    { read -r made; read -r guest; } <"$stamp" || true
-    if [ "$made" = "$key" ] && { [ "$guest" = none ] || [ -f "$guest/complete" ]; }; then
+    { read -r made; read -r guest; read -r had; } <"$stamp" || true
+    extra="${EXTRA:-$had}"
+    if [ "$made" = "$key" ] && [ "$extra" = "$had" ] && { [ "$guest" = none ] || [ -f "$guest/complete" ]; }; then
         exit 0
     fi
 fi
+extra="${EXTRA:-$had}"
+case "$extra" in ''|tpu|cuda12|cuda13|plan) ;; *) die "EXTRA=$extra is unknown; choose tpu, cuda12, cuda13 or plan" ;; esac
 
-say() { printf 'setup: %s\n' "$*"; }
-die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 as_root() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
 apt_install() {  # with an old or an empty package list the first try fails
     export DEBIAN_FRONTEND=noninteractive
@@ -75,6 +80,10 @@ uv_install() { [ -x .venv/bin/uv ] && .venv/bin/uv pip install -q --python .venv
 pip_install() { .venv/bin/python -m pip install -q --disable-pip-version-check "$@"; }
 uv_install -r requirements.lock || pip_install -r requirements.lock
 uv_install --no-deps -e . || pip_install --no-deps -e .
+if [ -n "$extra" ]; then  # the locked versions hold for what both name
+    say "the packages of the extra $extra"
+    uv_install -c requirements.lock -e ".[$extra]" || pip_install -c requirements.lock -e ".[$extra]"
+fi
 
 guest=none
 if [ "$(uname -s)" = Linux ]; then
@@ -90,5 +99,5 @@ if [ "$(uname -s)" = Linux ]; then
 else
     say 'no local sandbox on this system (Linux only): run snippets on a sandbox server'
 fi
-printf '%s\n%s\n' "$key" "$guest" >"$stamp"
+printf '%s\n%s\n%s\n' "$key" "$guest" "$extra" >"$stamp"
 say 'ready'

@@ -16,6 +16,7 @@ from retool_jax.core import processes, settings
 from retool_jax.core.cli import command
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
+from retool_jax.train.owner import NAME, Owner
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RETIRED = ('backend', 'turns.tools')  # keys of folders that earlier versions made; neither changed a run
@@ -23,17 +24,37 @@ DATA = 'data.json'
 RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints')
 
 
-def claim(config: ConfigDict, free: Sequence[str] = ()) -> pathlib.Path:
-    """Makes `run.dir` with its config.json, or goes on in one that the same configuration made.
+@contextlib.contextmanager
+def claimed(config: ConfigDict, free: Sequence[str] = ()) -> Iterator[pathlib.Path]:
+    """Makes `run.dir` with its config.json, or goes on in one that the same configuration made; owned for a block.
 
-    free: keys or blocks that may differ from last time. Errors: UserError naming the keys that differ. Of a run's
-    processes one asks and writes, and the others end as it does.
+    A run that ends in an error or a stop before its first result leaves no trace. free: keys or blocks that may differ
+    from last time. Errors: UserError naming the keys that differ, or the run that owns the folder. Of a run's
+    processes one asks, owns and writes, and the others end as it does.
     """
-    processes.first(lambda: _claim(config, free))
-    return pathlib.Path(config.run.dir)
+    directory = pathlib.Path(config.run.dir)
+    there = directory.is_dir()
+    fresh = not there or not any(path.name != NAME for path in directory.iterdir())
+    owners: list[Owner] = []
+    try:
+        processes.first(lambda: _claim(config, free, owners))
+        yield directory
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
+            error.filename = str(directory)  # a write that fails does not know of which file
+        if fresh and owners and directory.is_dir() and not has_results(directory):
+            for path in list(directory.iterdir()) if there else [directory]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif not there and not owners:
+            with contextlib.suppress(OSError):  # another run may have made it, and work in it
+                directory.rmdir()
+        raise
+    finally:
+        for owner in owners:
+            owner.close()
 
 
-def _claim(config: ConfigDict, free: Sequence[str]) -> None:
+def _claim(config: ConfigDict, free: Sequence[str], owners: list[Owner]) -> None:
     directory = pathlib.Path(config.run.dir)
     file = directory / 'config.json'
     if file.exists():
@@ -47,11 +68,12 @@ def _claim(config: ConfigDict, free: Sequence[str]) -> None:
             raise UserError(f'run.dir={str(directory)!r} holds a run of another configuration '
                             f'({settings.describe(found)}); choose another folder')
     # Empty folders are nobody's: a thread that opens checkpoints may make one after its run was told to stop.
-    elif any(path.name != 'config.json.new' and not path.is_dir() for path in directory.rglob('*')):
+    elif any(path.name not in ('config.json.new', NAME) and not path.is_dir() for path in directory.rglob('*')):
         raise UserError(f'run.dir={str(directory)!r} holds other files; choose a new or empty folder')
     elif directory.is_file():
         raise UserError(f'run.dir={str(directory)!r} is a file; choose a new or empty folder')
     directory.mkdir(parents=True, exist_ok=True)
+    owners.append(Owner(directory))
     new = directory / 'config.json.new'  # a run killed here must not damage what it goes on from
     new.write_text(json.dumps(settings.to_json(config), indent=2))
     new.replace(file)
@@ -80,23 +102,6 @@ def has_results(directory: pathlib.Path) -> bool:
     """Whether a run has left anything in its folder that is worth going on with."""
     paths = [directory / name for name in RESULTS]
     return any(any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size for path in paths)
-
-
-@contextlib.contextmanager
-def claimed(config: ConfigDict, free: Sequence[str] = ()) -> Iterator[pathlib.Path]:
-    """`claim` for a block; a run that ends in an error or a stop before its first result leaves no trace."""
-    directory = pathlib.Path(config.run.dir)
-    there = directory.is_dir()
-    fresh = not there or not any(directory.iterdir())
-    try:
-        yield claim(config, free)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
-            error.filename = str(directory)  # a write that fails does not know of which file
-        if fresh and processes.leads() and directory.is_dir() and not has_results(directory):
-            for path in list(directory.iterdir()) if there else [directory]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        raise
 
 
 @contextlib.contextmanager

@@ -164,10 +164,10 @@ def needy_code_ratio(episodes: Sequence[Episode]) -> float:
 def opened(config: ConfigDict) -> Iterator[Story]:
     """The story of a run's folder, with sandbox, grader and log; what an earlier telling left there is deleted."""
     settings.build(Demo, config)
-    directory = folder.claim(config)
-    for old in ('model', 'tool_rl', 'checkpoints', 'episodes'):
-        shutil.rmtree(directory / old, ignore_errors=True)
     with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(folder.claimed(config))
+        for old in ('model', 'tool_rl', 'checkpoints', 'episodes'):
+            shutil.rmtree(directory / old, ignore_errors=True)
         pool = stack.enter_context(assembly.open_sandbox(config.sandbox))
         grader = stack.enter_context(assembly.open_grader(config.reward))
         writer = stack.enter_context(console.Metrics(directory))

@@ -147,3 +147,10 @@ def test_a_start_without_a_launcher_is_the_same():
                           env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ''
     assert done.stderr == "error: unknown config key 'sampels' (did you mean samples?)\n"
+
+
+def test_an_extra_that_is_unknown_is_refused_before_anything_is_installed():
+    done = subprocess.run(['bash', ROOT / 'launch/setup.sh'], env=os.environ | {'EXTRA': 'gpu'}, capture_output=True,
+                          text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr == 'setup: EXTRA=gpu is unknown; choose tpu, cuda12, cuda13 or plan\n'

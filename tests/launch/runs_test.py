@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -155,6 +156,24 @@ def test_a_signalled_fine_tuning_says_how_to_go_on(files, tmp_path, number, stat
     end('sft', flags('stopped'))
     read = lambda name: (tmp_path / name / 'final' / 'model.safetensors').read_bytes()
     assert read('stopped') == read('whole')
+
+
+@pytest.mark.slow
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(files, tmp_path):
+    flags = sft_flags(files, tmp_path / 'run', **{'sft.steps': 100_000, 'checkpoints.every': 1000})
+    first = start('sft', flags)
+    while len(metrics.read(tmp_path / 'run')) < 3:
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.05)
+    second = start('sft', flags)
+    _, err = second.communicate(timeout=300)
+    assert second.returncode == 2
+    assert f'in use by process {first.pid} on {socket.gethostname()}' in err.splitlines()[-1]
+    first.kill()
+    first.communicate()
+    third = start('sft', flags)
+    returned, _ = stop(third, signal.SIGTERM, lambda: len(metrics.read(tmp_path / 'run')) >= 3)
+    assert returned == 143 and not (tmp_path / 'run' / 'owner.json').exists()
 
 
 def kept(run):
