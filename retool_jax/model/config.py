@@ -59,9 +59,11 @@ class ModelConfig:
 
     @property
     def context(self) -> int:
-        """Positions that the weights were trained on, or that the rotary scaling stretches them to."""
+        """Positions that the weights were trained on, or that YaRN stretches them to, which is seldom written into
+        `max_position_embeddings` (Llama 3's stretch always is)."""
         scaling = self.rope_scaling
-        stretched = int(scaling.factor * scaling.original_max_position_embeddings) if scaling else 0
+        stretched = (int(scaling.factor * scaling.original_max_position_embeddings)
+                     if isinstance(scaling, YarnScaling) else 0)
         return max(self.max_position_embeddings, stretched)
 
     @property

@@ -73,10 +73,12 @@ def check_context(language: Language, tokens: int, key: str) -> None:
     """Refuses episodes longer than the positions that the weights know; `key` is what sets their length."""
     context = language.config.context
     if tokens > context:
-        factor = -(-tokens // context)
+        scaling = language.config.rope_scaling
+        trained = scaling.original_max_position_embeddings if scaling else context
+        factor = -(-tokens // trained)
         raise UserError(f'{key}={tokens} exceeds the {context} positions of the model (max_position_embeddings in '
                         f'config.json); lower it, or stretch them there with "rope_scaling": {{"rope_type": "yarn", '
-                        f'"factor": {factor}.0, "original_max_position_embeddings": {context}}}')
+                        f'"factor": {factor}.0, "original_max_position_embeddings": {trained}}}')
 
 
 def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sharding.Mesh) -> Params:

@@ -148,6 +148,9 @@ def test_the_context_is_what_the_weights_or_yarn_reach():
     assert reach(max_position_embeddings=4096) == 4096
     assert reach(max_position_embeddings=8192, rope_scaling=YARN) == 32768
     assert reach(max_position_embeddings=131072, rope_scaling=YARN) == 131072
+    llama3 = {'rope_type': 'llama3', 'factor': 32.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+              'original_max_position_embeddings': 8192}
+    assert reach(max_position_embeddings=131072, rope_scaling=llama3) == 131072
 
 
 @pytest.mark.parametrize('change, message', [
