@@ -68,6 +68,8 @@ def trace(messages: object, where: str, field: str) -> str:
     for i, turn in enumerate(turns):
         result = _result(turns, i)
         if result is not None:
+            if _open(text):  # the stop string was cut off
+                text = f'{text.rstrip()}\n</code>'
             if not waiting and not text.rstrip().endswith('</code>'):
                 text = _as_call(text, where, field)
             before, after = _split_waiting(text.rstrip(), waiting)
@@ -98,6 +100,12 @@ def _as_call(text: str, where: str, field: str) -> str:
     return f'{text[:block.start()]}{wrap_snippet(block[1])}'
 
 
+def _open(text: str) -> bool:
+    """Whether a call at the end of a text is not closed."""
+    start = text.rfind('<code>')
+    return start > text.rfind('</code>') and re.fullmatch(r'<code>\s*```.*```\s*', text[start:], re.DOTALL) is not None
+
+
 def _result(turns: list[Turn], i: int) -> str | None:
     """What a turn gives back of a call, without its wrapping; None for a turn that does not."""
     turn = turns[i]
@@ -108,7 +116,8 @@ def _result(turns: list[Turn], i: int) -> str | None:
         found = wrapping.fullmatch(turn.text.strip())
         if found and answered:
             return found[1]
-    called = answered and (turns[i - 1].calls or turns[i - 1].text.rstrip().endswith('</code>'))
+    before = turns[i - 1]
+    called = answered and (before.calls or before.text.rstrip().endswith('</code>') or _open(before.text))
     return turn.text if turn.role == 'tool' or called else None
 
 

@@ -22,8 +22,9 @@ from retool_jax.tasks import schemas
 from retool_jax.tasks.schemas import brief, is_dapo, read_problem
 
 BATCH_ROWS = 8192
+TFDS = ('dataset_info.json', 'features.json')  # which stand in a folder that TFDS prepared
 # What the hub's tools write beside a set: none of it is one.
-ABOUT = ('dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'state.json')
+ABOUT = ('dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'features.json', 'state.json')
 
 Row = tuple[str, Mapping]  # where it stands ('file:line'), its fields
 
@@ -163,7 +164,7 @@ def load_traces(path: str | pathlib.Path, leave_out: bool = False) -> tuple[list
 def read_rows(path: pathlib.Path) -> Iterator[Row]:
     """Rows of a file, or of every file of a folder by name, with where each stands."""
     if path.is_dir():
-        if (path / 'dataset_info.json').is_file():
+        if all((path / name).is_file() for name in TFDS):
             yield from _tfds_rows(path)
             return
         for file in _files(path):

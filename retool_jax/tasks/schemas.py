@@ -124,8 +124,9 @@ def is_dapo(row: Mapping) -> bool:
     """Whether a row is one of DAPO's sets, whose public files repeat their rows."""
     if not isinstance(row.get('reward_model'), Mapping) or not isinstance(row.get('prompt'), list):
         return False
-    text = ' '.join(str(m.get('content')) for m in row['prompt'] if isinstance(m, Mapping))
-    return 'dapo' in str(row.get('data_source')).lower() or _INSTRUCTION.match(text) is not None
+    if 'dapo' in str(row.get('data_source')).lower():
+        return True
+    return any(isinstance(m, Mapping) and _INSTRUCTION.match(str(m.get('content'))) for m in row['prompt'])
 
 
 def dapo_key(row: Mapping, where: str) -> tuple[str, str]:
@@ -168,8 +169,9 @@ def _read_question(row: Mapping, names: Mapping[str, str], where: str) -> str:
 
 def _find_answer(row: Mapping, names: Mapping[str, str], where: str) -> str:
     wanted = {name: row[names[name]] for name in ANSWER_FIELDS if name in names}
-    if isinstance(row.get('reward_model'), Mapping):
-        wanted['reward_model.ground_truth'] = row['reward_model'].get('ground_truth')
+    reward = _unpacked(row.get('reward_model'))
+    if isinstance(reward, Mapping):
+        wanted['reward_model.ground_truth'] = reward.get('ground_truth')
     name, value = _first_filled({name: wanted[name] for name in ANSWER_FIELDS if name in wanted})
     if name is None:
         for chat in ('messages', 'conversations', 'completion'):
@@ -223,7 +225,7 @@ def _unpacked(value: object) -> object:
             found = json.loads(value)
         except (ValueError, RecursionError):
             return value
-        return found if isinstance(found, list) else value
+        return found if isinstance(found, list | dict) else value
     return value
 
 

@@ -215,6 +215,8 @@ def _open_huggingface(path: pathlib.Path):
         raise UserError(f'tokenizer file {str(path)!r} cannot be read: {_first_line(error)}') from None
     fast.no_truncation()  # settings of another program's batches: a prompt is encoded whole and alone
     fast.no_padding()
+    if getattr(fast.model, 'dropout', None):
+        fast.model.dropout = None  # or a text would have other ids each time
     added = fast.get_added_tokens_decoder()
     control = [token for token in added.values() if token.special or CONTROL.fullmatch(token.content)]
     fast.add_special_tokens(control)  # flags the unflagged; no new ids, all are in the vocabulary

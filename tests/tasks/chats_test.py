@@ -37,6 +37,7 @@ def joined(*messages):
     [said(f'So.\n{SNIPPET}'), {'role': 'user', 'content': '```output\n12\n```'}, END],
     [said(f'So.\n{SNIPPET}'), {'role': 'tool', 'content': '12\n'}, END],
     [said(f'So.\n{SNIPPET}'), {'role': 'ipython', 'content': [{'type': 'text', 'text': '12'}]}, END],
+    [said(f'So.\n{SNIPPET.removesuffix("</code>")}'), {'role': 'user', 'content': '12'}, END],  # stop strings cut off
     # calls beside the text
     [said('So.', tool_calls=[call()]), {'role': 'tool', 'tool_call_id': 'c1', 'content': '12'}, END],
     [said('So.', tool_calls=[call('{"code": "print(3*4)"}')]), {'role': 'tool', 'content': '12'}, END],

@@ -34,6 +34,7 @@ SCHEMAS = {  # a row of the guide's table → rows in that schema; the answer to
              {'prompt': QUESTION, 'solution': None, 'reward_model': {'ground_truth': '12'}}],
     'Skywork-OR1': [{'prompt': CHAT, 'reward_model': {'ground_truth': '["12"]'}},
                     {'prompt': json.dumps(CHAT), 'reward_model': {'ground_truth': "['12']"}},
+                    {'prompt': CHAT, 'reward_model': '{"ground_truth": "12", "style": "rule"}'},
                     {'problem': QUESTION, 'answer': '[ "12" ]'}, {'problem': QUESTION, 'answer': ['12']}],
     'chat and label': [{'prompt': CHAT, 'label': '12'}, {'prompt': CHAT, 'answer': '12'},
                        {'prompt': CHAT, 'ground_truth': 12}, {'prompt': CHAT, 'solution': '$12$'},
