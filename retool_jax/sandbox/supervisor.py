@@ -97,8 +97,7 @@ class Supervisor:
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         try:
             if self.settings.path == 'warm':
-                for _ in range(self.settings.zygotes):
-                    self._zygotes.append(Zygote(self))
+                self._staff()
             else:
                 self.dispatch()
             while not stopped.done():
@@ -108,6 +107,7 @@ class Supervisor:
                     break
                 for zygote in list(self._zygotes):
                     zygote.watch()
+                self._staff()
                 _reap_orphans({z.jail.process.pid for z in self._zygotes} | self.cold_pids)
         finally:
             for zygote in list(self._zygotes):
@@ -192,8 +192,18 @@ class Supervisor:
         self.counters['respawned'] += 1
         if not zygote.ready:
             self.complain(words)
-        if not self._broken:
-            self._zygotes.append(Zygote(self))
+        self._staff()
+
+    def _staff(self) -> None:
+        """Starts the workers that are lacking; what the machine has no room for now is tried again each second."""
+        if self.settings.path == 'cold':
+            return
+        while not self._broken and sum(not z.draining for z in self._zygotes) < self.settings.zygotes:
+            try:
+                self._zygotes.append(Zygote(self))
+            except OSError as error:
+                self.complain(f'a worker cannot be started: {error}')
+                return
 
     def complain(self, words: str) -> None:
         """Counts a worker that could not isolate itself, and keeps its reason for the message that ends the pool."""
@@ -253,8 +263,9 @@ class Supervisor:
             if not zygote.ready:
                 continue
             if zygote.forked >= self.settings.recycle and zygote.successor is None:
-                zygote.successor = Zygote(self)
-                self._zygotes.append(zygote.successor)
+                with contextlib.suppress(OSError):  # the next child that ends tries again
+                    zygote.successor = Zygote(self)
+                    self._zygotes.append(zygote.successor)
             if zygote.successor and (zygote.successor.ready or zygote.successor.dead):
                 zygote.draining = True
                 self.counters['recycled'] += 1

@@ -43,14 +43,22 @@ class Jail:
 
     def __init__(self, argv: list[str], descriptors: list[int], log: int | None = None):
         read, write = os.pipe()
-        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=write, stderr=write,
-                                        pass_fds=descriptors, preexec_fn=_die_with_parent, start_new_session=True)
-        os.close(write)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, read)
+            try:
+                self.process = subprocess.Popen(
+                    argv, stdin=subprocess.DEVNULL, stdout=write, stderr=write, pass_fds=descriptors,
+                    preexec_fn=_die_with_parent, start_new_session=True)
+            finally:
+                os.close(write)
+            stack.callback(self.process.wait)
+            stack.callback(self.process.kill)
+            self.pidfd = os.pidfd_open(self.process.pid)
+            stack.pop_all()
         os.set_blocking(read, False)
         self._log, self._read = bytearray(), read
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(read, self._drain)
-        self.pidfd = os.pidfd_open(self.process.pid)
 
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -95,10 +103,13 @@ class Zygote:
             'scratch_inodes': settings.scratch_inodes, 'processes': settings.processes,
             'single_uid': jail.single_uid()})
         config = jail.zygote(supervisor.guest, theirs.fileno(), words)
-        argv, descriptor = jail.command(supervisor.nsjail, config)
-        self.jail = Jail(argv, [theirs.fileno(), descriptor])
-        os.close(descriptor)
-        theirs.close()
+        with theirs, contextlib.ExitStack() as stack:
+            stack.callback(self.link.close)
+            argv, descriptor = jail.command(supervisor.nsjail, config)
+            stack.callback(os.close, descriptor)
+            self.jail = Jail(argv, [theirs.fileno(), descriptor])
+            stack.pop_all()
+            os.close(descriptor)
         with contextlib.suppress(OSError):
             supervisor.groups.adopt(self.jail.process.pid, 'zygotes')
         self.link.setblocking(False)

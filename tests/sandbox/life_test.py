@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -89,6 +90,23 @@ def test_a_request_that_our_code_stumbles_over_costs_itself_alone(monkeypatch):
         assert time.monotonic() - start < 1.0 and pool.stats()['retried'] == 0
         assert pool.submit('print(1)').result(60).stdout == '1\n'
         assert beside.result(60).stdout == 'beside\n' and pool.stats()['respawned'] == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='limits of another process')
+def test_a_worker_that_cannot_be_started_at_the_moment_is_started_later():
+    with Pool(SandboxSettings(**SMALL)) as pool:
+        assert pool.submit('print(1)').result(60).stdout == '1\n'
+        supervisor = pool._process.pid
+        limits = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+        few = len(os.listdir(f'/proc/{supervisor}/fd')) - 12
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (few, limits[1]))
+        with open(f'/proc/{supervisor}/task/{supervisor}/children') as children:
+            [os.kill(int(pid), signal.SIGKILL) for pid in children.read().split()]
+        future = pool.submit('print(2)')
+        time.sleep(1.5)
+        assert not future.done() and pool.ailing() == ''
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, limits)
+        assert future.result(30).stdout == '2\n' and pool._process.pid == supervisor
 
 
 def test_what_waits_is_bounded_by_its_bytes_and_held_once():
