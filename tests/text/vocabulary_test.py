@@ -117,3 +117,17 @@ def test_a_vocabulary_that_loses_bytes_is_refused(trained, tmp_path):
     tokens[tokens.index('p')] = '[gone]'
     with pytest.raises(UserError, match=r'^model.gguf: .*(not byte-exact|cannot be read)'):
         vocabulary.save(trained['qwen2'] | {'tokenizer.ggml.tokens': tokens}, tmp_path, 'model.gguf')
+
+
+def test_tokens_outside_the_alphabet_of_bytes_keep_their_ids(trained, tmp_path):
+    # DeepSeek's marks are full-width, and stand in the file as they are.
+    metadata = trained['deepseek-r1-qwen']
+    marks = ['<｜begin▁of▁sentence｜>', '<｜User｜>', '<｜end▁of▁sentence｜>', '<think>']
+    tokens = [*metadata['tokenizer.ggml.tokens'], *marks]
+    tokenizer = load(metadata | {
+        'tokenizer.ggml.tokens': tokens,
+        'tokenizer.ggml.token_type': [*metadata['tokenizer.ggml.token_type'], 3, 3, 3, 4],
+        'tokenizer.ggml.eos_token_id': len(tokens) - 2}, tmp_path)
+    assert tokenizer.encode(''.join(marks), specials=True) == [*range(len(tokens) - 4, len(tokens))]
+    assert tokenizer.eos_ids[0] == len(tokens) - 2 and tokenizer.size == len(tokens)
+    assert tokenizer.decode([len(tokens) - 1]) == '<think>'
