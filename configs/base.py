@@ -45,9 +45,10 @@ def model(arg: str) -> ConfigDict:
         'name': arg,  # launch/plan.py knows the sizes of these without their files
         'template': MODELS[check(arg)],
         'tools': True,  # False: the text-only baseline (P §3.2)
-        # A file with what the model is asked, {question} where the problem goes; none: this project's words. Give the
-        # same one to every stage: a model knows the prompt that it was trained with.
-        'instruction': config_dict.placeholder(str),
+        # What the model is asked: 'paper' (155 tokens; none is the same, but of the embedded model), 'short' (50), or a
+        # file, {question} where the problem goes. Give the same one to every stage: a model knows the prompt that it
+        # was trained with.
+        'instruction': 'short' if arg.startswith('smollm2') else config_dict.placeholder(str),
     })
 
 

@@ -49,6 +49,32 @@ Work through the problem below one step at a time, in words and formulas.
 
 {ANSWER_FORM}"""
 
+# For small models: of a context of a few thousand tokens, and of every step on a CPU, the words above are most.
+_SHORT_FORM = """\
+End with
+<answer>
+\\boxed{result}
+</answer>
+
+{question}"""
+
+SHORT_TOOL_INSTRUCTION = f"""\
+Solve step by step. You may run Python:
+<code>
+```python
+print(6*7)
+```
+</code>
+Its output comes in <interpreter>. {_SHORT_FORM}"""
+
+SHORT_TEXT_INSTRUCTION = f'Solve step by step. {_SHORT_FORM}'
+
+# model.instruction → with the interpreter, without
+INSTRUCTIONS = {
+    'paper': (TOOL_INSTRUCTION, TEXT_INSTRUCTION),
+    'short': (SHORT_TOOL_INSTRUCTION, SHORT_TEXT_INSTRUCTION),
+}
+
 FORMAT_FEEDBACK = 'Nothing was run: write one complete script in a python fence inside the code tags.'
 CAP_FEEDBACK = 'Nothing was run: no more scripts are allowed. Give the final answer now.'
 
@@ -95,7 +121,7 @@ def make_template(
     """The record of a family: 'tiny', 'qwen2_5', 'qwen3', 'r1_distill', or 'own', read from the chat template that
     lies beside `tokenizer`.
 
-    instruction: what the user turn says, as `read_instruction` gives it; None: this project's words.
+    instruction: what the user turn says, as `read_instruction` gives it; None: 'paper', and 'tiny' the bare question.
 
     Raises UserError for any other name, and where the chat template's rendering of a prompt has other ids.
     """
@@ -114,18 +140,21 @@ def make_template(
     return made
 
 
-def read_instruction(path: str | pathlib.Path) -> str:
-    """The text of a file for `make_template`, without its last line's end.
+def read_instruction(path: str | pathlib.Path, tools: bool = True) -> str:
+    """The words for `make_template`: those of a name ('paper', 'short'), or of a file, without its last line's end.
 
     Raises: UserError naming the file where it cannot be read.
     """
+    if path in INSTRUCTIONS:
+        return INSTRUCTIONS[path][0 if tools else 1]
     named = f'model.instruction={str(path)!r}'
     try:
         text = pathlib.Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as error:
         raise UserError(f'{named} is not UTF-8 (byte {error.start}): save it as UTF-8') from None
     except OSError as error:
-        raise UserError(f'{named} cannot be read: {error.strerror}') from None
+        raise UserError(f'{named} cannot be read: {error.strerror}; give a file, or one of '
+                        f'{", ".join(INSTRUCTIONS)}') from None
     if (times := text.count(QUESTION)) != 1:
         raise UserError(f'{named} holds {QUESTION} {times} times; it has to stand there once, where the problem goes')
     return text.removesuffix('\n').removesuffix('\r')
@@ -290,7 +319,7 @@ NAMES = (*_FAMILIES, OWN)
 def _instruction(name: str, tools: bool) -> str:
     if name == 'tiny':  # a few hundred ids of context are worth more than words it cannot read
         return '{question}'
-    return TOOL_INSTRUCTION if tools else TEXT_INSTRUCTION
+    return read_instruction('paper', tools)
 
 
 def _cut(template: Template, tokenizer: Tokenizer, text: str) -> list[str | int]:

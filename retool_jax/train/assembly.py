@@ -95,8 +95,7 @@ def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sha
 
 
 def load_language(path: str | pathlib.Path, template: str, tools: bool, instruction: str | None = None) -> Language:
-    """Reads config.json and the tokenizer of a model directory, and the file of the instruction; the weights are loaded
-    apart."""
+    """Reads config.json and the tokenizer of a model directory, and the instruction; the weights are loaded apart."""
     if not pathlib.Path(path).is_dir():
         raise UserError(f'model.path={str(path)!r} is no directory; give a Hugging Face model directory')
     config = model_config.load_config(path)
@@ -104,7 +103,7 @@ def load_language(path: str | pathlib.Path, template: str, tools: bool, instruct
     if tokenizer.size > config.vocab_size:
         raise UserError(f'model.path={str(path)!r}: the tokenizer has {tokenizer.size} ids, the model only '
                         f'{config.vocab_size} logits')
-    asked = None if instruction is None else read_instruction(instruction)
+    asked = None if instruction is None else read_instruction(instruction, tools)
     return Language(config, tokenizer, make_template(template, tools, tokenizer, asked))
 
 

@@ -50,7 +50,7 @@ class ModelSettings:
     name: str  # launch/plan.py knows the sizes of these without their files
     template: str  # family of prompts
     tools: bool  # False: text only
-    instruction: str | None  # a file: what the model is asked, `{question}` where the problem goes; None: our words
+    instruction: str | None  # text.template.INSTRUCTIONS, or a file: what the model is asked; None: the template's
 
     def __post_init__(self):
         check(self, path=local_path(), instruction=local_path(), name=filled(), template=one_of(template.NAMES))

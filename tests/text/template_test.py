@@ -152,9 +152,34 @@ def test_an_instruction_of_a_file_takes_the_place_of_our_words(name, tmp_path, r
                     f'Think in <code> tags.{end}')
 
 
+@needs_qwen
+def test_the_short_instruction_is_short_and_says_how_to_call_and_how_to_answer():
+    tokenizer = tokenizer_lib.load(QWEN)
+    tool, text = (template.read_instruction('short', tools) for tools in (True, False))
+    empty = lambda instruction: instruction.replace(template.QUESTION, '')
+    assert len(tokenizer.encode(empty(tool))) <= 60 and len(tokenizer.encode(empty(text))) <= 30
+    for words in ('You may run Python', '<interpreter>', '<code>\n```python\n', '\n```\n</code>',
+                  '<answer>\n\\boxed{result}\n</answer>'):
+        assert words in tool, words
+    shown = template.extract_snippet(tool[: tool.index('</code>') + len('</code>')])
+    compile(shown.code, 'shown', 'exec')
+    assert not any(word in text for word in ('code', 'Python', 'interpreter', 'run')) and '\\boxed{result}' in text
+
+
+@pytest.mark.parametrize('tools', [True, False])
+def test_an_instruction_is_chosen_by_name(tools):
+    paper = template.make_template('qwen3', tools, instruction=template.read_instruction('paper', tools))
+    assert paper == template.make_template('qwen3', tools)
+    short = template.make_template('tiny', tools, instruction=template.read_instruction('short', tools))
+    words = short.before.removeprefix('<|im_start|>user\n')
+    assert words + template.QUESTION == template.INSTRUCTIONS['short'][not tools]
+    assert short.after == template.make_template('tiny').after
+
+
 @pytest.mark.parametrize(('content', 'words'), [
     (b'Solve it.', r'holds \{question\} 0 times'), (b'{question} {question}', r'holds \{question\} 2 times'),
-    (b'L\xf6se: {question}', 'is not UTF-8'), (None, 'cannot be read: No such file')])
+    (b'L\xf6se: {question}', 'is not UTF-8'),
+    (None, 'cannot be read: No such file or directory; give a file, or one of paper, short')])
 def test_an_instruction_that_cannot_be_asked_is_refused_by_its_file(tmp_path, content, words):
     path = tmp_path / 'prompt.txt'
     if content is not None:
