@@ -17,8 +17,8 @@ from retool_jax.tasks import answers, chats
 # Looked up in this order, in any case; of several the first that is filled counts.
 QUESTION_FIELDS = ('problem', 'question', 'input', 'prompt', 'messages', 'conversations', 'query', 'instruction')
 ANSWER_FIELDS = (
-    'answer', 'final_answer', 'expected_answer', 'ground_truth', 'reward_model.ground_truth', 'gold_answer',
-    'reference_answer', 'gold', 'label', 'target', 'output', 'solution',
+    'answer', 'final_answer', 'expected_answer', 'correct_answer', 'ground_truth', 'reward_model.ground_truth',
+    'gold_answer', 'reference_answer', 'answers', 'gold', 'label', 'target', 'output', 'solution',
 )  # fmt: skip
 ID_FIELDS = ('id', 'unique_id', 'problem_id', 'question_id', 'uuid')
 FAMILY_FIELDS = ('family', 'subject', 'type')
@@ -109,8 +109,10 @@ def read_answer(value: object, where: str, field: str) -> str:
     if marked := _MARKED.search(text):
         text = marked[1].strip()
     box = answers.last_box(text)
-    if box is not None and ('\n' in text or re.fullmatch(r'\$?\\boxed\s*\{' + re.escape(box) + r'\}\$?\.?', text)):
-        text = box.strip()  # a solution, or nothing but its box
+    if box is not None:
+        around = text.replace(box, '', 1) if text.count('\\boxed') == 1 else ''
+        if '\n' in text or _PROSE.search(around) or re.fullmatch(r'\$?\\boxed\s*\{\}\$?\.?', around):
+            text = box.strip()  # a solution, or nothing but its box
     if not text:
         raise UserError(f'{where}: field {field!r} is empty: every problem needs its answer')
     if text.strip(' .').lower() in NO_ANSWER:

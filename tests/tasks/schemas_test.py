@@ -97,7 +97,8 @@ def test_ids_and_families_are_found_in_any_case():
     ('(1,200)', '(1,200)'), ('1,2', '1,2'), ('[1, 2]', '[1, 2]'), ('[12]', '[12]'), ('["1"', '["1"'),
     ('["\\\\frac{1}{2}"]', '\\frac{1}{2}'), ('a #### b', 'a #### b'), ('nonempty', 'nonempty'),
     ('no solution', 'no solution'),
-    ('So it is.\n\n\\boxed{7}', '7'), ('$\\boxed{7}$.', '7')])
+    ('The answer is \\boxed{7}.', '7'), ('\\boxed{7}\\pi', '\\boxed{7}\\pi'), ('So it is.\n\n\\boxed{7}', '7'),
+    ('$\\boxed{7}$.', '7')])
 def test_an_answer_keeps_its_meaning(answer, read):
     assert only({'problem': 'Q', 'answer': answer}).answer == read
 

@@ -9,6 +9,7 @@ from retool_jax.core import cli
 from retool_jax.core import episodes as episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core.checkpoint import Checkpoints
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem, Stop
 from retool_jax.model import config as model_config
 from retool_jax.model import hf
@@ -88,3 +89,15 @@ def test_a_share_that_leaves_nothing_on_one_side_is_refused_before_anything_is_w
     with pytest.raises(cli.UserError, match=f'sft.evaluation_share={share} holds out .* choose a share'):
         run(folder, 'refused', **{'sft.evaluation_share': share})
     assert not (folder / 'refused').exists()
+
+
+def test_traces_replaced_under_a_run_are_refused(folder, tmp_path):
+    traces = episode_files.read(folder / 'traces', 'cold_start')
+    episode_files.write(tmp_path / 'traces', 'cold_start', traces, lambda ids: '')
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, 'bound', stop_at=2, traces=tmp_path / 'traces')
+    episode_files.write(tmp_path / 'traces', 'cold_start', traces[1:], lambda ids: '')
+    with pytest.raises(UserError, match=r"^traces='.*' is not what the run .* began with \(20 entries then, 19 now"):
+        run(folder, 'bound', traces=tmp_path / 'traces')
+    episode_files.write(tmp_path / 'traces', 'cold_start', traces, lambda ids: '')
+    assert len(run(folder, 'bound', traces=tmp_path / 'traces')[0]) == 7
