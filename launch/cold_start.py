@@ -16,9 +16,9 @@ def main(config):
 
     stage = settings.build(stages.ColdStart, config)
     leave_out = stage.reward.unreadable == 'leave_out'
-    rewritten, left = problem_files.load_traces(config.traces, leave_out) if config.traces else (None, [])
-    if left:
-        metrics.say(f'{config.traces}: {len(left)} rows cannot be read and are left out, the first: {left[0]}')
+    rewritten, remarks = problem_files.load_traces(config.traces, leave_out) if config.traces else (None, [])
+    for line in remarks:
+        metrics.say(line)
     own = golds.own(rewritten, config.traces) if rewritten else set()
     if config.golds:
         rewritten, own = golds.join(rewritten, own, problem_files.read(config.golds))

@@ -13,7 +13,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from retool_jax.core import files
 from retool_jax.core.errors import UserError
@@ -42,17 +42,22 @@ class Loaded:
 
     def remarks(self, path: str | pathlib.Path) -> list[str]:
         """What a person should hear of it, a line each."""
-        lines = []
-        if len(self.files) > 1:
-            parts = ', '.join(f'{name} ({count} rows)' for name, count in self.files.items())
-            lines.append(f'{path}: {len(self.files)} files are read together: {parts}')
+        lines = _remarks(path, self.files, self.unreadable)
         if self.repeated or self.conflicting:
             lines.append(f'{path}: of {self.rows} rows {self.repeated} repeated ones are left out, and '
                          f'{self.conflicting} questions with conflicting answers')
-        if self.unreadable:
-            lines.append(f'{path}: {len(self.unreadable)} of {self.rows} rows cannot be read and are left out, '
-                         f'the first: {self.unreadable[0]}')
         return lines
+
+
+def _remarks(path: str | pathlib.Path, files: Mapping[str, int], unreadable: Sequence[str]) -> list[str]:
+    lines = []
+    if len(files) > 1:
+        parts = ', '.join(f'{name} ({count} rows)' for name, count in files.items())
+        lines.append(f'{path}: {len(files)} files are read together: {parts}')
+    if unreadable:
+        lines.append(f'{path}: {len(unreadable)} of {sum(files.values())} rows cannot be read and are left out, '
+                     f'the first: {unreadable[0]}')
+    return lines
 
 
 def read(path: str | pathlib.Path, limit: int | None = None) -> list[Problem]:
@@ -140,10 +145,12 @@ def read_traces(path: str | pathlib.Path) -> list[tuple[Problem, str]]:
 
 
 def load_traces(path: str | pathlib.Path, leave_out: bool = False) -> tuple[list[tuple[Problem, str]], list[str]]:
-    """`read_traces`, and what is wrong with each row that `leave_out` leaves out instead of refusing the file."""
+    """`read_traces`, and what a person should hear of it, a line each; `leave_out` leaves rows that cannot be read
+    out instead of refusing the file."""
     path, ids = pathlib.Path(path), set()
-    pairs, unreadable = [], []
+    pairs, unreadable, counts = [], [], collections.Counter()
     for number, (where, row) in enumerate(read_rows(path)):
+        counts[_file_of(where, path)] += 1
         try:
             text = schemas.read_trace(row, where)
             problem = read_problem(row, where, f'{path.stem}-{number}', path.stem)
@@ -155,7 +162,7 @@ def load_traces(path: str | pathlib.Path, leave_out: bool = False) -> tuple[list
         pairs.append((_unique(problem, ids, number), text))
     if not pairs:
         raise UserError(f'{path}: no traces in it')
-    return pairs, unreadable
+    return pairs, _remarks(path, counts, unreadable)
 
 
 # --- rows of files -------------------------------------------------------------------------------

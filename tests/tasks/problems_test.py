@@ -215,6 +215,10 @@ def test_traces_that_cannot_be_read_may_be_left_out_and_listed(tmp_path):
         problems.read_traces(write(tmp_path / 't.jsonl', rows))
     pairs, (line,) = problems.load_traces(tmp_path / 't.jsonl', leave_out=True)
     assert [problem.answer for problem, _ in pairs] == ['2', '4'] and 't.jsonl:2: no worked' in line
+    assert '1 of 3 rows cannot be read' in line
+    write(tmp_path / 'test.jsonl', rows[:1])
+    pairs, lines = problems.load_traces(tmp_path, leave_out=True)
+    assert len(pairs) == 3 and lines[0].endswith('2 files are read together: t.jsonl (3 rows), test.jsonl (1 rows)')
 
 
 def test_an_id_that_looks_like_a_numbered_one_stays_apart(tmp_path):
