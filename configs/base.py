@@ -1,7 +1,9 @@
 """Every block of a configuration with its defaults and where each comes from.
 
 Sources: P the ReTool paper (arXiv 2504.11536), O its authors' evaluation code, R public
-reproductions (verl's recipe), H this project's choice. Sizes belong to the model named by ARG.
+reproductions (verl's recipe), H this project's choice. "? in P" is a value that the paper does not state.
+Letters speak of the real sizes; every number of `tiny` is H, and so is a line without a letter, which is of the
+machine and not of the algorithm.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -105,7 +107,7 @@ def turns(arg: str) -> ConfigDict:
 def sampling(training: bool) -> ConfigDict:
     return ConfigDict({
         'temperature': 1.0,  # P for evaluation; R for training
-        'top_p': 1.0 if training else 0.7,  # training R (top-p would renormalise one side only); evaluation P
+        'top_p': 1.0 if training else 0.7,  # training R (top-p would renormalise one side only); evaluation P (R: 0.6)
         'top_k': 0,
         'min_p': 0.0,
     })
@@ -119,7 +121,7 @@ def sandbox(arg: str) -> ConfigDict:
         'spares': 3,
         'concurrency': 0,  # 0: two per core
         'recycle': 2000,
-        'cpu_s': 5.0,  # O: 5 s
+        'cpu_s': 5.0,  # O: 5 s; R: 30 s
         'wall_s': 15.0,  # three times the CPU time: a loaded host must not change rewards
         'memory_mb': 256 if is_tiny(arg) else 1024,  # R: 1 GiB
         'processes': 64,
@@ -152,8 +154,8 @@ def reward() -> ConfigDict:
 def optimizer(lr: float, *, schedule: str = 'constant', warmup_steps: int = 0, weight_decay: float = 0.01,
               b2: float = 0.999) -> ConfigDict:
     return ConfigDict({
-        'lr': lr, 'schedule': schedule, 'warmup_steps': warmup_steps,
-        'b1': 0.9, 'b2': b2,
+        'lr': lr, 'schedule': schedule, 'warmup_steps': warmup_steps,  # RL: R, constant and without warm-up
+        'b1': 0.9, 'b2': b2,  # R
         'weight_decay': weight_decay,  # R: 0.01
         'grad_clip': 1.0,  # R
     })
@@ -168,8 +170,9 @@ def advantage() -> ConfigDict:
     })
 
 
-def loss() -> ConfigDict:
-    return ConfigDict({
+def loss(arg: str = 'tiny') -> ConfigDict:
+    tiny = is_tiny(arg)
+    config = ConfigDict({
         'kind': 'ppo',  # P
         'clip_low': 0.2,  # ? in P; R
         'clip_high': 0.28,  # ? in P; R
@@ -179,12 +182,15 @@ def loss() -> ConfigDict:
         'entropy_coef': 0.0,  # R
         'kl_coef': 0.0,  # P: 0
         'kl_kind': 'k3', 'kl_in': 'loss',
-        'value_coef': 0.5,
+        'value_coef': 0.5 if tiny else 1.0,  # R: a critic of its own needs no weight
         'value_clip': config_dict.placeholder(float),
-        'correction': 'token',  # H: sampler and trainer differ in bf16
-        'correction_cap': 2.0,
-        'correction_low': 0.5, 'correction_high': 2.0,
+        'correction': 'token',  # H: sampler and trainer differ in bf16; R: none
+        'correction_cap': 2.0,  # H
+        'correction_low': 0.5, 'correction_high': 2.0,  # H, of 'sequence'
     })
+    if not tiny:
+        config.value_clip = 0.5  # R
+    return config
 
 
 def ppo(arg: str) -> ConfigDict:
@@ -193,12 +199,12 @@ def ppo(arg: str) -> ConfigDict:
         'steps': 20 if tiny else 400,  # P: 400
         'problems_per_step': 64 if tiny else 1024,  # ? in P; R: 1,024 × 1 for PPO
         'samples': 4 if tiny else 1,
-        'minibatches': 2,  # P: mini-batch 512
+        'minibatches': 2,  # P: mini-batch 512, of R's 1,024; R: 4, of 256, for the critic too
         'epochs': 1,  # R
         'critic': 'head' if tiny else 'backbone',  # ? in P
         'critic_warmup_steps': 0 if tiny else 20,  # R
         'drop_void': False,  # SimpleTIR's filter (2509.02479)
-        'mask_truncated': False,
+        'mask_truncated': False,  # R
         'overlong_buffer': 0,  # DAPO's shaping (2503.14476)
         'dynamic_rounds': 0,  # DAPO's dynamic sampling: rounds of problems_per_step problems at most; 0 is off
         # Partial rollouts: decode calls (of sampler.quota tokens) that an episode gets in a step; who is not done
@@ -253,7 +259,7 @@ def mix() -> ConfigDict:
 def feedback(arg: str) -> ConfigDict:
     return ConfigDict({
         'style': 'official' if is_tiny(arg) else 'paper',  # P fig. 8 shows a whole traceback; O its last line
-        'max_chars': 60 if is_tiny(arg) else 400,  # O: over 400, the first and last 200
+        'max_chars': 60 if is_tiny(arg) else 400,  # O: over 400, the first and last 200; R: 256
         'max_frames': 6,
     })
 
@@ -277,7 +283,7 @@ def reinforcement(arg: str, name: str) -> ConfigDict:
         'optimizer': optimizer(3e-4 if tiny else 1e-6),  # 1e-6: P
         'critic_optimizer': optimizer(1e-3 if tiny else 2e-6),  # 2e-6: R
         'advantage': advantage(),
-        'loss': loss(),
+        'loss': loss(arg),
         'ppo': ppo(arg),
         'halves': halves(),
         'watch': watch(),

@@ -17,7 +17,10 @@ One half alone: halves.train=False keeps episodes without training, halves.episo
 on kept ones. --dry_run takes one step on fake tools, writes nothing and prints the memory.
 
 Hardware: tiny, 2 CPU cores, minutes; 32B, a v5p-128 slice or 64 × 80 GiB (launch/plan.py proves it first).
-Expected: 32B, 400 steps: 67 % avg@32 on AIME 2024 (P); text-only RL 40 % after 1,080.
+Scores: the paper's 67.0 % avg@32 on AIME 2024 (400 steps; text-only RL 40.0 % after 1,080) are of a run of which the
+values marked P in configs/base.py are known, under configs/evaluate.py:official; the others are R's or ours, and with
+them nobody has published a score. R's own PPO is --config.ppo.minibatches=4 --config.loss.correction=none, 250 steps
+from its GRPO model of 150 (configs/grpo.py): 55 % mean@30 on AIME 2025.
 """
 
 from ml_collections import ConfigDict

@@ -29,7 +29,9 @@ def denominator(
       seq-mean-token-mean   sequences with any m
       seq-mean-token-sum    sequences with any m, times the constant
 
-    Padding rows and episodes outside the update therefore count nowhere.
+    Padding rows and episodes outside the update therefore count nowhere: a mean over sequences is over those that
+    train. TRL divides by all rows of a batch, masked ones too, and its gradient shrinks with each of them.
+    A token that `correction` rejects stays in m.
 
     Args:
       aggregation: one of settings.LOSS_CHOICES['aggregation'].

@@ -29,8 +29,16 @@ def correction(
       token     w = min(exp(clamp(ℓₒ − ℓₛ, ±20)), C)
       sequence  w = min(g, C) with g = exp(mean(ℓₒ − ℓₛ)) of the episode; 0 where g is outside [lo, hi]
     The policy loss becomes w·L, and denominators keep counting rejected tokens, so a rejection shrinks the
-    step and never enlarges what is left. In verl the geometric mean only rejects and never weights; its
-    sequence weight is the product of the ratios. TRL's vLLM correction is the token form.
+    step and never enlarges what is left; in verl they leave the mask, and with it the denominators. Entropy and
+    KL terms are not weighted.
+
+    In verl the geometric mean only rejects and never weights; its bounds hold for exp(mean(ℓₛ − ℓₒ)), so that its
+    [a, b] is [1/b, 1/a] here; its sequence weight is the product of the ratios. TRL's default is a mask of
+    sequences: weighted by the product of their ratios, and 0 where that exceeds the cap; its token_truncate is the
+    token form.
+
+    GSPO takes `sequence`: weights of single tokens take the one ratio of a sequence apart again, and moved its
+    gradient by 4 to 34 % of its length on episodes of bf16 sampling.
 
     See https://fengyao.notion.site/off-policy-rl (truncated importance sampling).
 

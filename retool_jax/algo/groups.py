@@ -123,11 +123,12 @@ def overlong_penalty(
       0 for L ≤ L_max − L_c;  −(L − (L_max − L_c))/L_c beyond;  never below −1
 
     See DAPO https://arxiv.org/abs/2503.14476, eq. 13. L counts acted tokens, where DAPO (without tools)
-    and verl count the whole response.
+    and verl count the whole response. What tools print leaves the policy less: it comes off L_max, or an episode
+    that they fill would reach its end unpenalised.
 
     Args:
       acted_count: L, tokens that the policy wrote.
-      acted_budget: L_max, how many it may write.
+      acted_budget: L_max, how many it may write: the budget less the prompt and the tools' tokens.
       buffer: L_c; 0 turns the penalty off.
     """
     if not 0 <= buffer <= acted_budget:
@@ -142,8 +143,9 @@ def unequal_groups(
     """Finds the groups that dynamic sampling keeps: those whose valid rewards differ.
 
     A host function (numpy in and out), since it decides what is sampled next. A group with fewer than two
-    valid episodes has nothing that differs. Give it the graded rewards, before any shaping: the overlong
-    penalty alone would make groups differ.
+    valid episodes has nothing that differs. Give it correctness, 0 or 1, as DAPO's own filter reads accuracy: the
+    overlong penalty, or a style of reward that lifts wrong answers by their calls, would make groups differ that
+    are wrong throughout.
 
     See DAPO https://arxiv.org/abs/2503.14476, eq. 11.
 

@@ -51,7 +51,8 @@ def policy_loss(
 
     verl's gspo writes sg(s)·π/sg(π), with the same gradient where A is constant over a sequence, and has no
     dual clip; here it applies where it is set. TRL's cispo clips above only and counts from 0: clip_low = 1
-    and clip_high = its epsilon_high − 1 say the same. TRL does not bound ℓ − ℓₒ; verl does, as here.
+    and clip_high = its epsilon_high − 1 say the same. TRL does not bound ℓ − ℓₒ; verl does, as here: beyond ±20 a
+    ratio has no gradient. GSPO's one ratio stays one only under loss.correction=sequence or none (`correction`).
 
     See PPO https://arxiv.org/abs/1707.06347, dual clip https://arxiv.org/abs/1912.09729, clip-higher
     https://arxiv.org/abs/2503.14476, GSPO https://arxiv.org/abs/2507.18071, CISPO
@@ -106,7 +107,7 @@ def kl(
 
     As a loss, on tokens of the current policy, only k2 has the gradient of KL(current ‖ other) on average;
     k1's is 0, k3's that of KL(other ‖ current). verl has the three (and clamps k3 again, to ±10), TRL's GRPO
-    always k3.
+    always k3, unbounded. Of k1 and k2 verl bounds nothing.
 
     See http://joschu.net/blog/kl-approx.html.
 

@@ -61,8 +61,8 @@ class LossSettings:
     aggregation_constant: tokens that a sequence's sum is divided by (seq-mean-token-sum), else None.
     entropy_coef, kl_coef: weights; the KL penalty stands in the loss or in the reward (`kl_in`).
     value_coef: weight of the critic's loss. value_clip: how far V may leave V_old, None turns it off.
-    correction: weights for ℓₒ − ℓₛ, truncated at `correction_cap`; `sequence` also rejects episodes whose
-      geometric mean lies outside [correction_low, correction_high].
+    correction: weights for ℓₒ − ℓₛ, truncated at `correction_cap`; `sequence`, which GSPO takes, also rejects
+      episodes whose geometric mean exp(mean(ℓₒ − ℓₛ)) lies outside [correction_low, correction_high].
     """
 
     kind: str

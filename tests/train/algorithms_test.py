@@ -1,5 +1,7 @@
 """One trainer, many algorithms: each is chosen by values of the configuration and takes two real steps."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -83,6 +85,42 @@ def test_every_size_of_every_algorithm_agrees_with_itself(name):
                           (stages.CheckpointSettings, 'checkpoints'), (OptimizerSettings, 'optimizer')):
             block(kind, key)
     assert f'python launch/ppo.py --config=configs/{name}.py:tiny' in (cli.ROOT / f'configs/{name}.py').read_text()
+
+
+VALUES = {  # of a 32B, as the sources that configs/ name have them
+    'ppo': {'optimizer.lr': 1e-6, 'critic_optimizer.lr': 2e-6, 'loss.clip_low': 0.2, 'loss.clip_high': 0.28,
+            'loss.dual_clip': 10.0, 'loss.value_clip': 0.5, 'loss.value_coef': 1.0, 'loss.kl_coef': 0.0,
+            'advantage.gamma': 1.0, 'advantage.lam': 1.0, 'ppo.steps': 400, 'ppo.problems_per_step': 1024,
+            'ppo.samples': 1, 'ppo.minibatches': 2, 'ppo.critic_warmup_steps': 20, 'optimizer.weight_decay': 0.01},
+    'grpo': {'ppo.problems_per_step': 512, 'ppo.samples': 16, 'ppo.minibatches': 8, 'loss.clip_high': 0.2,
+             'loss.aggregation': 'seq-mean-token-mean', 'ppo.critic_warmup_steps': 0},
+    'dapo': {'ppo.problems_per_step': 512, 'ppo.samples': 16, 'ppo.minibatches': 16, 'optimizer.warmup_steps': 320,
+             'optimizer.weight_decay': 0.1, 'loss.clip_high': 0.28, 'loss.aggregation': 'token-mean',
+             'ppo.overlong_buffer': 4096},
+    'sft': {'sft.epochs': 2, 'optimizer.lr': 1e-5, 'optimizer.schedule': 'cosine', 'optimizer.warmup_steps': 12,
+            'optimizer.b2': 0.95, 'optimizer.weight_decay': 0.01, 'sft.batch_tokens': 32 * 4096},
+}
+
+
+@pytest.mark.parametrize('name', VALUES)
+def test_the_real_sizes_have_the_values_of_the_sources_that_they_name(name):
+    found = {}
+    for arg in ('qwen2_5_32b', 'qwen2_5_7b'):
+        config = cli.load_config(f'configs/{name}.py:{arg}')
+        for key in VALUES[name]:
+            block, field = key.split('.')
+            found[key] = config[block][field]
+        assert found == VALUES[name]
+
+
+@pytest.mark.parametrize('name', [*VALUES, 'evaluate', 'cold_start'])
+def test_scores_stand_beside_keys_that_exist(name):
+    text = (cli.ROOT / f'configs/{name}.py').read_text().split('"""')[1]
+    flags = re.findall(r'--config\.[\w.]+=[^\s,;]+', text)
+    spec = f'configs/{name}.py:qwen2_5_32b'
+    for flag in flags:
+        cli.parse_config([name, f'--config={spec}', flag.replace('"', '')])
+    assert flags
 
 
 VARIANTS = {
