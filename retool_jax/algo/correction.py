@@ -37,8 +37,8 @@ def correction(
     sequences: weighted by the product of their ratios, and 0 where that exceeds the cap; its token_truncate is the
     token form.
 
-    GSPO takes `sequence`: weights of single tokens take the one ratio of a sequence apart again, and moved its
-    gradient by 4 to 34 % of its length on episodes of bf16 sampling.
+    GSPO takes `sequence`: weights of single tokens take the one ratio of a sequence apart again, and were seen to
+    turn its gradient by 4 to 34 % of its length.
 
     See https://fengyao.notion.site/off-policy-rl (truncated importance sampling).
 
