@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 
 import pytest
 
@@ -83,3 +84,26 @@ def test_what_is_more_than_the_server_gives_is_cut_and_said():
 def test_cpu_time_of_several_processes_may_exceed_wall_time():
     job, cut = schema.read(b'{"code": "", "run_timeout": 5, "cpu_timeout": 20}').job(60.0, 1024.0)
     assert (job.wall_s, job.cpu_s, cut) == (5.0, 20.0, {})
+
+
+@pytest.mark.parametrize('unit', ['[],', '{},', '"a",', '1,', '{"a":[]},', '"\\\\",'])
+def test_a_body_of_very_many_values_is_refused_before_it_holds_up_others(unit):
+    body = ('{"code": "", "x": [' + unit * 1_000_000 + '1]}').encode()
+    start = time.process_time()
+    with pytest.raises(ValueError, match='more than 65536 values'):
+        schema.read(body)
+    assert time.process_time() - start < 2.0
+
+
+@pytest.mark.parametrize(
+    'code', ['x = [{1,2}, "a"]\n' * 100_000, '\\"[,' * 500_000, '"' * 400_000 + ',' * 100_000, '"\\']
+)
+def test_what_stands_within_the_code_is_not_counted(code):
+    assert schema.read(json.dumps({'code': code}).encode()).code == code
+
+
+def test_an_unfinished_string_is_refused_in_linear_time():
+    start = time.process_time()
+    with pytest.raises(ValueError, match='no JSON object'):
+        schema.read(b'{"code": "' + b'\\",' * 1_000_000)
+    assert time.process_time() - start < 2.0
