@@ -10,7 +10,7 @@
 #       --config.model.path=/shared/runs/sft/final --config.run.dir=/shared/runs/ppo --config.mesh.tensor=8
 # Five minutes before its time is up the job gets SIGTERM, ends, and is queued again; it then goes on from the last
 # checkpoint (--config.checkpoints.every). The checkout must be on storage that all nodes see, with
-# `.venv/bin/pip install .[cuda12]` done.
+# `make setup EXTRA=cuda12` done.
 set -euo pipefail
 [ $# -gt 0 ] || { echo 'pod_slurm.sh: which binary? launch/sft.py --config=...' >&2; exit 2; }
 cd "${SLURM_SUBMIT_DIR:-.}"

@@ -2,9 +2,8 @@
 # Runs one of this project's commands on every host of a TPU slice (Google Cloud).
 #   POD=my-slice ZONE=us-east5-a launch/pod_tpu.sh launch/ppo.py --config=configs/ppo.py:qwen2_5_32b \
 #       --config.model.path=/mnt/runs/sft/final --config.run.dir=/mnt/runs/ppo
-# Each host needs the checkout at REPO (default ~/retool_jax) with `make setup` and `.venv/bin/pip install .[tpu]`
-# done, and model and run directories on storage that all of them see. COMMAND=... replaces the Python call,
-# for example COMMAND='make setup' for the first time. Ctrl-C reaches every host; the same line goes on.
+# Each host needs the checkout at REPO (default ~/retool_jax) with `make setup EXTRA=tpu` done, and model and run directories on storage that all of them see. COMMAND=... replaces the Python call,
+# for example COMMAND='make setup EXTRA=tpu' for the first time. Ctrl-C reaches every host; the same line goes on.
 set -euo pipefail
 : "${POD:?name of the TPU slice}" "${ZONE:?its zone}"
 repo="${REPO:-\$HOME/retool_jax}"

@@ -114,7 +114,7 @@ class Checkpoints:
         `like_tree` holds arrays or ShapeDtypeStructs (with `.sharding` where it matters).
 
         Raises:
-          ValueError: no such step, or a checkpoint of another architecture (the entries are named).
+          UserError: no such step, or a checkpoint of another architecture (the entries are named).
         """
         self._require(step)
         wanted = _flatten(like_tree, abstract=True)

@@ -29,7 +29,7 @@ SAMPLE_RULES: dict[str, tuple[str, ...]] = TRAIN_RULES | {'embed': (), 'seq': ()
 def fill(shape: Mapping[str, int], count: int) -> tuple[int, ...]:
     """Sizes of `AXES` for so many devices; at most one may be -1, which takes what is left.
 
-    Errors: ValueError when the sizes do not multiply to the number of devices.
+    Errors: UserError when the sizes do not multiply to the number of devices.
     """
     sizes = [int(shape[axis]) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)

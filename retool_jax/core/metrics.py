@@ -112,7 +112,7 @@ class Metrics:
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl (or of the run's folder), less a last one that was cut short.
 
-    Raises ValueError naming file and line where another line is damaged. A missing file has no lines.
+    Raises UserError naming file and line where another line is damaged. A missing file has no lines.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path

@@ -86,7 +86,7 @@ class ModelConfig:
 
 
 def from_hf(raw: dict, where: str = 'config.json') -> ModelConfig:
-    """Reads a Hugging Face config dict. Errors: ValueError naming what is not supported."""
+    """Reads a Hugging Face config dict. Errors: UserError naming what is not supported."""
     by_type = {kind: name for name, kind in ARCHITECTURES.items()}
     names = raw.get('architectures') or [by_type.get(raw.get('model_type', ''), raw.get('model_type', 'none'))]
     if names[0] not in ARCHITECTURES:

@@ -20,7 +20,7 @@ def to_orbax(source: str | os.PathLike, target: str | os.PathLike, dtype=jnp.flo
              progress: hf.Progress | None = None) -> None:
     """Stores the weights of a Hugging Face directory as step 0 below `target`, at params.policy.
 
-    Errors: ValueError where `target` holds something, and those of `hf.load`.
+    Errors: UserError where `target` holds something, and those of `hf.load`.
     """
     hf.refuse_existing(target)  # before anything is read
     config = model_config.load_config(source)
@@ -34,7 +34,7 @@ def to_hf(source: str | os.PathLike, target: str | os.PathLike, like: str | os.P
     """Exports the policy of a checkpoint; config.json and tokenizer are those of the directory `like`.
 
     step: None is the newest. part: the dotted place of the weights in the checkpoint; nothing else of
-    it is read. Errors: ValueError naming what is missing, extra or of another shape.
+    it is read. Errors: UserError naming what is missing, extra or of another shape.
     """
     hf.refuse_existing(target)  # before anything is read
     if not pathlib.Path(source).is_dir():

@@ -124,7 +124,7 @@ def load(directory: str | os.PathLike, config: ModelConfig, shardings=None, dtyp
     shardings: a tree like the parameters (`core.mesh.shardings`), None for the default device. Every
     process reads its own parts alone. Peak host memory: the largest tensor + 64 MiB.
 
-    Errors: ValueError naming a missing or truncated file, a field of config.json that differs, or
+    Errors: UserError naming a missing or truncated file, a field of config.json that differs, or
     the tensors that are missing, extra or of another shape.
     """
     directory = pathlib.Path(directory)
@@ -282,7 +282,7 @@ def save(directory: str | os.PathLike, config: ModelConfig, params: Params, dtyp
     It appears under its name when it is complete. tokenizer_dir: where the tokenizer's files and the
     ids of its special tokens are copied from. Files hold at most `file_bytes`, or one tensor.
 
-    Errors: ValueError where something is in the way, or there is no tokenizer.
+    Errors: UserError where something is in the way, or there is no tokenizer.
     """
     write(directory, config, lambda leaf, i: [_fetch(params, leaf, i, dtype)], dtype, tokenizer_dir,
           file_bytes=file_bytes, progress=progress)
@@ -336,7 +336,7 @@ def write(directory: str | os.PathLike, config: ModelConfig, fetch: Callable[[Le
 
 
 def refuse_existing(directory: str | os.PathLike) -> None:
-    """Raises ValueError where writing would touch what is there."""
+    """Raises UserError where writing would touch what is there."""
     path = pathlib.Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f'{path} already exists and is never overwritten; give another directory')

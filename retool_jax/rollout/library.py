@@ -43,7 +43,7 @@ class Model:
 def open_model(directory: str | pathlib.Path, family: str, dtype: str = 'float32', *, tools: bool = True) -> Model:
     """Reads a Hugging Face model directory; `family` names its template (text.template).
 
-    Errors: ValueError for files that are missing, or sizes that are not supported.
+    Errors: UserError for files that are missing, or sizes that are not supported.
     """
     config = model_config.load_config(directory)
     params = jax.jit(functools.partial(decoder.to_sampling, config, dtype=jnp.dtype(dtype)))(hf.load(directory, config))
@@ -64,10 +64,10 @@ class Engine(engines.Engine):
     def __init__(self, model: Model, executor: Executor | None = None, *, rows: int = 16, decode_rows: int = 0,
                  max_tokens: int = 2048, max_calls: int = 7, temperature: float = 1.0, top_p: float = 1.0,
                  top_k: int = 0, min_p: float = 0.0, cache_dtype: str | None = None, style: str = 'paper',
-                 seed: int = 0):
+                 max_chars: int = 400, seed: int = 0):
         """rows: episodes in flight. decode_rows: how many of them decode at a time, where tools are slow; 0: all.
         max_tokens: of an episode, prompt included. executor: sandbox.pool.Pool or a remote client; None samples text
-        alone. cache_dtype: 'bfloat16' or 'int8' for a smaller KV cache."""
+        alone. cache_dtype: 'bfloat16' or 'int8' for a smaller KV cache. style, max_chars: of what a snippet printed."""
         self.model = model
         chunk = min(256, max_tokens)
         dtype = str(model.params['norm']['weight'].dtype)
@@ -78,7 +78,7 @@ class Engine(engines.Engine):
                                  tags.TAGS if tools else {'</answer>': tags.ANSWER})
         turns = TurnSettings(tools=tools, max_tokens=max_tokens, max_turn_tokens=max_tokens, max_turns=max_calls + 1,
                              max_calls=max_calls, on_cap='answer', on_answer='end')
-        shown = FeedbackSettings(style=style)
+        shown = FeedbackSettings(style=style, max_chars=max_chars, max_frames=6)
         super().__init__(Sampler(model.config, sizes, table.next_state, table.stops, model.tokenizer.eos_ids),
                          Rules(turns, model.tokenizer, table, lambda result: render(result, shown)),
                          SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),

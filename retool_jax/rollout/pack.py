@@ -14,7 +14,7 @@ from retool_jax.core.records import Episode
 def place(lengths: Sequence[int], width: int) -> list[list[int]]:
     """First fit, longest first: rows of episode indices whose lengths add up to at most `width`.
 
-    The same lengths give the same rows in every process. Errors: ValueError for an episode that is
+    The same lengths give the same rows in every process. Errors: UserError for an episode that is
     longer than a row.
     """
     rows: list[list[int]] = []

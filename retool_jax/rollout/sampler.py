@@ -127,7 +127,7 @@ class Sampler:
     def placement(self, mesh: jax.sharding.Mesh):
         """Shardings of the state and of what every device holds whole.
 
-        Errors: ValueError where a size of the model or `rows` does not divide over the mesh.
+        Errors: UserError where a size of the model or `rows` does not divide over the mesh.
         """
         rules = decoder.fit_rules(self.config, mesh, meshes.SAMPLE_RULES)
         for name, size in (('rows', self.settings.rows), ('decode_rows', self.decode_rows)):

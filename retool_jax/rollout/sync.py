@@ -39,6 +39,6 @@ class Sync:
 def shardings(config: ModelConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]]) -> Params:
     """Where each of the sampling weights lies on `mesh`.
 
-    Errors: ValueError where a size of the model does not divide over the mesh.
+    Errors: UserError where a size of the model does not divide over the mesh.
     """
     return meshes.shardings(mesh, decoder.sampling_axes(config), decoder.fit_rules(config, mesh, rules))

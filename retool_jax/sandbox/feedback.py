@@ -21,9 +21,9 @@ _TRACEBACK = 'Traceback (most recent call last):\n'
 class FeedbackSettings:
     """How results are shown."""
 
-    style: str = 'paper'  # 'paper': whole traceback; 'official': its last line; 'full': warnings and partial output too
-    max_chars: int = 1024  # of the whole text, notes of omission apart
-    max_frames: int = 6  # of a traceback; the last ones are kept
+    style: str  # 'paper': whole traceback; 'official': its last line; 'full': warnings and partial output too
+    max_chars: int  # of the whole text, notes of omission apart
+    max_frames: int  # of a traceback; the last ones are kept
 
     def __post_init__(self):
         check(self, style=one_of(STYLES), max_chars=within(2, MANY), max_frames=within(1, MANY))

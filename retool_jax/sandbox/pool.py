@@ -39,7 +39,7 @@ _START_S = 600.0  # the first start may build the guest root
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SandboxSettings:
-    """Limits per snippet and the shape of the pool; every value has its default."""
+    """Limits per snippet and the shape of the pool; defaults are those of configs/base.py, tiny, as a test sees to."""
 
     path: str = 'warm'  # 'warm': sealed forks of a zygote; 'cold': one jail per snippet, the oracle
     zygotes: int = 2

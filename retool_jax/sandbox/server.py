@@ -249,7 +249,7 @@ async def _unless_gone(request: Request, future: asyncio.Future) -> Outcome | No
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything is started; ValueError where the address cannot be had."""
+    """A listening socket, before anything is started; UserError where the address cannot be had."""
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

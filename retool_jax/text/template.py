@@ -163,7 +163,7 @@ def read_instruction(path: str | pathlib.Path, tools: bool = True) -> str:
 def prompt_ids(template: Template, tokenizer: Tokenizer, question: str) -> list[int]:
     """Ids of the whole prompt; chat tokens come from the template alone, the question stays plain text.
 
-    Raises ValueError if the tokenizer lacks one of the template's special tokens.
+    Raises UserError if the tokenizer lacks one of the template's special tokens.
     """
     before, after = (_cut(template, tokenizer, text) for text in (template.before, template.after))
     ids: list[int] = []

@@ -103,7 +103,7 @@ class Tokenizer:
 def load(directory: str | pathlib.Path) -> Tokenizer:
     """Loads `tokenizer.json`, else a SentencePiece `tokenizer.model`, and checks it.
 
-    Raises ValueError, one line, if files are missing or unreadable, if no id ends a turn, or if
+    Raises UserError, one line, if files are missing or unreadable, if no id ends a turn, or if
     encoding loses bytes of the text.
     """
     directory = pathlib.Path(directory)
@@ -135,7 +135,7 @@ def load(directory: str | pathlib.Path) -> Tokenizer:
 
 
 def check_exact(tokenizer: Tokenizer, remedy: str = 'use a byte-exact tokenizer') -> None:
-    """Raises ValueError unless every probe encodes to ids that spell it and hold no special id."""
+    """Raises UserError unless every probe encodes to ids that spell it and hold no special id."""
     specials = set(tokenizer.special_ids.values())
     for probe in (*PROBES, *tokenizer.special_ids):
         ids = tokenizer.encode(probe)

@@ -163,7 +163,7 @@ def make_sandbox(config: ConfigDict) -> Sandbox:
 
 @contextlib.contextmanager
 def open_sandbox(config: ConfigDict) -> Iterator[Sandbox]:
-    """`make_sandbox`, started; ValueError with the reason where it cannot be had."""
+    """`make_sandbox`, started; UserError with the reason where it cannot be had."""
     sandbox = make_sandbox(config)
     try:
         sandbox.start()

@@ -205,7 +205,7 @@ def describe_carried(episodes: Sequence[Episode], carried: Sequence[Episode], st
 
 
 def part_names(directory: str) -> list[str]:
-    """The parts of an episodes/ folder that hold training rollouts; ValueError where there are none."""
+    """The parts of an episodes/ folder that hold training rollouts; UserError where there are none."""
     names = [name for name in episode_files.names(directory) if not name.startswith('val_')]
     if not names:
         raise UserError(f'halves.episodes={directory!r} holds no training episodes; give the episodes/ of a run')

@@ -84,7 +84,7 @@ def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], sample
     a killed evaluation ends as it would have. `advance(n=…)` counts episodes. Of several processes each keeps what
     its engine makes, and one puts it together.
 
-    Errors: ValueError for kept episodes of other problems or samples.
+    Errors: UserError for kept episodes of other problems or samples.
     """
     requests = evaluate.make_requests(problems, samples, template, tokenizer)
     order = [(r.problem.id, r.sample) for r in requests]

@@ -109,6 +109,10 @@ EVALUATE = ('evaluate', '--config=configs/evaluate.py:tiny')
 PROBLEMS = '--config.problems={}/good.jsonl'
 MODEL = (*EVALUATE, PROBLEMS, '--config.model.path={}/')
 PPO = ('ppo', '--config=configs/ppo.py:tiny')
+SFT = ('sft', '--config=configs/sft.py:tiny', '--config.traces={}/foreign')
+COLD_START = ('cold_start', '--config=configs/cold_start.py:tiny')
+DEMO = ('demo', '--config=configs/demo.py')
+PPO = ('ppo', '--config=configs/ppo.py:tiny')
 CASES = {  # binary and arguments, {} is the folder of files; words of the line
     'unknown key': ((*EVALUATE, '--config.sampels=3'), 'sampels samples'),
     'unknown key of a block': (('ppo', '--config=configs/ppo.py:tiny', '--config.ppo.step=3'), 'ppo.step ppo.steps'),
@@ -202,6 +206,33 @@ CASES = {  # binary and arguments, {} is the folder of files; words of the line
     'a demo whose groups are of one sample': (
         ('demo', '--config.advantage.kind=rloo', '--config.ppo.critic=none', '--config.ppo.samples=1'),
         'rloo ppo.samples=1'),
+    'a store for a run': ((*PPO, '--config.run.dir=gs://bucket/run'), 'run.dir gs://bucket/run mounted'),
+    'a store for an evaluation': ((*EVALUATE, PROBLEMS, '--config.run.dir=s3://bucket/run'), 'run.dir s3://bucket/run'),
+    'a store for a model': ((*PPO, '--config.model.path=hdfs://host/model'), 'model.path hdfs://host/model'),
+    'a store for data': ((*PPO, "--config.data.sources=('gs://bucket/a.jsonl',)"), 'data.sources[0] gs://bucket/a.jsonl'),
+    'a store for problems': ((*EVALUATE, '--config.problems=gs://bucket/a.jsonl'), 'problems gs://bucket/a.jsonl'),
+    'a store for traces': ((*SFT[:2], '--config.traces=gs://bucket/episodes'), 'traces gs://bucket/episodes'),
+    'a store for the demo': ((*DEMO, '--config.run.dir=gs://bucket/run'), 'run.dir gs://bucket/run'),
+    'unknown attention': ((*PPO, '--config.forward.attention=flush'), 'forward.attention flush blocked'),
+    'unknown remat': ((*SFT, '--config.forward.remat=most'), 'forward.remat most offload'),
+    'unknown dtype of training': ((*PPO, '--config.forward.dtype=float13'), 'forward.dtype float13 bfloat16'),
+    'a row that its pieces do not divide': ((*PPO, '--config.forward.logprob_chunk=7'), 'forward.logprob_chunk=7 200'),
+    'unknown end of calls': ((*PPO, '--config.turns.on_cap=stop'), 'turns.on_cap stop answer'),
+    'a budget beyond the rows of training': (
+        (*PPO, '--config.turns.max_tokens=250'), 'turns.max_tokens=250 forward.row_width=200'),
+    'a rate that is no number': ((*PPO, '--config.optimizer.lr=nan'), 'optimizer.lr=nan'),
+    'a rate without end': ((*SFT, '--config.optimizer.lr=inf'), 'optimizer.lr=inf'),
+    'no seed': ((*PPO, '--config.run.seed=-1'), 'run.seed=-1'),
+    'a dry run of nothing': ((*PPO, '--dry_run', '--config.ppo.problems_per_step=0'), 'ppo.problems_per_step=0'),
+    'no steps of fine-tuning': ((*SFT, '--config.sft.steps=0'), 'sft.steps=0'),
+    'checkpoints never': ((*SFT, '--config.checkpoints.every=0'), 'checkpoints.every=0'),
+    'no problems for a cold start': ((*COLD_START, '--config.problems=0'), 'problems=0'),
+    'shares that are no whole': ((*COLD_START, '--config.mix.easy.code=0.9'), 'mix.easy.code=0.9 add'),
+    'unknown path of the sandbox': ((*COLD_START, '--config.sandbox.path=hot'), 'sandbox.path hot warm'),
+    'no samples in the demo': ((*DEMO, '--config.recipe.samples=0'), 'recipe.samples=0'),
+    'truncation in the demo': ((*DEMO, '--config.train_sampling.top_p=0.9'), 'train_sampling.top_p=0.9'),
+    'too many lead steps': ((*DEMO, '--config.recipe.lead_steps=999'), 'recipe.lead_steps=999 540'),
+    'an empty path': ((*PPO, '--config.run.dir='), 'run.dir empty'),
     'a target that is there': (
         ('convert', '--to=orbax', '--source={}/model', '--target={}/busy'), 'busy overwritten'),
     'a source that is none': (('convert', '--to=orbax', '--source={}/none', '--target={}/new'), 'none config.json'),

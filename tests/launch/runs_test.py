@@ -171,9 +171,9 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(files, tmp_
     assert f'in use by process {first.pid} on {socket.gethostname()}' in err.splitlines()[-1]
     first.kill()
     first.communicate()
-    third = start('sft', flags)
-    returned, _ = stop(third, signal.SIGTERM, lambda: len(metrics.read(tmp_path / 'run')) >= 3)
-    assert returned == 143 and not (tmp_path / 'run' / 'owner.json').exists()
+    third, owner = start('sft', flags), tmp_path / 'run' / 'owner.json'
+    returned, err = stop(third, signal.SIGTERM, lambda: f'"pid": {third.pid},' in owner.read_text())
+    assert returned == 143 and not owner.exists(), err
 
 
 def kept(run):

@@ -15,7 +15,7 @@ from tests.fakes import FakePool, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 TINY = make_template('tiny')
-FEEDBACK = FeedbackSettings(style='official')
+FEEDBACK = FeedbackSettings(style='official', max_chars=1024, max_frames=6)
 MIX = Mix(easy={'code': 0.4, 'mental': 0.5, 'repair': 0.1}, needy={'code': 0.5, 'mental': 0.3, 'repair': 0.2})
 
 
