@@ -13,7 +13,8 @@ from typing import Any
 from retool_jax.core.errors import UserError
 
 MANY = 2**31 - 1  # the largest int32: steps, tokens and rows are counted in compiled programs
-_SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
+STORE = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')  # how the address of a store begins: gs://, s3://
+NO_STORE = 'must be a path of this machine; a store (gs://, s3://, …) has to be mounted or copied first'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,5 +69,4 @@ def filled() -> Rule:
 
 def local_path() -> Rule:
     """A path of a file system of this machine: stores such as gs:// and s3:// are neither read nor written."""
-    return Rule(lambda x: bool(x.strip()) and '\0' not in x and not _SCHEME.match(x),
-                'must be a path of this machine; a store (gs://, s3://, …) has to be mounted or copied first')
+    return Rule(lambda x: bool(x.strip()) and '\0' not in x and not STORE.match(x), NO_STORE)

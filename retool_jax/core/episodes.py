@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,12 +77,22 @@ def read(directory: str | os.PathLike, name: str | None = None) -> list[Episode]
     if name is None:
         return [episode for part in names(directory) for episode in read(directory, part)]
     path = Path(directory) / f'{name}.jsonl'
+    try:
+        return _read(path)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f'{path} or its .npz is damaged: {type(error).__name__}: {error}') from error
+
+
+def _read(path: Path) -> list[Episode]:
     header, *lines = _lines(path)
     if header.get('schema') != SCHEMA:
         raise UserError(f'{path}: schema {header.get("schema")!r}; this version reads {SCHEMA}')
     if header['episodes'] != len(lines):
         raise UserError(f'{path}: {len(lines)} episodes of {header["episodes"]}: the file was cut short')
-    with np.load(path.with_suffix('.npz'), allow_pickle=False) as arrays:
+    # A file of our own: of a damaged one np.load would leave its own open.
+    with open(path.with_suffix('.npz'), 'rb') as file, np.load(file, allow_pickle=False) as arrays:
         offsets = arrays['offsets'].tolist()
         columns = {key: arrays[key] for key in ('tokens', 'acted', 'logprobs', 'versions')}
     if len(offsets) != len(lines) + 1 or any(len(c) != offsets[-1] for c in columns.values()):

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from retool_jax.core import files
+from retool_jax.core.checks import NO_STORE, STORE
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
@@ -337,6 +338,8 @@ def write(directory: str | os.PathLike, config: ModelConfig, fetch: Callable[[Le
 
 def refuse_existing(directory: str | os.PathLike) -> None:
     """Raises UserError where writing would touch what is there."""
+    if STORE.match(os.fspath(directory)):
+        raise UserError(f'{directory} {NO_STORE}')
     path = pathlib.Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f'{path} already exists and is never overwritten; give another directory')

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from retool_jax.core import episodes as files
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem, Reward, Stop, ToolCall, Verdict
 
 
@@ -104,4 +105,18 @@ def test_damaged_files_are_named(tmp_path):
     files.write(tmp_path, 'b', [make(1)], decode)
     (tmp_path / 'b.npz').replace(tmp_path / 'a.npz')
     with pytest.raises(ValueError, match=r'a\.npz: does not belong to a\.jsonl'):
+        files.read(tmp_path, 'a')
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda path: path.write_text(''), lambda path: path.write_text('[]\n'),
+    lambda path: path.write_text('{"schema": 1}\n'),
+    lambda path: path.write_text(path.read_text().replace('"problem"', '"poem"')),
+    lambda path: path.write_text(path.read_text().replace('"stop": "', '"stop": "un')),
+    lambda path: path.with_suffix('.npz').write_bytes(b'junk'), lambda path: path.with_suffix('.npz').write_bytes(b''),
+    lambda path: path.with_suffix('.npz').write_bytes(path.with_suffix('.npz').read_bytes()[:-40])])
+def test_files_that_are_something_else_are_one_line(tmp_path, spoil):
+    path = files.write(tmp_path, 'a', [make(1)], decode)
+    spoil(path)
+    with pytest.raises(UserError, match=r'a\.jsonl'):
         files.read(tmp_path, 'a')

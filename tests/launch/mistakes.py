@@ -212,6 +212,8 @@ CASES = {  # binary and arguments, {} is the folder of files; words of the line
     'a store for data': ((*PPO, "--config.data.sources=('gs://bucket/a.jsonl',)"), 'data.sources[0] gs://bucket/a.jsonl'),
     'a store for problems': ((*EVALUATE, '--config.problems=gs://bucket/a.jsonl'), 'problems gs://bucket/a.jsonl'),
     'a store for traces': ((*SFT[:2], '--config.traces=gs://bucket/episodes'), 'traces gs://bucket/episodes'),
+    'a store for a conversion': (
+        ('convert', '--to=orbax', '--source={}/model', '--target=gs://bucket/out'), 'gs://bucket/out mounted'),
     'a store for the demo': ((*DEMO, '--config.run.dir=gs://bucket/run'), 'run.dir gs://bucket/run'),
     'unknown attention': ((*PPO, '--config.forward.attention=flush'), 'forward.attention flush blocked'),
     'unknown remat': ((*SFT, '--config.forward.remat=most'), 'forward.remat most offload'),
