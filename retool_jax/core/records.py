@@ -35,6 +35,18 @@ class Verdict(enum.StrEnum):
     CAP = 'cap'  # the call cap was reached: nothing was executed
 
 
+class Fault(enum.StrEnum):
+    """What failed where the verdict is SANDBOX_ERROR; nothing here can be brought about by a snippet."""
+
+    WORKER = 'worker'  # the process that ran it died, again and again
+    LIMITS = 'limits'  # a control group or a limit could not be set
+    HANDLING = 'handling'  # an exception of ours in the handling of this one
+    POOL = 'pool'  # the whole sandbox broke or was closed
+    FULL = 'full'  # too many snippets wait
+    SILENCE = 'silence'  # the sandbox said nothing in time
+    SERVER = 'server'  # no server of a remote sandbox gave an answer
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExecResult:
     """What the executor reports of one snippet. Text is valid Unicode (invalid bytes replaced)."""
@@ -48,6 +60,7 @@ class ExecResult:
     wall_s: float = 0.0  # from the first guest instruction; queueing is not billed
     peak_mb: float = 0.0
     truncated: bool = False  # output beyond the byte limit was dropped
+    fault: Fault | None = None  # with SANDBOX_ERROR alone
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,6 +75,7 @@ class ToolCall:
     feedback: str  # the text between the interpreter tags, as the model saw it
     position: int  # tokens in the episode when the call was made
     wall_s: float
+    fault: Fault | None = None  # with SANDBOX_ERROR alone
 
 
 class Stop(enum.StrEnum):

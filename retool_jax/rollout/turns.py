@@ -140,7 +140,8 @@ class Rules:
     def _record(self, episode: Episode, code: str, result: ExecResult, text: str) -> None:
         episode.calls.append(ToolCall(
             turn=episode.turns - 1, code=code, verdict=result.verdict, stdout=result.stdout, stderr=result.stderr,
-            feedback=template.neutralise(text), position=len(episode.tokens), wall_s=result.wall_s))
+            feedback=template.neutralise(text), position=len(episode.tokens), wall_s=result.wall_s,
+            fault=result.fault))
 
 
 def _refused(verdict: Verdict) -> ExecResult:

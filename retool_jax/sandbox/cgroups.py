@@ -1,13 +1,14 @@
 """Memory, process and CPU accounting by control groups: v1 or v2, whichever may be written.
 
-One tree per supervisor, named after its pid and start time so that a later one can sweep it; in it
-a fixed set of slots that snippets use one after another (making and removing memory groups per
-snippet costs more than the snippet).
+One tree per supervisor, which holds a lock on it as long as it lives, so that a later one can sweep
+what the dead left, whichever pid namespaces they are in; in it a set of slots that snippets use one
+after another (making and removing memory groups per snippet costs more than the snippet).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import re
@@ -16,6 +17,9 @@ import time
 
 _PREFIX = 'retool_jax'
 _V1 = ('memory', 'pids', 'cpuacct')
+# What a snippet may leave charged (names looked for in vain, cached pages) in a group that is used again: about what
+# the kernel charges ahead per core. With more the group is given up, and the kernel frees it when it needs the memory.
+_LEFT_BYTES = 4 << 20
 
 
 def start_time(pid: int) -> str | None:
@@ -57,7 +61,10 @@ class Groups:
     """The tree of one supervisor; `missing` names what no group enforces here."""
 
     def __init__(self):
-        self.name = f'{_PREFIX}_{os.getpid()}_{start_time(os.getpid())}'
+        # A pid means something within its namespace alone.
+        namespace = os.stat('/proc/self/ns/pid').st_ino
+        self.name = f'{_PREFIX}_{os.getpid()}_ns{namespace}_{start_time(os.getpid())}'
+        self._locks: dict[pathlib.Path, int] = {}  # one for each tree: the sign of life
         self.roots: dict[str, pathlib.Path] = {}  # controller → this supervisor's directory
         self.version = 0
         own = _own_groups()
@@ -81,8 +88,7 @@ class Groups:
         for base in bases:
             _sweep(base)
             with contextlib.suppress(OSError):
-                (base / self.name).mkdir(exist_ok=True)
-                self.roots[controller] = base / self.name
+                self.roots[controller] = self._make(base)
                 return
 
     def _adopt_v2(self, bases: list[pathlib.Path], move: bool) -> bool:
@@ -94,12 +100,25 @@ class Groups:
                     continue
                 if not {'memory', 'pids'} <= set((base / 'cgroup.subtree_control').read_text().split()):
                     _delegate(base, move)
-                root = base / self.name
-                root.mkdir(exist_ok=True)
+                root = self._make(base)
                 (root / 'cgroup.subtree_control').write_text('+memory +pids')
                 self.roots = {c: root for c in _V1}
                 return True
         return False
+
+    def _make(self, base: pathlib.Path) -> pathlib.Path:
+        """This supervisor's directory below `base`, locked for as long as it lives; raises OSError."""
+        root = base / self.name
+        while root not in self._locks:
+            root.mkdir(exist_ok=True)
+            lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(root).st_ino == os.fstat(lock).st_ino:
+                    self._locks[root] = lock
+                    continue
+            os.close(lock)  # another swept it before it was locked
+        return root
 
     def adopt(self, pid: int, name: str) -> None:
         """Puts a process (a zygote) into a group of its own, so that the tree holds all there is."""
@@ -115,13 +134,18 @@ class Groups:
         return Slot(self.roots, self.version, f'slot{self._made}')
 
     def give(self, slot: Slot) -> None:
-        """Takes a slot back for the next snippet."""
-        self._free.append(slot)
+        """Takes a slot back for the next snippet; one that is not empty is given up."""
+        if slot.is_empty():
+            self._free.append(slot)
+        else:
+            slot.close()
 
     def remove(self) -> None:
         """Kills what is left in the tree and removes it."""
         for root in set(self.roots.values()):
             _remove(root)
+        while self._locks:
+            os.close(self._locks.popitem()[1])
 
 
 class Slot:
@@ -131,8 +155,17 @@ class Slot:
         self.version = version
         self._files: dict[str, int] = {}
         self._procs: list[int] = []
-        paths = {c: root / name for c, root in roots.items()}
-        for path in set(paths.values()):
+        self._paths = {root / name for root in roots.values()}
+        self._base = (0.0, 0, 0)
+        try:
+            self._open({c: root / name for c, root in roots.items()})
+        except OSError:
+            self.close()
+            raise
+
+    def _open(self, paths: dict[str, pathlib.Path]) -> None:
+        version = self.version
+        for path in self._paths:
             path.mkdir(exist_ok=True)
             self._procs.append(os.open(path / 'cgroup.procs', os.O_WRONLY | os.O_CLOEXEC))
         names = {1: (('memory', 'memory.limit_in_bytes', 'limit'), ('memory', 'memory.usage_in_bytes', 'usage'),
@@ -145,7 +178,7 @@ class Slot:
                      ('memory', 'pids.current', 'pids'), ('memory', 'cpu.stat', 'cpu'))}.get(version, ())
         for controller, file, key in names:
             if controller in paths:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(FileNotFoundError, PermissionError):
                     try:
                         self._files[key] = os.open(paths[controller] / file, os.O_RDWR | os.O_CLOEXEC)
                     except PermissionError:  # a read-only file, for all but root
@@ -154,7 +187,22 @@ class Slot:
             self._write('swap', 0)
             with contextlib.suppress(OSError):
                 (paths['memory'] / 'memory.oom.group').write_text('1')
-        self._base = (0.0, 0, 0)
+
+    def close(self) -> None:
+        """Removes the groups and lets go of them; one with processes in it stays until the tree goes."""
+        for descriptor in [*self._procs, *self._files.values()]:
+            os.close(descriptor)
+        self._procs, self._files = [], {}
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+    def is_empty(self) -> bool:
+        """Whether no process and next to no memory is left here, so that the next snippet's limits are its own."""
+        try:
+            return self._read('pids') == 0 and self._read('usage') <= _LEFT_BYTES
+        except OSError:
+            return False
 
     def place(self, pid: int) -> None:
         """Moves a process here; raises OSError where the kernel refuses."""
@@ -166,7 +214,7 @@ class Slot:
         self.place(0)
 
     def arm(self, memory_bytes: int, processes: int) -> None:
-        """Sets the snippet's limits above what is charged already, and starts its counters."""
+        """Sets the snippet's limits above what its process has brought, and starts its counters."""
         usage = self._read('usage')
         limit = usage + memory_bytes
         if self.version == 1 and 'swap' in self._files:
@@ -231,30 +279,42 @@ def _delegate(base: pathlib.Path, move: bool) -> None:
     if move:
         leaf = base / f'{_PREFIX}_host'
         leaf.mkdir(exist_ok=True)
-        for pid in (base / 'cgroup.procs').read_text().split():
+        for pid in _pids(base):
             with contextlib.suppress(OSError):
-                (leaf / 'cgroup.procs').write_text(pid)
+                (leaf / 'cgroup.procs').write_text(str(pid))
     (base / 'cgroup.subtree_control').write_text('+memory +pids')
 
 
+def _pids(group: pathlib.Path) -> list[int]:
+    """The group's processes that this pid namespace knows: version 2 calls all others 0, which to kill() is us."""
+    return [int(pid) for pid in (group / 'cgroup.procs').read_text().split() if int(pid) > 0]
+
+
 def _sweep(base: pathlib.Path) -> None:
-    """Removes the trees of supervisors that no longer live."""
+    """Removes the trees of supervisors that no longer live: those that nobody holds a lock on."""
     with contextlib.suppress(OSError):
-        for path in base.glob(f'{_PREFIX}_*_*'):
-            _, pid, started = path.name.rsplit('_', 2)
-            if pid.isdigit() and start_time(int(pid)) != started:
-                _remove(path)
+        for path in base.glob(f'{_PREFIX}_*_ns*_*'):
+            with contextlib.suppress(OSError):
+                lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(path)
+                finally:
+                    os.close(lock)
 
 
 def _remove(root: pathlib.Path) -> None:
+    """Kills what is in a tree, by the kernel's own means where there are (version 2), and removes it."""
     for attempt in range(50):
+        with contextlib.suppress(OSError), open(root / 'cgroup.kill', 'r+') as file:
+            file.write('1')
         groups = sorted((pathlib.Path(d) for d, _, _ in os.walk(root)), reverse=True)
         for group in groups:
             with contextlib.suppress(OSError):
-                for pid in (group / 'cgroup.procs').read_text().split():
-                    if int(pid) != os.getpid():
+                for pid in _pids(group):
+                    if pid != os.getpid():
                         with contextlib.suppress(ProcessLookupError):
-                            os.kill(int(pid), signal.SIGKILL)
+                            os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(OSError):
                 group.rmdir()
         if not root.exists():

@@ -13,6 +13,8 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
+import re
 import signal
 import socket
 import stat
@@ -21,17 +23,22 @@ import time
 import traceback
 from collections.abc import Callable
 
-from retool_jax.core.records import Verdict
+from retool_jax.core.records import Fault, Verdict
 from retool_jax.sandbox.cgroups import Slot
 
 _PAGE = os.sysconf('SC_PAGE_SIZE')
 _TICK = os.sysconf('SC_CLK_TCK')
-_CORES = len(os.sched_getaffinity(0))
+_CORES = os.cpu_count() or 1  # a snippet may leave the supervisor's affinity
 # Address space where a group counts the real pages: enough for stacks and reservations, too little
 # for an array that could never be filled.
 _ADDRESS_FACTOR, _ADDRESS_EXTRA = 8, 1 << 30
 _PATIENCE_S = 60.0  # for a child to seal itself
 _GRACE_S = 5.0  # after a kill, before the supervisor stops waiting for the kernel's word
+# Lines of a traceback, or of the interpreter's own dump of all frames, that are ours: the runner's, and beside them
+# the command line's.
+_LINE = rb'  File "%s", line %s,? in [^\n]*\n(?:    [^\n]*\n)*'
+_COMMAND, _RUNNER = _LINE % (b'<string>', b'1'), _LINE % (rb'/runner/[^"\n]*', rb'\d+')
+_OUR_FRAMES = re.compile(b'(?:%s)?(?:%s)+(?:%s)?' % (_COMMAND, _RUNNER, _COMMAND))
 FETCH_BYTES = 16 << 20  # of all the files that one request fetches
 
 
@@ -44,17 +51,19 @@ class Request:
     payload: bytes  # code, standard input and files, one after another
     attempts: int = 0
     cancelled: bool = False
+    child: Child | None = None  # that runs it
 
 
 class Lost(Exception):
     """A worker failed before or during a snippet through no fault of the snippet.
 
-    `unsealed` says that the child itself gave up while sealing: isolation cannot be had.
+    `unsealed` says that the child itself gave up while sealing: isolation cannot be had. `short` says that this
+    process has no descriptors left.
     """
 
-    def __init__(self, words: str, unsealed: bool = False):
+    def __init__(self, words: str, fault: Fault = Fault.WORKER, unsealed: bool = False, short: bool = False):
         super().__init__(words)
-        self.unsealed = unsealed
+        self.fault, self.unsealed, self.short = fault, unsealed, short
 
 
 def _costs_its_request(callback: Callable) -> Callable:
@@ -81,12 +90,11 @@ class Child:
         self.number, self.slot = number, slot
         self.request: Request | None = None
         self.sealed = False
-        self._retired = False
+        self._killed = self._short = False
         self._pidfd, self._control = pidfd, control
         self._ready, self._report = ready, report
         self._pipes = {out: bytearray(), err: bytearray()}
         self._out, self._err = out, err
-        self._open = {out, err}
         self._limit = output_bytes
         self._pid = 0
         self._box = -1
@@ -105,16 +113,22 @@ class Child:
         """The child is sealed: learns its pid on this host and puts it under its limits."""
         self._loop.remove_reader(self._control.fileno())
         try:
-            message, ancillary, _, _ = self._control.recvmsg(
+            message, ancillary, flags, _ = self._control.recvmsg(
                 1, socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
             for _, kind, data in ancillary:
                 if kind == socket.SCM_RIGHTS:
                     self._box = struct.unpack('i', data[:4])[0]
                 elif kind == socket.SCM_CREDENTIALS:
                     self._pid = struct.unpack('3i', data[:12])[0]
-            if message != b'R' or not self._pid:
+            if message != b'R' or not self._pid or self._killed:
                 return  # ended before it was ready: its exit is reported by whoever waits for it
+            if flags & socket.MSG_CTRUNC:  # no room for the descriptor of its scratch
+                self._short = True
+                self.kill(None)
+                return
             self.slot.place(self._pid)
+            with contextlib.suppress(OSError):  # the machine's memory runs out: rather a snippet than a worker
+                pathlib.Path(f'/proc/{self._pid}/oom_score_adj').write_text('1000')
         except OSError:
             self.kill(None)
             return
@@ -131,7 +145,7 @@ class Child:
     @_costs_its_request
     def start(self, request: Request, settings) -> None:
         """Sets the limits, then hands over the code; time is counted from here."""
-        self.request = request
+        self.request, request.child = request, self
         fields = request.fields
         self._cpu_s = fields.get('cpu_s') or settings.cpu_s
         self._wall_s = fields.get('wall_s') or settings.wall_s
@@ -176,21 +190,23 @@ class Child:
 
     @_costs_its_request
     def _on_output(self, descriptor: int) -> None:
+        if not self._take_output(descriptor):
+            self._loop.remove_reader(descriptor)
+
+    def _take_output(self, descriptor: int) -> bool:
+        """Takes some of what is in a pipe; False where nothing more is wanted, or there."""
         kept = self._pipes[descriptor]
         try:
             data = os.read(descriptor, 1 << 16)
         except BlockingIOError:
-            return
-        if not data:
-            self._loop.remove_reader(descriptor)
-            self._open.discard(descriptor)
-            self._settle()
-            return
+            return False
         room = self._limit - len(kept)
         kept += data[:room]
         if len(data) > room:
             self._cut = True
             self.kill(Verdict.OUTPUT_LIMIT)
+            return False
+        return bool(data)
 
     def _process_cpu_s(self) -> float:
         try:
@@ -220,10 +236,10 @@ class Child:
 
     def kill(self, cause: Verdict | None) -> None:
         """Kills the snippet with all its processes; `cause` becomes the verdict (None: a fault of ours)."""
-        if self._cause is None:
-            self._cause = cause
+        self._cause = self._cause or cause
         if self._status is not None or self._over:
             return
+        self._killed = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         if self._timer:
@@ -235,25 +251,17 @@ class Child:
         if self.request is None:
             self._close(Lost(reason))
         else:
-            self._close({'verdict': Verdict.SANDBOX_ERROR, 'stdout': '', 'stderr': reason})
-
-    def retire(self) -> None:
-        """Ends a child that no snippet needs."""
-        self._retired = True
-        self.kill(None)
+            self._close(fault_outcome(Fault.HANDLING, reason))
 
     @_costs_its_request
     def on_exit(self, status: int, cpu_s: float = 0.0) -> None:
         """The wait status has come, from the parent of the process (not from the process)."""
         self._status, self._usage_cpu_s = status, cpu_s
         if self.request is None:
-            unsealed = not self.sealed and not self._retired
-            self._close(Lost(f'ended before its snippet ({self._last_words()})', unsealed))
-            return
-        if self._timer:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(_GRACE_S, self.lose)  # pipes close with the last process
-        self._settle()
+            unsealed = not self.sealed and not self._killed
+            self._close(Lost(f'ended before its snippet ({self._last_words()})', unsealed=unsealed, short=self._short))
+        else:
+            self._settle()
 
     @_costs_its_request
     def lose(self) -> None:
@@ -262,7 +270,6 @@ class Child:
             return
         if self.request is not None and self._cause is not None:
             self._status = signal.SIGKILL
-            self._open.clear()
             self._settle()
         else:
             self._close(Lost('its worker was lost'))
@@ -274,8 +281,15 @@ class Child:
         return ''
 
     def _settle(self) -> None:
-        if self._over or self._status is None or self._open or self.request is None:
+        """The verdict. All its processes are dead, whatever still holds its pipes (a cycle of sockets may)."""
+        if self._over:
             return
+        if self._killed and self._cause is None:
+            self._close(Lost('its limits could not be set', Fault.LIMITS))
+            return
+        for descriptor in self._pipes:
+            while self._take_output(descriptor):
+                pass
         wall_s = time.monotonic() - self._start
         status, cpu_s = self._status, max(0.0, self._used_cpu_s())
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
@@ -288,13 +302,11 @@ class Child:
             verdict = self._cause
         elif exit_code is not None:
             verdict = Verdict.OK if exit_code == 0 else Verdict.ERROR
-        elif number in (signal.SIGKILL, signal.SIGXCPU):
-            # The first process of a namespace cannot kill itself: this was the CPU backstop, or somebody outside.
-            if cpu_s < self._cpu_s:
-                self._close(Lost('killed from outside'))
-                return
-            verdict = Verdict.TIMEOUT
+        elif number in (signal.SIGKILL, signal.SIGXCPU) and cpu_s >= self._cpu_s:
+            verdict = Verdict.TIMEOUT  # the backstop
         else:
+            # SIGKILL too: a process cannot kill its namespace's first one, but that one can lower its own limits, or
+            # have a timer do it. Somebody on the host who kills snippets one by one gets this verdict, and no more.
             verdict = Verdict.SIGNAL
         if verdict in (Verdict.OUTPUT_LIMIT, Verdict.OOM, Verdict.TIMEOUT):
             exit_code = number = None  # whether the kill or the end came first is chance
@@ -303,7 +315,7 @@ class Child:
             'verdict': verdict, 'exit_code': exit_code, 'signal': number, 'cpu_s': cpu_s, 'wall_s': wall_s,
             'peak_mb': self.slot.peak_mb(), 'truncated': self._cut, 'files': fetched,
             'stdout': self._pipes[self._out].decode('utf-8', 'replace'),
-            'stderr': self._pipes[self._err].decode('utf-8', 'replace')})
+            'stderr': _without_our_frames(bytes(self._pipes[self._err])).decode('utf-8', 'replace')})
 
     def _fetch(self, paths: list[str]) -> dict[str, str]:
         """Regular files below /box, base64; links are not followed, so nothing else can be reached."""
@@ -349,3 +361,12 @@ class Child:
             if descriptor >= 0:
                 os.close(descriptor)
         self._report(self, outcome)
+
+
+def fault_outcome(fault: Fault, words: str) -> dict:
+    """What is reported of a snippet that we could not run."""
+    return {'verdict': Verdict.SANDBOX_ERROR, 'stdout': '', 'stderr': words, 'fault': fault}
+
+
+def _without_our_frames(text: bytes) -> bytes:
+    return _OUR_FRAMES.sub(b'', text) if b'"/runner/' in text else text

@@ -27,7 +27,7 @@ from collections.abc import Iterable
 
 import retool_jax
 from retool_jax.core.checks import MANY, Rule, above, check, one_of, within
-from retool_jax.core.records import ExecResult, Verdict
+from retool_jax.core.records import ExecResult, Fault, Verdict
 from retool_jax.sandbox.job import MOST, Job, pack
 
 _DEATHS = 4  # of the supervisor, in a row and without an answer between them, before the pool is broken
@@ -105,6 +105,7 @@ class Pool:
     def __init__(self, settings: SandboxSettings = SandboxSettings()):
         self.settings = settings
         self.missing: tuple[str, ...] = ()  # control groups that could not be had: what is not enforced
+        self.capped = ''  # why fewer snippets run at once than `concurrency` says
         self._waiting: dict[int, _Call] = {}
         self._unsent: collections.deque[int] = collections.deque()  # in order; what was cancelled is skipped
         self._sent = 0  # the supervisor has so many
@@ -297,7 +298,8 @@ class Pool:
             calls = [self._take(id_) for id_ in lost]
             self._unsent, self._sent = collections.deque(self._waiting), 0
         for call in calls:
-            self._answer(call, Outcome(ExecResult(Verdict.SANDBOX_ERROR, '', 'its supervisor died every time'), {}))
+            self._answer(call, Outcome(ExecResult(
+                Verdict.SANDBOX_ERROR, '', 'its supervisor died every time', fault=Fault.POOL), {}))
 
     def _take(self, id_: int) -> _Call | None:
         """Removes a call from those that wait; the lock is held."""
@@ -314,7 +316,7 @@ class Pool:
 
     def _hear(self, message: dict) -> None:
         if message['op'] == 'ready':
-            self.missing = tuple(message['missing'])
+            self.missing, self.capped = tuple(message['missing']), message['capped']
             if not self._ready.done():
                 self._ready.set_result(None)
         elif message['op'] == 'broken':
@@ -358,6 +360,8 @@ class Pool:
 def _outcome(fields: dict) -> Outcome:
     files = {name: base64.b64decode(text) for name, text in fields.pop('files', {}).items()}
     fields['verdict'] = Verdict(fields['verdict'])
+    if 'fault' in fields:
+        fields['fault'] = Fault(fields['fault'])
     return Outcome(ExecResult(**fields), files)
 
 

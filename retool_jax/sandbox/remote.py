@@ -17,7 +17,7 @@ import time
 import httpx
 
 from retool_jax.core.errors import UserError
-from retool_jax.core.records import ExecResult, Verdict
+from retool_jax.core.records import ExecResult, Fault, Verdict
 from retool_jax.sandbox import canary as canary_lib
 from retool_jax.sandbox.pool import PoolFull
 
@@ -247,7 +247,7 @@ class Remote:
             finally:
                 host.in_flight -= 1
                 await self._notify()
-        return ExecResult(Verdict.SANDBOX_ERROR, '', reason)
+        return ExecResult(Verdict.SANDBOX_ERROR, '', reason, fault=Fault.SERVER)
 
     async def _choose(self, last: Host | None) -> Host | None:
         """The healthy host with the fewest requests, another than the last one where there is another."""

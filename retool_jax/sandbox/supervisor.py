@@ -11,8 +11,10 @@ import asyncio
 import collections
 import contextlib
 import ctypes
+import errno
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -23,7 +25,7 @@ from retool_jax.core.records import Verdict
 from retool_jax.sandbox import canary, jail
 from retool_jax.sandbox import guest as guest_lib
 from retool_jax.sandbox.cgroups import Groups
-from retool_jax.sandbox.child import Child, Lost, Request
+from retool_jax.sandbox.child import Child, Lost, Request, fault_outcome
 from retool_jax.sandbox.job import FRAME
 from retool_jax.sandbox.pool import SandboxSettings
 from retool_jax.sandbox.worker import Cold, Zygote
@@ -31,6 +33,9 @@ from retool_jax.sandbox.worker import Cold, Zygote
 _FAILURES = 3  # in a row, before the jail counts as impossible here
 _PR_SET_CHILD_SUBREAPER = 36
 _UIDS = range(10000, 59000)  # all of five digits: the guest's memory looks alike whichever it gets
+# Descriptors of a child: pidfd, control, two pipes, scratch; two more and a log on the cold path; of its slot: three
+# groups and eight counters.
+_DESCRIPTORS, _RESERVED = 19, 128  # the latter for the process, its zygotes, and what is open for a moment
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -50,11 +55,29 @@ def _reap_all(seconds: float) -> None:
                 time.sleep(0.005)
 
 
+def _within_descriptors(settings: SandboxSettings) -> tuple[int, int, str]:
+    """Raises the soft limit of descriptors to the hard one; (snippets at once, children at once, why not as asked)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    room = sys.maxsize if soft == resource.RLIM_INFINITY else max(1, (soft - _RESERVED) // _DESCRIPTORS)
+    limit = min(settings.concurrency, max(1, room - settings.zygotes * settings.spares))
+    if limit == settings.concurrency:
+        return limit, room, ''
+    needed = _RESERVED + _DESCRIPTORS * (settings.concurrency + settings.zygotes * settings.spares)
+    return limit, room, (f'sandbox.concurrency={settings.concurrency}: needs {needed} descriptors, {soft} is the hard '
+                         f'limit here, so {limit} snippets run at once; raise it (ulimit -Hn, LimitNOFILE=)')
+
+
 class Supervisor:
     """Dispatches snippets to children in order of arrival."""
 
     def __init__(self, settings: SandboxSettings, link: socket.socket):
         self.settings = settings
+        self.limit, self.room, self._capped = _within_descriptors(settings)
+        if self._capped:
+            print(self._capped, file=sys.stderr)
         self.groups = Groups()
         if settings.require_groups and self.groups.missing:
             raise RuntimeError(f'sandbox: no control group for {", ".join(self.groups.missing)} may be written here '
@@ -72,7 +95,7 @@ class Supervisor:
         self._proven = False
         code = self._canary.code.encode()
         probe = Request(-1, {'code': len(code), 'stdin': 0, 'files': [], 'fetch': [], 'seed': 0}, code)
-        self._queue: collections.deque[Request] = collections.deque([probe])
+        self._queue = collections.OrderedDict({probe.id: probe})  # a request may leave from anywhere
         self._spares: collections.deque[Child] = collections.deque()
         self._requests: dict[int, Request] = {}
         self._zygotes: list[Zygote] = []
@@ -108,6 +131,7 @@ class Supervisor:
                 for zygote in list(self._zygotes):
                     zygote.watch()
                 self._staff()
+                self.dispatch()
                 _reap_orphans({z.jail.process.pid for z in self._zygotes} | self.cold_pids)
         finally:
             for zygote in list(self._zygotes):
@@ -127,7 +151,7 @@ class Supervisor:
                 if message['op'] == 'run':
                     request = Request(message['id'], message, payload)
                     self._requests[request.id] = request
-                    self._queue.append(request)
+                    self._queue[request.id] = request
                     self.dispatch()
                 elif message['op'] == 'cancel':
                     self._cancel(message['id'])
@@ -141,12 +165,10 @@ class Supervisor:
         if request is None:
             return
         request.cancelled = True
-        if request in self._queue:
-            self._queue.remove(request)
+        if self._queue.pop(id_, None):
             del self._requests[id_]
-        for child in self.running.values():
-            if child.request is request:
-                child.kill(Verdict.SANDBOX_ERROR)
+        elif request.child is not None:
+            request.child.kill(Verdict.SANDBOX_ERROR)
 
     def on_child_ready(self, child: Child) -> None:
         """A sealed child waits for a snippet."""
@@ -169,15 +191,19 @@ class Supervisor:
                 self._starting = max(0, self._starting - 1)
             if isinstance(outcome, Lost) and outcome.unsealed:
                 self.complain(str(outcome))
+            if isinstance(outcome, Lost) and outcome.short:
+                self.run_short()
         elif request.cancelled:
             self._requests.pop(request.id, None)
         elif isinstance(outcome, Lost):
             request.attempts += 1
-            self.counters['retried'] += 1
+            request.child = None
             if request.attempts <= self.settings.retries:
-                self._queue.appendleft(request)
+                self.counters['retried'] += 1
+                self._queue[request.id] = request
+                self._queue.move_to_end(request.id, last=False)
             else:
-                self._deliver(request, {'verdict': Verdict.SANDBOX_ERROR, 'stdout': '', 'stderr': str(outcome)})
+                self._deliver(request, fault_outcome(outcome.fault, str(outcome)))
         else:
             self._deliver(request, outcome)
         self.dispatch()
@@ -212,6 +238,21 @@ class Supervisor:
         if self._failures >= _FAILURES * max(1, self.settings.zygotes):
             self._break()
 
+    def run_short(self, error: OSError | None = None) -> None:
+        """A child could not be taken in. Without descriptors there will be no more children than there are now."""
+        alive = self._alive()
+        if alive and (error is None or error.errno in (errno.EMFILE, errno.ENFILE)):
+            self.room = min(self.room, alive)
+            print(f'sandbox: out of descriptors; {self.room} children at once from now on', file=sys.stderr)
+        else:
+            self.complain(str(error or 'no descriptor is left (ulimit -n)'))
+
+    def _alive(self) -> int:
+        """Children that exist or are on their way."""
+        if self.settings.path == 'cold':
+            return self._starting + len(self._spares) + len(self.running)
+        return sum(len(z.children) + len(z.ordered) for z in self._zygotes)
+
     def _break(self) -> None:
         if not self._broken:
             self._broken = (f'sandbox: no isolated worker can be started here, so no code is run: {self._words}; '
@@ -223,7 +264,7 @@ class Supervisor:
         if outcome['verdict'] == Verdict.OK and outcome['stdout'] == self._canary.expected:
             self._proven = True
             self._say({'op': 'ready', 'missing': self.groups.missing, 'groups': self.groups.version,
-                       'guest': str(self.guest.root)})
+                       'guest': str(self.guest.root), 'capped': self._capped})
         else:
             self._words = f"the isolation does not hold ({outcome['verdict']}: {outcome['stderr'][-200:]})"
             self._break()
@@ -237,19 +278,23 @@ class Supervisor:
 
     def dispatch(self) -> None:
         """Gives waiting snippets to waiting children, and has new children made."""
-        limit = self.settings.concurrency if self._proven else 1
+        limit = self.limit if self._proven else 1
         while self._queue and self._spares and len(self.running) < limit:
             child = self._spares.popleft()
-            request = self._queue.popleft()
+            _, request = self._queue.popitem(last=False)
             self.running[child.number] = child
             child.start(request, self.settings)
         if self._broken:
             return
         if self.settings.path == 'cold':
-            room = self.settings.concurrency - len(self.running)
-            while self._starting + len(self._spares) < min(len(self._queue), room):
+            room = self.limit - len(self.running)
+            while self._starting + len(self._spares) < min(len(self._queue), room) and self._alive() < self.room:
+                try:
+                    Cold(self)
+                except OSError as error:
+                    self.run_short(error)
+                    return
                 self._starting += 1
-                Cold(self)
             return
         self._refill()
 
@@ -270,10 +315,12 @@ class Supervisor:
                 zygote.draining = True
                 self.counters['recycled'] += 1
                 for child in [c for c in zygote.children.values() if c.request is None]:
-                    child.retire()
+                    with contextlib.suppress(ValueError):
+                        self._spares.remove(child)  # no snippet may be given to it before it is dead
+                    child.kill(None)
                 continue
             idle = sum(c.request is None for c in zygote.children.values()) + len(zygote.ordered)
-            for _ in range(self.settings.spares - idle):
+            for _ in range(min(self.settings.spares - idle, self.room - self._alive())):
                 zygote.fork()
 
 

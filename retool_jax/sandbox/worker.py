@@ -139,7 +139,7 @@ class Zygote:
     def _on_message(self) -> None:
         while not self.dead:
             try:
-                data, ancillary, _, _ = self.link.recvmsg(4096, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC)
+                data, ancillary, flags, _ = self.link.recvmsg(4096, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
             except OSError:
@@ -157,16 +157,32 @@ class Zygote:
                 for level, type_, raw in ancillary:
                     if (level, type_) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                         descriptors.frombytes(raw)
-                self.pids[pid] = number
-                self._adopt(number, *descriptors)
+                if flags & socket.MSG_CTRUNC:
+                    self._refuse(number, descriptors)
+                else:
+                    self._adopt(number, pid, descriptors)
             elif child := self.children.pop(self.pids.pop(pid, -1), None):
                 child.on_exit(status, cpu_s)
 
-    def _adopt(self, number: int, pidfd: int, control: int, out: int, err: int) -> None:
+    def _adopt(self, number: int, pid: int, descriptors: array.array) -> None:
+        try:
+            slot = self.supervisor.groups.take()
+        except OSError as error:
+            self._refuse(number, descriptors, error)
+            return
+        pidfd, control, out, err = descriptors
+        self.pids[pid] = number
         self.uids[number] = self.ordered.pop(number)
         self.children[number] = Child(
-            number, pidfd, socket.socket(fileno=control), out, err, self.supervisor.groups.take(),
+            number, pidfd, socket.socket(fileno=control), out, err, slot,
             self.supervisor.on_child_ready, self._on_child_end, self.supervisor.settings.output_bytes)
+
+    def _refuse(self, number: int, descriptors: array.array, error: OSError | None = None) -> None:
+        """A child that cannot be taken in: it ends by itself when its channel is closed."""
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self.supervisor.uids.append(self.ordered.pop(number))
+        self.supervisor.run_short(error)
 
     def _on_child_end(self, child: Child, outcome: dict | Lost) -> None:
         self.children.pop(child.number, None)

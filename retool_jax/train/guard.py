@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from retool_jax.core.records import ExecResult, Verdict
+from retool_jax.core.records import ExecResult, Fault, Verdict
 from retool_jax.sandbox.pool import PoolFull
 
 _PAUSE_S = 5.0  # between two renewals: a machine that cannot start a sandbox must not be kept busy trying
@@ -73,7 +73,7 @@ class Guard:
         with self._lock:
             calls, self._waiting = list(self._waiting), {}
         for call in calls:
-            self._fault(call, 'the run is over')
+            self._fault(call, Fault.POOL, 'the run is over')
         for sandbox in self._own:
             sandbox.close()
 
@@ -87,7 +87,7 @@ class Guard:
             future = sandbox.submit(call.code)
         except PoolFull as full:  # alive, only busy
             self._drop(call)
-            self._fault(call, str(full))
+            self._fault(call, Fault.FULL, str(full))
             return
         except Exception as error:
             self._failed(call, sandbox, error)
@@ -108,16 +108,17 @@ class Guard:
         if call.tries < 2 and not self._closed.is_set() and self._replace(sandbox):
             self._try(call)
         else:
-            self._fault(call, f'{type(error).__name__}: {error}')
+            fault = Fault.SILENCE if isinstance(error, TimeoutError) else Fault.POOL
+            self._fault(call, fault, f'{type(error).__name__}: {error}')
 
     def _drop(self, call: _Call) -> bool:
         with self._lock:
             return self._waiting.pop(call, None) is not None
 
-    def _fault(self, call: _Call, reason: str) -> None:
+    def _fault(self, call: _Call, fault: Fault, reason: str) -> None:
         self.faults += 1
         with contextlib.suppress(concurrent.futures.InvalidStateError):
-            call.answer.set_result(ExecResult(Verdict.SANDBOX_ERROR, '', reason))
+            call.answer.set_result(ExecResult(Verdict.SANDBOX_ERROR, '', reason, fault=fault))
 
     def _replace(self, broken: Sandbox) -> bool:
         """Whether a sandbox other than the broken one is in place now."""

@@ -14,7 +14,7 @@ from retool_jax.core import episodes as episode_files
 from retool_jax.core.checks import MANY, check, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
-from retool_jax.core.records import Episode, Problem, Stop, Verdict
+from retool_jax.core.records import Episode, Fault, Problem, Stop, Verdict
 from retool_jax.rollout.engine import Engine, Request
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.stats import RolloutStats
@@ -191,6 +191,8 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
         'tools/failure_frequency': 1.0 - share(Verdict.OK) if calls else 0.0,
         'tools/timeout_frequency': share(Verdict.TIMEOUT),
         'tools/fault_frequency': share(Verdict.SANDBOX_ERROR),
+        **{f'tools/fault_{fault}': float(np.mean([c.fault == fault for c in calls]))  # the kinds that there were
+           for fault in Fault if any(c.fault == fault for c in calls)},
         'tools/seconds_p50': float(np.quantile(waits, 0.5)), 'tools/seconds_p99': float(np.quantile(waits, 0.99)),
     }
 

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
+from retool_jax.core.records import Verdict
 from retool_jax.sandbox import canary, cgroups, doctor, guest, jail
-from retool_jax.sandbox.pool import SandboxSettings
+from retool_jax.sandbox.pool import Pool, SandboxSettings, run_all
 
 
 def test_the_guest_root_is_found_again_and_readable_by_all(pools):
@@ -125,12 +126,69 @@ def test_without_writable_groups_everything_is_said_to_be_missing(monkeypatch):
     assert (slot.enforced, slot.cpu_s(), slot.oom_kills(), slot.peak_mb()) == (set(), 0.0, 0, 0.0)
 
 
-def test_trees_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path):
-    mine = f'retool_jax_{os.getpid()}_{cgroups.start_time(os.getpid())}'
-    for name in (mine, 'retool_jax_999999999_1', f'retool_jax_{os.getpid()}_1', 'other_1_1'):
-        (tmp_path / name / 'slot1').mkdir(parents=True)
-    cgroups._sweep(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['other_1_1', mine]
+def _groups_on(tree: pathlib.Path, monkeypatch) -> cgroups.Groups:
+    monkeypatch.setattr(cgroups, '_mounts', lambda: [(str(tree), '/', set(), 'cgroup2')])
+    monkeypatch.setattr(cgroups, '_own_groups', lambda: {'': '/'})
+    return cgroups.Groups()
+
+
+def test_trees_that_nobody_holds_are_swept_and_all_others_kept(fake_v2, monkeypatch):
+    dead, foreign = 'retool_jax_1_ns1_1', ('other_1_1', 'retool_jax_999999999_1')
+    for name in (dead, *foreign):
+        (fake_v2 / name / 'slot1').mkdir(parents=True)
+    held = fake_v2 / 'retool_jax_999999999_ns7_1'  # a pid that is unknown here, alive in another namespace
+    (held / 'slot1').mkdir(parents=True)
+    with subprocess.Popen(['flock', str(held), 'sh', '-c', 'echo; cat'], stdin=-1, stdout=-1) as holder:
+        holder.stdout.readline()
+        groups = _groups_on(fake_v2, monkeypatch)
+        mine = fake_v2 / groups.name
+        trees = {p for p in fake_v2.iterdir() if p.is_dir()}
+        assert trees == {mine, held, *(fake_v2 / name for name in foreign)}
+        cgroups._sweep(fake_v2)
+        assert mine.exists() and held.exists()
+    cgroups._sweep(fake_v2)  # whoever held it is gone
+    assert mine.exists() and not held.exists()
+    namespace = os.stat('/proc/self/ns/pid').st_ino
+    assert groups.name == f'retool_jax_{os.getpid()}_ns{namespace}_{cgroups.start_time(os.getpid())}'
+    for path in mine.iterdir():  # a real one's files go with it
+        path.unlink()
+    groups.remove()
+    assert not mine.exists()
+
+
+def test_processes_of_another_namespace_are_never_named_by_the_number_0(fake_v2):
+    (fake_v2 / 'cgroup.procs').write_text('0\n0\n4194305\n')
+    assert cgroups._pids(fake_v2) == [4194305]  # to kill() 0 is the caller's group, to cgroup.procs the writer
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='a pid namespace of its own needs root')
+def test_a_pool_in_another_pid_namespace_leaves_this_one_its_groups():
+    intruder = (
+        'from retool_jax.sandbox.cgroups import Groups\nimport os\nassert os.getpid() < 10\n'
+        'Groups().remove()'
+    )
+    with Pool(SandboxSettings(zygotes=1, concurrency=2)) as pool:
+        run_all(pool, ['print(1)'] * 4)
+        subprocess.run(
+            ['unshare', '--pid', '--fork', '--mount-proc', sys.executable, '-c', intruder],
+            check=True,
+            cwd=pathlib.Path(__file__).parents[2],
+        )
+        results = run_all(pool, ['print(2)', 'x = bytearray(b"1") * (600 << 20)'])
+        limited = Verdict.OOM if 'memory' not in pool.missing else Verdict.ERROR
+        assert (results[0].stdout, results[1].verdict) == ('2\n', limited)
+
+
+STORM = 'import os\ni = 0\nwhile True:\n    i += 1\n    os.path.exists(f"/python/lib/{i:0200d}")'
+HOG = 'x = []\nfor _ in range(300): x.append(bytearray(b"1") * (1 << 20))\nprint(len(x))'
+
+
+def test_what_a_snippet_leaves_charged_does_not_move_the_next_limit(pools):
+    if 'memory' in pools('warm').missing:
+        pytest.skip('no memory group here')
+    with Pool(SandboxSettings(zygotes=1, spares=1, concurrency=1, cpu_s=2.0, wall_s=30.0)) as pool:
+        verdicts = [run_all(pool, [code])[0].verdict for code in (HOG, STORM, STORM, HOG, HOG)]
+    assert verdicts == [Verdict.OOM, Verdict.TIMEOUT, Verdict.TIMEOUT, Verdict.OOM, Verdict.OOM]
 
 
 def test_the_jail_shows_the_guest_root_and_nothing_of_the_host(pools):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retool_jax.core import episodes as episode_files
-from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict
+from retool_jax.core.records import Fault, Problem, Reward, Stop, ToolCall, Verdict
 from retool_jax.rollout.engine import Request, RolloutStats
 from retool_jax.text.template import make_template
 from retool_jax.train import evaluate, rollouts
@@ -252,6 +252,15 @@ def test_prompts_that_leave_less_than_the_buffer_do_not_end_the_run():
     episodes = [small.make_episode(rng, 'p', 26, 2, reward=1.0), small.make_episode(rng, 'p', 33, reward=-1.0)]
     rollouts.shape_overlong(episodes, 8, 30)
     assert [e.reward.value for e in episodes] == [0.5, -1.0]
+
+
+def test_faults_are_told_by_kind():
+    rng = np.random.default_rng(0)
+    made = lambda fault: ToolCall(0, '1', Verdict.SANDBOX_ERROR if fault else Verdict.OK, '', '', '', 0, 1.0, fault)
+    kinds = [None, Fault.WORKER, Fault.FULL, Fault.WORKER]
+    found = rollouts.describe([small.make_episode(rng, 'a', 3, 4, calls=[made(kind)]) for kind in kinds])
+    assert {name: share for name, share in found.items() if name.startswith('tools/fault_')} == {
+        'tools/fault_frequency': 0.75, 'tools/fault_worker': 0.5, 'tools/fault_full': 0.25}
 
 
 def test_metrics_of_hand_made_episodes_are_what_counting_gives():
