@@ -75,7 +75,8 @@ class Supervisor:
 
     def __init__(self, settings: SandboxSettings, link: socket.socket):
         self.settings = settings
-        self.limit, self.room, self._capped = _within_descriptors(settings)
+        self.limit, self._most, self._capped = _within_descriptors(settings)
+        self.room = self._most  # children at once
         if self._capped:
             print(self._capped, file=sys.stderr)
         self.groups = Groups()
@@ -131,6 +132,7 @@ class Supervisor:
                 for zygote in list(self._zygotes):
                     zygote.watch()
                 self._staff()
+                self.room = min(self._most, self.room + 1)  # what was short may not be short any more
                 self.dispatch()
                 _reap_orphans({z.jail.process.pid for z in self._zygotes} | self.cold_pids)
         finally:
@@ -239,11 +241,11 @@ class Supervisor:
             self._break()
 
     def run_short(self, error: OSError | None = None) -> None:
-        """A child could not be taken in. Without descriptors there will be no more children than there are now."""
+        """A child could not be taken in. Without descriptors there are no more of them than now for the moment."""
         alive = self._alive()
         if alive and (error is None or error.errno in (errno.EMFILE, errno.ENFILE)):
             self.room = min(self.room, alive)
-            print(f'sandbox: out of descriptors; {self.room} children at once from now on', file=sys.stderr)
+            print(f'sandbox: out of descriptors with {self.room} children', file=sys.stderr)
         else:
             self.complain(str(error or 'no descriptor is left (ulimit -n)'))
 
