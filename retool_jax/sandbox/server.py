@@ -90,6 +90,8 @@ class Metrics:
             buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30))
         self.refused = prometheus_client.Counter(
             'sandbox_refused', 'Requests not run, by status', ['status'], registry=self.registry)
+        up = prometheus_client.Gauge('sandbox_up', '1 where snippets can run', registry=self.registry)
+        up.set_function(lambda: float(not pool.ailing()))
         for key in ('waiting', 'retried', 'respawned', 'recycled'):
             gauge = prometheus_client.Gauge(f'sandbox_{key}', f'Pool: {key}', registry=self.registry)
             gauge.set_function(lambda key=key: pool.stats().get(key, 0))

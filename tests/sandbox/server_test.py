@@ -181,6 +181,7 @@ def test_metrics_count_by_verdict(server):
     text = server.request('GET', '/metrics')[1].decode()
     assert 'sandbox_runs_total{verdict="error"}' in text and 'sandbox_run_seconds_bucket' in text
     assert 'sandbox_refused_total{status="422"}' in text and 'sandbox_waiting 0.0' in text
+    assert 'sandbox_up 1.0' in text
 
 
 def call_like_verl(address: str, code: str, stdin: str, timeout: int) -> dict:
@@ -291,7 +292,7 @@ def test_a_pool_that_dies_within_a_request_and_for_good_is_said_by_every_route()
         for status, answer, _ in [*replies, server.request('GET', '/v1/ping'),
                                   server.request('POST', '/run_code', b'{"code": ""}')]:  # fmt: skip
             assert status == 503 and 'died 4 times in a row' in json.loads(answer)['detail']
-        assert server.request('GET', '/metrics')[0] == 200
+        assert b'sandbox_up 0.0' in server.request('GET', '/metrics')[1]
     finally:
         assert 'Traceback' not in server.stop()
 
