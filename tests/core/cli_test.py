@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import pytest
+from absl import flags
 
 from retool_jax.core import cli
 
@@ -178,3 +179,16 @@ def test_configs_are_found_from_any_directory_and_may_import_their_neighbours(tm
         cli.parse_config(['x', '--config=configs/poo.py'])
     with pytest.raises(cli.UserError, match='--config is missing.*configs/ppo.py'):
         cli.parse_config(['x'])
+
+
+@pytest.mark.parametrize('arguments', [['a', 'b'], ['--source=a', 'b'], ['b', '--source=a'], ['a', '--target=b']])
+def test_arguments_without_a_name_stand_for_the_flags_that_a_binary_names(monkeypatch, arguments):
+    own = flags.FlagValues()
+    for name in ('source', 'target'):
+        flags.DEFINE_string(name, None, 'A path.', flag_values=own)
+    monkeypatch.setattr(cli.flags, 'FLAGS', own)
+    cli.parse_flags(['binary', *arguments], bare=('source', 'target'))
+    assert (own.source, own.target) == ('a', 'b')
+    own.unparse_flags()
+    with pytest.raises(cli.UserError, match="unexpected argument 'more'; flags are written --name=value"):
+        cli.parse_flags(['binary', *arguments, 'more'], bare=('source', 'target'))
