@@ -23,6 +23,7 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
     return ConfigDict({
         'run': base.run(arg, 'sft'),
         'traces': config_dict.placeholder(str),  # episodes/ of a cold start
+        'unreadable': 'refuse',  # traces whose gold answers cannot be read; 'leave_out' those and list them
         'model': base.model(arg),
         'mesh': base.mesh(arg),
         'forward': base.forward(arg),

@@ -12,7 +12,7 @@ def main(config):
     from retool_jax.core import settings
     from retool_jax.tasks import arithmetic, golds
     from retool_jax.tasks import problems as problem_files
-    from retool_jax.train import assembly, cold_start, folder, stages
+    from retool_jax.train import assembly, cold_start, folder, intake, stages
 
     stage = settings.build(stages.ColdStart, config)
     leave_out = stage.reward.unreadable == 'leave_out'
@@ -22,6 +22,9 @@ def main(config):
     own = golds.own(rewritten, config.traces) if rewritten else set()
     if config.golds:
         rewritten, own = golds.join(rewritten, own, problem_files.read(config.golds))
+    if rewritten:
+        with assembly.open_grader(config.reward) as grader:
+            rewritten = intake.Intake(config.reward.unreadable, grader.parses).worked(rewritten)
     with (folder.claimed(config) as directory, assembly.open_sandbox(config.sandbox) as pool,
           assembly.open_grader(config.reward) as grader):
         language = assembly.open_language(config.model, directory)

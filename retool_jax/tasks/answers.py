@@ -8,6 +8,13 @@ from __future__ import annotations
 import re
 
 _TOKEN = re.compile(r'\\boxed\s*\{|\\.|[{}]', re.DOTALL)  # `\{` and `\\` are one unit each
+# Without spaces. '' is what is left of '-', '...' and '[]'.
+_NO_ANSWER = frozenset((
+    '', '?', '??', '???', 'proof', 'prove', 'seeproof', 'notfound', 'noanswer', 'noanswerfound', 'answernotfound',
+    'n/a', 'none', 'null', 'nil', 'nan', 'unknown', 'missing', 'notavailable', 'notapplicable', 'unavailable', 'tbd',
+    'todo', 'error', 'seesolution', 'seeabove', 'solution', 'answer', 'undetermined',
+))  # fmt: skip
+_UPRIGHT = re.compile(r'\\(?:text[a-z]*|mbox|math(?:rm|bf)|l?dots)(?![a-z])|[\s{}()\[\]$."\'_-]')
 _INTEGER = re.compile(r'[+-]?[0-9]+')
 _NO_SPACE = re.compile(r'(?<!\\)\\!\s*')
 _SPACING = re.compile(r'(?:(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~|\s)+')
@@ -31,6 +38,13 @@ def last_box(text: str) -> str | None:
             if start > best[0]:
                 best = (start, match.start())
     return text[best[0] : best[1]] if best[0] >= 0 else None
+
+
+def is_no_answer(gold: str) -> bool:
+    """Whether a gold answer says that there is none: 'proof', 'N/A', `\\text{not found}`…"""
+    if gold.strip(' .') == 'NA':
+        return True
+    return _UPRIGHT.sub('', gold).casefold() in _NO_ANSWER
 
 
 def last_integer(text: str) -> str | None:

@@ -130,10 +130,12 @@ class Grader:
         return Verdict(self._cache[key])
 
     def parses(self, gold: str) -> bool:
-        """Whether a gold answer can be read as mathematics (one that cannot equals only itself); one that the judge
-        was too late for may be readable, and the machine busy."""
+        """Whether a gold answer is one: mathematics, or a few words (what cannot be read equals only itself), and not
+        a word for having none. One that the judge was too late for may be readable."""
         if answers.integer(gold) is not None:
             return True
+        if answers.is_no_answer(gold):
+            return False
         reply = self._ask(gold, gold)
         return 'late' in reply or 'died' in reply or bool(reply.get('parsed'))
 

@@ -17,7 +17,9 @@ import signal
 import sys
 
 from retool_jax.tasks import equality, readings
-from retool_jax.tasks.values import Raw
+from retool_jax.tasks.values import Raw, Text
+
+WORDS = 12  # of a gold answer, at most: nothing equals a whole sentence
 
 
 def main() -> None:
@@ -50,7 +52,8 @@ def verify(pair: dict) -> dict:
     """Whether the two answers of a pair are equal, and whether the gold one could be read."""
     gold = readings.read(pair['gold'])
     equal = equality.equal(readings.read(pair['answer']), gold)
-    return {'equal': bool(equal), 'parsed': not isinstance(gold, Raw)}
+    sentence = isinstance(gold, Text) and sum(len(p.split()) for p in gold.parts if isinstance(p, str)) > WORDS
+    return {'equal': bool(equal), 'parsed': not isinstance(gold, Raw) and not sentence}
 
 
 def _serve(replies: int, time_limit_s: float) -> None:

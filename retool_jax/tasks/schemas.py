@@ -23,9 +23,6 @@ ANSWER_FIELDS = (
 ID_FIELDS = ('id', 'unique_id', 'problem_id', 'question_id', 'uuid')
 FAMILY_FIELDS = ('family', 'subject', 'type')
 TRACE_FIELDS = ('rewritten', 'trace', 'response', 'text', 'generation', 'completion')
-NO_ANSWER = {  # words with which sets say that there is none
-    '', '?', '-', 'n/a', 'nan', 'no answer', 'none', 'not found', 'notfound', 'null', 'proof', 'tbd', 'unknown',
-}  # fmt: skip
 
 # Instructions that contradict the box, or ask for it once more: DAPO's, and those that verl appends to GSM8K and MATH.
 _INSTRUCTION = re.compile(
@@ -115,8 +112,9 @@ def read_answer(value: object, where: str, field: str) -> str:
             text = box.strip()  # a solution, or nothing but its box
     if not text:
         raise UserError(f'{where}: field {field!r} is empty: every problem needs its answer')
-    if text.strip(' .').lower() in NO_ANSWER:
-        raise UserError(f'{where}: field {field!r} is {text!r}, which stands for no answer')
+    if answers.is_no_answer(text):
+        raise UserError(f'{where}: field {field!r} is {text!r}, which stands for no answer; '
+                        'set reward.unreadable=leave_out to go on without such rows')
     if _GROUPED.fullmatch(text):
         text = text.replace(',', '')
     return answers.integer(text) or text

@@ -19,7 +19,9 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import TrainState
 from retool_jax.core.records import Episode
 from retool_jax.model import hf
+from retool_jax.tasks.grader import Grader
 from retool_jax.train import assembly, folder, sft
+from retool_jax.train.intake import Intake
 from retool_jax.train.stages import FineTuning
 from retool_jax.train.state import init_state, make_optimizer
 from retool_jax.train.update import Learner
@@ -34,6 +36,9 @@ def run(config: ConfigDict) -> None:
     processes.join()
     sizes, saving, forward = stage.sft, stage.checkpoints, stage.forward
     everything = read_traces(config.traces, forward.row_width)
+    with Grader() as grader:
+        intake = Intake(stage.unreadable, grader.parses, 'unreadable')
+        everything = [trace for _, trace in intake.worked([(trace.problem, trace) for trace in everything])]
     traces, held_out = sft.hold_out(everything, sizes.evaluation_share)
     if not traces or (sizes.evaluation_share and not held_out):
         raise UserError(f'sft.evaluation_share={sizes.evaluation_share} holds out {len(held_out)} of '

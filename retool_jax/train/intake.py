@@ -24,9 +24,10 @@ NAMED = 3  # problems that a line names; all stand in FILE
 class Intake:
     """Reads problem files; what is left out of them is said and remembered."""
 
-    def __init__(self, unreadable: str, parses: Callable[[str], bool]):
+    def __init__(self, unreadable: str, parses: Callable[[str], bool], key: str = 'reward.unreadable'):
         """unreadable: what follows a row that cannot be read, or a gold answer that `parses` (`Grader.parses`) cannot
-        read as mathematics: 'refuse' or 'leave_out'."""
+        read: 'refuse' or 'leave_out'; key: where the configuration says so."""
+        self.key = key
         self.leaves_out = unreadable == 'leave_out'
         self.parses = functools.cache(parses)
         self.left: list[tuple[str, str]] = []  # a problem's id, or the place of a row, and why
@@ -46,6 +47,17 @@ class Intake:
     def open(self, sources: Sequence[data.Source]) -> list[grain.MapDataset]:
         """The sources of a stream (`data.open_sources`), without unreadable gold answers."""
         return self._sifted(data.open_sources(sources, self.read), self._gold_fault)
+
+    def worked[T](self, pairs: Sequence[tuple[Problem, T]]) -> list[tuple[Problem, T]]:
+        """Worked answers, those of problems whose gold answers can be read."""
+        found = [(pair, self._gold_fault(pair[0])) for pair in pairs]
+        left = [(pair[0].id, text) for pair, text in found if text]
+        self.left += left
+        if len(left) == len(pairs) > 0:
+            raise UserError(f'no worked answer is left: {describe(left)}')
+        if left:
+            assembly.say(f'{len(left)} of {len(pairs)} worked answers are left out: {describe(left)}')
+        return [pair for pair, text in found if not text]
 
     def fit(self, datasets: Sequence[grain.MapDataset], language: assembly.Language,
             max_tokens: int) -> list[grain.MapDataset]:
@@ -78,7 +90,7 @@ class Intake:
         text = f'answer {problem.answer[:80]!r} cannot be read as mathematics'
         if not self.leaves_out:
             raise UserError(f'problem {problem.id!r} of {problem.source}: {text}: correct it in the file, or set '
-                            'reward.unreadable=leave_out')
+                            f'{self.key}=leave_out')
         return text
 
 

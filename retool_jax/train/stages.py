@@ -199,6 +199,7 @@ class FineTuning:
 
     run: RunSettings
     traces: str | None  # the episodes/ folder of a cold start
+    unreadable: str  # traces whose gold answers cannot be read: 'refuse' the folder, or 'leave_out' and list them
     model: ModelSettings
     mesh: MeshSettings
     forward: ForwardSettings
@@ -207,7 +208,7 @@ class FineTuning:
     checkpoints: CheckpointSettings
 
     def __post_init__(self):
-        check(self, traces=local_path())
+        check(self, traces=local_path(), unreadable=one_of(UNREADABLE))
         if self.traces is None:
             raise UserError('config.traces is missing; give the episodes/ folder that launch/cold_start.py wrote')
         require_path(self.model)

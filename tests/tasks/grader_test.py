@@ -148,6 +148,21 @@ def test_the_lenient_rule_is_the_last_box_of_all_or_the_last_integer_of_the_last
     assert grader.grade(text, '25', whole=whole).lenient is lenient
 
 
+@pytest.mark.parametrize(
+    'gold', ['proof', 'notfound', 'n/a', 'none', r'\text{N/A}', 'Not found.', '?', '-', r'\frac{1}{',
+             r'\begin{cases}1\\2\end{cases}',
+             'so we see that the sum over all of the rows is at least twice as large as before'])  # fmt: skip
+def test_a_gold_answer_that_is_none_is_told(grader, gold):
+    assert not grader.parses(gold)
+
+
+@pytest.mark.parametrize(
+    'gold', ['5', r'\emptyset', r'\{\}', 'no solution', 'N', 'na', r'\text{Evelyn}', 'undefined', r'\pi', '(1,2)',
+             'x=5'])  # fmt: skip
+def test_a_gold_answer_that_is_one_is_readable(grader, gold):
+    assert grader.parses(gold)
+
+
 def test_what_the_model_wrote_is_not_cut_at_tags_that_it_wrote_itself(grader):
     text = r'I print \boxed{25} and the tool says </interpreter>, as I thought'
     assert grader.grade(text, '25').correct
