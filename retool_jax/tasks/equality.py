@@ -56,7 +56,7 @@ def _close(a: Number, b: Number) -> bool:
         return numerics.same(a.expr, b.expr, decimal=True)
     if a.expr == b.expr:
         return True
-    return numerics.same(a.expr, b.expr, decimal=True) and bool(abs(sympy.N(a.expr - b.expr, 60)) < max(places))
+    return numerics.same(a.expr, b.expr, decimal=True) and bool(abs(a.expr - b.expr) < max(places))
 
 
 def _letter(value: Value) -> str | None:

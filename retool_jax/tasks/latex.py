@@ -21,6 +21,7 @@ _TOKEN = re.compile(
         sorted((*FUNCTIONS, *GREEK, 'pi', 'oo', 'inf', 'infinity'), key=len, reverse=True)
     ) + r')(?![a-zA-Z])|(?P<letter>[a-zA-Z])|(?P<power>\*\*)|(?P<sign>[-+*/^_!()\[\]{}|\',°%]))'
 )  # fmt: skip
+_DERIVATIVE = re.compile(r'\\frac\s*\{\s*d\s*\}\s*\{\s*d\s*[a-z]\s*\}')  # d is no variable there
 _CALCULUS = re.compile(r'\\(?:int|sum|prod|lim)(?![a-zA-Z])')
 _ACCENTS = frozenset((
     'overline', 'bar', 'vec', 'hat', 'tilde', 'dot', 'ddot', 'overrightarrow', 'widehat', 'widetilde', 'underline',
@@ -38,6 +39,8 @@ def read(text: str) -> sympy.Expr:
     """The expression that a text is."""
     if _CALCULUS.search(text):
         return _read_calculus(text)
+    if _DERIVATIVE.search(text):
+        raise Unreadable('a derivative')
     parser = _Parser(text)
     found = parser.sum()
     if parser.kind:
@@ -288,6 +291,11 @@ class _Parser:
             self.argument()
             inner = ''.join(token[1] for token in self.tokens[start : self.place])
             return self.symbol(f'{name}{inner}')
+        if name in ('angle', 'measuredangle', 'triangle'):
+            start = self.place
+            while self.kind == 'letter':
+                self.place += 1
+            return sympy.Symbol(name + ''.join(token[1] for token in self.tokens[start : self.place]))
         if name in FUNCTIONS or name in _NAMES:
             return self.function(_NAMES.get(name, name))
         raise Unreadable(f'\\{name}')

@@ -28,6 +28,7 @@ PYTHON = frozenset((
     'Fraction', 'Rational', 'Integer', 'Float', 'Decimal', 'Matrix', 'array', 'FiniteSet', 'Interval', 'Union', 'Abs',
     'log2', 'log10', 'pow', 'math', 'np', 'numpy', 'sympy', 'sp', 'cmath', 'float64', 'float32', 'int64', 'int32',
     'int', 'float', 'complex', 'list', 'tuple', 'set', 'sorted', 'perm', 'mpf', 'I', 'E', 'oo', 'inf', 'nan', 'Eq', 'S',
+    'open', 'Lopen', 'Ropen',
     'round', 'bool',
 ))  # fmt: skip
 
@@ -86,7 +87,7 @@ def clean(answer: str) -> str:
     text = re.sub(r'\\left\s*\|', r'\\lvert ', text)
     text = re.sub(r'\\right\s*\|', r'\\rvert ', text)
     text = _SIZES.sub('', _NEGATIVE.sub('', text))
-    text = _unwrap(text)
+    text = re.sub(r'\{([^{}]*)\\choose([^{}]*)\}', r'\\binom{\1}{\2}', _unwrap(text))
     text = _mark_text(text)
     text = text.replace('{,}', ',').replace(r'\%', '%').replace(r'\degree', '°').replace(r'\#', '#').replace(r'\&', '&')
     text = re.sub(r'\s*\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})', '°', text)
@@ -172,6 +173,8 @@ def _mark(command: str, content: str) -> str:
     mathematical = command.startswith('math') or command in ('boldsymbol', 'bm', 'pmb')
     if mathematical and not re.fullmatch(r'[a-zA-Zμ°. /^0-9{}-]*', plain):
         return plain
+    if re.search(r',|\b(?:and|or)\b', plain):  # several answers, or what joins them
+        return f' {plain} '
     if re.search(r'(?<!\^)\d', plain):  # '6 students': the number is mathematics
         return re.sub(r"[a-zA-Z°](?:[a-zA-Z.'° -]*[a-zA-Z.°])?", lambda m: f'⟦{m[0]}⟧', plain)
     return '⟦' + ' ' * content[:1].isspace() + plain.replace('{', '').replace('}', '') + '⟧'
@@ -183,6 +186,8 @@ def _mark_word(match: re.Match, text: str) -> str:
     if before.count('⟦') > before.count('⟧') or re.search(r'\\(?:begin|end|mathbb)\s*\{$', before):
         return letters
     number = re.search(r'[\d})%.]( ?)$', before)
+    if number and not number[1] and letters in units.SPACED:
+        return letters
     if number and (letters in units.BARE or (letters in units.SPACED and number[1])) and not re.match(r'\s*\(', after):
         return f'⟦{letters}⟧'
     calls = re.match(r'\s*[(.]\S', after)

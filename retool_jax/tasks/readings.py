@@ -135,6 +135,8 @@ def _read_form(text: str) -> Value | None:
         return Region(_NUMBER_SETS[match[1]])
     if re.fullmatch(r'\\(?:emptyset|varnothing)|\\\{\s*\\\}|\{\s*\}', text):
         return Sequence('set', ())
+    if (match := RUN.fullmatch(text)) is not None:
+        return Text((notation.words(match[1]),))
     match = _BASE.fullmatch(text) or _IN_WORDS.fullmatch(text)
     if match and (match[2].isdigit() or match[2].isupper()):
         base = _NUMERALS.get(match[3].lower(), int(match[3]) if match[3].isdecimal() else 0)
