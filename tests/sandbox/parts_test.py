@@ -213,3 +213,20 @@ def test_the_doctor_names_what_control_groups_would_add(monkeypatch):
     monkeypatch.setattr(cgroups, '_mounts', lambda: [])
     findings = {f.what: f for f in doctor.machine()}
     assert 'per process' in findings['control group: memory'].remedy and not findings['control group: memory'].fatal
+
+
+def test_cores_follow_the_quotas_of_control_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(64)))
+    below = tmp_path / 'pod' / 'container'
+    below.mkdir(parents=True)
+    monkeypatch.setattr(cgroups, '_mounts', lambda: [(str(tmp_path), '/', {'rw', 'cpu'}, 'cgroup')])
+    monkeypatch.setattr(cgroups, '_own_groups', lambda: {'cpu': '/pod/container', '': '/pod/container'})
+    assert cgroups.cores() == 64
+    (below.parent / 'cpu.cfs_quota_us').write_text('250000')
+    (below.parent / 'cpu.cfs_period_us').write_text('100000')
+    (below / 'cpu.cfs_quota_us').write_text('-1')
+    assert cgroups.cores() == 3 and SandboxSettings().concurrency == 6
+    monkeypatch.setattr(cgroups, '_mounts', lambda: [(str(tmp_path), '/', set(), 'cgroup2')])
+    (below / 'cpu.max').write_text('max 100000')
+    (below.parent / 'cpu.max').write_text('50000 100000')
+    assert cgroups.cores() == 1

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -238,8 +239,14 @@ def test_preload_of_a_missing_module_ends_in_a_reason_and_not_in_a_hang():
 
 
 def _workers(pool: Pool) -> list[int]:
-    """Pids of nsjail and of the zygotes and children below it."""
-    return children_of(pool._process.pid)
+    """Pids of nsjail and of the zygotes below it; a snippet that is killed itself is told so, not run again."""
+    with open(f'/proc/{pool._process.pid}/task/{pool._process.pid}/children') as file:
+        jails = [int(pid) for pid in file.read().split()]
+    zygotes = []
+    for pid in jails:
+        with contextlib.suppress(OSError), open(f'/proc/{pid}/task/{pid}/children') as file:
+            zygotes += [int(pid) for pid in file.read().split()]
+    return jails + zygotes
 
 
 def _survives_kills(count: int, seed: int) -> None:
@@ -369,3 +376,47 @@ def test_a_single_zygote_may_be_recycled_or_killed_again_and_again():
         for i in range(4):
             os.kill(_workers(pool)[0], signal.SIGKILL)
             assert pool.submit(f'print({i})').result(60).stdout == f'{i}\n'
+
+
+@pytest.mark.slow
+def test_300_snippets_at_once_are_answered_under_a_soft_limit_of_1024_descriptors():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+    try:
+        with Pool(SandboxSettings(concurrency=300, wall_s=90.0)) as pool:
+            if pool.capped:
+                pytest.skip(pool.capped)
+            results = run_all(pool, ['import time\ntime.sleep(3)\nprint(1)'] * 300)
+            stats = pool.stats()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {(r.verdict, r.stdout) for r in results} == {(Verdict.OK, '1\n')}
+    assert stats['respawned'] == stats['retried'] == 0
+
+
+def test_few_descriptors_cap_what_runs_at_once_and_the_reason_is_told():
+    code = (
+        'import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n'
+        'from retool_jax.sandbox.pool import *\nwith Pool(SandboxSettings(concurrency=50, zygotes=1, spares=2)) as p:\n'
+        '    print([str(r.verdict) for r in run_all(p, ["import time; time.sleep(0.3)"] * 30)].count("ok"))\n'
+        '    print(p.capped)\n    print(p.stats()["retried"], p.stats()["respawned"])'
+    )
+    root = str(pathlib.Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True)
+    count, capped, lost = done.stdout.splitlines()
+    assert (count, lost) == ('30', '0 0') and 'sandbox.concurrency=50' in capped and 'ulimit -Hn' in capped
+
+
+def test_a_machine_without_a_sandbox_of_its_own_says_so_at_once(monkeypatch):
+    monkeypatch.setattr('platform.system', lambda: 'Darwin')
+    monkeypatch.setattr('platform.machine', lambda: 'arm64')
+    pool = Pool(SandboxSettings())
+    for act in (pool.start, lambda: pool.submit('print(1)')):
+        with pytest.raises(RuntimeError, match='Darwin on arm64; name servers in sandbox.addresses'):
+            act()
+
+
+def test_the_user_that_a_snippet_sees_is_the_same_for_all(pools):
+    for path in ('warm', 'cold'):
+        code = 'import os\nprint(os.getresuid(), os.getresgid(), os.stat("/box").st_uid)\nopen("a", "w").close()'
+        assert {r.stdout for r in run_all(pools(path), [code] * 4)} == {f'{(65534,) * 3} {(65534,) * 3} 65534\n'}
