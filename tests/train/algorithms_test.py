@@ -1,6 +1,7 @@
 """One trainer, many algorithms: each is chosen by values of the configuration and takes two real steps."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -151,6 +152,24 @@ def test_a_critic_with_a_backbone_warms_up_and_waits_on_the_host(folder):
                                           'loss.value_clip': 0.2, 'ppo.epochs': 2})
     assert abs(lines[0]['actor/ppo_kl']) < 1e-6 < abs(lines[1]['actor/ppo_kl'])  # held while the critic warms up
     assert all(line['critic/vf_loss'] > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_a_warm_up_that_is_broken_off_goes_on_as_the_whole_one(folder):
+    def run_to(name, *ends):
+        for end in ends:  # ppo.steps may change between two starts
+            config = killable.make_config_of(folder, name, **{
+                'ppo.steps': end, 'checkpoints.every': 1, 'ppo.critic_warmup_steps': 2})
+            with killable.tiny_world(folder, name):
+                reinforce.run(config)
+            if end < ends[-1]:
+                shutil.rmtree(folder / name / 'final')
+        lines = console.read(folder / name)
+        assert [line['actor/grad_norm'] > 0 for line in lines] == [False, False, True]
+        assert all(line['critic/grad_norm'] > 0 and line['actor/entropy'] > 0 for line in lines)
+        return (folder / name / 'final' / 'model.safetensors').read_bytes(), [line['critic/vf_loss'] for line in lines]
+    whole = run_to('warm', 3)
+    assert run_to('broken_off', 1, 3) == whole
 
 
 def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
