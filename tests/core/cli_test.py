@@ -181,6 +181,7 @@ def test_configs_are_found_from_any_directory_and_may_import_their_neighbours(tm
         cli.parse_config(['x'])
 
 
+<<<<<<< Updated upstream
 @pytest.mark.parametrize('arguments', [['a', 'b'], ['--source=a', 'b'], ['b', '--source=a'], ['a', '--target=b']])
 def test_arguments_without_a_name_stand_for_the_flags_that_a_binary_names(monkeypatch, arguments):
     own = flags.FlagValues()
@@ -192,3 +193,29 @@ def test_arguments_without_a_name_stand_for_the_flags_that_a_binary_names(monkey
     own.unparse_flags()
     with pytest.raises(cli.UserError, match="unexpected argument 'more'; flags are written --name=value"):
         cli.parse_flags(['binary', *arguments, 'more'], bare=('source', 'target'))
+=======
+def test_a_library_of_an_extra_is_named_with_the_extra():
+    missing = ModuleNotFoundError("No module named 'httpx'", name='httpx')
+    assert cli.explain(missing) == "httpx is not installed; it comes with the extra `server`: " \
+                                   "pip install 'retool_jax[server]'"
+    assert cli.explain(ModuleNotFoundError("No module named 'numpy'", name='numpy')) is None
+
+
+def test_the_line_to_paste_names_the_console_script(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['/usr/local/bin/retool-ppo', '--config=configs/ppo.py:tiny', '--config.x=a b'])
+    assert cli.command() == "retool-ppo --config=configs/ppo.py:tiny '--config.x=a b'"
+
+
+def test_an_installed_package_has_its_configurations_inside(tmp_path, monkeypatch):
+    inside = tmp_path / 'site-packages' / 'retool_jax' / '_configs'
+    (tmp_path / 'elsewhere').mkdir()
+    inside.mkdir(parents=True)
+    (inside / 'ppo.py').write_text('from ml_collections import ConfigDict\n\ndef get_config():\n'
+                                   '    return ConfigDict(dict(steps=1))\n')
+    monkeypatch.setattr(cli, 'ROOT', tmp_path / 'site-packages')
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    assert cli.load_config('configs/ppo.py').steps == 1
+    (tmp_path / 'elsewhere' / 'configs').mkdir()
+    (tmp_path / 'elsewhere' / 'configs' / 'ppo.py').write_text((inside / 'ppo.py').read_text().replace('=1', '=2'))
+    assert cli.load_config('configs/ppo.py').steps == 2
+>>>>>>> Stashed changes

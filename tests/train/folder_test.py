@@ -130,7 +130,7 @@ def test_what_others_keep_in_a_folder_stays_when_it_is_refused(tmp_path):
 
 
 def test_a_run_is_held_to_the_data_that_it_began_with(tmp_path):
-    directory = folder.claim(make_config(tmp_path / 'run'))
+    directory = claim(make_config(tmp_path / 'run'))
     begun, other = {'x.jsonl': {'count': 6, 'sha256': 'a'}}, {'x.jsonl': {'count': 5, 'sha256': 'b'}}
     folder.bind(directory, other)
     folder.bind(directory, begun)  # nothing depends on them yet
@@ -139,3 +139,11 @@ def test_a_run_is_held_to_the_data_that_it_began_with(tmp_path):
     with pytest.raises(UserError, match=r"^x\.jsonl is not what the run in '.*run' began with \(6 entries then, 5 now"):
         folder.bind(directory, other)
     assert json.loads((directory / folder.DATA).read_text()) == begun
+
+
+def test_a_folder_of_an_earlier_version_goes_on_without_the_keys_that_are_gone(tmp_path):
+    directory = claim(make_config(tmp_path / 'run', backend='local', turns={'tools': True, 'max_turns': 3}))
+    put_result(directory, 'episodes')
+    claim(make_config(directory, turns={'max_turns': 3}))
+    with pytest.raises(UserError, match='turns.max_turns: 3, now 4'):
+        claim(make_config(directory, turns={'max_turns': 4}))
