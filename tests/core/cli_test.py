@@ -181,7 +181,6 @@ def test_configs_are_found_from_any_directory_and_may_import_their_neighbours(tm
         cli.parse_config(['x'])
 
 
-<<<<<<< Updated upstream
 @pytest.mark.parametrize('arguments', [['a', 'b'], ['--source=a', 'b'], ['b', '--source=a'], ['a', '--target=b']])
 def test_arguments_without_a_name_stand_for_the_flags_that_a_binary_names(monkeypatch, arguments):
     own = flags.FlagValues()
@@ -193,7 +192,8 @@ def test_arguments_without_a_name_stand_for_the_flags_that_a_binary_names(monkey
     own.unparse_flags()
     with pytest.raises(cli.UserError, match="unexpected argument 'more'; flags are written --name=value"):
         cli.parse_flags(['binary', *arguments, 'more'], bare=('source', 'target'))
-=======
+
+
 def test_a_library_of_an_extra_is_named_with_the_extra():
     missing = ModuleNotFoundError("No module named 'httpx'", name='httpx')
     assert cli.explain(missing) == "httpx is not installed; it comes with the extra `server`: " \
@@ -218,4 +218,3 @@ def test_an_installed_package_has_its_configurations_inside(tmp_path, monkeypatc
     (tmp_path / 'elsewhere' / 'configs').mkdir()
     (tmp_path / 'elsewhere' / 'configs' / 'ppo.py').write_text((inside / 'ppo.py').read_text().replace('=1', '=2'))
     assert cli.load_config('configs/ppo.py').steps == 2
->>>>>>> Stashed changes
