@@ -29,6 +29,7 @@ def equal(a: Value, b: Value) -> bool:
         return _equal_forms(a, b)
     if (letter := _letter(a)) and letter == _letter(b):
         return True
+    a, b = (_constant(x) if isinstance(y, Number) else x for x, y in ((a, b), (b, a)))
     if type(a) is not type(b):
         return False
     if isinstance(a, Number):
@@ -68,6 +69,12 @@ def _letter(value: Value) -> str | None:
     else:
         name = {sympy.E: 'e', sympy.I: 'i'}.get(value.expr) if isinstance(value, Number) else None
     return name.casefold() if name and len(name) == 1 else None
+
+
+def _constant(value: Value) -> Value:
+    """Euler's number or the imaginary unit for its letter alone."""
+    constants = {('e',): sympy.E, ('i',): sympy.I}
+    return Number(constants[value.parts]) if isinstance(value, Text) and value.parts in constants else value
 
 
 def _equal_words(a: Text | Raw, b: Text | Raw) -> bool:

@@ -135,7 +135,7 @@ class _Parser:
         while self.starts_factor():
             if divisor:
                 raise Unreadable('a product behind a slash')
-            if self.kind == 'number' and self.tokens[self.place - 1][1] not in ')}':
+            if self.kind == 'number' and self.tokens[self.place - 1][1] not in ')}!':
                 raise Unreadable('two numbers side by side')
             value = bounded.check(value * self.power())
         return value

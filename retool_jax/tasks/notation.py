@@ -88,6 +88,8 @@ def clean(answer: str) -> str:
     text = re.sub(r'\\right\s*\|', r'\\rvert ', text)
     text = _SIZES.sub('', _NEGATIVE.sub('', text))
     text = re.sub(r'\{([^{}]*)\\choose([^{}]*)\}', r'\\binom{\1}{\2}', _unwrap(text))
+    text = re.sub(r'\\mathbb\s+([A-Z])', r'\\mathbb{\1}', text)
+    text = re.sub(r'([)\]])\s*U\s*([(\[])', r'\1\\cup \2', text)  # a union, as it is typed
     text = _mark_text(text)
     text = text.replace('{,}', ',').replace(r'\%', '%').replace(r'\degree', '°').replace(r'\#', '#').replace(r'\&', '&')
     text = re.sub(r'\s*\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})', '°', text)
@@ -96,7 +98,7 @@ def clean(answer: str) -> str:
     text = re.sub(r'°\s*(?:⟦\s*)?([CF])(?![a-zA-Z])\s*⟧?', r'⟦°\1⟧', text)
     text = _LETTERS.sub(lambda m: _mark_word(m, text), text)
     text = re.sub(r'⟦\s*([a-z]{1,7})\s*⟧\s*/\s*⟦\s*([a-z]{1,7})\s*⟧', r'⟦\1/\2⟧', text)
-    text = re.sub(r'⟧( ?)⟦', r'\1', text)
+    text = re.sub(r'(?<!⟦and)(?<!⟦or)⟧( ?)⟦(?!(?:and|or)⟧)', r'\1', text)
     text = re.sub(r'\\frac\s*\{\s*⟦([^⟦⟧]*)⟧\s*\}\s*\{\s*⟦([^⟦⟧]*)⟧\s*\}', r'⟦\1/\2⟧', text)
     return text.strip()
 
@@ -164,6 +166,8 @@ def _mark_text(text: str) -> str:
 def _mark(command: str, content: str) -> str:
     """What a text command says: a function, letters of mathematics, mathematics, or a run of words."""
     plain = _SPACE.sub(' ', content).strip()
+    if _TEXT.search(plain):
+        return _mark_text(plain)
     if command.startswith('operatorname') or plain in FUNCTIONS:
         return f'\\{plain} ' if plain in FUNCTIONS or plain in ('Re', 'Im', 'arg') else f'⟦{plain}⟧'
     if re.fullmatch(r'[a-zA-Z]', plain) and (command not in ('mathrm', 'rm', 'text', 'mbox') or plain in 'ei'):

@@ -21,6 +21,9 @@ def region_of(value: Value) -> sympy.Set | None:
 
 
 def _of_sequence(value: Sequence) -> sympy.Set | None:
+    if value.kind == 'list' and all(isinstance(item, Sequence) and item.kind != 'list' for item in value.items):
+        parts = [_of_sequence(item) for item in value.items]
+        return None if None in parts else sympy.Union(*parts)
     if not all(isinstance(item, Number) and item.expr.is_number for item in value.items):
         return None
     ends = [item.expr for item in value.items]
