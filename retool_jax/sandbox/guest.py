@@ -27,11 +27,14 @@ from collections.abc import Callable
 
 from retool_jax.core.errors import UserError
 
-_FORMAT = 3  # raise when the layout below changes
+_FORMAT = 4  # raise when the layout below changes
 _GUEST_FILES = ('runner.py', 'seccomp.py', 'zygote.py')  # what runs inside the jail
 _STDLIB_LEFT_OUT = frozenset({
     'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'tkinter', 'turtledemo', 'ensurepip',
     'lib2to3', 'pydoc_data', '__pycache__'})
+_FRESH_S = 86400.0  # a root that was used within it is taken as it is: ageing takes ten days or more
+_UNUSED_S = 30 * 86400.0  # and one that was not used for so long is removed
+_held: dict[pathlib.Path, int] = {}
 DEVICES = ('null', 'zero', 'full', 'random', 'urandom')
 
 
@@ -85,20 +88,65 @@ def ensure(packages: tuple[str, ...], progress: Callable[[str], None] | None = N
     _make_public(base)
     code = _ensure_code(base)
     root = base / 'guest' / key(packages)
-    if (root / 'complete').exists():
-        return Guest(root, code)
     _make_public(root.parent)
-    with _lock(root.with_name(f'.{root.name}.lock')):
-        if not (root / 'complete').exists():
-            shutil.rmtree(root, ignore_errors=True)
-            temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{root.name}.', dir=root.parent))
-            try:
-                _build(temporary, packages, progress or (lambda line: None))
-                os.rename(temporary, root)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
+    if not _is_whole(root):
+        with _lock(root.with_name(f'.{root.name}.lock')):
+            if not _is_whole(root):
+                shutil.rmtree(root, ignore_errors=True)
+                temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{root.name}.', dir=root.parent))
+                try:
+                    _build(temporary, packages, progress or (lambda line: None))
+                    os.rename(temporary, root)
+                except BaseException:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    raise
+    for directory in (root, code):
+        _hold(directory)
+    _prune(root.parent)
     return Guest(root, code)
+
+
+def _hold(directory: pathlib.Path) -> None:
+    """Says that this process uses a directory, for as long as it lives: neither `_prune` nor the system's ageing of
+    /var/tmp (systemd-tmpfiles) touches one that is locked."""
+    if directory not in _held:
+        _held[directory] = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(_held[directory], fcntl.LOCK_SH)
+
+
+def _is_whole(root: pathlib.Path) -> bool:
+    """Whether a root may be used as it is; ageing removes file by file, so one of days is asked for all of them."""
+    try:
+        count, size = map(int, (root / 'complete').read_text().split())
+    except (OSError, ValueError):
+        return False
+    if time.time() - (root / 'complete').stat().st_mtime > _FRESH_S:
+        paths = [os.path.join(directory, name) for directory, _, names in os.walk(root) for name in names]
+        paths = [path for path in paths if not os.path.islink(path) and path != str(root / 'complete')]
+        if (count, size) != (len(paths), sum(map(os.path.getsize, paths))):
+            return False
+        with contextlib.suppress(OSError):  # another user's root, or a read-only one
+            for path in [*paths, root / 'complete']:
+                os.utime(path)
+    return True
+
+
+def _prune(place: pathlib.Path) -> None:
+    """Removes roots that nobody uses or has used for long, and what builders that died have left half built."""
+    for path in place.iterdir():
+        name = path.name.lstrip('.').partition('.')[0]
+        with contextlib.suppress(OSError):
+            if not path.is_dir() or path in _held:
+                continue
+            if path.name == name and time.time() - (path / 'complete').stat().st_mtime < _UNUSED_S:
+                continue
+            with _lock(path.with_name(f'.{name}.lock'), wait=False):  # held by whoever builds it
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path)
+                finally:
+                    os.close(descriptor)
 
 
 def _make_public(path: pathlib.Path) -> None:
@@ -113,9 +161,9 @@ def _make_public(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: pathlib.Path):
+def _lock(path: pathlib.Path, wait: bool = True):
     with open(path, 'w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
@@ -152,6 +200,8 @@ def _build(root: pathlib.Path, packages: tuple[str, ...], progress: Callable[[st
     dynload = pathlib.Path(sysconfig.get_config_var('DESTSHARED') or stdlib / 'lib-dynload')
     if not (library / 'lib-dynload').exists() and dynload.exists():
         shutil.copytree(dynload, library / 'lib-dynload')
+    for path in library.glob('_sysconfigdata*.py'):  # it names where the host's interpreter was built and lies
+        path.write_text(_without_host_paths(path.read_text()))
     progress('2/5 packages: ' + ', '.join(f'{n} {v}' for n, v in closure(packages).items()))
     for name in closure(packages):
         _copy_distribution(name, library / 'site-packages')
@@ -174,7 +224,16 @@ def _build(root: pathlib.Path, packages: tuple[str, ...], progress: Callable[[st
             path = os.path.join(directory, name)
             if not os.path.islink(path):
                 os.chmod(path, 0o755 if os.access(path, os.X_OK) else 0o644)
-    (root / 'complete').touch()
+    sizes = [os.path.getsize(os.path.join(directory, name)) for directory, _, names in os.walk(root) for name in names
+             if not os.path.islink(os.path.join(directory, name))]
+    (root / 'complete').write_text(f'{len(sizes)} {sum(sizes)}')
+    (root / 'complete').chmod(0o644)
+
+
+def _without_host_paths(text: str) -> str:
+    """The interpreter's build-time variables with its home as the guest sees it, and no other directory of the host."""
+    text = text.replace(sys.base_prefix, '/python')
+    return re.sub(r'/(?:root|home|tmp|build|work|usr/src|opt|var|mnt|data|github|__w)/[^\s\'":,]*', '/python', text)
 
 
 def _left_out_of_stdlib(directory: str, names: list[str]) -> list[str]:
