@@ -38,7 +38,7 @@ def equal(a: Value, b: Value) -> bool:
 
 
 def _equal_numbers(a: Number, b: Number) -> bool:
-    if not units.agree(a.unit, b.unit):
+    if not units.agree(a.unit, b.unit) or (a.percent != b.percent and (a.unit or b.unit)):
         return False
     if a.percent != b.percent:  # 50 % is 0.5, and it is 50 where percents are asked for
         bare, other = (b, a) if a.percent else (a, b)

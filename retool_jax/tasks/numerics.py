@@ -81,7 +81,7 @@ def same(a: sympy.Expr, b: sympy.Expr, decimal: bool = False) -> bool:
     if a == b:
         return True
     if a.is_Rational and b.is_Rational:
-        return decimal and abs(a - b) <= RELATIVE * max(abs(a), abs(b))
+        return decimal and bool(abs(a - b) <= RELATIVE * max(abs(a), abs(b)))
     if a.has(sympy.oo, -sympy.oo) or b.has(sympy.oo, -sympy.oo):
         return False
     if decimal:
