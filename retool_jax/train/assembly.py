@@ -97,7 +97,8 @@ def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sha
 def load_language(path: str | pathlib.Path, template: str, tools: bool, instruction: str | None = None) -> Language:
     """Reads config.json and the tokenizer of a model directory, and the instruction; the weights are loaded apart."""
     if not pathlib.Path(path).is_dir():
-        raise UserError(f'model.path={str(path)!r} is no directory; give a Hugging Face model directory')
+        aside = '; launch/convert.py makes one of a GGUF file' if pathlib.Path(path).is_file() else ''
+        raise UserError(f'model.path={str(path)!r} is no directory; give a Hugging Face model directory{aside}')
     config = model_config.load_config(path)
     tokenizer = tokenizers.load(path)
     if tokenizer.size > config.vocab_size:

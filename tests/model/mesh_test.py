@@ -23,6 +23,7 @@ from tests.model.sizes import make_config, make_params, make_tokens
 
 DEVICES = 8
 CONFIG = make_config('qwen2', num_attention_heads=8, num_key_value_heads=2, head_dim=8, intermediate_size=64)
+BIASED = dataclasses.replace(CONFIG, model_type='llama', attention_bias=True, mlp_bias=True)
 FORWARD = ForwardSettings(dtype='float32', attention='dense', remat='none', unroll=1, logprob_chunk=8, vocab_chunk=40,
                           micro_rows=8, row_width=16, row_segments=2)
 SIZES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == DEVICES]
@@ -51,13 +52,13 @@ def make_batch() -> Batch:
                  group_BN=np.zeros(n, np.int32), baseline_BN=np.ones(n, bool), update_BN=np.ones(n, bool))
 
 
-def step_on(mesh, optimizer):
+def step_on(mesh, optimizer, config=CONFIG):
     """Parameters before and after one supervised step, and its metrics."""
-    rules = decoder.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES)
-    params = {'policy': jax.device_put(make_params(CONFIG),
-                                       meshes.shardings(mesh, decoder.logical_axes(CONFIG), rules))}
+    rules = decoder.fit_rules(config, mesh, meshes.TRAIN_RULES)
+    params = {'policy': jax.device_put(make_params(config),
+                                       meshes.shardings(mesh, decoder.logical_axes(config), rules))}
     before = jax.device_get(params)
-    learner = Learner(CONFIG, FORWARD, optimizer, mesh)
+    learner = Learner(config, FORWARD, optimizer, mesh)
     state, metrics = learner.sft_step(init_state(params, optimizer), make_batch())
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.params)):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
@@ -65,8 +66,8 @@ def step_on(mesh, optimizer):
 
 
 @functools.cache
-def on_one_device(kind: str):
-    return step_on(make_mesh((1, 1, 1), jax.devices()[:1]), optimizer_of(kind))
+def on_one_device(kind: str, config=CONFIG):
+    return step_on(make_mesh((1, 1, 1), jax.devices()[:1]), optimizer_of(kind), config)
 
 
 def optimizer_of(kind: str) -> optax.GradientTransformation:
@@ -80,11 +81,13 @@ def distance(found, expected) -> float:
     return total(jax.tree.map(np.subtract, found, expected)) / total(expected)
 
 
-@pytest.mark.parametrize('sizes', [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SIZES],
-                         ids=lambda s: 'x'.join(map(str, s)))
-def test_loss_and_gradients_are_those_of_one_device(sizes):
-    before, after, metrics = step_on(make_mesh(sizes), optimizer_of('gradient'))
-    start, end, expected = on_one_device('gradient')
+@pytest.mark.parametrize('config, sizes', [
+    *(pytest.param(CONFIG, s, marks=() if s in QUICK else pytest.mark.slow) for s in SIZES),
+    pytest.param(BIASED, (2, 2, 2), marks=pytest.mark.slow)],
+    ids=lambda x: 'x'.join(map(str, x)) if isinstance(x, tuple) else x.model_type)
+def test_loss_and_gradients_are_those_of_one_device(config, sizes):
+    before, after, metrics = step_on(make_mesh(sizes), optimizer_of('gradient'), config)
+    start, end, expected = on_one_device('gradient', config)
     assert metrics['sft/loss'] == pytest.approx(expected['sft/loss'], rel=1e-5)
     gradient, reference = jax.tree.map(np.subtract, before, after), jax.tree.map(np.subtract, start, end)
     assert distance(gradient, reference) < 1e-5

@@ -66,6 +66,9 @@ def test_a_path_is_opened_where_it_is(written, tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"model.path='.*nowhere' is no directory; give a Hugging Face"):
         assembly.open_language(model_block(tmp_path / 'nowhere'), tmp_path)
+    (tmp_path / 'model.gguf').touch()
+    with pytest.raises(ValueError, match=r'launch/convert.py makes one of a GGUF file$'):
+        assembly.open_language(model_block(tmp_path / 'model.gguf'), tmp_path)
 
 
 def test_the_instruction_of_a_file_is_what_the_model_is_asked(written, tmp_path):
