@@ -5,16 +5,17 @@ import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # nothing here needs an accelerator
 
-from retool_jax.core import cli, episodes, metrics
+from retool_jax.core import cli, episode_files, metrics
 
 
 def main(config):
     from retool_jax.core import settings
+    from retool_jax.stages import cold_start, folder, intake, parts
+    from retool_jax.stages import config as config_stage
     from retool_jax.tasks import arithmetic, golds
     from retool_jax.tasks import problems as problem_files
-    from retool_jax.train import assembly, cold_start, folder, intake, stages
 
-    stage = settings.build(stages.ColdStart, config)
+    stage = settings.build(config_stage.ColdStart, config)
     leave_out = stage.reward.unreadable == 'leave_out'
     rewritten, remarks = problem_files.load_traces(config.traces, leave_out) if config.traces else (None, [])
     for line in remarks:
@@ -23,11 +24,11 @@ def main(config):
     if config.golds:
         rewritten, own = golds.join(rewritten, own, problem_files.read(config.golds))
     if rewritten:
-        with assembly.open_grader(config.reward) as grader:
+        with parts.open_grader(config.reward) as grader:
             rewritten = intake.Intake(config.reward.unreadable, grader.parses).worked(rewritten)
-    with (folder.claimed(config) as directory, assembly.open_sandbox(config.sandbox) as pool,
-          assembly.open_grader(config.reward) as grader):
-        language = assembly.open_language(config.model, directory)
+    with (folder.claimed(config) as directory, parts.open_sandbox(config.sandbox) as pool,
+          parts.open_grader(config.reward) as grader):
+        language = parts.open_language(config.model, directory)
         metrics.banner(model=language, sandbox=pool, run=directory)
         if rewritten is not None:
             made, counts = cold_start.verify(rewritten, pool, stage.feedback, language.template, language.tokenizer,
@@ -38,7 +39,7 @@ def main(config):
                                             language.tokenizer, config.run.seed, config.max_tokens)
         if not made:
             raise cli.UserError(f'no trace was kept: {counts}')
-        episodes.write(directory / 'episodes', 'cold_start', made, language.tokenizer.decode)
+        episode_files.write(directory / 'episodes', 'cold_start', made, language.tokenizer.decode)
         unverified = sum(episode.problem.id in own for episode in made)
         verified = {'verified': len(made) - unverified, 'own': unverified}
         (directory / 'summary.json').write_text(json.dumps({'counts': counts, 'answers': verified}, indent=2))

@@ -9,11 +9,11 @@ from retool_jax.core import cli
 
 def main(config):
     from retool_jax.report import pages
-    from retool_jax.train import recipe
+    from retool_jax.stages import demo
 
-    summary = recipe.run(config)
+    summary = demo.run(config)
     report = pages.write(config.run.dir)
-    recipe.show(summary)
+    demo.show(summary)
     print(f'report: {report}   model: {report.parent / "tool_rl"} (a Hugging Face directory)')
 
 

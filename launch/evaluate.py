@@ -8,14 +8,15 @@ from retool_jax.core import cli
 def main(config):
     from retool_jax.core import processes
     from retool_jax.report import pages
-    from retool_jax.train import evaluate, scoring
+    from retool_jax.stages import evaluate
+    from retool_jax.train import grading
 
-    found = scoring.run(config)
+    found = evaluate.run(config)
     if not processes.leads():
         return
     report = pages.write(config.run.dir)
     for name, scores in found.items():
-        evaluate.show(name, scores)
+        grading.show(name, scores)
     print(f'report: {report}')
 
 

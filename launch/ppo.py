@@ -11,12 +11,12 @@ DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Build and compile everything, tak
 def main(config):
     from retool_jax.core import processes
     from retool_jax.report import pages
-    from retool_jax.train import rehearsal, reinforce
+    from retool_jax.stages import dry_run, ppo
 
     if DRY_RUN.value:
-        rehearsal.run(config)
+        dry_run.run(config)
         return
-    reinforce.run(config)
+    ppo.run(config)
     if processes.leads():
         print(f'report: {pages.write(config.run.dir)}')
 

@@ -33,9 +33,9 @@ DRAIN_S = flags.DEFINE_float('drain_s', 60.0, 'Seconds that running snippets get
 
 
 def main() -> None:
+    from retool_jax.sandbox.http.server import ServerSettings, serve  # of the extra `server`
     from retool_jax.sandbox.listener import Patience
     from retool_jax.sandbox.pool import SandboxSettings
-    from retool_jax.sandbox.server import ServerSettings, serve  # of the extra `server`
 
     server = ServerSettings(
         host=HOST.value, port=PORT.value, metrics_port=METRICS_PORT.value,

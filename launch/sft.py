@@ -6,9 +6,9 @@ from retool_jax.core import cli
 def main(config):
     from retool_jax.core import processes
     from retool_jax.report import pages
-    from retool_jax.train import finetune
+    from retool_jax.stages import sft
 
-    finetune.run(config)
+    sft.run(config)
     if processes.leads():
         print(f'report: {pages.write(config.run.dir)}')
 

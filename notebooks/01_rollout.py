@@ -13,7 +13,8 @@ import tempfile
 from retool_jax.core import cli
 from retool_jax.report import ink
 from retool_jax.tasks import arithmetic
-from retool_jax.train import assembly, evaluate
+from retool_jax.stages import parts
+from retool_jax.train import grading
 
 trained = cli.ROOT / 'runs/demo_tiny/tool_rl'
 MODEL = os.environ.get('RETOOL_MODEL') or (str(trained) if trained.is_dir() else None)
@@ -29,12 +30,12 @@ print(problem.question, '→', problem.answer)
 # %%
 config = cli.load_config(f'configs/evaluate.py:{SIZE}')
 config.model.path, config.sampler.rows = MODEL, 4
-language = assembly.open_language(config.model, pathlib.Path(tempfile.mkdtemp()))
-sampler = assembly.make_sampler(language, config, tools=True)
-params = sampler.sync(assembly.load_policy(config.model, language, 0, assembly.make_mesh(config.mesh)))
-with assembly.open_sandbox(config.sandbox) as pool, assembly.open_grader(config.reward) as grader:
-    engine = assembly.make_engine(language, sampler, config, config.sampling, True, pool, 0, assembly.EVALUATION)
-    episodes = evaluate.run(engine, params, 0, [problem], 4, language.template, language.tokenizer, grader)
+language = parts.open_language(config.model, pathlib.Path(tempfile.mkdtemp()))
+sampler = parts.make_sampler(language, config, tools=True)
+params = sampler.sync(parts.load_policy(config.model, language, 0, parts.make_mesh(config.mesh)))
+with parts.open_sandbox(config.sandbox) as pool, parts.open_grader(config.reward) as grader:
+    engine = parts.make_engine(language, sampler, config, config.sampling, True, pool, 0, parts.EVALUATION)
+    episodes = grading.run(engine, params, 0, [problem], 4, language.template, language.tokenizer, grader)
 shown = next((e for e in episodes if any(call.code for call in e.calls)), episodes[0])
 ink.paint(shown, language.tokenizer)
 

@@ -12,7 +12,7 @@ import pathlib
 
 import matplotlib.pyplot as plt
 
-from retool_jax.core import cli, episodes, metrics
+from retool_jax.core import cli, episode_files, metrics
 from retool_jax.core.records import Verdict
 from retool_jax.report import analysis, ink
 from retool_jax.report.runs import Run
@@ -43,9 +43,9 @@ plt.show()
 # Files are named after what they hold: `tool_00012` is a step of training, `val_…` an evaluation.
 
 # %%
-names = episodes.names(RUN / 'episodes')
+names = episode_files.names(RUN / 'episodes')
 print(len(names), 'files, the last:', names[-3:])
-made = episodes.read(RUN / 'episodes', next((n for n in reversed(names) if not n.startswith('val_')), names[-1]))
+made = episode_files.read(RUN / 'episodes', next((n for n in reversed(names) if not n.startswith('val_')), names[-1]))
 right = collections.defaultdict(list)
 for episode in made:
     right[episode.problem.family].append(episode.reward.correct)

@@ -15,7 +15,8 @@ from retool_jax.core import cli
 from retool_jax.core.records import Problem, Reward
 from retool_jax.report import ink
 from retool_jax.tasks import answers
-from retool_jax.train import assembly, ppo, reinforce
+from retool_jax.stages import parts as parts_stage, ppo as ppo_stage
+from retool_jax.train import ppo
 
 trained = cli.ROOT / 'runs/demo_tiny/tool_rl'
 MODEL = os.environ.get('RETOOL_MODEL') or (str(trained) if trained.is_dir() else None)
@@ -66,7 +67,7 @@ config = cli.load_config('configs/ppo.py:tiny')
 config.model.path = MODEL
 config.ppo.steps, config.ppo.problems_per_step, config.ppo.samples = 2, 4, 4
 config.sampler.rows, config.forward.unroll = 16, 1  # small programs compile sooner
-parts = reinforce.build(config, pathlib.Path(tempfile.mkdtemp()))
+parts = ppo_stage.build(config, pathlib.Path(tempfile.mkdtemp()))
 results = []
 
 
@@ -76,7 +77,7 @@ def report(result):
         'rewards/mean', 'tools/code_ratio', 'actor/grad_norm', 'mismatch/logprob_abs_max')))
 
 
-with assembly.open_sandbox(config.sandbox) as pool:
+with parts_stage.open_sandbox(config.sandbox) as pool:
     source = parts.source(parts.sampler(), pool, problems, Nearness())
     ppo.train(parts.learner, parts.progress, parts.sizes, collect=source, seed=0, report=report)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from retool_jax.core import metrics
-from retool_jax.train import recipe
+from retool_jax.stages import demo as demo_stage
 
 BLOCKS = ('advantage', 'loss', 'ppo')  # where algorithms differ; all else is the demo's
 
@@ -29,14 +29,14 @@ def measure(demo: ConfigDict, algorithms: Mapping[str, ConfigDict], seeds: Seque
     for seed in seeds:
         config = demo.copy_and_resolve_references()
         config.run.seed, config.run.dir = seed, str(folder / f'sft_{seed}')
-        with recipe.opened(config) as story:
+        with demo_stage.opened(config) as story:
             start = story.sft(True, story.traces(True), story.random_model())
             before = story.score('sft', True, start, apart=False)['avg']
         for name, changes in algorithms.items():
             config = config.copy_and_resolve_references()
             config.run.dir = str(folder / f'{name}_{seed}')
             config.update({block: changes[block] for block in BLOCKS})
-            with recipe.opened(config) as story:
+            with demo_stage.opened(config) as story:
                 learnt = story.reinforce(True, jax.tree.map(jnp.copy, start))  # a step takes its memory
                 after = story.score('rl', True, learnt, apart=False)['avg']
             found[name][str(seed)] = {'sft': before, 'rl': after} | pace(story.directory, target)

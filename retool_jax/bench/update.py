@@ -1,4 +1,4 @@
-"""How fast the update is: one PPO step of `train.update.Learner` as a share of what plain matmuls reach.
+"""How fast the update is: one PPO step of `train.learner.Learner` as a share of what plain matmuls reach.
 
 The model's operations are counted, not the machine's: 6 per weight that multiplies and token (the output matrix once,
 the embedding's look-up not), and 12·L·T·D per token for attention (the convention of PaLM, arXiv 2204.02311, which
@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.core.pytrees import Batch
 from retool_jax.model import decoder
 from retool_jax.model.config import ModelConfig
+from retool_jax.train.learner import ForwardSettings, Learner, Scores
 from retool_jax.train.state import OptimizerSettings, init_state, make_optimizer
-from retool_jax.train.update import ForwardSettings, Learner, Scores
 
 ROOT = pathlib.Path(__file__).parents[2]
 PEER = ROOT / '.baselines' / 'torch' / 'bin' / 'python'
@@ -124,7 +124,7 @@ def make_batch(shape: Shape) -> Batch:
 
 def update_seconds(config: ModelConfig, shape: Shape, repeats: int) -> tuple[float, int]:
     """Median seconds of one optimizer step over the batch, and the batch's tokens."""
-    mesh = meshes.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
     optimizer = make_optimizer(OptimizerSettings(lr=1e-6, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999,
                                                  weight_decay=0.01, grad_clip=1.0), repeats)
     forward = ForwardSettings(dtype=shape.dtype, attention=shape.attention, remat=shape.remat, unroll=shape.unroll,
@@ -136,9 +136,9 @@ def update_seconds(config: ModelConfig, shape: Shape, repeats: int) -> tuple[flo
                         correction_high=2.0)
     learner = Learner(config, forward, optimizer, mesh, loss=loss,
                       advantage=AdvantageSettings(kind='grpo', gamma=1.0, lam=1.0, whiten=False))
-    rules = decoder.fit_rules(config, mesh, meshes.TRAIN_RULES)
+    rules = decoder.fit_rules(config, mesh, sharding.TRAIN_RULES)
     make = jax.jit(lambda key: decoder.init(config, key),
-                   out_shardings=meshes.shardings(mesh, decoder.logical_axes(config), rules))
+                   out_shardings=sharding.shardings(mesh, decoder.logical_axes(config), rules))
     state = init_state({'policy': make(jax.random.key(0))}, optimizer)
     batch = learner.put(make_batch(shape))
     scores: Scores = learner.score(state.params, batch, shape.rows, None, num_groups=1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from retool_jax.core.pytrees import Int8KV
 from retool_jax.model import kernels
-from retool_jax.model.cache import KV
+from retool_jax.model.kv_cache import KV
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int

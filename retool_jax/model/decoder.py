@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retool_jax.core.errors import UserError
-from retool_jax.core.mesh import constrain
 from retool_jax.core.pytrees import KVCache, Params
-from retool_jax.model import attention
-from retool_jax.model import cache as kv_cache
+from retool_jax.core.sharding import constrain
+from retool_jax.model import attention, kv_cache
 from retool_jax.model.config import ModelConfig
 from retool_jax.model.layers import Block, Projection, RMSNorm, declare, rope_table
 

@@ -122,7 +122,7 @@ def load(directory: str | os.PathLike, config: ModelConfig, shardings=None, dtyp
          progress: Progress | None = None) -> Params:
     """Reads a Hugging Face directory into the training layout, straight onto the devices.
 
-    shardings: a tree like the parameters (`core.mesh.shardings`), None for the default device. Every
+    shardings: a tree like the parameters (`core.sharding.shardings`), None for the default device. Every
     process reads its own parts alone. Peak host memory: the largest tensor + 64 MiB.
 
     Errors: UserError naming a missing or truncated file, a field of config.json that differs, or

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.core.errors import UserError
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
@@ -80,11 +80,11 @@ def _on_each_device(local: Callable[..., jax.Array], q_BTNH: jax.Array, k_BTKH: 
     heads, kv_heads = q_BTNH.shape[2], k_BTKH.shape[2]
     if kv_heads % mesh.shape['tensor']:  # each device needs the KV heads of its own queries
         k_BTKH, v_BTKH = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k_BTKH, v_BTKH))
-    rows = meshes.spec(('batch', None), meshes.TRAIN_RULES)
-    split = meshes.spec(('batch', None, 'heads', None), meshes.TRAIN_RULES)
-    ways = math.prod(mesh.shape[axis] for axis in meshes.TRAIN_RULES['batch'])
+    rows = sharding.spec(('batch', None), sharding.TRAIN_RULES)
+    split = sharding.spec(('batch', None, 'heads', None), sharding.TRAIN_RULES)
+    ways = math.prod(mesh.shape[axis] for axis in sharding.TRAIN_RULES['batch'])
     if q_BTNH.shape[0] % ways:
         raise UserError(f'forward.micro_rows: {q_BTNH.shape[0]} rows do not divide over {ways} devices '
-                        f'({" × ".join(meshes.TRAIN_RULES["batch"])}); choose a multiple')
+                        f'({" × ".join(sharding.TRAIN_RULES["batch"])}); choose a multiple')
     return jax.shard_map(local, mesh=mesh, in_specs=(split, split, split, rows), out_specs=split,
                          check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from retool_jax.core.mesh import constrain, gather
+from retool_jax.core.sharding import constrain, gather
 from retool_jax.model.config import Llama3Scaling, ModelConfig, YarnScaling
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
@@ -22,7 +22,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH times 
 
 def declare(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float = 0.0,
             mean: float = 0.0) -> nnx.Param:
-    """A f32 weight N(mean, scale²) whose dimensions carry the words `axes` (core.mesh.LOGICAL)."""
+    """A f32 weight N(mean, scale²) whose dimensions carry the words `axes` (core.sharding.LOGICAL)."""
     value = jnp.full(shape, mean, jnp.float32)
     if scale:
         value += scale * jax.random.normal(rngs.params(), shape, jnp.float32)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.core.pytrees import Params
 from retool_jax.model.decoder import head_weight
 
@@ -36,14 +36,14 @@ def token_logprobs(params: Params, hidden_BTD: Float[Array, 'B T D'], tokens_BT:
     target_BT = jnp.roll(tokens_BT, -1, axis=1)  # hidden t predicts token t + 1; the last entry is unused
     run = functools.partial(_rows, temperature=temperature, chunk=chunk, vocab_chunk=vocab_chunk)
     mesh = jax.sharding.get_abstract_mesh()
-    w_DV = meshes.gather(head_weight(params), hidden_BTD.dtype, 'embed', 'vocab')
+    w_DV = sharding.gather(head_weight(params), hidden_BTD.dtype, 'embed', 'vocab')
     if mesh.empty:
         found = run(hidden_BTD, w_DV, target_BT, over=None)
     else:
-        rows = meshes.spec(('batch', None), meshes.TRAIN_RULES)
+        rows = sharding.spec(('batch', None), sharding.TRAIN_RULES)
         found = jax.shard_map(
             functools.partial(run, over='tensor'), mesh=mesh, out_specs=(rows, rows),
-            in_specs=(meshes.spec(('batch', None, None), meshes.TRAIN_RULES), jax.P(None, 'tensor'), rows),
+            in_specs=(sharding.spec(('batch', None, None), sharding.TRAIN_RULES), jax.P(None, 'tensor'), rows),
         )(hidden_BTD, w_DV, target_BT)
     shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
     return shift(found[0]), shift(found[1])

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from retool_jax.plan.facts import Facts
 from retool_jax.plan.programs import Run, name_of, per_device
+from retool_jax.train.learner import apart
 from retool_jax.train.residency import ON_DEVICE
-from retool_jax.train.update import apart
 
 PHASES = ('rollout', 'score', 'update')
 LIMIT = 0.9  # of a chip's memory: the runtime and fragmentation take their part

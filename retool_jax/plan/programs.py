@@ -14,18 +14,18 @@ import numpy as np
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
-from retool_jax.core import mesh as meshes
 from retool_jax.core import settings
+from retool_jax.core import sharding as sharding_lib
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.model import attention, decoder
 from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Slice
 from retool_jax.rollout.sampler import Feed, Sampler
 from retool_jax.rollout.sync import Sync, shardings
+from retool_jax.stages.config import Reinforcement
 from retool_jax.text import tags
-from retool_jax.train.stages import Reinforcement
+from retool_jax.train.learner import Learner, Scores, apart
 from retool_jax.train.state import add_critic, init_state, make_optimizer
-from retool_jax.train.update import Learner, Scores, apart
 
 Shapes = Any  # a tree of ShapeDtypeStructs with shardings
 
@@ -72,17 +72,17 @@ class Run:
         self.sync = Sync(model, sampler.dtype, self.mesh)  # every device at once, before engines take their parts
 
         axes = decoder.logical_axes(model)
-        rules = decoder.fit_rules(model, self.mesh, meshes.TRAIN_RULES)
+        rules = decoder.fit_rules(model, self.mesh, sharding_lib.TRAIN_RULES)
         whole = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
             name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
         shapes = jax.eval_shape(lambda p: add_critic(model, p, self.sizes.critic), decoder.abstract_params(model))
         words = _like(shapes, whole)
-        self.params = _put(shapes, meshes.shardings(self.mesh, words, rules))
+        self.params = _put(shapes, sharding_lib.shardings(self.mesh, words, rules))
         self.state = self._train_state(optimizer)
         self.sampling_params = _put(
             jax.eval_shape(lambda p: decoder.to_sampling(model, p, jnp.dtype(sampler.dtype)),
                            decoder.abstract_params(model)),
-            shardings(model, self.sampler_mesh, meshes.SAMPLE_RULES))
+            shardings(model, self.sampler_mesh, sharding_lib.SAMPLE_RULES))
 
     def _train_state(self, optimizer) -> TrainState:
         """Parameters and moments; a moment lies as its parameter does."""
@@ -159,9 +159,9 @@ def place(shape: Mapping[str, int], slice: Slice, count: int) -> jax.sharding.Me
     if slice.devices is not None:
         # The compiler takes a part of some slices only; a host's chips are a slice of their own.
         own = slice.host_devices if slice.host_devices and count <= len(slice.host_devices) else slice.devices
-        return meshes.make_mesh(shape, own[:count])
-    sizes = meshes.fill(shape, count)
-    return jax.sharding.AbstractMesh(sizes, meshes.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+        return sharding_lib.make_mesh(shape, own[:count])
+    sizes = sharding_lib.fill(shape, count)
+    return jax.sharding.AbstractMesh(sizes, sharding_lib.AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def per_device(tree: Shapes) -> int:

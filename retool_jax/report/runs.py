@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from retool_jax.core import episodes as episode_files
+from retool_jax.core import episode_files
 from retool_jax.core import metrics as metric_files
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict

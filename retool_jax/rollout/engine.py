@@ -116,5 +116,5 @@ class Engine:
     def stream(self, params: Params, version: int, requests: Sequence[Request], step: int, *,
                journal: Journal | None = None, quanta: int | None = None) -> Iterator[tuple[int, Episode]]:
         """Yields (index of the request, episode) as they finish."""
-        from retool_jax.rollout.flight import Flight  # which needs this module's records
+        from retool_jax.rollout.scheduler import Flight  # which needs this module's records
         return Flight(self, params, version, requests, step, journal, quanta).run()

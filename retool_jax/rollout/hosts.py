@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from retool_jax.core import mesh as meshes
 from retool_jax.core import processes
+from retool_jax.core import sharding as sharding_lib
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, ExecResult
 from retool_jax.model.config import ModelConfig
@@ -102,8 +102,10 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
 
 def make_sync(config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> Callable[[Params], Params]:
     """`Sampler.sync` from the training layout on `mesh` to the sampling layout on each process's `local_mesh`."""
-    cast = sync.Sync(config, dtype, mesh, meshes.TRAIN_RULES)  # split as in training until the devices change places
-    spread, own = (sync.shardings(config, on, meshes.SAMPLE_RULES) for on in (engines_mesh(mesh), local_mesh(mesh)))
+    # Split as in training until the devices change places.
+    cast = sync.Sync(config, dtype, mesh, sharding_lib.TRAIN_RULES)
+    spread, own = (sync.shardings(config, on, sharding_lib.SAMPLE_RULES)
+                   for on in (engines_mesh(mesh), local_mesh(mesh)))
     return lambda params: localise(jax.device_put(cast(params), spread), own)
 
 

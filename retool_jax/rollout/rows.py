@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.core.pytrees import KVCache, SampleState
-from retool_jax.model import cache as kv_cache
+from retool_jax.model import kv_cache
 
 
 def choose(live: Sequence[int], rows: int, count: int, ways: int) -> np.ndarray:

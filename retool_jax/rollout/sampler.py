@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.core.checks import check, one_of, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Int8KV, KVCache, Params, SampleState
-from retool_jax.model import cache as kv_cache
-from retool_jax.model import decoder
+from retool_jax.model import decoder, kv_cache
 from retool_jax.model.config import DTYPES, ModelConfig
 from retool_jax.rollout import rows, sampling
 from retool_jax.rollout.sync import Sync
@@ -129,12 +128,12 @@ class Sampler:
 
         Errors: UserError where a size of the model or `rows` does not divide over the mesh.
         """
-        rules = decoder.fit_rules(self.config, mesh, meshes.SAMPLE_RULES)
+        rules = decoder.fit_rules(self.config, mesh, sharding.SAMPLE_RULES)
         for name, size in (('rows', self.settings.rows), ('decode_rows', self.decode_rows)):
             if size % self.ways:
                 raise UserError(f'sampler.{name}={size} does not divide over data={mesh.shape["data"]} × '
                                 f'fsdp={mesh.shape["fsdp"]}; choose a multiple')
-        place = lambda *words: jax.NamedSharding(mesh, meshes.spec(words, rules))
+        place = lambda *words: jax.NamedSharding(mesh, sharding.spec(words, rules))
         one = place('batch', 'kv_heads', None, 'head_dim')
         if self.settings.cache_dtype == 'int8':
             one = Int8KV(values=one, scale=place('batch', 'kv_heads', None))

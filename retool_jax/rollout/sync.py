@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.core.pytrees import Params
 from retool_jax.model import decoder
 from retool_jax.model.config import ModelConfig
@@ -22,7 +22,7 @@ class Sync:
     """
 
     def __init__(self, config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh | None = None,
-                 rules: Mapping[str, tuple[str, ...]] = meshes.SAMPLE_RULES):
+                 rules: Mapping[str, tuple[str, ...]] = sharding.SAMPLE_RULES):
         """rules: how the result lies on `mesh`; None leaves everything where the weights are."""
         self.layers = range(config.num_hidden_layers)
         layer = ends = None
@@ -41,4 +41,4 @@ def shardings(config: ModelConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, 
 
     Errors: UserError where a size of the model does not divide over the mesh.
     """
-    return meshes.shardings(mesh, decoder.sampling_axes(config), decoder.fit_rules(config, mesh, rules))
+    return sharding.shardings(mesh, decoder.sampling_axes(config), decoder.fit_rules(config, mesh, rules))

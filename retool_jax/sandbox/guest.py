@@ -28,7 +28,7 @@ from collections.abc import Callable
 from retool_jax.core.errors import UserError
 
 _FORMAT = 4  # raise when the layout below changes
-_GUEST_FILES = ('runner.py', 'seccomp.py', 'zygote.py')  # what runs inside the jail
+_INSIDE = pathlib.Path(__file__).parent / 'inside'  # the files that run inside the jail
 _STDLIB_LEFT_OUT = frozenset({
     'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'tkinter', 'turtledemo', 'ensurepip',
     'lib2to3', 'pydoc_data', '__pycache__'})
@@ -169,8 +169,7 @@ def _lock(path: pathlib.Path, wait: bool = True):
 
 def _ensure_code(base: pathlib.Path) -> pathlib.Path:
     """Copies the runner's files to a directory named after their content."""
-    source = pathlib.Path(__file__).parent
-    texts = {name: (source / name).read_bytes() for name in _GUEST_FILES}
+    texts = {file.name: file.read_bytes() for file in sorted(_INSIDE.glob('[a-z]*.py'))}
     digest = hashlib.sha256(b'\0'.join(texts.values())).hexdigest()[:16]
     target = base / 'runner' / digest
     if not target.exists():

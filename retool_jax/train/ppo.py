@@ -24,12 +24,12 @@ from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.core.records import Episode, Stop
 from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout.engine import SamplingSettings
-from retool_jax.rollout.pack import join, pack
-from retool_jax.train import rollouts
+from retool_jax.train import sources
+from retool_jax.train.learner import ForwardSettings, Learner, Scores, mean_metrics
+from retool_jax.train.pack import join, pack
 from retool_jax.train.residency import Residency
-from retool_jax.train.rollouts import RolloutSettings, Source
+from retool_jax.train.sources import RolloutSettings, Source
 from retool_jax.train.state import CRITICS
-from retool_jax.train.update import ForwardSettings, Learner, Scores, mean_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class _Pending:
     clock: _Clock
 
     def fetch(self, stopping: bool) -> StepResult:
-        metrics = mean_metrics(self.step, self.found) | self.metrics | rollouts.describe(self.episodes)
+        metrics = mean_metrics(self.step, self.found) | self.metrics | sources.describe(self.episodes)
         if self.explained is not None:
             metrics['critic/explained_var'] = float(self.explained)
         metrics['time/update_s'] = self.clock.seconds()

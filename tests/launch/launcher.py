@@ -70,9 +70,6 @@ def start() -> Iterator[Launcher]:
 
 
 def serve() -> None:
-    import retool_jax.report.pages
-    import retool_jax.train.finetune
-    import retool_jax.train.scoring  # noqa: F401
 
     answers = os.fdopen(os.dup(1), 'w')
     for line in sys.stdin:

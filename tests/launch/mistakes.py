@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from retool_jax.core import episodes as episode_files
+from retool_jax.core import episode_files
 from retool_jax.core.records import Episode, Problem
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import ModelConfig

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from retool_jax.core import episodes as episode_files
-from retool_jax.core import metrics
+from retool_jax.core import episode_files, metrics
 from tests import several
 
 LR = 3e-4

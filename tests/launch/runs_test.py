@@ -13,12 +13,11 @@ import time
 
 import pytest
 
-from retool_jax.core import cli, metrics
-from retool_jax.core import episodes as episode_files
+from retool_jax.core import cli, episode_files, metrics
 from retool_jax.core.records import Episode, Problem, Stop
+from retool_jax.stages import evaluate, sft
 from retool_jax.text import template
 from retool_jax.text import tokenizer as tokenizer_files
-from retool_jax.train import finetune, scoring
 from tests.launch import launcher, mistakes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -130,7 +129,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_model(files, tmp_path, monkey
                 signal.raise_signal(signal.SIGINT)
         with monkeypatch.context() as patch:
             patch.setattr(metrics.Metrics, 'write', stopping)
-            finetune.run(cli.parse_config(['x', *sft_flags(files, tmp_path / name)]))
+            sft.run(cli.parse_config(['x', *sft_flags(files, tmp_path / name)]))
         lines = [{k: v for k, v in line.items() if k != 'time'} for line in metrics.read(tmp_path / name)]
         return lines, (tmp_path / name / 'final' / 'model.safetensors').read_bytes()
 
@@ -141,7 +140,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_model(files, tmp_path, monkey
             run('stopped', stop_at)
     assert run('stopped') == whole
     with pytest.raises(cli.UserError, match=r'optimizer.lr: 0.003, now 1.0\); choose another folder'):
-        finetune.run(cli.parse_config(['x', *sft_flags(files, tmp_path / 'stopped', **{'optimizer.lr': 1.0})]))
+        sft.run(cli.parse_config(['x', *sft_flags(files, tmp_path / 'stopped', **{'optimizer.lr': 1.0})]))
 
 
 @pytest.mark.slow
@@ -177,7 +176,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(files, tmp_
 
 
 def kept(run):
-    return len(episode_files.names(run / 'episodes' / scoring.UNFINISHED))
+    return len(episode_files.names(run / 'episodes' / evaluate.UNFINISHED))
 
 
 @pytest.mark.slow

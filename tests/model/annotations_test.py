@@ -14,8 +14,7 @@ import pytest
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-from retool_jax.model import cache as kv_cache
-from retool_jax.model import decoder
+from retool_jax.model import decoder, kv_cache
 from tests.model.sizes import make_config, make_params, make_tokens
 
 MODULES = ('attention', 'decoder', 'kernels', 'layers', 'logprobs')

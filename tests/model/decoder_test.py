@@ -11,8 +11,7 @@ import pytest
 from flax import nnx
 
 from retool_jax.core.pytrees import KVCache
-from retool_jax.model import cache as kv_cache
-from retool_jax.model import decoder, layers
+from retool_jax.model import decoder, kv_cache, layers
 from retool_jax.model.logprobs import score, token_logprobs
 from tests.model.sizes import make_config, make_params, make_tokens
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding as sharding_lib
 from retool_jax.model import config as model_config
 from retool_jax.model import decoder, hf
 from tests.model.sizes import make_config, make_params
@@ -80,8 +80,8 @@ def test_weights_arrive_on_their_mesh_sharded(tmp_path):
     config = CONFIGS['qwen2_untied']
     params = make_params(config)
     hf.save(tmp_path / 'model', config, params, 'float32')
-    mesh = meshes.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-    shardings = meshes.shardings(mesh, decoder.logical_axes(config), meshes.TRAIN_RULES)
+    mesh = sharding_lib.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+    shardings = sharding_lib.shardings(mesh, decoder.logical_axes(config), sharding_lib.TRAIN_RULES)
     loaded = hf.load(tmp_path / 'model', config, shardings)
     assert_same(loaded, params)
     for leaf, sharding in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings)):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.model import attention, kernels
 from retool_jax.plan import chips
 from tests.model.attention_test import allowed, reference
@@ -56,7 +56,7 @@ def test_a_kernel_has_the_gradients_of_dense_attention(form, segments):
 @pytest.mark.parametrize('sizes', [(2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize('form, segments', [(splash, PACKED), (twin, PADDED)], ids=['splash', 'cudnn'])
 def test_a_kernel_runs_on_each_devices_rows_and_heads(form, segments, sizes):
-    mesh = meshes.make_mesh(dict(zip(meshes.AXES, sizes)))
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
     segments = np.concatenate([segments, segments[::-1]])
     q, k, v = inputs(rows=4)
 
@@ -84,7 +84,7 @@ def test_what_a_kernel_cannot_do_is_refused_by_name():
         kernels.cudnn(q, k, v, PADDED)
     with pytest.raises(ValueError, match='splash needs rows of a multiple of 128 tokens, not 200; change forward.row'):
         splash(q[:, :200], k[:, :200], v[:, :200], PACKED[:, :200])
-    mesh = meshes.make_mesh({'data': 8, 'fsdp': 1, 'tensor': 1})
+    mesh = sharding.make_mesh({'data': 8, 'fsdp': 1, 'tensor': 1})
     with (jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
           pytest.raises(ValueError, match='forward.micro_rows: 2 rows do not divide over 8 devices')):
         splash(q, k, v, PACKED)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.model.logprobs import score, token_logprobs
 
 B, T, D, V = 2, 12, 8, 50
@@ -52,7 +52,7 @@ def test_pieces_of_the_vocabulary_on_any_part_of_a_mesh_give_values_and_gradient
         return found[0].sum() + 0.3 * found[1].sum(), found
 
     run = lambda **kwargs: jax.jit(jax.value_and_grad(functools.partial(loss, **kwargs), (0, 1), has_aux=True))
-    mesh = meshes.make_mesh({'data': 1, 'fsdp': 2, 'tensor': tensor}, jax.devices()[:2 * tensor])
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'tensor': tensor}, jax.devices()[:2 * tensor])
     place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         found = run(vocab_chunk=vocab_chunk)(place(HEAD, 'fsdp', 'tensor'), place(HIDDEN, 'fsdp'))

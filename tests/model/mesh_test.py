@@ -13,12 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.core.pytrees import Batch, KVCache
-from retool_jax.model import cache as kv_cache
-from retool_jax.model import decoder
+from retool_jax.model import decoder, kv_cache
+from retool_jax.train.learner import ForwardSettings, Learner
 from retool_jax.train.state import init_state
-from retool_jax.train.update import ForwardSettings, Learner
 from tests.model.sizes import make_config, make_params, make_tokens
 
 DEVICES = 8
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:optax.global_norm', 'ignore:Some
 
 
 def make_mesh(sizes, devices=None):
-    return meshes.make_mesh(dict(zip(meshes.AXES, sizes)), devices)
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes)), devices)
 
 
 def make_batch() -> Batch:
@@ -54,9 +53,9 @@ def make_batch() -> Batch:
 
 def step_on(mesh, optimizer, config=CONFIG):
     """Parameters before and after one supervised step, and its metrics."""
-    rules = decoder.fit_rules(config, mesh, meshes.TRAIN_RULES)
+    rules = decoder.fit_rules(config, mesh, sharding.TRAIN_RULES)
     params = {'policy': jax.device_put(make_params(config),
-                                       meshes.shardings(mesh, decoder.logical_axes(config), rules))}
+                                       sharding.shardings(mesh, decoder.logical_axes(config), rules))}
     before = jax.device_get(params)
     learner = Learner(config, FORWARD, optimizer, mesh)
     state, metrics = learner.sft_step(init_state(params, optimizer), make_batch())
@@ -106,15 +105,15 @@ def test_parameters_after_adamw_are_those_of_one_device(sizes):
 
 
 def test_a_size_that_does_not_divide_is_refused_by_name_and_kv_heads_are_replicated():
-    rules = decoder.fit_rules(CONFIG, make_mesh((1, 2, 4)), meshes.TRAIN_RULES)
-    assert rules == meshes.TRAIN_RULES | {'kv_heads': ()}
-    assert decoder.fit_rules(CONFIG, make_mesh((2, 2, 2)), meshes.TRAIN_RULES) == meshes.TRAIN_RULES
+    rules = decoder.fit_rules(CONFIG, make_mesh((1, 2, 4)), sharding.TRAIN_RULES)
+    assert rules == sharding.TRAIN_RULES | {'kv_heads': ()}
+    assert decoder.fit_rules(CONFIG, make_mesh((2, 2, 2)), sharding.TRAIN_RULES) == sharding.TRAIN_RULES
     for field, value in [('num_attention_heads', 6), ('intermediate_size', 50), ('vocab_size', 98)]:
         config = dataclasses.replace(CONFIG, **{field: value})
         with pytest.raises(ValueError, match=f'^mesh: {field}={value} does not divide over tensor=4'):
-            decoder.fit_rules(config, make_mesh((1, 2, 4)), meshes.TRAIN_RULES)
+            decoder.fit_rules(config, make_mesh((1, 2, 4)), sharding.TRAIN_RULES)
     with pytest.raises(ValueError, match='^mesh: hidden_size=36 does not divide over fsdp=8'):
-        decoder.fit_rules(dataclasses.replace(CONFIG, hidden_size=36), make_mesh((1, 8, 1)), meshes.TRAIN_RULES)
+        decoder.fit_rules(dataclasses.replace(CONFIG, hidden_size=36), make_mesh((1, 8, 1)), sharding.TRAIN_RULES)
 
 
 def test_every_weight_has_its_words_and_no_large_one_is_left_whole():
@@ -125,7 +124,7 @@ def test_every_weight_has_its_words_and_no_large_one_is_left_whole():
     for words, shape in zip(flat, jax.tree.leaves(shapes)):
         assert len(words) == len(shape.shape)
         matrix = len(set(words) - {'layers', 'head_dim'}) == 2
-        mesh_axes = [a for word in words for a in meshes.TRAIN_RULES[word]]
+        mesh_axes = [a for word in words for a in sharding.TRAIN_RULES[word]]
         assert sorted(mesh_axes) == ['fsdp', 'tensor'] or not matrix
 
 
@@ -135,14 +134,14 @@ def test_a_weight_is_gathered_over_fsdp_in_the_matmuls_dtype_and_its_gradient_is
 
     def gather(w, *words):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return meshes.gather(w, jnp.bfloat16, *words)
+            return sharding.gather(w, jnp.bfloat16, *words)
     out, whole = jax.jit(lambda w: gather(w, 'embed', 'mlp'))(w), jax.NamedSharding(mesh, jax.P(None, 'tensor'))
     assert out.dtype == jnp.bfloat16 and out.sharding.is_equivalent_to(whole, 2)
     gradient = jax.jit(jax.grad(lambda w: jnp.square(gather(w, 'embed', 'mlp').astype(jnp.float32)).sum()))(w)
     assert gradient.dtype == jnp.float32 and gradient.sharding.is_equivalent_to(w.sharding, 2)
     heads = jax.device_put(jnp.ones((8, 2, 4)), jax.NamedSharding(mesh, jax.P('fsdp')))  # 2 do not divide by 4
     assert jax.jit(lambda w: gather(w, 'embed', 'kv_heads', 'head_dim'))(heads).sharding.is_fully_replicated
-    alone = meshes.gather(w, jnp.bfloat16, 'embed', 'mlp')  # no mesh in scope
+    alone = sharding.gather(w, jnp.bfloat16, 'embed', 'mlp')  # no mesh in scope
     assert alone.dtype == jnp.bfloat16 and alone.sharding.is_equivalent_to(w.sharding, 2)
 
 
@@ -156,9 +155,9 @@ def collectives(compiled) -> list[tuple[str, str]]:
 
 
 def sharded_cache(mesh):
-    rules = decoder.fit_rules(CONFIG, mesh, meshes.SAMPLE_RULES)
+    rules = decoder.fit_rules(CONFIG, mesh, sharding.SAMPLE_RULES)
     place = lambda shape, dtype, *words: jax.ShapeDtypeStruct(
-        shape, dtype, sharding=jax.NamedSharding(mesh, meshes.spec(words, rules)))
+        shape, dtype, sharding=jax.NamedSharding(mesh, sharding.spec(words, rules)))
     kv = lambda: [place((8, 2, SLOTS, 8), jnp.float32, 'batch', 'kv_heads', None, 'head_dim') for _ in range(2)]
     return KVCache(k=kv(), v=kv(), length_B=place((8,), jnp.int32, 'batch')), place
 
@@ -198,8 +197,8 @@ def test_a_step_of_decoding_moves_activations_alone():
 
 def test_training_gathers_no_logits_of_the_whole_vocabulary():
     mesh = make_mesh((2, 2, 2))
-    rules = decoder.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES)
-    placed = meshes.shardings(mesh, decoder.logical_axes(CONFIG), rules)
+    rules = decoder.fit_rules(CONFIG, mesh, sharding.TRAIN_RULES)
+    placed = sharding.shardings(mesh, decoder.logical_axes(CONFIG), rules)
     params = {'policy': jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                                      decoder.abstract_params(CONFIG), placed)}
     learner = Learner(CONFIG, FORWARD, optax.sgd(1.0), mesh)

@@ -14,9 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.model import cache as kv_cache
 from retool_jax.model import config as model_config
-from retool_jax.model import decoder, hf
+from retool_jax.model import decoder, hf, kv_cache
 from tests.model.sizes import make_config, make_params
 
 ROOT = Path(__file__).resolve().parents[2]

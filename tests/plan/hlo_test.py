@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.plan import hlo
 
 # A loop of 5 whose body gathers over 4 chips in three fused steps of one channel and adds up over pairs.
@@ -126,7 +126,7 @@ def test_shapes_of_every_kind_have_their_bytes():
 
 
 def test_a_program_compiled_here_is_read_as_written():
-    mesh = meshes.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 4})
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 4})
     put = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
     place = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=put(*axes))
 

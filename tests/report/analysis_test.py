@@ -11,7 +11,7 @@ from retool_jax.report import analysis
 from retool_jax.report.runs import Run, Segment, Transcript
 from retool_jax.tasks.families import FAMILIES
 from retool_jax.text.template import wrap_feedback, wrap_snippet
-from retool_jax.train import evaluate
+from retool_jax.train import grading
 from tests.report.synthesis import run_folder
 
 
@@ -70,13 +70,13 @@ def test_the_last_snippet_decides_and_right_and_wrong_answers_are_apart():
 
 
 def test_code_ratio_length_and_score_agree_with_the_evaluation_of_the_same_episodes(tmp_path):
-    from retool_jax.core import episodes
+    from retool_jax.core import episode_files
 
     run_folder(tmp_path / 'run', steps=2, held_out=24)
     run = Run(tmp_path / 'run')
     for part in run.parts:
         found = analysis.analyse(run.transcripts(part))
-        theirs = evaluate.summarise(episodes.read(tmp_path / 'run/episodes', part.name))
+        theirs = grading.summarise(episode_files.read(tmp_path / 'run/episodes', part.name))
         assert (found.code_ratio, found.correct, found.response_length) == pytest.approx(
             (theirs['code_ratio'], theirs['avg'], theirs['length']))
 

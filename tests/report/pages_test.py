@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retool_jax.core import episodes as episode_files
+from retool_jax.core import episode_files
 from retool_jax.report import browser, pages, plots
 from retool_jax.report.browser import Limits
 from retool_jax.report.runs import Part, Run

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from retool_jax.core.pytrees import Int8KV
-from retool_jax.model import cache as kv_cache
-from retool_jax.model import decoder
+from retool_jax.model import decoder, kv_cache
 from retool_jax.model.logprobs import token_logprobs
-from retool_jax.rollout.pack import pack
 from retool_jax.rollout.sampler import Feed, Sampler
 from retool_jax.text import template
+from retool_jax.train.pack import pack
 from tests.rollout.engine_test import CONFIG, SIZES, TABLE, TOKENIZER, make_engine, requests, same
 
 

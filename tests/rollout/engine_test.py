@@ -15,11 +15,11 @@ from retool_jax.model.config import TINY
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout import turns
 from retool_jax.rollout.engine import Engine, Request, SamplingSettings
-from retool_jax.rollout.flight import Flight
 from retool_jax.rollout.journal import Journal
-from retool_jax.rollout.pack import pack
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
+from retool_jax.rollout.scheduler import Flight
 from retool_jax.text import tags, template
+from retool_jax.train.pack import pack
 from tests.fakes import FakePool, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

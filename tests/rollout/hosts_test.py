@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.core import mesh as meshes
-from retool_jax.core import processes
+from retool_jax.core import processes, sharding
 from retool_jax.model import decoder
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout import hosts
-from retool_jax.rollout.pack import pack
 from retool_jax.rollout.stats import RolloutStats
+from retool_jax.train.pack import pack
 from tests import several
 from tests.rollout.engine_test import CONFIG, TURNS, requests
 
@@ -82,7 +81,7 @@ def test_counts_of_engines_add_up_and_the_longest_time_counts():
 
 
 def test_weights_of_a_global_mesh_become_a_local_ones_without_a_copy():
-    mesh = meshes.make_mesh({'data': 2, 'fsdp': -1, 'tensor': 2})
+    mesh = sharding.make_mesh({'data': 2, 'fsdp': -1, 'tensor': 2})
     local = hosts.local_mesh(mesh)
     assert dict(local.shape) == {'data': 4, 'fsdp': 1, 'tensor': 2}
     x = jax.device_put(np.arange(12.0).reshape(3, 4), jax.NamedSharding(mesh, jax.P(None, 'tensor')))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from retool_jax.bench.timing import compilations
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.core.pytrees import Int8KV
 from retool_jax.model import decoder
 from retool_jax.rollout import rows
@@ -144,7 +144,7 @@ def largest_sent(sampler, weights) -> int:
 
 
 def test_on_a_mesh_no_cache_crosses_devices(params):
-    mesh = meshes.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
     settings = dataclasses.replace(SOME, min_bound=128)
     sampler = make_sampler(settings, mesh)
     weights = sampler.sync(params)

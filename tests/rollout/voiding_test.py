@@ -12,10 +12,10 @@ from retool_jax.model import decoder
 from retool_jax.rollout import turns
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.sampler import Sampler
+from retool_jax.sandbox.guard import Guard
 from retool_jax.sandbox.pool import Pool, SandboxSettings
 from retool_jax.text import template
-from retool_jax.train import rollouts
-from retool_jax.train.guard import Guard
+from retool_jax.train import sources
 from tests.rollout.engine_test import CONFIG, PLAIN, SIZES, TABLE, TOKENIZER, TURNS, requests, same
 from tests.sandbox.verdicts_test import OUR_OWN
 
@@ -46,5 +46,5 @@ def test_an_episode_whose_snippets_try_to_be_our_fault_is_graded_like_any_other(
     assert guard.faults == guard.renewals == stats['retried'] == stats['respawned'] == 0
     for i, episode in enumerate(voiding):
         episode.reward = Reward(float(i % 2), bool(i % 2), False, False, '')
-    assert rollouts.differs(voiding[:2], drop_void=False)  # in the baseline and in the update
-    assert rollouts.describe(voiding)['tools/fault_frequency'] == 0.0
+    assert sources.differs(voiding[:2], drop_void=False)  # in the baseline and in the update
+    assert sources.describe(voiding)['tools/fault_frequency'] == 0.0

@@ -19,8 +19,7 @@ import sys
 import jax
 import numpy as np
 
-from retool_jax.core import mesh as meshes
-from retool_jax.core import processes
+from retool_jax.core import processes, sharding
 from retool_jax.model import decoder
 from retool_jax.rollout import hosts, turns
 from retool_jax.rollout.engine import Engine
@@ -43,8 +42,8 @@ def make_sampler(mesh, decode_rows: int) -> Sampler:
 def train_params(mesh):
     """The same weights in every process, each with the parts of its own devices."""
     host = jax.tree.map(np.asarray, jax.jit(lambda: decoder.init(CONFIG, jax.random.key(0)))())
-    rules = decoder.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES)
-    shardings = meshes.shardings(mesh, decoder.logical_axes(CONFIG), rules)
+    rules = decoder.fit_rules(CONFIG, mesh, sharding.TRAIN_RULES)
+    shardings = sharding.shardings(mesh, decoder.logical_axes(CONFIG), rules)
     return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), host, shardings)
 
 
@@ -55,9 +54,9 @@ def dealt_out() -> list[jax.Device]:
 
 def apart(decode_rows: int):
     """The tensor axis fits twice into a process, though on the training mesh it runs through both."""
-    mesh = meshes.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 2}, dealt_out())
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 2}, dealt_out())
     assert len({d.process_index for d in mesh.devices[0, 0]}) == jax.process_count() and not hosts.spans(mesh)
-    assert hosts.spans(meshes.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 8}))
+    assert hosts.spans(sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 8}))
     local = hosts.local_mesh(mesh)
     assert dict(local.shape) == {'data': 2, 'fsdp': 1, 'tensor': 2}
     engine = make_engine(make_sampler(local, decode_rows), hosts.Apart)
@@ -66,14 +65,14 @@ def apart(decode_rows: int):
 
 def together(decode_rows: int):
     """The tensor axis runs through both processes."""
-    mesh = meshes.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 4}, dealt_out())
+    mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 4}, dealt_out())
     assert len({d.process_index for d in mesh.devices[0, 0]}) == jax.process_count()
     sampler = make_sampler(mesh, decode_rows)
     return make_engine(sampler, link=hosts.Lockstep()), sampler.sync(train_params(mesh))
 
 
 def one(decode_rows: int):
-    mesh = meshes.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.local_devices()[:1])
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.local_devices()[:1])
     sampler = make_sampler(mesh, decode_rows)
     return make_engine(sampler), sampler.sync(train_params(mesh))
 

@@ -11,8 +11,8 @@ import urllib.parse
 import pytest
 
 from retool_jax.core.errors import UserError
+from retool_jax.sandbox.http.server import ServerSettings, serve
 from retool_jax.sandbox.pool import SandboxSettings
-from retool_jax.sandbox.server import ServerSettings, serve
 from tests.sandbox.servers import Server, free_port
 
 TOKEN = 'hüsh: @/%?'  # any text may be one

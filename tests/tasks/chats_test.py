@@ -6,9 +6,9 @@ import pathlib
 import pytest
 
 from retool_jax.core.errors import UserError
+from retool_jax.stages import cold_start
 from retool_jax.tasks import chats, problems
 from retool_jax.text.template import extract_snippet
-from retool_jax.train import cold_start
 
 SHARED = pathlib.Path(__file__).parents[3] / 'shared/cases/turn2'
 ASK = {'role': 'user', 'content': 'How many?'}

@@ -8,15 +8,16 @@ import pytest
 
 from configs import base
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
-from retool_jax.core import cli, settings
-from retool_jax.core import episodes as episode_files
+from retool_jax.core import cli, episode_files, settings
 from retool_jax.core import metrics as console
 from retool_jax.core.records import Reward
 from retool_jax.report import pages
-from retool_jax.train import evaluate, reinforce, stages
+from retool_jax.stages import config as config_stage
+from retool_jax.stages import ppo
+from retool_jax.stages.alarms import WatchSettings
+from retool_jax.train import grading
 from retool_jax.train.ppo import PPOSettings
 from retool_jax.train.state import OptimizerSettings
-from retool_jax.train.watch import WatchSettings
 from tests.train import killable
 
 NO_CRITIC = {'ppo.critic': 'none', 'advantage.whiten': False}
@@ -36,13 +37,13 @@ def some_answers_are_right(monkeypatch):
         for e in episodes:
             right = sum(e.tokens) % 3 == 0
             e.reward = Reward(1.0 if right else -1.0, right, right, right, '1' if right else '')
-    monkeypatch.setattr(evaluate, 'grade', grade)
+    monkeypatch.setattr(grading, 'grade', grade)
 
 
 def run(folder, name, algorithm='ppo', **values):
     config = killable.make_config_of(folder, name, algorithm, **{'ppo.steps': 2, 'checkpoints.every': 2} | values)
     with killable.tiny_world(folder, name):
-        reinforce.run(config)
+        ppo.run(config)
     lines = console.read(folder / name)
     assert [line['step'] for line in lines] == [0, 1] and (folder / name / 'final').is_dir()
     assert all(np.isfinite(x) for line in lines for x in line.values() if isinstance(x, float))
@@ -56,7 +57,7 @@ def test_grpo_takes_groups_without_a_critic(folder):
     assert not any(name.startswith('critic/') for name in lines[0]) and config.advantage.kind == 'grpo'
     episodes = episode_files.read(folder / 'grpo' / 'episodes', 'train_00000')
     assert len(episodes) == 12 and {e.sample for e in episodes} == {0, 1, 2, 3}
-    summary = reinforce.summarise(config, folder / 'grpo')
+    summary = ppo.summarise(config, folder / 'grpo')
     assert summary['steps'] == 2 and summary['correct']['first'] == lines[0]['rewards/correct']
     assert pages.write(folder / 'grpo').stat().st_size > 5000
 
@@ -79,11 +80,11 @@ def test_every_size_of_every_algorithm_agrees_with_itself(name):
         assert config.run.dir == f'runs/{name}_{arg}'
         block = lambda kind, key: settings.build(kind, config[key], key)  # noqa: B023
         sizes, advantage = block(PPOSettings, 'ppo'), block(AdvantageSettings, 'advantage')
-        settings.build(stages.Reinforcement, config)
+        settings.build(config_stage.Reinforcement, config)
         assert advantage.needs_groups == (sizes.samples > 1 and sizes.critic == 'none')
         assert sizes.problems_per_step * sizes.samples % sizes.minibatches == 0
-        for kind, key in ((LossSettings, 'loss'), (WatchSettings, 'watch'), (stages.HalvesSettings, 'halves'),
-                          (stages.CheckpointSettings, 'checkpoints'), (OptimizerSettings, 'optimizer')):
+        for kind, key in ((LossSettings, 'loss'), (WatchSettings, 'watch'), (config_stage.HalvesSettings, 'halves'),
+                          (config_stage.CheckpointSettings, 'checkpoints'), (OptimizerSettings, 'optimizer')):
             block(kind, key)
     assert f'python launch/ppo.py --config=configs/{name}.py:tiny' in (cli.ROOT / f'configs/{name}.py').read_text()
 
@@ -161,7 +162,7 @@ def test_a_warm_up_that_is_broken_off_goes_on_as_the_whole_one(folder):
             config = killable.make_config_of(folder, name, **{
                 'ppo.steps': end, 'checkpoints.every': 1, 'ppo.critic_warmup_steps': 2})
             with killable.tiny_world(folder, name):
-                reinforce.run(config)
+                ppo.run(config)
             if end < ends[-1]:
                 shutil.rmtree(folder / name / 'final')
         lines = console.read(folder / name)
@@ -176,18 +177,18 @@ def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
     flags = {'ppo.steps': 2, 'checkpoints.every': 2}
     config = killable.make_config_of(folder, 'rolls', **flags, **{'halves.train': False})
     with killable.tiny_world(folder, 'rolls'):
-        reinforce.run(config)
+        ppo.run(config)
     parts = episode_files.names(folder / 'rolls' / 'episodes')
     assert parts == ['train_00000', 'train_00001'] and not (folder / 'rolls' / 'final').exists()
     assert [line['phase'] for line in console.read(folder / 'rolls')] == ['rollout'] * 2
     with killable.tiny_world(folder, 'rolls'):  # nothing is left to do
-        reinforce.run(config)
+        ppo.run(config)
     assert len(console.read(folder / 'rolls')) == 2
 
     config = killable.make_config_of(folder, 'trained', **flags, **{'halves.episodes': folder / 'rolls' / 'episodes'})
     with killable.tiny_world(folder, 'trained'), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reinforce.assembly, 'make_sampler', lambda *args: pytest.fail('a sampler was made'))
-        reinforce.run(config)
+        patch.setattr(ppo.assembly, 'make_sampler', lambda *args: pytest.fail('a sampler was made'))
+        ppo.run(config)
     lines = console.read(folder / 'trained')
     assert [line['phase'] for line in lines] == ['ppo'] * 2 and lines[0]['actor/grad_norm'] > 0
     assert lines[0]['mismatch/logprob_abs_max'] < 1e-4 < lines[1]['mismatch/logprob_abs_max']  # off-policy by a step
@@ -211,5 +212,5 @@ def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
 def test_contradictions_are_refused_before_anything_is_written(folder, values, words):
     config = killable.make_config_of(folder, 'refused', **values)
     with killable.tiny_world(folder, 'refused'), pytest.raises(ValueError, match=words) as refused:
-        reinforce.run(config)
+        ppo.run(config)
     assert cli.explain(refused.value) and not (folder / 'refused').exists()

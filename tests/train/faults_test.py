@@ -9,13 +9,13 @@ from concurrent.futures import Future
 
 import pytest
 
-from retool_jax.core import episodes as episode_files
+from retool_jax.core import episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import ExecResult, Stop, Verdict
+from retool_jax.sandbox.guard import Guard
 from retool_jax.sandbox.pool import Pool, SandboxSettings
-from retool_jax.train import reinforce
-from retool_jax.train.guard import Guard
+from retool_jax.stages import ppo
 from tests.train import killable
 
 SMALL = SandboxSettings(zygotes=1, spares=2, preload=(), memory_mb=128)
@@ -57,7 +57,7 @@ def run(folder, name, share, accidents, **values):
     first = Faulty(Pool(SMALL), share, accidents)
     with first.pool, Guard(first, lambda: Faulty(Pool(SMALL), share, {}), stall_s=4) as guard:
         with killable.tiny_world(folder, name, executor=guard):
-            reinforce.run(config)
+            ppo.run(config)
         return episode_files.read(folder / name / 'episodes', 'train_00000'), console.read(folder / name), guard
 
 
@@ -105,6 +105,6 @@ def test_a_pool_that_breaks_and_cannot_be_replaced_rings_with_its_reason(folder)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pool._process.pid, signal.SIGKILL)
         with pytest.raises(UserError, match='step 0: faults'), killable.tiny_world(folder, 'broken', executor=guard):
-            reinforce.run(config)
+            ppo.run(config)
     calls = [c for e in episode_files.read(folder / 'broken' / 'alarms', 'faults_00000') for c in e.calls]
     assert calls and {c.verdict for c in calls} == {Verdict.SANDBOX_ERROR}

@@ -25,9 +25,9 @@ from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.model import config as model_config
 from retool_jax.model import decoder, hf
 from retool_jax.rollout.journal import Journal
+from retool_jax.stages import parts, ppo
 from retool_jax.text import tags, template
 from retool_jax.text import tokenizer as tokenizers
-from retool_jax.train import assembly, reinforce
 from tests.model.sizes import make_config
 from tests.train import small
 
@@ -126,10 +126,10 @@ def tiny_world(folder: pathlib.Path, name: str, journal: bool = True, moment=lam
         return tags.build_table(language.tokenizer.token_bytes, 264, stops)
 
     patches = [
-        mock.patch.object(reinforce, 'Journal', Noted),
-        mock.patch.object(reinforce, 'open_guarded', lambda *_: contextlib.nullcontext(executor or tool)),
-        mock.patch.object(assembly, 'make_table', table),
-        mock.patch.object(assembly, 'make_mesh', lambda config: small.one_device()),
+        mock.patch.object(ppo, 'Journal', Noted),
+        mock.patch.object(ppo, 'open_guarded', lambda *_: contextlib.nullcontext(executor or tool)),
+        mock.patch.object(parts, 'make_table', table),
+        mock.patch.object(parts, 'make_mesh', lambda config: small.one_device()),
         mock.patch.object(template, 'extract_snippet', lambda text: template.Snippet(text, 0)),
         mock.patch.object(console.Metrics, 'write', write_metrics),
         mock.patch.object(os, 'replace', around(os.replace, 'rename')),
@@ -183,7 +183,7 @@ def main() -> None:
 
     def body(config) -> None:
         with tiny_world(given.folder, given.name, not given.no_journal, moment):
-            reinforce.run(config)
+            ppo.run(config)
     cli._run(lambda argv: body(make_config_of(given.folder, given.name, **{'ppo.quanta': given.quanta})), body)
 
 

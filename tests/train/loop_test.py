@@ -9,7 +9,7 @@ import pytest
 from retool_jax.train import ppo
 from retool_jax.train.ppo import Progress
 from retool_jax.train.residency import Residency
-from retool_jax.train.rollouts import Collected
+from retool_jax.train.sources import Collected
 from tests.train import small
 from tests.train.ppo_test import SETTINGS
 

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.model import decoder
-from retool_jax.rollout.pack import join, pack
+from retool_jax.train.learner import Learner
+from retool_jax.train.pack import join, pack
 from retool_jax.train.state import add_critic, init_state
-from retool_jax.train.update import Learner
 from tests.model.mesh_test import CONFIG, collectives, is_logits
 from tests.model.sizes import make_params
 from tests.train import small
@@ -33,12 +33,12 @@ def make_tree():
 
 def scored_on(mesh, rows=8):
     """A learner on a mesh, its first state, a batch and how many of its rows count, and the batch's scores."""
-    rules, axes = decoder.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES), decoder.logical_axes(CONFIG)
+    rules, axes = decoder.fit_rules(CONFIG, mesh, sharding.TRAIN_RULES), decoder.logical_axes(CONFIG)
     words = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
         name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
     learner = Learner(CONFIG, small.make_forward(micro_rows=rows, vocab_chunk=40), small.recording(), mesh,
                       loss=small.make_loss(), advantage=small.make_advantage())
-    state = init_state(jax.device_put(make_tree(), meshes.shardings(mesh, words, rules)), learner.optimizer)
+    state = init_state(jax.device_put(make_tree(), sharding.shardings(mesh, words, rules)), learner.optimizer)
     batch, ((_, stop),) = join([pack(EPISODES, width=48, rows=rows, segments=2,
                                      groups=[int(e.problem.id[1:]) for e in EPISODES])], rows)
     batch = learner.put(batch)
@@ -63,12 +63,12 @@ def on_one_device(rows=8):
 @pytest.mark.parametrize('sizes', [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SIZES],
                          ids=lambda s: 'x'.join(map(str, s)))
 def test_a_ppo_step_is_that_of_one_device(sizes):
-    assert_same_step(step_on(meshes.make_mesh(dict(zip(meshes.AXES, sizes)))), on_one_device())
+    assert_same_step(step_on(sharding.make_mesh(dict(zip(sharding.AXES, sizes)))), on_one_device())
 
 
 @pytest.mark.parametrize('sizes', [(3, 2, 1), pytest.param((3, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_step_on_devices_that_are_no_power_of_two_is_that_of_one_device(sizes):
-    mesh = meshes.make_mesh(dict(zip(meshes.AXES, sizes)), jax.devices()[:np.prod(sizes)])
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), jax.devices()[:np.prod(sizes)])
     assert_same_step(step_on(mesh, rows=6), on_one_device(6))
 
 
@@ -76,13 +76,13 @@ def test_a_supervised_step_on_six_devices_is_that_of_one():
     def run(mesh, rows):
         learner = Learner(CONFIG, small.make_forward(micro_rows=rows), small.recording(), mesh)
         params = {'policy': make_tree()['policy']}
-        rules, axes = qwen.fit_rules(CONFIG, mesh, meshes.TRAIN_RULES), {'policy': qwen.logical_axes(CONFIG)}
-        state = init_state(jax.device_put(params, meshes.shardings(mesh, axes, rules)), learner.optimizer)
+        rules, axes = qwen.fit_rules(CONFIG, mesh, sharding.TRAIN_RULES), {'policy': qwen.logical_axes(CONFIG)}
+        state = init_state(jax.device_put(params, sharding.shardings(mesh, axes, rules)), learner.optimizer)
         batch = pack(EPISODES, width=48, rows=learner.forward.micro_rows, segments=2)
         loss = learner.sft_loss(state.params, batch)
         state, metrics = learner.sft_step(state, batch)
         return small.gradient(state), loss, float(metrics['sft/loss'])
-    found = run(meshes.make_mesh({'data': 3, 'fsdp': 2, 'tensor': 1}, jax.devices()[:6]), 0)
+    found = run(sharding.make_mesh({'data': 3, 'fsdp': 2, 'tensor': 1}, jax.devices()[:6]), 0)
     expected = run(small.one_device(), 4)
     assert small.distance(found[0], expected[0]) < 1e-5
     assert found[1:] == pytest.approx(expected[1:], rel=1e-5)
@@ -103,7 +103,7 @@ def assert_same_step(found, expected):
 
 @pytest.mark.slow
 def test_a_ppo_update_gathers_no_logits_of_the_whole_vocabulary():
-    learner, state, batch, stop, scores = scored_on(meshes.make_mesh(dict(zip(meshes.AXES, QUICK[0]))))
+    learner, state, batch, stop, scores = scored_on(sharding.make_mesh(dict(zip(sharding.AXES, QUICK[0]))))
     micro, scored = next(learner._micro((batch, scores), 0, stop))
     policy = {'policy': state.params['policy']}
     found = collectives(learner._ppo.lower(params=policy, gradients=policy, micro=micro, scores=scored,
@@ -116,7 +116,7 @@ def test_a_ppo_update_gathers_no_logits_of_the_whole_vocabulary():
     (dict(micro_rows=6), r'forward.micro_rows=6 does not divide over data × fsdp = 4 devices; choose a multiple, or 0'),
     (dict(row_width=49, logprob_chunk=49), r'forward.row_width=49 does not divide over tensor=2')])
 def test_rows_that_do_not_divide_are_refused_by_name(forward, message):
-    mesh = meshes.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
     with pytest.raises(ValueError, match=message):
         Learner(CONFIG, small.make_forward(**({'micro_rows': 4} | forward)), small.recording(), mesh)
     whole = Learner(CONFIG, small.make_forward(micro_rows=0), small.recording(), mesh)

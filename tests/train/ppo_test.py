@@ -14,14 +14,14 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.records import Stop
 from retool_jax.model import decoder
 from retool_jax.rollout.engine import SamplingSettings
-from retool_jax.rollout.pack import pack
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import template
-from retool_jax.train import ppo, rollouts
+from retool_jax.train import ppo, sources
+from retool_jax.train.learner import Learner
+from retool_jax.train.pack import pack
 from retool_jax.train.ppo import PPOSettings, Progress
 from retool_jax.train.residency import Residency
 from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
-from retool_jax.train.update import Learner
 from tests.train import small
 
 SETTINGS = PPOSettings(steps=2, problems_per_step=3, samples=2, minibatches=2, epochs=1, critic='head',
@@ -175,7 +175,7 @@ def runs():
             results.append(result)
             states.append(copied(progress.state))
         with Grader() as grader:
-            source = rollouts.sampled(small.make_engine(sampler), SETTINGS, small.make_problems(6),
+            source = sources.sampled(small.make_engine(sampler), SETTINGS, small.make_problems(6),
                                       template.make_template('tiny'), small.TOKENIZER, grader)
             ppo.train(learner, progress, dataclasses.replace(SETTINGS, offload=offload), collect=source, seed=0,
                       report=report, due=lambda done: True)

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.core import episodes as episode_files
-from retool_jax.core import processes
+from retool_jax.core import episode_files, processes
 from retool_jax.core.records import ExecResult, Verdict
-from retool_jax.train import assembly, reinforce
+from retool_jax.stages import parts, ppo
 from tests import several
 from tests.fakes import byte_tokenizer
 from tests.train import small
@@ -85,18 +84,18 @@ def test_what_the_one_that_leads_refuses_is_refused():
 
 def test_a_process_that_does_not_lead_says_nothing_and_has_a_journal_of_its_own(monkeypatch, tmp_path, capsys):
     result = lambda text: ExecResult(Verdict.OK, text, '')
-    with contextlib.closing(reinforce.open_journal(tmp_path)) as journal:
+    with contextlib.closing(ppo.open_journal(tmp_path)) as journal:
         journal.put('0/p/0/1/a', result('of the first'))
     monkeypatch.setattr(jax, 'process_index', lambda: 1)
-    assembly.say('hello')
-    assembly.banner(model='tiny')
-    with assembly.progress('RL', 3) as advance:
+    parts.say('hello')
+    parts.banner(model='tiny')
+    with parts.progress('RL', 3) as advance:
         advance('text', n=2)
-    with contextlib.closing(reinforce.open_journal(tmp_path)) as journal:
+    with contextlib.closing(ppo.open_journal(tmp_path)) as journal:
         assert journal.get('0/p/0/1/a').stdout == 'of the first'
         journal.put('0/q/0/1/b', result('of the second'))
     assert capsys.readouterr() == ('', '')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['journal.jsonl', 'journal_1.jsonl']
     monkeypatch.undo()
-    with contextlib.closing(reinforce.open_journal(tmp_path)) as journal:  # a later run of one process
+    with contextlib.closing(ppo.open_journal(tmp_path)) as journal:  # a later run of one process
         assert journal.get('0/q/0/1/b').stdout == 'of the second'

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.core import episodes as episode_files
+from retool_jax.core import episode_files
 from retool_jax.core import metrics as console
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.cli import ROOT
 from retool_jax.core.records import Episode, ExecResult, Problem, Verdict
 from retool_jax.rollout.journal import Journal, call_key
-from retool_jax.train import reinforce
+from retool_jax.stages import ppo
 from tests.core.metrics_test import events
 from tests.train import killable
 from tests.train.killable import STEPS
@@ -76,9 +76,9 @@ def finish(folder, name, quanta, moments=lambda what: False, journal=True):
     def keep(parts, directory):
         left.append((jax.device_get(parts.progress.state), parts.progress.carried))
         export(parts, directory)
-    export = reinforce.export
-    with mock.patch.object(reinforce, 'export', keep), killable.tiny_world(folder, name, journal, moments):
-        reinforce.run(killable.make_config_of(folder, name, **{'ppo.quanta': quanta}))
+    export = ppo.export
+    with mock.patch.object(ppo, 'export', keep), killable.tiny_world(folder, name, journal, moments):
+        ppo.run(killable.make_config_of(folder, name, **{'ppo.quanta': quanta}))
     clocks = ('time', 'rollout/', 'tools/wait')
     lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in console.read(folder / name)]
     (state, carried), = left
@@ -106,8 +106,8 @@ def assert_ends_alike(world, name):
         assert checkpoints.latest() == STEPS
         assert checkpoints.meta(STEPS) == {'step': STEPS, 'cursor': found[2][-1]['data/cursor'], 'seed': 0,
                                            'carried': len(whole[4])}
-        kept = [reinforce.carried_part(step) for step in checkpoints.steps()] if whole[4] else []
-        assert set(episode_files.names(directory / reinforce.CARRIED)) >= set(kept)
+        kept = [ppo.carried_part(step) for step in checkpoints.steps()] if whole[4] else []
+        assert set(episode_files.names(directory / ppo.CARRIED)) >= set(kept)
 
 
 def open_checkpoints(directory):

@@ -8,14 +8,14 @@ import numpy as np
 import optax
 
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.core.records import Episode, Problem, Reward, Stop
 from retool_jax.rollout import turns
 from retool_jax.rollout.engine import Engine, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 from retool_jax.text import tags
+from retool_jax.train.learner import ForwardSettings, Learner
 from retool_jax.train.state import add_critic, init_state
-from retool_jax.train.update import ForwardSettings, Learner
 from tests.fakes import FakePool, byte_tokenizer
 from tests.model.sizes import make_config, make_params
 
@@ -50,7 +50,7 @@ def make_advantage(**changes) -> AdvantageSettings:
 
 
 def one_device() -> jax.sharding.Mesh:
-    return meshes.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+    return sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
 
 
 def recording(optimizer: optax.GradientTransformation | None = None) -> optax.GradientTransformation:

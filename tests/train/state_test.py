@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.train.state import (
     OptimizerSettings,
     add_critic,
@@ -158,7 +158,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 @pytest.mark.parametrize('kind', ['head', 'backbone'])
 def test_critic_and_counters_lie_on_every_device_of_the_policys_mesh(kind):
-    mesh = meshes.make_mesh({'data': 1, 'fsdp': 8, 'tensor': 1})
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': 8, 'tensor': 1})
     whole = jax.NamedSharding(mesh, jax.P())
     config = make_config()
     policy = jax.device_put(make_params(config), whole)

@@ -16,15 +16,13 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from retool_jax.core import episodes as episode_files
-from retool_jax.core import mesh as meshes
-from retool_jax.core import processes
+from retool_jax.core import episode_files, processes, sharding
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.metrics import Metrics
 from retool_jax.model import decoder
-from retool_jax.rollout.pack import join, pack
+from retool_jax.train.learner import Learner
+from retool_jax.train.pack import join, pack
 from retool_jax.train.state import init_state
-from retool_jax.train.update import Learner
 from tests.train import small
 
 MESH = {'data': 2, 'fsdp': 2, 'tensor': 2}
@@ -37,7 +35,7 @@ def start_state(mesh, optimizer, critic: str):
     words = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
         name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
     tree = jax.tree.map(np.asarray, small.make_tree(critic))
-    shardings = meshes.shardings(mesh, {name: words[name] for name in tree}, meshes.TRAIN_RULES)
+    shardings = sharding.shardings(mesh, {name: words[name] for name in tree}, sharding.TRAIN_RULES)
     place = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index])
     return init_state(jax.tree.map(place, tree, shardings), optimizer)
 
@@ -86,7 +84,7 @@ def restore(directory: pathlib.Path, mesh) -> list[np.ndarray]:
 
 def main(work: str, directory: str, name: str) -> None:
     processes.join()
-    mesh = meshes.make_mesh(MESH)
+    mesh = sharding.make_mesh(MESH)
     assert mesh.size == 8
     leaves = {'update': update, 'restore': restore}[work](pathlib.Path(directory), mesh)
     np.savez(pathlib.Path(directory) / f'{name}_{jax.process_index()}.npz', *leaves)

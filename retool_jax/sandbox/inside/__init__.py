@@ -1,0 +1,1 @@
+"""What runs inside the jail: the standard library and the files of this folder alone."""

@@ -1,0 +1,318 @@
+"""What each stage reads: one frozen dataclass a stage, of the blocks of its configuration file.
+
+`settings.build(Reinforcement, config)` checks every value of every key, then what joins blocks, before anything is
+built or written. The names and the defaults of the keys are those of configs/base.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from retool_jax.algo.settings import AdvantageSettings, LossSettings
+from retool_jax.core.checks import MANY, Rule, above, check, filled, local_path, one_of, within
+from retool_jax.core.errors import UserError
+from retool_jax.core.sharding import AXES
+from retool_jax.rollout.engine import SamplingSettings
+from retool_jax.rollout.sampler import SamplerSettings
+from retool_jax.rollout.turns import Budgets
+from retool_jax.sandbox.feedback import FeedbackSettings
+from retool_jax.sandbox.pool import SandboxSettings
+from retool_jax.stages.alarms import WatchSettings
+from retool_jax.stages.cold_start import Mix
+from retool_jax.stages.intake import UNREADABLE
+from retool_jax.tasks import grader
+from retool_jax.text import template
+from retool_jax.train import ppo
+from retool_jax.train.learner import ForwardSettings
+from retool_jax.train.ppo import PPOSettings
+from retool_jax.train.sft import SFTSettings
+from retool_jax.train.state import OptimizerSettings
+
+PROBLEMS = 10**7  # of the embedded task, which are made in memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where a run writes, and its seed."""
+
+    dir: str
+    seed: int
+
+    def __post_init__(self):
+        check(self, dir=local_path(), seed=within(0, MANY))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model, and how it is spoken to."""
+
+    path: str | None  # a Hugging Face directory; None: the embedded model with random weights
+    name: str  # launch/plan.py knows the sizes of these without their files
+    template: str  # family of prompts
+    tools: bool  # False: text only
+    instruction: str | None  # text.template.INSTRUCTIONS, or a file: what the model is asked; None: the template's
+
+    def __post_init__(self):
+        check(self, path=local_path(), instruction=local_path(), name=filled(), template=one_of(template.NAMES))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """Devices along each axis; one axis may be -1 and takes what is left."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self):
+        check(self, **dict.fromkeys(AXES, Rule(lambda n: n == -1 or 1 <= n <= 2**20, 'must be at least 1, or -1')))
+        rest = [axis for axis in AXES if getattr(self, axis) == -1]
+        if len(rest) > 1:
+            raise UserError(f'{"=-1 and mesh.".join(rest)}=-1: only one axis can take the devices that are left')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SandboxBlock(SandboxSettings):
+    """The pool of this machine, or the servers that take its place."""
+
+    addresses: tuple[str, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        url = Rule(lambda x: x.startswith(('http://', 'https://')) and bool(x.partition('://')[2].strip('/ ')),
+                   'must be http://host:port or https://host:port')
+        check(self, addresses=url)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """How answers are graded."""
+
+    style: str  # 'paper': +1 or −1; 'verl': its shaping besides
+    unreadable: str  # rows and gold answers that cannot be read: 'refuse' the set, or 'leave_out' and list them
+    time_limit_s: float
+    memory_mb: int
+    workers: int
+
+    def __post_init__(self):
+        check(self, style=one_of(grader.STYLES), unreadable=one_of(UNREADABLE), time_limit_s=above(0, 3600),
+              memory_mb=within(256, 2**20), workers=within(1, 1024))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Problems that are trained on."""
+
+    sources: tuple[str, ...]  # problem files; none: the embedded task
+    weights: tuple[float, ...]  # of the sources; none: every problem equally often
+
+    def __post_init__(self):
+        check(self, sources=local_path(), weights=above(0, 1e9))
+        if self.weights and len(self.weights) != len(self.sources):
+            raise UserError(f'weights={self.weights} needs one weight for each of the {len(self.sources)} data.sources')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When state is saved."""
+
+    every: int  # steps
+    keep_last: int
+
+    def __post_init__(self):
+        check(self, every=within(1, MANY), keep_last=within(1, MANY))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HalvesSettings:
+    """One half of a step alone."""
+
+    episodes: str | None  # an episodes/ folder to train on, a part a step: no sampler, sandbox or grader
+    train: bool  # False: episodes are made and kept, weights stay as they are
+
+    def __post_init__(self):
+        check(self, episodes=local_path())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """Scores while a policy learns."""
+
+    problems: str | None  # a problem file; None: no validation
+    limit: int | None
+    every: int  # steps
+    samples: int
+
+    def __post_init__(self):
+        check(self, problems=local_path(), limit=within(1, MANY), every=within(1, MANY), samples=within(1, 2**16))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeSettings:
+    """Sizes of the demo."""
+
+    problems_seen: int  # problems that the tool model's cold start is made from
+    text_needy: float  # share of problems needing the tool that the text-only cold start keeps, of twice as many
+    sft_steps: int
+    lead_steps: int  # the first of them, without mental traces of families that need the tool
+    sft_batch_tokens: int
+    problems: int  # held-out problems of the headline score
+    apart_problems: int  # of each set scored apart
+    samples: int  # per problem, in evaluation
+
+    def __post_init__(self):
+        check(self, problems_seen=within(1, PROBLEMS), text_needy=within(0, 1), sft_steps=within(1, MANY),
+              lead_steps=within(1, MANY), sft_batch_tokens=within(1, MANY), problems=within(1, PROBLEMS),
+              apart_problems=within(1, PROBLEMS), samples=within(1, 2**16))
+        if self.lead_steps > self.sft_steps:
+            raise UserError(f'lead_steps={self.lead_steps} are the first of recipe.sft_steps={self.sft_steps}; '
+                            'choose fewer')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ColdStart:
+    """launch/cold_start.py."""
+
+    run: RunSettings
+    traces: str | None  # a file of rewritten answers; None: made from the embedded task
+    golds: str | None  # a problem file with the answers of traces that have none but their own last box
+    problems: int  # of the embedded task
+    mix: Mix
+    max_tokens: int  # longer traces are dropped
+    model: ModelSettings
+    sandbox: SandboxBlock
+    feedback: FeedbackSettings
+    reward: RewardSettings
+
+    def __post_init__(self):
+        check(self, traces=local_path(), golds=local_path(), problems=within(1, PROBLEMS), max_tokens=within(1, MANY))
+        require_path(self.model)
+        if self.traces is None and self.model.path is not None:
+            raise UserError('traces is missing: config.traces has to name a file of rewritten answers')
+        if self.golds is not None and self.traces is None:
+            raise UserError(f'golds={self.golds!r} answers the traces of a file, and traces names none')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """launch/sft.py."""
+
+    run: RunSettings
+    traces: str | None  # the episodes/ folder of a cold start
+    unreadable: str  # traces whose gold answers cannot be read: 'refuse' the folder, or 'leave_out' and list them
+    model: ModelSettings
+    mesh: MeshSettings
+    forward: ForwardSettings
+    optimizer: OptimizerSettings
+    sft: SFTSettings
+    checkpoints: CheckpointSettings
+
+    def __post_init__(self):
+        check(self, traces=local_path(), unreadable=one_of(UNREADABLE))
+        if self.traces is None:
+            raise UserError('config.traces is missing; give the episodes/ folder that launch/cold_start.py wrote')
+        require_path(self.model)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """launch/evaluate.py."""
+
+    run: RunSettings
+    problems: str | None
+    limit: int | None  # the first problems only
+    samples: int  # per problem
+    model: ModelSettings
+    mesh: MeshSettings
+    sampler: SamplerSettings
+    turns: Budgets
+    sampling: SamplingSettings
+    sandbox: SandboxBlock
+    feedback: FeedbackSettings
+    reward: RewardSettings
+
+    def __post_init__(self):
+        check(self, problems=local_path(), limit=within(1, MANY), samples=within(1, 2**16))
+        if self.problems is None:
+            raise UserError('config.problems is missing; give a problem file')
+        require_path(self.model)
+        fit_cache(self.turns, self.sampler)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """What every stage that learns from its own episodes reads."""
+
+    run: RunSettings
+    model: ModelSettings
+    mesh: MeshSettings
+    forward: ForwardSettings
+    sampler: SamplerSettings
+    turns: Budgets
+    train_sampling: SamplingSettings
+    evaluate_sampling: SamplingSettings
+    sandbox: SandboxBlock
+    feedback: FeedbackSettings
+    reward: RewardSettings
+    optimizer: OptimizerSettings
+    critic_optimizer: OptimizerSettings
+    advantage: AdvantageSettings
+    loss: LossSettings
+    ppo: PPOSettings
+
+    def __post_init__(self):
+        fit_cache(self.turns, self.sampler)
+        if self.turns.max_tokens > self.forward.row_width:
+            raise UserError(f'turns.max_tokens={self.turns.max_tokens} exceeds forward.row_width='
+                            f'{self.forward.row_width}, the longest episode that can be trained on; change one of them')
+        if self.ppo.overlong_buffer > self.turns.max_tokens:
+            raise UserError(f'ppo.overlong_buffer={self.ppo.overlong_buffer} exceeds '
+                            f'turns.max_tokens={self.turns.max_tokens}; choose a smaller one')
+        ppo.check(self.ppo, self.advantage, self.loss, self.train_sampling)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reinforcement(Rollouts):
+    """launch/ppo.py, and launch/plan.py, which needs no files of the model."""
+
+    data: DataSettings
+    halves: HalvesSettings
+    watch: WatchSettings
+    checkpoints: CheckpointSettings
+    validation: ValidationSettings
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ppo.quanta and not (self.halves.train and self.halves.episodes is None):
+            raise UserError(f'ppo.quanta={self.ppo.quanta} carries episodes over to the weights of the next step, '
+                            'which one half alone has not; set ppo.quanta=0')
+        if self.halves.episodes is not None and self.loss.correction == 'none':
+            raise UserError(f'halves.episodes={self.halves.episodes!r} trains on tokens of other weights, which '
+                            'loss.correction=none takes for those of the current ones; set loss.correction=token or '
+                            'sequence')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo(Rollouts):
+    """launch/demo.py."""
+
+    sft_optimizer: OptimizerSettings
+    mix: Mix
+    recipe: RecipeSettings
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_path(self.model)
+
+
+def require_path(model: ModelSettings) -> None:
+    """Refuses a family of published models without the directory of one."""
+    if model.path is None and model.template != 'tiny':
+        raise UserError('model.path is missing; give a Hugging Face model directory')
+
+
+def fit_cache(turns: Budgets, sampler: SamplerSettings) -> None:
+    """Refuses a budget that a row's cache does not hold."""
+    if turns.max_tokens > sampler.slots:
+        raise UserError(f'turns.max_tokens={turns.max_tokens} exceeds sampler.slots={sampler.slots}, the KV slots of '
+                        'a row; change one of them')

@@ -1,0 +1,105 @@
+"""A dry run: everything is built and compiled and one step is taken on fake tools; nothing is kept."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import pathlib
+import resource
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from retool_jax.core import metrics as console
+from retool_jax.core import processes
+from retool_jax.core.records import ExecResult, Verdict
+from retool_jax.model import decoder
+from retool_jax.rollout.sampler import Sampler
+from retool_jax.stages import folder
+from retool_jax.stages import parts as parts_stage
+from retool_jax.stages import ppo as ppo_stage
+from retool_jax.stages.intake import Intake, tell_overlong
+from retool_jax.train import ppo
+
+GIB = 2.0**30
+
+
+class FakeTools:
+    """Answers every snippet at once, with what a short snippet would print."""
+
+    def submit(self, code: str) -> concurrent.futures.Future[ExecResult]:
+        future: concurrent.futures.Future[ExecResult] = concurrent.futures.Future()
+        future.set_result(ExecResult(Verdict.OK, '42\n', ''))
+        return future
+
+    def __str__(self) -> str:
+        return 'fake: every snippet prints 42'
+
+
+def run(config: ConfigDict) -> dict[str, float]:
+    """Takes one step as `reinforce.run` would, without a sandbox, and prints the step and its memory in GiB.
+
+    Errors: those of the configuration, as in a real run; out of memory as the device reports it.
+    """
+    ppo_stage.read(config)
+    processes.join()
+    with (parts_stage.open_grader(config.reward) as grader, tempfile.TemporaryDirectory() as place, folder.stoppable()):
+        intake = Intake(config.reward.unreadable, grader.parses)
+        sources, held_out = ppo_stage.open_sources(config, intake), ppo_stage.open_validation(config.validation, intake)
+        parts = ppo_stage.build(config, pathlib.Path(place))
+        stream = ppo_stage.open_stream(config, sources, intake, parts.language)
+        tell_overlong(held_out, parts.language, config.turns.max_tokens)
+        parts_stage.banner(model=parts.language, mesh=dict(parts.mesh.shape), sandbox=FakeTools(),
+                           run='none: a dry run')
+        sampler = parts.sampler()
+        table = memory(parts, sampler)
+        source = parts.source(sampler, FakeTools() if config.model.tools else None, stream, grader)
+        results, began = [], time.perf_counter()
+        # A step in which the policy is held compiles less than the run needs.
+        once = dataclasses.replace(parts.sizes, steps=1, critic_warmup_steps=0)
+        ppo.train(parts.learner, parts.progress, once, collect=source, seed=config.run.seed,
+                  residency=parts.residency, report=results.append)
+        seconds = time.perf_counter() - began
+    table |= peaks()
+    metrics = results[0].metrics
+    if not processes.leads():
+        return table
+    console.table('memory', ('buffer', 'GiB'), [(name, f'{size / GIB:.3f}') for name, size in table.items()])
+    console.table('one step', ('', ''), [
+        ('seconds, compilation included', f'{seconds:.1f}'), ('episodes', len(results[0].episodes)),
+        *((name, f'{metrics[name]:.4g}') for name in (
+            'time/rollout_s', 'time/update_s', 'response_length/mean', 'mismatch/logprob_abs_max', 'actor/grad_norm'))])
+    return table
+
+
+def memory(parts: ppo_stage.Parts, sampler: Sampler) -> dict[str, float]:
+    """Bytes of the large buffers, over all devices; which of them are there at once: train/residency.py."""
+    params = parts.progress.state.params
+    to_sampling = functools.partial(decoder.to_sampling, parts.language.config,
+                                    dtype=jnp.dtype(sampler.settings.dtype))
+    sizes = {'policy, f32': size(params['policy']),
+             'critic': size(params.get('critic')),
+             'optimizer state': size(parts.progress.state.opt_state),
+             'reference policy': size(parts.residency.reference),
+             'sampling weights': size(jax.eval_shape(to_sampling, params['policy'])),
+             'KV cache': size(jax.eval_shape(sampler.empty).cache)}
+    return {name: found for name, found in sizes.items() if found}
+
+
+def size(tree) -> int:
+    """Bytes of the arrays of a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def peaks() -> dict[str, float]:
+    """The most that a device held, where it says so, and this process's peak in the host's memory."""
+    found = {}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if all('peak_bytes_in_use' in s for s in stats):
+        found['peak of the fullest device'] = max(s['peak_bytes_in_use'] for s in stats)
+    found['peak of the host process'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return found

@@ -1,0 +1,142 @@
+"""An evaluation run: the score of a problem file, kept as it grows and gone on with where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from retool_jax.core import episode_files, processes, settings
+from retool_jax.core import metrics as console
+from retool_jax.core.errors import UserError
+from retool_jax.core.pytrees import Params
+from retool_jax.core.records import Episode, Problem, Stop
+from retool_jax.core.signals import uninterrupted
+from retool_jax.rollout import hosts
+from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.journal import Journal
+from retool_jax.stages import folder
+from retool_jax.stages import parts as parts_stage
+from retool_jax.stages.config import Evaluation
+from retool_jax.stages.intake import Intake, tell_overlong
+from retool_jax.stages.ppo import open_guarded, open_journal
+from retool_jax.tasks.grader import Grader
+from retool_jax.text.template import Template
+from retool_jax.text.tokenizer import Tokenizer
+from retool_jax.train import grading
+
+UNFINISHED = 'unfinished'  # below episodes/: parts of an evaluation that is not through
+KEEP_S = 60.0  # finished episodes wait no longer than this before they are on disk
+
+
+def run(config: ConfigDict) -> dict:
+    """Scores the model on `config.problems`; returns what summary.json holds."""
+    settings.build(Evaluation, config)
+    processes.join()
+    name, tools = pathlib.Path(config.problems).stem, config.model.tools
+    with contextlib.ExitStack() as stack:
+        grader = stack.enter_context(parts_stage.open_grader(config.reward))
+        intake = Intake(config.reward.unreadable, grader.parses)
+        problems = intake.read(config.problems, config.limit)
+        mesh = parts_stage.make_mesh(config.mesh)
+        directory = stack.enter_context(folder.claimed(config))
+        stack.enter_context(folder.stoppable())
+        language = parts_stage.open_language(config.model, directory)
+        parts_stage.check_context(language, config.turns.max_tokens, 'turns.max_tokens')
+        tell_overlong(problems, language, config.turns.max_tokens)
+        intake.write(directory)
+        sampler = parts_stage.make_sampler(language, config, tools, mesh)
+        params = parts_stage.load_policy(config.model, language, config.run.seed, mesh)
+        pool = stack.enter_context(open_guarded(config.sandbox, tools))
+        engine = parts_stage.make_engine(language, sampler, config, config.sampling, tools, pool, config.run.seed,
+                                      parts_stage.EVALUATION)
+        journal = stack.enter_context(contextlib.closing(open_journal(directory)))
+        parts_stage.banner(model=language, mesh=dict(mesh.shape), sandbox=pool or 'none',
+                        problems=f'{len(problems)} of {name} × {config.samples} samples', run=directory)
+        advance = stack.enter_context(parts_stage.progress(f'evaluate {name}', len(problems) * config.samples))
+        episodes = run_kept(engine, sampler.sync(params), problems, config.samples, directory / 'episodes',
+                            f'val_{name}', language.template, language.tokenizer, grader, journal, advance)
+        found = {name: grading.summarise(episodes, grader.equal)}
+    if faults := found[name]['stops'].get(Stop.FAULT, 0):
+        parts_stage.say(f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
+                     'see python -m retool_jax.sandbox.doctor')
+    if not processes.leads():
+        return found
+    (directory / 'summary.json').write_text(json.dumps(found, indent=2))
+    with console.Metrics(directory) as writer:
+        writer.rewind(None)
+        writer.write(0, {'phase': 'val'} | grading.as_metrics(name, found[name]) | times(episodes))
+    return found
+
+
+def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], samples: int, directory: pathlib.Path,
+             name: str, template: Template, tokenizer: Tokenizer, grader: Grader, journal: Journal,
+             advance: Callable[..., None]) -> list[Episode]:
+    """`evaluate.run` whose finished episodes are kept below `directory`; those that are there are not made again.
+
+    While it runs they are parts of `directory`/unfinished, in the end the one part `name`. What an episode holds
+    does not depend on what else is made with it, and tool results of unfinished episodes are in the journal, so
+    a killed evaluation ends as it would have. `advance(n=…)` counts episodes. Of several processes each keeps what
+    its engine makes, and one puts it together.
+
+    Errors: UserError for kept episodes of other problems or samples.
+    """
+    requests = grading.make_requests(problems, samples, template, tokenizer)
+    order = [(r.problem.id, r.sample) for r in requests]
+    asked = dict(zip(order, requests))
+    unfinished = directory / UNFINISHED
+    folder_of = directory if name in episode_files.names(directory) else unfinished
+    parts = [name] if folder_of == directory else episode_files.names(unfinished)
+    found = {(e.problem.id, e.sample): e for part in parts for e in episode_files.read(folder_of, part)}
+    if any(key not in asked or asked[key].problem != e.problem for key, e in found.items()):
+        raise UserError(f'{folder_of} holds other problems than those asked for: the problem file has changed; '
+                        'choose another run.dir')
+    advance(n=len(found))
+    missing = [request for key, request in asked.items() if key not in found]
+    processes.wait()  # until all have read what is there
+    process, own = jax.process_index(), engine.link is None
+    mine = hosts.part(missing, process, jax.process_count()) if own else missing
+    waiting: list[Episode] = []
+    count = len(episode_files.names(unfinished))
+
+    def keep() -> None:
+        nonlocal count
+        if own or processes.leads():  # in lockstep every process makes all of them
+            grading.grade(waiting, grader, tokenizer)
+            episode_files.write(unfinished, f'part_{process:03d}_{count:05d}', waiting, tokenizer.decode)
+        count += 1
+        waiting.clear()
+
+    kept = time.monotonic()
+    try:
+        for _, episode in engine.stream(params, 0, mine, 0, journal=journal) if mine else ():
+            waiting.append(episode)
+            advance()
+            if len(waiting) >= engine.sampler.settings.rows or time.monotonic() - kept > KEEP_S:
+                keep()
+                kept = time.monotonic()
+    finally:  # of a stop too: what is finished stays
+        if waiting:
+            with uninterrupted():
+                keep()
+    processes.wait()
+    if folder_of == unfinished and processes.leads():
+        found = {(e.problem.id, e.sample): e for e in episode_files.read(unfinished)}
+        with uninterrupted():
+            episode_files.write(directory, name, [found[key] for key in order], tokenizer.decode)
+            shutil.rmtree(unfinished, ignore_errors=True)
+    processes.wait()
+    journal.forget(1)  # of step 0, and nothing is unfinished any more
+    return episode_files.read(directory, name)
+
+
+def times(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Seconds that calls took; they stand in metrics.jsonl, not in summary.json, which has no clock."""
+    waits = sorted(call.wall_s for e in episodes for call in e.calls)
+    return {f'tools/seconds_p{p}': waits[(len(waits) - 1) * p // 100] for p in (50, 99)} if waits else {}

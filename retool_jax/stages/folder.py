@@ -1,0 +1,125 @@
+"""A run's folder: who may write to it, and what it was made with."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+
+from ml_collections import ConfigDict
+
+from retool_jax.core import episode_files, processes, settings
+from retool_jax.core.cli import command
+from retool_jax.core.errors import UserError
+from retool_jax.core.metrics import Metrics
+from retool_jax.stages.owner import NAME, Owner
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RETIRED = ('backend', 'turns.tools')  # keys of folders that earlier versions made; neither changed a run
+DATA = 'data.json'
+RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints')
+
+
+@contextlib.contextmanager
+def claimed(config: ConfigDict, free: Sequence[str] = ()) -> Iterator[pathlib.Path]:
+    """Makes `run.dir` with its config.json, or goes on in one that the same configuration made; owned for a block.
+
+    A run that ends in an error or a stop before its first result leaves no trace. free: keys or blocks that may differ
+    from last time. Errors: UserError naming the keys that differ, or the run that owns the folder. Of a run's
+    processes one asks, owns and writes, and the others end as it does.
+    """
+    directory = pathlib.Path(config.run.dir)
+    there = directory.is_dir()
+    fresh = not there or not any(path.name != NAME for path in directory.iterdir())
+    owners: list[Owner] = []
+    try:
+        processes.first(lambda: _claim(config, free, owners))
+        yield directory
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
+            error.filename = str(directory)  # a write that fails does not know of which file
+        if fresh and owners and directory.is_dir() and not has_results(directory):
+            for path in list(directory.iterdir()) if there else [directory]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif not there and not owners:
+            with contextlib.suppress(OSError):  # another run may have made it, and work in it
+                directory.rmdir()
+        raise
+    finally:
+        for owner in owners:
+            owner.close()
+
+
+def _claim(config: ConfigDict, free: Sequence[str], owners: list[Owner]) -> None:
+    directory = pathlib.Path(config.run.dir)
+    file = directory / 'config.json'
+    if file.exists():
+        try:
+            before = json.loads(file.read_text())
+        except ValueError:
+            raise UserError(f'run.dir={str(directory)!r}: config.json is damaged; choose another folder') from None
+        found = settings.differences(before, config, ignore=('run.dir', *RETIRED, *free))
+        # A run that was refused before its first result left a configuration that binds nobody.
+        if found and has_results(directory):
+            raise UserError(f'run.dir={str(directory)!r} holds a run of another configuration '
+                            f'({settings.describe(found)}); choose another folder')
+    # Empty folders are nobody's: a thread that opens checkpoints may make one after its run was told to stop.
+    elif any(path.name not in ('config.json.new', NAME) and not path.is_dir() for path in directory.rglob('*')):
+        raise UserError(f'run.dir={str(directory)!r} holds other files; choose a new or empty folder')
+    elif directory.is_file():
+        raise UserError(f'run.dir={str(directory)!r} is a file; choose a new or empty folder')
+    directory.mkdir(parents=True, exist_ok=True)
+    owners.append(Owner(directory))
+    new = directory / 'config.json.new'  # a run killed here must not damage what it goes on from
+    new.write_text(json.dumps(settings.to_json(config), indent=2))
+    new.replace(file)
+
+
+def bind(directory: pathlib.Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
+    """Holds a run to the data that it began with: {name: {'count': …, 'sha256': …}}, kept in data.json.
+
+    Errors: UserError where results stand in the folder and the data of one name are others now.
+    """
+    processes.first(lambda: _bind(directory, found))
+
+
+def _bind(directory: pathlib.Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
+    file = directory / DATA
+    if file.exists() and has_results(directory):
+        before = json.loads(file.read_text())
+        for name, now in found.items():
+            if before.get(name, now) != now:
+                raise UserError(f'{name} is not what the run in {str(directory)!r} began with ({before[name]["count"]} '
+                                f'entries then, {now["count"]} now, or others); put it back, or choose another run.dir')
+    file.write_text(json.dumps(found, indent=2))
+
+
+def has_results(directory: pathlib.Path) -> bool:
+    """Whether a run has left anything in its folder that is worth going on with."""
+    paths = [directory / name for name in RESULTS]
+    return any(any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size for path in paths)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM into the line that says how to go on; the last checkpoint is intact."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f'stopped; the same command goes on from the last checkpoint:\n{command()}') from stop
+
+
+def rewind(directory: pathlib.Path, step: int, writer: Metrics) -> None:
+    """Cuts metrics, TensorBoard and episodes back to the steps before `step`, which is run next.
+
+    Of a run's processes one cuts, once all have read what they go on from.
+    """
+    processes.wait()
+    if not processes.leads():
+        return
+    writer.rewind(step - 1 if step else None)
+    if (directory / 'episodes').is_dir():
+        episode_files.rewind(directory / 'episodes', step - 1)

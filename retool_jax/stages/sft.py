@@ -1,0 +1,122 @@
+"""A supervised run: fine-tuning on verified traces, with checkpoints and resume."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from retool_jax.core import episode_files, processes, settings
+from retool_jax.core import metrics as console
+from retool_jax.core.checkpoint import Checkpoints
+from retool_jax.core.errors import UserError
+from retool_jax.core.pytrees import TrainState
+from retool_jax.core.records import Episode
+from retool_jax.model import hf
+from retool_jax.stages import folder, parts
+from retool_jax.stages.config import FineTuning
+from retool_jax.stages.intake import Intake
+from retool_jax.tasks.grader import Grader
+from retool_jax.train import sft
+from retool_jax.train.learner import Learner
+from retool_jax.train.state import init_state, make_optimizer
+
+
+def run(config: ConfigDict) -> None:
+    """Trains to the last step, or goes on where the folder's last checkpoint stands.
+
+    `final/` is the last state; with a held-out share, the one of those saved whose loss on it was lowest.
+    """
+    stage = settings.build(FineTuning, config)
+    processes.join()
+    sizes, saving, forward = stage.sft, stage.checkpoints, stage.forward
+    everything = read_traces(config.traces, forward.row_width)
+    with Grader() as grader:
+        intake = Intake(stage.unreadable, grader.parses, 'unreadable')
+        everything = [trace for _, trace in intake.worked([(trace.problem, trace) for trace in everything])]
+    traces, held_out = sft.hold_out(everything, sizes.evaluation_share)
+    if not traces or (sizes.evaluation_share and not held_out):
+        raise UserError(f'sft.evaluation_share={sizes.evaluation_share} holds out {len(held_out)} of '
+                        f'{len(everything)} traces; choose a share that leaves some on both sides, or 0')
+    sizes = sft.settle(sizes, traces, config.run.seed)
+    mesh = parts.make_mesh(config.mesh)
+    optimizer = make_optimizer(stage.optimizer, sizes.steps)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(folder.claimed(config, free=('checkpoints',)))
+        stack.enter_context(folder.stoppable())
+        language = parts.open_language(config.model, directory)
+        check_ids(everything, language, config.traces)
+        parts.check_context(language, max(len(trace.tokens) for trace in everything), 'the longest trace')
+        folder.bind(directory, {f'traces={config.traces!r}': {'count': len(everything),
+                                                              'sha256': fingerprint(everything)}})
+        learner = Learner(language.config, forward, optimizer, mesh)
+        state = init_state({'policy': parts.load_policy(config.model, language, config.run.seed, mesh)}, optimizer)
+        checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
+        writer = stack.enter_context(console.Metrics(directory, processes.leads()))
+        parts.banner(model=language, mesh=dict(mesh.shape), traces=len(traces), held_out=len(held_out),
+                       run=directory)
+        start = checkpoints.latest() or 0
+        if start:
+            state, _ = checkpoints.restore(start, state)
+            parts.say(f'goes on at step {start}')
+        folder.rewind(directory, start, writer)
+        advance = stack.enter_context(parts.progress('SFT', sizes.steps - start))
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            writer.write(step, {'phase': 'sft'} | metrics)
+            advance(f'loss {metrics["sft/loss"]:.3f}')
+
+        def save(step: int, state: TrainState, metrics: dict[str, float]) -> None:
+            score = {'score': -metrics[sft.HELD_OUT]} if sft.HELD_OUT in metrics else {}
+            checkpoints.save(step, state, {'step': step} | score)
+
+        state = sft.train(learner, state, traces, sizes, config.run.seed, log, save, saving.every, held_out)
+        best = checkpoints.best()
+        if best is not None:
+            parts.say(f'best: step {best}, held-out loss {-checkpoints.meta(best)["score"]:.4f}')
+            if best < sizes.steps:
+                like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+                del state  # or there would be two of them
+                state, _ = checkpoints.restore(best, like)
+    export = directory / 'final'
+    if not export.exists():
+        hf.save(export, language.config, state.params['policy'], jnp.dtype(config.forward.dtype),
+                config.model.path or directory / 'model')
+    parts.say(f'model: {export} (a Hugging Face directory)')
+
+
+def read_traces(path: str, width: int) -> list[Episode]:
+    """The episodes of a cold start's folder that fit a row."""
+    if not pathlib.Path(path).is_dir() or not episode_files.names(path):
+        raise UserError(f'config.traces={path!r} holds no episodes; give the folder that launch/cold_start.py wrote')
+    traces = episode_files.read(path)
+    fitting = [trace for trace in traces if len(trace.tokens) <= width]
+    if not fitting:
+        raise UserError(f'config.traces={path!r}: no trace fits forward.row_width={width}; raise it')
+    if len(fitting) < len(traces):
+        parts.say(f'{len(traces) - len(fitting)} of {len(traces)} traces are longer than forward.row_width={width} '
+                    'and left out')
+    return fitting
+
+
+def fingerprint(traces: list[Episode]) -> str:
+    """A digest of the ids of all traces and of who wrote them, in order."""
+    digest = hashlib.sha256()
+    for trace in traces:
+        digest.update(np.asarray([len(trace.tokens), *trace.tokens, *trace.acted], np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def check_ids(traces: list[Episode], language: parts.Language, path: str) -> None:
+    """Refuses traces that were written for another tokenizer."""
+    first = traces[0]
+    if max(max(trace.tokens) for trace in traces) >= language.tokenizer.size:
+        raise UserError(f'config.traces={path!r} holds ids beyond the tokenizer of model.path: '
+                        'the traces were written for another model')
+    if first.problem.question not in language.tokenizer.decode(first.tokens[:first.prompt_length]):
+        raise UserError(f'config.traces={path!r} was written with another tokenizer than that of model.path')

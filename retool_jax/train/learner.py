@@ -1,0 +1,313 @@
+"""The update: forward, loss and gradient of a micro-batch, sums over micro-batches, one AdamW step.
+
+A mini-batch is cut into micro-batches of fixed shape whose gradients add up in f32. Denominators
+come from the whole mini-batch, so any cut gives the same gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from retool_jax.algo import aggregation, losses, segments, tallies
+from retool_jax.algo.advantages import advantages, reward_on_last_acted
+from retool_jax.algo.settings import AdvantageSettings, LossSettings
+from retool_jax.core.checks import check, one_of, within
+from retool_jax.core.errors import UserError
+from retool_jax.core.pytrees import Batch, Params, TrainState
+from retool_jax.model import attention, decoder
+from retool_jax.model.config import DTYPES, ModelConfig
+from retool_jax.model.kernels import LANES
+from retool_jax.model.logprobs import token_logprobs
+from retool_jax.train.pack import join
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardSettings:
+    """How a training forward pass is computed."""
+
+    dtype: str  # of activations
+    attention: str  # model.attention.choose
+    remat: str  # model.decoder.forward
+    unroll: int  # layers per step of the scan over layers
+    logprob_chunk: int  # positions of a row projected to the vocabulary at a time
+    vocab_chunk: int  # entries of the vocabulary at a time
+    micro_rows: int  # rows per micro-batch; 0 is one for each device of data × fsdp
+    row_width: int  # tokens per row
+    row_segments: int  # episodes per row, at most
+
+    def __post_init__(self):
+        check(self, dtype=one_of(DTYPES), attention=one_of(attention.KINDS), remat=one_of(decoder.REMATS),
+              unroll=within(1, 2**16), logprob_chunk=within(1, 2**24), vocab_chunk=within(1, 2**24),
+              micro_rows=within(0, 2**20), row_width=within(1, 2**24), row_segments=within(1, 2**16))
+        if self.row_width % min(self.logprob_chunk, self.row_width):
+            raise UserError(f'logprob_chunk={self.logprob_chunk} does not divide row_width={self.row_width}; '
+                            'choose a divisor')
+        self._check_attention()
+
+    def _check_attention(self):
+        if self.attention == 'cudnn' and self.dtype == 'float32':
+            raise UserError('attention=cudnn has no float32 kernel; set forward.dtype=bfloat16')
+        if self.attention == 'cudnn' and self.row_segments > 1:
+            raise UserError(f'row_segments={self.row_segments} contradicts forward.attention=cudnn, which takes one '
+                            'episode per row; set it to 1')
+        kind = attention.resolve(self.attention, self.row_width, 'tpu')
+        if kind in ('splash', 'blocked') and self.row_width % LANES:
+            raise UserError(f'row_width={self.row_width} is no multiple of {LANES}, which attention={self.attention} '
+                            'needs; choose one')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the update needs beside the batch, computed once before it. All f32 [B, T]."""
+
+    logprob_BT: jax.Array  # ℓₒ
+    entropy_BT: jax.Array  # of the policy's distribution at each token
+    reference_logprob_BT: jax.Array  # ℓᵣ, zeros where there is no reference
+    value_BT: jax.Array  # V_old, zeros where there is no critic
+    advantage_BT: jax.Array
+    return_BT: jax.Array
+
+
+class Learner:
+    """Owns the compiled programs of training; states and batches are passed in."""
+
+    def __init__(self, config: ModelConfig, forward: ForwardSettings, optimizer: optax.GradientTransformation,
+                 mesh: jax.sharding.Mesh, *, loss: LossSettings | None = None,
+                 advantage: AdvantageSettings | None = None, temperature: float = 1.0):
+        """loss and advantage are None for supervised training; temperature is the sampler's."""
+        ways = mesh.shape['data'] * mesh.shape['fsdp']
+        if forward.micro_rows % ways:
+            raise UserError(f'forward.micro_rows={forward.micro_rows} does not divide over data × fsdp = {ways} '
+                            'devices; choose a multiple, or 0 for one row each')
+        forward = dataclasses.replace(forward, micro_rows=forward.micro_rows or ways)
+        if forward.row_width % mesh.shape['tensor']:
+            raise UserError(f'forward.row_width={forward.row_width} does not divide over '
+                            f'tensor={mesh.shape["tensor"]}; choose a multiple')
+        self.config, self.forward, self.optimizer, self.mesh = config, forward, optimizer, mesh
+        self.loss, self.advantage, self.temperature = loss, advantage, temperature
+        self.rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))  # of everything with a leading batch axis
+        self._cut = jax.jit(lambda tree, row: jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, row, forward.micro_rows), tree), out_shardings=self.rows)
+        self._make_zeros = {}  # compiled for the parameters' shardings when they are first seen
+        self._sft = jax.jit(self._add_sft, donate_argnames=('gradients',))
+        self._ppo = jax.jit(self._add_ppo, donate_argnames=('gradients',))
+        self._held = jax.jit(self._add_held, donate_argnames=('gradients',))
+        self._apply = jax.jit(self._apply_gradients, donate_argnames=('state',))
+        self._score = jax.jit(self._evaluate)
+        self._advantages = jax.jit(self._estimate, static_argnames=('num_groups',))
+        self._denominators = jax.jit(self._count)
+
+    def sft_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step of −mean log p over the acted tokens of `batch` (numpy)."""
+        stop, batch = len(batch.tokens_BT), self.put(self._whole(batch))
+        denominator = self._denominators(batch, 0, stop)[0]
+        gradients, found = self._zeros(state.params), []
+        for micro in self._micro(batch, 0, stop):
+            gradients, metrics = self._sft(params=state.params, gradients=gradients, micro=micro,
+                                           denominator=denominator)
+            found.append(metrics)
+        state, norms = self._apply(state=state, gradients=gradients)
+        return state, _merge(found) | norms
+
+    def sft_loss(self, params: Params, batch: Batch) -> float:
+        """Mean −log p over the acted tokens of `batch`, without a step."""
+        stop, total, count = len(batch.tokens_BT), 0.0, 0.0
+        for micro in self._micro(self.put(self._whole(batch)), 0, stop):
+            logprob_BT, _, _ = self._score(params=params, micro=micro)
+            total -= float(jnp.where(micro.acted_BT, logprob_BT, 0.0).sum())
+            count += float(micro.acted_BT.sum())
+        return total / max(count, 1.0)
+
+    def score(self, params: Params, batch: Batch, rows: int, reference: Params | None, num_groups: int) -> Scores:
+        """Old logprobs, values, advantages and returns of the first `rows` rows of the global batch, which
+        `put` has moved to the devices. num_groups is static: give it the same number every step."""
+        parts = [self._scored(params, micro) for micro in self._micro(batch, 0, rows)]
+        total = batch.tokens_BT.shape[0]
+        join_rows = lambda xs: jnp.pad(jnp.concatenate(xs), ((0, total - rows), (0, 0)))
+        logprob_BT, entropy_BT, value_BT = (join_rows(x) for x in zip(*parts))
+        reference_BT = jnp.zeros_like(logprob_BT)
+        if self.loss.needs_reference:
+            if reference is None:
+                raise ValueError(f'loss.kl_coef is {self.loss.kl_coef} but there is no reference policy')
+            reference_BT = join_rows([self._scored({'policy': reference}, m)[0] for m in self._micro(batch, 0, rows)])
+        advantage_BT, return_BT = self._advantages(batch, logprob_BT, reference_BT, value_BT, num_groups=num_groups)
+        return Scores(logprob_BT=logprob_BT, entropy_BT=entropy_BT, reference_logprob_BT=reference_BT,
+                      value_BT=value_BT, advantage_BT=advantage_BT, return_BT=return_BT)
+
+    def ppo_step(self, state: TrainState, batch: Batch, scores: Scores, rows: tuple[int, int],
+                 held: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step over one mini-batch: rows first … last + 1 of a scored batch.
+
+        held: the critic alone takes a step. Nothing is differentiated by the policy, and neither its weights nor its
+        moments change; its metrics are those of the scored batch, with a ratio of 1.
+        """
+        denominators = self._denominators(batch, *rows)
+        gradients, merged = {}, {}
+        add, parts = (self._held, [state.params]) if held else (self._ppo, apart(state.params))
+        for params in parts:
+            added, found = self._zeros({'critic': params['critic']} if held else params), []
+            for micro, scored in self._micro((batch, scores), *rows):
+                added, metrics = add(params=params, gradients=added, micro=micro, scores=scored,
+                                     denominators=denominators)
+                found.append(metrics)
+            gradients, merged = gradients | added, merged | _merge(found)
+        state, norms = self._apply(state=state, gradients=gradients)
+        return state, {'actor/grad_norm': np.float32(0)} | merged | norms
+
+    def put(self, tree):
+        """Moves host arrays with a leading batch axis onto the mesh; each process reads its own rows of them."""
+        return jax.tree.map(lambda x: jax.make_array_from_callback(
+            np.shape(x), self.rows, lambda index: np.asarray(x)[index]), tree)
+
+    def _whole(self, batch: Batch) -> Batch:
+        """A batch with as many rows as the devices divide."""
+        return join([batch], self.forward.micro_rows)[0]
+
+    def _zeros(self, params: Params) -> Params:
+        """Gradients to add to, laid out as the parameters are."""
+        if tuple(params) not in self._make_zeros:
+            self._make_zeros[tuple(params)] = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params),
+                                                      out_shardings=jax.tree.map(lambda x: x.sharding, params))
+        return self._make_zeros[tuple(params)](params)
+
+    def _scored(self, params: Params, micro: Batch) -> tuple[jax.Array, ...]:
+        """logprob, entropy and value, each from the part that has it; the others' are zeros."""
+        found = [self._score(params=part, micro=micro) for part in apart(params)]
+        return tuple(sum(xs[1:], xs[0]) for xs in zip(*found))
+
+    def _micro(self, tree, start: int, stop: int) -> Iterator:
+        for row in range(start, stop, self.forward.micro_rows):
+            yield self._cut(tree, np.int32(row))
+
+    def _evaluate(self, params: Params, micro: Batch,
+                  logprobs: bool = True) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """logprob, entropy and value of every token, [B, T] each; zeros where `params` lacks the part, and for the
+        first two without `logprobs`."""
+        f = self.forward
+        run = lambda weights: decoder.forward(
+            self.config, weights, micro.tokens_BT, micro.positions_BT, micro.segment_ids_BT,
+            dtype=jnp.dtype(f.dtype), attend=f.attention, remat=f.remat, unroll=f.unroll)
+        logprob_BT = entropy_BT = value_BT = jnp.zeros(micro.tokens_BT.shape, jnp.float32)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            if 'policy' in params:
+                hidden_BTD = run(params['policy'])
+                if logprobs:
+                    logprob_BT, entropy_BT = token_logprobs(
+                        params['policy'], hidden_BTD, micro.tokens_BT, temperature=self.temperature,
+                        chunk=f.logprob_chunk, vocab_chunk=f.vocab_chunk)
+            if 'critic' in params:
+                critic = params['critic']
+                if 'backbone' in critic:
+                    hidden_BTD = run(critic['backbone'])
+                value_BT = (hidden_BTD.astype(jnp.float32) @ critic['head']['weight'] + critic['head']['bias'])[..., 0]
+                value_BT = jnp.pad(value_BT[:, :-1], ((0, 0), (1, 0)))  # V(state before token t)
+        return logprob_BT, entropy_BT, value_BT
+
+    def _estimate(self, batch: Batch, logprob_BT, reference_BT, value_BT, num_groups: int):
+        reward_BT = reward_on_last_acted(batch.reward_BN, batch.acted_BT, batch.segment_ids_BT)
+        reward_BT = losses.reward_less_kl(self.loss, reward_BT, logprob_BT, reference_BT, batch.acted_BT)
+        return advantages(self.advantage, reward_BT, batch.acted_BT, batch.segment_ids_BT,
+                          baseline_BN=batch.baseline_BN, update_BN=batch.update_BN, value_BT=value_BT,
+                          group_BN=batch.group_BN, num_groups=num_groups)
+
+    def _mask(self, batch: Batch) -> jax.Array:
+        return segments.in_update(batch.acted_BT, batch.update_BN, batch.segment_ids_BT)
+
+    def _count(self, batch: Batch, start, stop) -> tuple[jax.Array, jax.Array]:
+        """Denominators of the mini-batch: of the policy loss, and acted tokens (supervised and value loss)."""
+        row = jnp.arange(batch.tokens_BT.shape[0])[:, None]
+        mask_BT, n = self._mask(batch) & (row >= start) & (row < stop), self.forward.row_segments
+        tokens = aggregation.denominator('token-mean', mask_BT, batch.segment_ids_BT, n)
+        if self.loss is None:
+            return tokens, tokens
+        return aggregation.denominator(self.loss.aggregation, mask_BT, batch.segment_ids_BT, n,
+                                  self.loss.aggregation_constant), tokens
+
+    def _add_sft(self, params, gradients, micro: Batch, denominator):
+        def objective(params):
+            logprob_BT, entropy_BT, _ = self._evaluate(params, micro)
+            mask_BT = self._mask(micro)
+            loss = -jnp.where(mask_BT, logprob_BT, 0.0).sum() / jnp.maximum(denominator, 1.0)
+            return loss, {'sft/loss': tallies.mean_over(-logprob_BT, mask_BT),
+                          'sft/entropy': tallies.mean_over(entropy_BT, mask_BT)}
+        found, metrics = jax.grad(objective, has_aux=True)(params)
+        return jax.tree.map(jnp.add, gradients, found), metrics
+
+    def _add_ppo(self, params, gradients, micro: Batch, scores: Scores, denominators):
+        def objective(params):
+            logprob_BT, entropy_BT, value_BT = self._evaluate(params, micro)
+            loss, metrics = jnp.float32(0), {}
+            if 'policy' in params:
+                loss, metrics = self._actor_loss(logprob_BT, entropy_BT, micro, scores, denominators[0])
+            if 'critic' in params:
+                value_loss, more = self._critic_loss(value_BT, micro, scores, denominators[1])
+                loss, metrics = loss + value_loss, metrics | more
+            return loss, metrics
+        found, metrics = jax.grad(objective, has_aux=True)(params)
+        return jax.tree.map(jnp.add, gradients, found), metrics
+
+    def _add_held(self, params, gradients, micro: Batch, scores: Scores, denominators):
+        trunk = {} if 'backbone' in params['critic'] else {'policy': params['policy']}
+
+        def objective(critic):
+            value_BT = self._evaluate(trunk | {'critic': critic}, micro, logprobs=False)[2]
+            return self._critic_loss(value_BT, micro, scores, denominators[1])
+        found, metrics = jax.grad(objective, has_aux=True)(params['critic'])
+        _, more = self._actor_loss(scores.logprob_BT, scores.entropy_BT, micro, scores, denominators[0])
+        return jax.tree.map(jnp.add, gradients, {'critic': found}), metrics | more
+
+    def _actor_loss(self, logprob_BT, entropy_BT, micro: Batch, scores: Scores, denominator):
+        return losses.actor_loss(
+            self.loss, logprob_BT=logprob_BT, entropy_BT=entropy_BT, old_logprob_BT=scores.logprob_BT,
+            sampler_logprob_BT=micro.sampler_logprob_BT, advantage_BT=scores.advantage_BT, mask_BT=self._mask(micro),
+            segment_ids_BT=micro.segment_ids_BT, num_segments=self.forward.row_segments, denominator=denominator,
+            reference_logprob_BT=scores.reference_logprob_BT)
+
+    def _critic_loss(self, value_BT, micro: Batch, scores: Scores, denominator):
+        return losses.critic_loss(self.loss, value_BT=value_BT, old_value_BT=scores.value_BT,
+                                  return_BT=scores.return_BT, mask_BT=self._mask(micro), denominator=denominator)
+
+    def _apply_gradients(self, state: TrainState, gradients: Params):
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        names = {'policy': 'actor/grad_norm', 'critic': 'critic/grad_norm'}
+        norms = {names[part]: optax.tree.norm(g) for part, g in gradients.items()}
+        moved = {part: optax.apply_updates(state.params[part], changes) for part, changes in updates.items()}
+        return TrainState(step=state.step + 1, params=state.params | moved, opt_state=opt_state), norms
+
+
+def apart(params: Params) -> list[Params]:
+    """The parts of {'policy', 'critic'} that share no weights: each is scored and differentiated by itself, so
+    that only one part's activations and collectives are there at a time."""
+    if 'backbone' in params.get('critic', {}):
+        return [{name: part} for name, part in params.items()]
+    return [params]
+
+
+def _merge(found: list) -> dict[str, jax.Array]:
+    total = found[0]
+    for metrics in found[1:]:
+        total = tallies.merge(total, metrics)
+    return tallies.results(total)
+
+
+def mean_metrics(step: int, steps: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Fetches the metrics of several optimizer steps: their mean; the maximum for names ending in _max.
+
+    Errors: UserError naming `step` where a loss or a gradient is not finite; nothing of it must be saved.
+    """
+    host = jax.device_get(steps)
+    reduce = lambda name: np.max if name.endswith('_max') else np.mean
+    found = {name: float(reduce(name)([m[name] for m in host])) for name in (host[0] if host else {})}
+    broken = [name for name, x in found.items() if name.endswith(('loss', 'grad_norm')) and not np.isfinite(x)]
+    if broken:
+        raise UserError(f'step {step}: {broken[0]} is {found[broken[0]]}; the last checkpoint is intact: go on from '
+                        'it with a lower optimizer.lr or a lower optimizer.grad_clip')
+    return found

@@ -1,0 +1,118 @@
+"""A run's folder has one owner at a time, and a dead one stands in nobody's way."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from retool_jax.core.errors import UserError
+from retool_jax.stages import folder, owner
+from retool_jax.stages.owner import Owner
+
+ROOT = pathlib.Path(__file__).parents[2]
+HOLD = """
+import pathlib, sys, time
+from retool_jax.stages.owner import Owner
+held = Owner(pathlib.Path(sys.argv[1]))
+print('held', flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that owns `tmp_path`."""
+    child = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path)], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == 'held\n'
+    yield child
+    child.kill()
+    child.wait()
+    child.stdout.close()
+
+
+def write_owner(directory, **fields):
+    (directory / owner.NAME).write_text(json.dumps({'host': 'elsewhere', 'pid': 7, 'started': '1'} | fields))
+
+
+def test_a_second_run_is_refused_with_the_first_one_s_host_and_process(tmp_path, holder):
+    before = (tmp_path / owner.NAME).read_bytes()
+    with pytest.raises(UserError, match=rf'in use by process {holder.pid} on {socket.gethostname()}; stop that run'):
+        Owner(tmp_path)
+    assert (tmp_path / owner.NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_a_dead_run_s_folder_is_taken_over_at_once(tmp_path, holder, number):
+    holder.send_signal(number)
+    holder.wait()
+    taken = Owner(tmp_path)
+    assert json.loads((tmp_path / owner.NAME).read_text())['pid'] == os.getpid()
+    taken.close()
+    assert not (tmp_path / owner.NAME).exists()
+
+
+def test_the_second_run_leaves_the_first_one_s_fresh_folder_alone(tmp_path, holder):
+    config = ConfigDict({'run': {'dir': str(tmp_path)}})
+    with pytest.raises(UserError, match='in use by process'), folder.claimed(config):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [owner.NAME]
+
+
+def test_a_run_of_another_host_is_believed_while_its_heart_beats(tmp_path):
+    write_owner(tmp_path)
+    with pytest.raises(UserError, match='in use by process 7 on elsewhere'):
+        Owner(tmp_path)
+    stopped = os.stat(tmp_path / owner.NAME).st_mtime - 2 * owner.STALE_S
+    os.utime(tmp_path / owner.NAME, (stopped, stopped))
+    Owner(tmp_path).close()
+
+
+def test_a_number_that_another_process_has_by_now_is_no_owner(tmp_path):
+    write_owner(tmp_path, host=socket.gethostname(), pid=os.getppid(), started='1')
+    Owner(tmp_path).close()
+    write_owner(tmp_path, host=socket.gethostname(), pid=os.getppid(), started=owner._started(os.getppid()))
+    with pytest.raises(UserError, match=f'process {os.getppid()} on'):
+        Owner(tmp_path)
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', 'null', '{}'])
+def test_a_damaged_file_is_no_owner(tmp_path, text):
+    (tmp_path / owner.NAME).write_text(text)
+    Owner(tmp_path).close()
+
+
+def test_without_locks_the_process_is_looked_for(tmp_path, holder, monkeypatch):
+    def unsupported(*arguments):
+        raise OSError(95, 'Operation not supported')
+    monkeypatch.setattr(fcntl, 'flock', unsupported)
+    with pytest.raises(UserError, match=f'process {holder.pid} on'):
+        Owner(tmp_path)
+    holder.kill()
+    holder.wait()
+    Owner(tmp_path).close()
+
+
+def test_the_heart_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, 'BEAT_S', 0.01)
+    held = Owner(tmp_path)
+    os.utime(tmp_path / owner.NAME, (0, 0))
+    while os.stat(tmp_path / owner.NAME).st_mtime == 0:
+        pass
+    held.close()
+
+
+def test_one_process_may_own_a_folder_again_and_again(tmp_path):
+    config = ConfigDict({'run': {'dir': str(tmp_path / 'run')}})
+    for _ in range(3):
+        with folder.claimed(config) as directory:
+            assert (directory / owner.NAME).exists()
+        assert [path.name for path in directory.iterdir()] == ['config.json']

@@ -1,0 +1,79 @@
+"""Packing: what goes in comes out, nothing crosses, shapes are few."""
+
+import numpy as np
+import pytest
+
+from retool_jax.core.records import Episode, Problem, Reward
+from retool_jax.train.pack import join, pack, place
+
+
+def episode(length, seed=0, value=1.0):
+    rng = np.random.default_rng(seed)
+    made = Episode(Problem(str(seed), 'q', 'a', 's', ''), 0, 0, prompt_length=2)
+    made.append(rng.integers(1, 99, 2), acted=False)
+    made.append(rng.integers(1, 99, length - 2), acted=True, logprobs=rng.random(length - 2), version=3)
+    made.reward = Reward(value, value > 0, False, False, '')
+    return made
+
+
+EPISODES = [episode(n, i, value=i) for i, n in enumerate([30, 7, 12, 50, 3, 20, 20, 49])]
+
+
+def unpack(batch):
+    found = {}
+    for r in range(batch.tokens_BT.shape[0]):
+        for n in range(batch.reward_BN.shape[1]):
+            where = batch.segment_ids_BT[r] == n + 1
+            if where.any():
+                found[int(batch.group_BN[r, n])] = {
+                    'tokens': batch.tokens_BT[r][where].tolist(), 'acted': batch.acted_BT[r][where].tolist(),
+                    'logprobs': batch.sampler_logprob_BT[r][where], 'positions': batch.positions_BT[r][where],
+                    'reward': batch.reward_BN[r, n], 'update': batch.update_BN[r, n]}
+    return found
+
+
+def test_every_episode_comes_out_as_it_went_in():
+    update = [i % 2 == 0 for i in range(len(EPISODES))]
+    found = unpack(pack(EPISODES, width=50, rows=4, segments=3, update=update))
+    assert sorted(found) == list(range(len(EPISODES)))
+    for i, e in enumerate(EPISODES):
+        assert found[i]['tokens'] == e.tokens and found[i]['acted'] == e.acted
+        assert np.allclose(found[i]['logprobs'], e.logprobs)
+        assert found[i]['positions'].tolist() == list(range(len(e.tokens)))
+        assert found[i]['reward'] == e.reward.value and found[i]['update'] == update[i]
+
+
+def test_rows_are_a_multiple_and_no_row_overflows():
+    batch = pack(EPISODES, width=50, rows=4, segments=2)
+    assert batch.tokens_BT.shape[0] % 4 == 0
+    assert batch.segment_ids_BT.max() <= 2
+
+
+def test_first_fit_uses_no_more_rows_than_one_above_the_tokens_need():
+    lengths = np.random.default_rng(0).integers(3, 50, 200).tolist()
+    rows = place(lengths, 100)
+    assert sorted(i for row in rows for i in row) == list(range(200))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= 100
+    assert len(rows) <= sum(lengths) / 100 * 1.1 + 1
+
+
+def test_an_episode_longer_than_a_row_is_refused_by_name():
+    with pytest.raises(ValueError, match='51 tokens, a row holds 50'):
+        pack([episode(51)], width=50, rows=1, segments=1)
+
+
+def test_joined_batches_know_their_rows_and_end_in_empty_ones():
+    parts = [pack(EPISODES[:3], width=50, rows=2, segments=4), pack(EPISODES[3:], width=50, rows=2, segments=4)]
+    whole, rows = join(parts)
+    assert whole.tokens_BT.shape[0] == 2 ** int(np.log2(whole.tokens_BT.shape[0]))
+    for part, (start, stop) in zip(parts, rows):
+        assert (whole.tokens_BT[start:stop] == part.tokens_BT).all()
+    assert not whole.segment_ids_BT[rows[-1][1]:].any() and not whole.update_BN[rows[-1][1]:].any()
+
+
+@pytest.mark.parametrize('rows', [1, 3, 6, 10])
+def test_joined_batches_are_filled_up_to_a_power_of_two_of_micro_batches(rows):
+    parts = [pack(EPISODES[:n], width=50, rows=rows, segments=1) for n in (2, 3, 5)]
+    whole, ends = join(parts, rows)
+    count, rest = divmod(len(whole.tokens_BT), rows)
+    assert rest == 0 and count == 2 ** int(np.log2(count)) and ends[-1][1] <= len(whole.tokens_BT) < 2 * ends[-1][1]
