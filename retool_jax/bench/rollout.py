@@ -25,7 +25,8 @@ from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Problem
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import ModelConfig
-from retool_jax.rollout.engine import Engine, Request, SamplingSettings
+from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.requests import Request, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -15,7 +15,8 @@ from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, ExecResult, Problem, Stop, ToolCall, Verdict
 from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import turns
-from retool_jax.rollout.engine import Engine, Request, SamplingSettings
+from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.requests import Request, SamplingSettings
 from retool_jax.rollout.sampler import STOP_CODE, STOP_NONE, Sampler, SamplerSettings
 from retool_jax.text import tags
 

@@ -26,7 +26,8 @@ from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, ExecResult
 from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import sync
-from retool_jax.rollout.engine import Engine, Request
+from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.requests import Request
 from retool_jax.rollout.stats import RolloutStats
 
 

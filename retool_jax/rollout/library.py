@@ -16,7 +16,7 @@ from retool_jax.model import config as model_config
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import engine as engines
-from retool_jax.rollout.engine import Executor, Request, SamplingSettings
+from retool_jax.rollout.requests import Executor, Request, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 from retool_jax.rollout.turns import Rules, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render

@@ -21,8 +21,9 @@ import numpy as np
 from retool_jax.core.pytrees import Params, SampleState
 from retool_jax.core.records import Episode, ExecResult, Stop
 from retool_jax.rollout import turns
-from retool_jax.rollout.engine import Engine, Request
+from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal, call_key
+from retool_jax.rollout.requests import Request
 from retool_jax.rollout.sampler import STOP_NONE, Decoded, Feed, Placement
 from retool_jax.rollout.stats import RolloutStats
 

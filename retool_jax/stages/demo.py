@@ -26,7 +26,8 @@ from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode
 from retool_jax.model import hf
-from retool_jax.rollout.engine import Engine, Executor
+from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.requests import Executor
 from retool_jax.stages import cold_start, folder, parts
 from retool_jax.stages.config import Demo
 from retool_jax.tasks import arithmetic

@@ -22,7 +22,8 @@ from retool_jax.model import config as model_config
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import hosts
-from retool_jax.rollout.engine import Engine, Executor, SamplingSettings
+from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.requests import Executor, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 from retool_jax.rollout.turns import Budgets, Rules, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render

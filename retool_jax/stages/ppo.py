@@ -20,8 +20,9 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem
 from retool_jax.core.signals import uninterrupted
 from retool_jax.model import hf
-from retool_jax.rollout.engine import Engine, Executor
+from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
+from retool_jax.rollout.requests import Executor
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.sandbox.guard import Guard
 from retool_jax.stages import folder

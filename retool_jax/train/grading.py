@@ -14,7 +14,8 @@ from retool_jax.core import metrics as console
 from retool_jax.core import processes
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop, Verdict
-from retool_jax.rollout.engine import Engine, Request
+from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.requests import Request
 from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template, final_text, prompt_ids
 from retool_jax.text.tokenizer import Tokenizer

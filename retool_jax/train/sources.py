@@ -15,8 +15,9 @@ from retool_jax.core.checks import MANY, check, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Fault, Problem, Stop, Verdict
-from retool_jax.rollout.engine import Engine, Request
+from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
+from retool_jax.rollout.requests import Request
 from retool_jax.rollout.stats import RolloutStats
 from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template

@@ -14,8 +14,9 @@ from retool_jax.model import decoder
 from retool_jax.model.config import TINY
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout import turns
-from retool_jax.rollout.engine import Engine, Request, SamplingSettings
+from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
+from retool_jax.rollout.requests import Request, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 from retool_jax.rollout.scheduler import Flight
 from retool_jax.text import tags, template

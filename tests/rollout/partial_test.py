@@ -10,8 +10,9 @@ import pytest
 from retool_jax.core.records import Episode, Problem
 from retool_jax.model import decoder
 from retool_jax.rollout import turns
-from retool_jax.rollout.engine import Engine, Request
+from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
+from retool_jax.rollout.requests import Request
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.text import tags, template
 from tests.fakes import FakePool

@@ -13,7 +13,7 @@ import pytest
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Stop
 from retool_jax.model import decoder
-from retool_jax.rollout.engine import SamplingSettings
+from retool_jax.rollout.requests import SamplingSettings
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import template
 from retool_jax.train import ppo, sources

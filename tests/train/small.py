@@ -11,7 +11,8 @@ from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import sharding
 from retool_jax.core.records import Episode, Problem, Reward, Stop
 from retool_jax.rollout import turns
-from retool_jax.rollout.engine import Engine, SamplingSettings
+from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.requests import SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 from retool_jax.text import tags
 from retool_jax.train.learner import ForwardSettings, Learner

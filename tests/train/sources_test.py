@@ -10,7 +10,8 @@ import pytest
 
 from retool_jax.core import episode_files
 from retool_jax.core.records import Fault, Problem, Reward, Stop, ToolCall, Verdict
-from retool_jax.rollout.engine import Request, RolloutStats
+from retool_jax.rollout.requests import Request
+from retool_jax.rollout.stats import RolloutStats
 from retool_jax.text.template import make_template
 from retool_jax.train import grading, sources
 from retool_jax.train.sources import RolloutSettings

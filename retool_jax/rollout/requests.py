@@ -1,0 +1,58 @@
+"""What goes into an engine: what is asked, how tokens are drawn, who runs snippets, and the other processes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from typing import Protocol
+
+from retool_jax.core.checks import MANY, above, check, within
+from retool_jax.core.records import Episode, ExecResult, Problem
+
+
+class Executor(Protocol):
+    """What the engine needs of a sandbox: sandbox.pool.Pool, or a remote client."""
+
+    def submit(self, code: str) -> concurrent.futures.Future[ExecResult]: ...
+
+
+class Link(Protocol):
+    """What an engine on a mesh over several processes needs of the others: hosts.Lockstep."""
+
+    def owns(self, row: int) -> bool:
+        """Whether this process runs the tools of a row."""
+
+    def share(self, answers: dict[int, ExecResult]) -> dict[int, ExecResult]:
+        """The answers of all processes, the same in each."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How tokens are drawn."""
+
+    temperature: float  # 0 is greedy
+    top_p: float  # 1 keeps everything
+    top_k: int  # 0 keeps everything
+    min_p: float  # 0 keeps everything
+
+    def __post_init__(self):
+        check(self, temperature=within(0, 1e6), top_p=above(0, 1), top_k=within(0, MANY), min_p=within(0, 1))
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One episode to be made, or to be taken up where an earlier `run` left it."""
+
+    problem: Problem
+    sample: int
+    prompt: tuple[int, ...]
+    begun: Episode | None = None  # unfinished (its stop is None); it goes on as it is, without a copy
+
+    @staticmethod
+    def resume(episode: Episode) -> Request:
+        """Takes an unfinished episode up again."""
+        return Request(episode.problem, episode.sample, tuple(episode.tokens[:episode.prompt_length]), episode)
