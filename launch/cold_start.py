@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # nothing here needs an accelerator
 
-from retool_jax.core import cli, episode_files, metrics
+from retool_jax.core import cli, console, episode_files
 
 
 def main(config):
@@ -19,7 +19,7 @@ def main(config):
     leave_out = stage.reward.unreadable == 'leave_out'
     rewritten, remarks = problem_files.load_traces(config.traces, leave_out) if config.traces else (None, [])
     for line in remarks:
-        metrics.say(line)
+        console.say(line)
     own = golds.own(rewritten, config.traces) if rewritten else set()
     if config.golds:
         rewritten, own = golds.join(rewritten, own, problem_files.read(config.golds))
@@ -29,7 +29,7 @@ def main(config):
     with (folder.claimed(config) as directory, parts.open_sandbox(config.sandbox) as pool,
           parts.open_grader(config.reward) as grader):
         language = parts.open_language(config.model, directory)
-        metrics.banner(model=language, sandbox=pool, run=directory)
+        console.banner(model=language, sandbox=pool, run=directory)
         if rewritten is not None:
             made, counts = cold_start.verify(rewritten, pool, stage.feedback, language.template, language.tokenizer,
                                              grader.equal, config.max_tokens)
@@ -43,9 +43,9 @@ def main(config):
         unverified = sum(episode.problem.id in own for episode in made)
         verified = {'verified': len(made) - unverified, 'own': unverified}
         (directory / 'summary.json').write_text(json.dumps({'counts': counts, 'answers': verified}, indent=2))
-    metrics.table('traces', ('', 'number', 'share'), cold_start.shares(counts))
+    console.table('traces', ('', 'number', 'share'), cold_start.shares(counts))
     if own:
-        metrics.say(f'answers: {len(made) - unverified} of {len(made)} traces kept were verified; {unverified} have no '
+        console.say(f'answers: {len(made) - unverified} of {len(made)} traces kept were verified; {unverified} have no '
                     'gold answer but their own last box, which verifies nothing: --config.golds=FILE names one')
     print(f'episodes: {directory / "episodes"}')
 

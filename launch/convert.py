@@ -15,7 +15,7 @@ from absl import flags
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # no accelerator is needed, and weights may exceed its memory
 
-from retool_jax.core import cli, metrics
+from retool_jax.core import cli, console
 
 TO = flags.DEFINE_enum('to', None, ['hf', 'orbax'], 'What to write.')
 SOURCE = flags.DEFINE_string('source', None, 'Directory, or GGUF file, to read.')
@@ -40,7 +40,7 @@ def main() -> None:
     file = gguf.read(SOURCE.value) if single else None
     sizes = gguf.load_config(file) if file else config.load_config(LIKE.value if TO.value == 'hf' else SOURCE.value)
     total = sum(len(leaf.names) for leaf in hf.leaves(sizes))
-    with metrics.progress(f'{SOURCE.value} → {TARGET.value}', total) as advance:
+    with console.progress(f'{SOURCE.value} → {TARGET.value}', total) as advance:
         step = lambda done, total: advance()
         if file:
             convert.from_gguf(file, TARGET.value, DTYPE.value, step)
@@ -49,7 +49,7 @@ def main() -> None:
         else:
             convert.to_hf(SOURCE.value, TARGET.value, LIKE.value, step=STEP.value, part=PART.value,
                           dtype=DTYPE.value or 'bfloat16', progress=step)
-    metrics.say(f'{TARGET.value}: written')
+    console.say(f'{TARGET.value}: written')
 
 
 def run() -> None:

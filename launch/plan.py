@@ -16,7 +16,7 @@ from absl import flags
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # JAX itself runs on the host
 
-from retool_jax.core import cli, metrics
+from retool_jax.core import cli, console
 
 TOPOLOGY = flags.DEFINE_string('topology', 'v5p:4x4x4', 'KIND:SHAPE: v5e, v5p, v6e, tpu7x; a100, h100, h200, b200.')
 TOKENS = flags.DEFINE_integer('tokens', 6144, 'Mean tokens of an episode (the paper: 10,400 falling to 2,400).')
@@ -30,7 +30,7 @@ def main(config):
     run = programs.Run(config, model, chips.open_slice(TOPOLOGY.value))
     todo, began = list(run.programs()), time.perf_counter()
     if run.slice.devices:
-        with metrics.progress(f'{TOPOLOGY.value}: compiling', len(todo)) as advance:
+        with console.progress(f'{TOPOLOGY.value}: compiling', len(todo)) as advance:
             found = facts.compile_all(todo, advance)
     else:
         found = [guess.estimate(run, program) for program in todo]

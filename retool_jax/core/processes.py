@@ -50,6 +50,11 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+def count() -> int:
+    """How many processes make the run."""
+    return jax.process_count()
+
+
 def wait() -> None:
     """Returns when every process of the run has called it as often; alone at once.
 

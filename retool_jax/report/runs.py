@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from retool_jax.core import episode_files
-from retool_jax.core import metrics as metric_files
+from retool_jax.core import episode_files, metrics
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict
 from retool_jax.text import tokenizer as tokenizers
@@ -104,7 +103,7 @@ class Run:
             raise UserError(f'run folder {str(directory)!r} does not exist: give the folder that a run wrote')
         self.config: dict[str, Any] = _read_json(self.directory / 'config.json')
         self.summary: dict[str, Any] = _read_json(self.directory / 'summary.json')
-        self.points = [_point(line) for line in metric_files.read(self.directory)]
+        self.points = [_point(line) for line in metrics.read(self.directory)]
         self.parts = sorted(_part(name) for name in episode_files.names(self.directory / 'episodes'))
         if not (self.points or self.parts or self.summary):
             raise UserError(f'run folder {str(directory)!r} holds no metrics.jsonl, episodes or summary.json: '

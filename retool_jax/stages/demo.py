@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from retool_jax.core import episode_files, settings
-from retool_jax.core import metrics as console
+from retool_jax.core import console, episode_files, settings
 from retool_jax.core.checkpoint import Checkpoints
+from retool_jax.core.metrics import Metrics
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode
 from retool_jax.model import hf
@@ -45,7 +45,7 @@ class Story:
     """One run of the recipe: what both models share."""
 
     def __init__(self, config: ConfigDict, directory: pathlib.Path, executor: Executor, grader: Grader,
-                 writer: console.Metrics):
+                 writer: Metrics):
         self.config, self.executor, self.grader, self.writer = config, executor, grader, writer
         self.stage = stage = settings.build(Demo, config)
         self.recipe, self.ppo, self.forward, self.feedback = stage.recipe, stage.ppo, stage.forward, stage.feedback
@@ -171,7 +171,7 @@ def opened(config: ConfigDict) -> Iterator[Story]:
             shutil.rmtree(directory / old, ignore_errors=True)
         pool = stack.enter_context(parts.open_sandbox(config.sandbox))
         grader = stack.enter_context(parts.open_grader(config.reward))
-        writer = stack.enter_context(console.Metrics(directory))
+        writer = stack.enter_context(Metrics(directory))
         writer.rewind(None)
         story = Story(config, directory, pool, grader, writer)
         console.banner(model=story.language, mesh=dict(story.mesh.shape), sandbox=pool, run=directory)

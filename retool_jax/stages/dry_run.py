@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from retool_jax.core import metrics as console
-from retool_jax.core import processes
+from retool_jax.core import console, processes
 from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.model import decoder
 from retool_jax.rollout.sampler import Sampler
@@ -53,7 +52,7 @@ def run(config: ConfigDict) -> dict[str, float]:
         parts = ppo_stage.build(config, pathlib.Path(place))
         stream = ppo_stage.open_stream(config, sources, intake, parts.language)
         tell_overlong(held_out, parts.language, config.turns.max_tokens)
-        parts_stage.banner(model=parts.language, mesh=dict(parts.mesh.shape), sandbox=FakeTools(),
+        console.banner(model=parts.language, mesh=dict(parts.mesh.shape), sandbox=FakeTools(),
                            run='none: a dry run')
         sampler = parts.sampler()
         table = memory(parts, sampler)

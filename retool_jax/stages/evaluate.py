@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from retool_jax.core import episode_files, processes, settings
-from retool_jax.core import metrics as console
+from retool_jax.core import console, episode_files, processes, settings
 from retool_jax.core.errors import UserError
+from retool_jax.core.metrics import Metrics
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop
 from retool_jax.core.signals import uninterrupted
@@ -57,19 +57,19 @@ def run(config: ConfigDict) -> dict:
         engine = parts_stage.make_engine(language, sampler, config, config.sampling, tools, pool, config.run.seed,
                                       parts_stage.EVALUATION)
         journal = stack.enter_context(contextlib.closing(open_journal(directory)))
-        parts_stage.banner(model=language, mesh=dict(mesh.shape), sandbox=pool or 'none',
+        console.banner(model=language, mesh=dict(mesh.shape), sandbox=pool or 'none',
                         problems=f'{len(problems)} of {name} × {config.samples} samples', run=directory)
-        advance = stack.enter_context(parts_stage.progress(f'evaluate {name}', len(problems) * config.samples))
+        advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * config.samples))
         episodes = run_kept(engine, sampler.sync(params), problems, config.samples, directory / 'episodes',
                             f'val_{name}', language.template, language.tokenizer, grader, journal, advance)
         found = {name: grading.summarise(episodes, grader.equal)}
     if faults := found[name]['stops'].get(Stop.FAULT, 0):
-        parts_stage.say(f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
+        console.say(f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
                      'see python -m retool_jax.sandbox.doctor')
     if not processes.leads():
         return found
     (directory / 'summary.json').write_text(json.dumps(found, indent=2))
-    with console.Metrics(directory) as writer:
+    with Metrics(directory) as writer:
         writer.rewind(None)
         writer.write(0, {'phase': 'val'} | grading.as_metrics(name, found[name]) | times(episodes))
     return found

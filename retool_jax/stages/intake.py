@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import grain
 
-from retool_jax.core import processes
+from retool_jax.core import console, processes
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
 from retool_jax.stages import parts
@@ -40,7 +40,7 @@ class Intake:
         """
         loaded = problem_files.load(path, leave_out=self.leaves_out)
         for line in loaded.remarks(path):
-            parts.say(line)
+            console.say(line)
         self.left += [('', text) for text in loaded.unreadable]
         (kept,) = self._sifted([grain.MapDataset.source(loaded.problems)], self._gold_fault)
         return list(stream.once(kept))[:limit]
@@ -57,7 +57,7 @@ class Intake:
         if len(left) == len(pairs) > 0:
             raise UserError(f'no worked answer is left: {describe(left)}')
         if left:
-            parts.say(f'{len(left)} of {len(pairs)} worked answers are left out: {describe(left)}')
+            console.say(f'{len(left)} of {len(pairs)} worked answers are left out: {describe(left)}')
         return [pair for pair, text in found if not text]
 
     def fit(self, datasets: Sequence[grain.MapDataset], language: parts.Language,
@@ -82,7 +82,7 @@ class Intake:
         if not all(map(len, kept)):
             raise UserError(f'data: no problem of a source is left: {describe(left)}')
         if left:
-            parts.say(f'{len(left)} of {sum(map(len, datasets))} problems are left out: {describe(left)}')
+            console.say(f'{len(left)} of {sum(map(len, datasets))} problems are left out: {describe(left)}')
         return kept
 
     def _gold_fault(self, problem: Problem) -> str:
@@ -108,7 +108,7 @@ def tell_overlong(problems: Sequence[Problem], language: parts.Language, max_tok
     """Says which problems of an evaluation count as wrong because no answer fits behind their prompt."""
     found = [(problem.id, text) for problem in problems if (text := overlong(problem, language, max_tokens))]
     if found:
-        parts.say(f'warning: {len(found)} of {len(problems)} problems count as wrong: {describe(found)}')
+        console.say(f'warning: {len(found)} of {len(problems)} problems count as wrong: {describe(found)}')
 
 
 def describe(left: Sequence[tuple[str, str]]) -> str:

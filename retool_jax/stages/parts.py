@@ -7,15 +7,14 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from retool_jax.core import metrics as console
-from retool_jax.core import processes, settings, sharding
+from retool_jax.core import console, processes, settings, sharding
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import config as model_config
@@ -90,7 +89,7 @@ def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sha
         key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))  # plain numbers lie on no device
         return jax.jit(lambda data: embedded.init(sizes, jax.random.wrap_key_data(data)),
                        out_shardings=shardings)(key_data)
-    with progress('loading weights', sum(len(leaf.names) for leaf in hf.leaves(sizes))) as advance:
+    with console.progress('loading weights', sum(len(leaf.names) for leaf in hf.leaves(sizes))) as advance:
         return hf.load(config.path, sizes, shardings, progress=lambda done, total: advance())
 
 
@@ -195,23 +194,3 @@ def open_grader(config: ConfigDict) -> Iterator[Grader]:
 def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     """The training mesh from block `mesh`, over the devices of all processes of the run."""
     return sharding.make_mesh(config.to_dict())
-
-
-def progress(title: str, total: int) -> contextlib.AbstractContextManager[Callable[..., None]]:
-    """`core.metrics.progress`, shown by one process of a run."""
-    if processes.leads():
-        return console.progress(title, total)
-    return contextlib.nullcontext(lambda text='', n=1: None)
-
-
-def say(line: str) -> None:
-    """`core.metrics.say` by one process of a run."""
-    if processes.leads():
-        console.say(line)
-
-
-def banner(**rows: object) -> None:
-    """`core.metrics.banner`, shown by one process of a run, which says how many there are."""
-    if processes.leads():
-        more = {'processes': jax.process_count()} if jax.process_count() > 1 else {}
-        console.banner(**rows, **more)

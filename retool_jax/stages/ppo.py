@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from retool_jax.core import episode_files, processes, settings
-from retool_jax.core import metrics as console
+from retool_jax.core import console, episode_files, metrics, processes, settings
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem
@@ -131,15 +130,15 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
         tools = config.model.tools and (rolls or bool(held_out))
         executor = stack.enter_context(open_guarded(config.sandbox, tools))
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
-        writer = stack.enter_context(console.Metrics(directory, processes.leads()))
+        writer = stack.enter_context(metrics.Metrics(directory, processes.leads()))
         journal = stack.enter_context(contextlib.closing(open_journal(directory)))
-        parts_stage.banner(model=language, mesh=dict(parts.mesh.shape), sandbox=executor or 'none', run=directory)
+        console.banner(model=language, mesh=dict(parts.mesh.shape), sandbox=executor or 'none', run=directory)
         restore(progress, checkpoints, directory, halves, config.run.seed)
         folder.rewind(directory, progress.done, writer)
         sampler = parts.sampler() if rolls or held_out else None
         source = (parts.source(sampler, executor, stream, grader, journal) if rolls else
                   train_sources.dumped(halves.episodes, language.config.vocab_size, config.forward.row_width))
-        advance = stack.enter_context(parts_stage.progress('RL', sizes.steps - progress.done))
+        advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
         validates = lambda done: bool(held_out) and (done == sizes.steps or done % config.validation.every == 0)
         saves = lambda done: done == sizes.steps or done % saving.every == 0
         saved, score = [progress.oldest], {}
@@ -172,18 +171,18 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
             saved.append(progress.oldest)
 
         def report(result: StepResult) -> None:
-            step, metrics = result.step, result.metrics
+            step, line = result.step, result.metrics
             score.clear()
             if validates(step + 1):
                 if result.stopping:
                     return  # the step is made again, and then measured
-                metrics = metrics | validate(step)
+                line = line | validate(step)
             with uninterrupted():
                 keep('episodes', f'train_{step:05d}', result.episodes, step)
-                writer.write(step, {'phase': 'ppo' if halves.train else 'rollout'} | metrics)
+                writer.write(step, {'phase': 'ppo' if halves.train else 'rollout'} | line)
                 if halves.train and saves(step + 1) and progress.done == step + 1:
                     save()
-            advance(f'correct {metrics["rewards/correct"]:.2f} code {metrics["tools/code_ratio"]:.2f}')
+            advance(f'correct {line["rewards/correct"]:.2f} code {line["tools/code_ratio"]:.2f}')
             ring(watch, result, keep)
 
         try:
@@ -208,7 +207,7 @@ def restore(progress: Progress, checkpoints: Checkpoints, directory: pathlib.Pat
             seed: int) -> None:
     """Sets `progress` to the last checkpoint; rollouts alone go on behind the last line of metrics."""
     if not halves.train:
-        lines = console.read(directory)
+        lines = metrics.read(directory)
         if lines:
             progress.done, progress.cursor = lines[-1]['step'] + 1, int(lines[-1]['data/cursor'])
         return
@@ -221,7 +220,7 @@ def restore(progress: Progress, checkpoints: Checkpoints, directory: pathlib.Pat
     progress.done, progress.cursor = step, meta['cursor']
     if meta['carried']:
         progress.carried = tuple(episode_files.read(directory / CARRIED, carried_part(step)))
-    parts_stage.say(f'goes on at step {step}')
+    console.say(f'goes on at step {step}')
 
 
 def open_journal(directory: pathlib.Path) -> Journal:
@@ -241,8 +240,8 @@ def roll_out(source: train_sources.Source, progress: Progress, steps: int, repor
     for step in range(progress.done, steps):
         made = source(progress.state.params['policy'], step, progress.cursor)
         progress.done, progress.cursor = step + 1, made.cursor
-        metrics = made.metrics | train_sources.describe(made.episodes) | {'data/cursor': float(made.cursor)}
-        report(StepResult(step, metrics, made.episodes))
+        line = made.metrics | train_sources.describe(made.episodes) | {'data/cursor': float(made.cursor)}
+        report(StepResult(step, line, made.episodes))
         journal.forget(step + 1)
 
 
@@ -254,7 +253,7 @@ def ring(watch: Watch, result: StepResult, keep: Callable[[str, str, Sequence[Ep
         text = f'step {result.step}: {alarm.name}: {alarm.text} (episodes: alarms/{name}.jsonl)'
         if alarm.stop:
             raise UserError(f'{text}; the last checkpoint is intact, and watch.{alarm.name}=warn goes on from it')
-        parts_stage.say(f'warning: {text}')
+        console.say(f'warning: {text}')
 
 
 def export(parts: Parts, directory: pathlib.Path) -> None:
@@ -263,12 +262,12 @@ def export(parts: Parts, directory: pathlib.Path) -> None:
     if not target.exists():
         hf.save(target, parts.language.config, parts.progress.state.params['policy'],
                 jnp.dtype(parts.config.forward.dtype), parts.config.model.path or directory / 'model')
-    parts_stage.say(f'model: {target} (a Hugging Face directory)')
+    console.say(f'model: {target} (a Hugging Face directory)')
 
 
 def summarise(config: ConfigDict, directory: pathlib.Path) -> dict:
     """What summary.json holds: the last validation's scores, and the run in a few numbers."""
-    lines, found = console.read(directory), {}
+    lines, found = metrics.read(directory), {}
     part = f'val_{config.ppo.steps - 1:05d}'
     if config.validation.problems and part in episode_files.names(directory / 'episodes'):
         name = pathlib.Path(config.validation.problems).stem

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from retool_jax.core import episode_files, processes, settings
-from retool_jax.core import metrics as console
+from retool_jax.core import console, episode_files, processes, settings
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
+from retool_jax.core.metrics import Metrics
 from retool_jax.core.pytrees import TrainState
 from retool_jax.core.records import Episode
 from retool_jax.model import hf
@@ -57,15 +57,15 @@ def run(config: ConfigDict) -> None:
         learner = Learner(language.config, forward, optimizer, mesh)
         state = init_state({'policy': parts.load_policy(config.model, language, config.run.seed, mesh)}, optimizer)
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
-        writer = stack.enter_context(console.Metrics(directory, processes.leads()))
-        parts.banner(model=language, mesh=dict(mesh.shape), traces=len(traces), held_out=len(held_out),
+        writer = stack.enter_context(Metrics(directory, processes.leads()))
+        console.banner(model=language, mesh=dict(mesh.shape), traces=len(traces), held_out=len(held_out),
                        run=directory)
         start = checkpoints.latest() or 0
         if start:
             state, _ = checkpoints.restore(start, state)
-            parts.say(f'goes on at step {start}')
+            console.say(f'goes on at step {start}')
         folder.rewind(directory, start, writer)
-        advance = stack.enter_context(parts.progress('SFT', sizes.steps - start))
+        advance = stack.enter_context(console.progress('SFT', sizes.steps - start))
 
         def log(step: int, metrics: dict[str, float]) -> None:
             writer.write(step, {'phase': 'sft'} | metrics)
@@ -78,7 +78,7 @@ def run(config: ConfigDict) -> None:
         state = sft.train(learner, state, traces, sizes, config.run.seed, log, save, saving.every, held_out)
         best = checkpoints.best()
         if best is not None:
-            parts.say(f'best: step {best}, held-out loss {-checkpoints.meta(best)["score"]:.4f}')
+            console.say(f'best: step {best}, held-out loss {-checkpoints.meta(best)["score"]:.4f}')
             if best < sizes.steps:
                 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
                 del state  # or there would be two of them
@@ -87,7 +87,7 @@ def run(config: ConfigDict) -> None:
     if not export.exists():
         hf.save(export, language.config, state.params['policy'], jnp.dtype(config.forward.dtype),
                 config.model.path or directory / 'model')
-    parts.say(f'model: {export} (a Hugging Face directory)')
+    console.say(f'model: {export} (a Hugging Face directory)')
 
 
 def read_traces(path: str, width: int) -> list[Episode]:
@@ -99,7 +99,7 @@ def read_traces(path: str, width: int) -> list[Episode]:
     if not fitting:
         raise UserError(f'config.traces={path!r}: no trace fits forward.row_width={width}; raise it')
     if len(fitting) < len(traces):
-        parts.say(f'{len(traces) - len(fitting)} of {len(traces)} traces are longer than forward.row_width={width} '
+        console.say(f'{len(traces) - len(fitting)} of {len(traces)} traces are longer than forward.row_width={width} '
                     'and left out')
     return fitting
 

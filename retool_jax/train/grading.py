@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from retool_jax.core import metrics as console
-from retool_jax.core import processes
+from retool_jax.core import console, processes
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem, Stop, Verdict
 from retool_jax.rollout.engine import Engine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -88,31 +87,3 @@ def test_processes_that_do_not_write_touch_nothing(tmp_path):
         writer.write(0, {'a': 1})
         writer.rewind(0)
     assert not (tmp_path / 'run').exists() and metrics.read(tmp_path / 'run') == []
-
-
-def test_without_a_terminal_progress_is_a_few_plain_lines(capsys, monkeypatch):
-    metrics.banner(model='tiny, 1 M', mesh={'data': 2, 'fsdp': 4})
-    with metrics.progress('SFT [tool]', 3) as advance:
-        advance()
-        monkeypatch.setattr(metrics, 'QUIET_S', 0.0)
-        advance('loss 0.5')
-        advance()
-    metrics.table('Results', ['model', 'avg'], [['tool', '0.93'], ['text only', '0.4']])
-    out, err = capsys.readouterr()
-    assert err.splitlines() == [
-        'model  tiny, 1 M', 'mesh   data=2 × fsdp=4', 'SFT [tool]: 2/3 0 s loss 0.5', 'SFT [tool]: 3/3 0 s loss 0.5',
-    ]  # fmt: skip
-    assert out.splitlines() == ['Results', 'model       avg', '---------  ----', 'tool       0.93', 'text only   0.4']
-
-
-def test_on_a_terminal_progress_is_a_bar_and_markup_in_texts_is_shown_as_it_is(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-    monkeypatch.setenv('COLUMNS', '120')
-    monkeypatch.setenv('TERM', 'xterm-256color')
-    metrics.banner(model='tiny [bold]', run='runs/a')
-    with metrics.progress('SFT [tool]', 2) as advance:
-        advance('loss [0.5]')
-        advance(n=1)
-    err = capsys.readouterr().err
-    for text in ('retool_jax', 'tiny [bold]', 'runs/a', 'SFT [tool]', '2/2', 'loss [0.5]'):
-        assert text in err

@@ -5,8 +5,7 @@ from unittest import mock
 
 import pytest
 
-from retool_jax.core import cli, episode_files
-from retool_jax.core import metrics as console
+from retool_jax.core import cli, episode_files, metrics
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem, Stop
@@ -48,17 +47,17 @@ def folder(tmp_path_factory):
 def run(folder, name, stop_at=None, **values):
     """A run in this process, told to stop when it writes step `stop_at`; (metrics lines, model file)."""
     values = VALUES | {'traces': folder / 'traces', 'model.path': folder / 'model', 'run.dir': folder / name} | values
-    write = console.Metrics.write
+    write = metrics.Metrics.write
 
     def stopping(self, step, metrics):
         write(self, step, metrics)
         if step == stop_at:
             signal.raise_signal(signal.SIGINT)
-    with (mock.patch.object(console.Metrics, 'write', stopping),
+    with (mock.patch.object(metrics.Metrics, 'write', stopping),
           mock.patch.object(parts, 'make_mesh', lambda config: small.one_device())):
         sft_stage.run(cli.parse_config(['sft', '--config=configs/sft.py:tiny',
                                        *(f'--config.{key}={value}' for key, value in values.items())]))
-    lines = [{k: v for k, v in line.items() if k != 'time'} for line in console.read(folder / name)]
+    lines = [{k: v for k, v in line.items() if k != 'time'} for line in metrics.read(folder / name)]
     return lines, (folder / name / 'final' / 'model.safetensors').read_bytes()
 
 
@@ -81,7 +80,7 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_is_the_model_also_of_a_stopp
         with pytest.raises(KeyboardInterrupt, match='the same command goes on'):
             run(folder, 'stopped', stop_at)
         with Checkpoints(folder / 'stopped' / 'checkpoints', 1, 'score') as checkpoints:
-            assert checkpoints.latest() == len(console.read(folder / 'stopped')) > stop_at
+            assert checkpoints.latest() == len(metrics.read(folder / 'stopped')) > stop_at
     assert run(folder, 'stopped') == whole
 
 

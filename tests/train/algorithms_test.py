@@ -8,8 +8,7 @@ import pytest
 
 from configs import base
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
-from retool_jax.core import cli, episode_files, settings
-from retool_jax.core import metrics as console
+from retool_jax.core import cli, episode_files, metrics, settings
 from retool_jax.core.records import Reward
 from retool_jax.report import pages
 from retool_jax.stages import config as config_stage
@@ -44,7 +43,7 @@ def run(folder, name, algorithm='ppo', **values):
     config = killable.make_config_of(folder, name, algorithm, **{'ppo.steps': 2, 'checkpoints.every': 2} | values)
     with killable.tiny_world(folder, name):
         ppo.run(config)
-    lines = console.read(folder / name)
+    lines = metrics.read(folder / name)
     assert [line['step'] for line in lines] == [0, 1] and (folder / name / 'final').is_dir()
     assert all(np.isfinite(x) for line in lines for x in line.values() if isinstance(x, float))
     assert any(line['actor/grad_norm'] > 0 for line in lines)
@@ -165,7 +164,7 @@ def test_a_warm_up_that_is_broken_off_goes_on_as_the_whole_one(folder):
                 ppo.run(config)
             if end < ends[-1]:
                 shutil.rmtree(folder / name / 'final')
-        lines = console.read(folder / name)
+        lines = metrics.read(folder / name)
         assert [line['actor/grad_norm'] > 0 for line in lines] == [False, False, True]
         assert all(line['critic/grad_norm'] > 0 and line['actor/entropy'] > 0 for line in lines)
         return (folder / name / 'final' / 'model.safetensors').read_bytes(), [line['critic/vf_loss'] for line in lines]
@@ -180,16 +179,16 @@ def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
         ppo.run(config)
     parts = episode_files.names(folder / 'rolls' / 'episodes')
     assert parts == ['train_00000', 'train_00001'] and not (folder / 'rolls' / 'final').exists()
-    assert [line['phase'] for line in console.read(folder / 'rolls')] == ['rollout'] * 2
+    assert [line['phase'] for line in metrics.read(folder / 'rolls')] == ['rollout'] * 2
     with killable.tiny_world(folder, 'rolls'):  # nothing is left to do
         ppo.run(config)
-    assert len(console.read(folder / 'rolls')) == 2
+    assert len(metrics.read(folder / 'rolls')) == 2
 
     config = killable.make_config_of(folder, 'trained', **flags, **{'halves.episodes': folder / 'rolls' / 'episodes'})
     with killable.tiny_world(folder, 'trained'), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo.assembly, 'make_sampler', lambda *args: pytest.fail('a sampler was made'))
         ppo.run(config)
-    lines = console.read(folder / 'trained')
+    lines = metrics.read(folder / 'trained')
     assert [line['phase'] for line in lines] == ['ppo'] * 2 and lines[0]['actor/grad_norm'] > 0
     assert lines[0]['mismatch/logprob_abs_max'] < 1e-4 < lines[1]['mismatch/logprob_abs_max']  # off-policy by a step
 

@@ -9,8 +9,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from retool_jax.core import episode_files
-from retool_jax.core import metrics as console
+from retool_jax.core import episode_files, metrics
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import ExecResult, Stop, Verdict
 from retool_jax.sandbox.guard import Guard
@@ -58,7 +57,7 @@ def run(folder, name, share, accidents, **values):
     with first.pool, Guard(first, lambda: Faulty(Pool(SMALL), share, {}), stall_s=4) as guard:
         with killable.tiny_world(folder, name, executor=guard):
             ppo.run(config)
-        return episode_files.read(folder / name / 'episodes', 'train_00000'), console.read(folder / name), guard
+        return episode_files.read(folder / name / 'episodes', 'train_00000'), metrics.read(folder / name), guard
 
 
 def same(a, b):

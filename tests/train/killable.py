@@ -20,7 +20,7 @@ from unittest import mock
 import jax
 
 from retool_jax.core import cli
-from retool_jax.core import metrics as console
+from retool_jax.core.metrics import Metrics
 from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.model import config as model_config
 from retool_jax.model import decoder, hf
@@ -113,7 +113,7 @@ def tiny_world(folder: pathlib.Path, name: str, journal: bool = True, moment=lam
             return found
         return call
 
-    write = console.Metrics.write
+    write = Metrics.write
 
     def write_metrics(self, step, metrics):
         moment('before metrics')
@@ -131,7 +131,7 @@ def tiny_world(folder: pathlib.Path, name: str, journal: bool = True, moment=lam
         mock.patch.object(parts, 'make_table', table),
         mock.patch.object(parts, 'make_mesh', lambda config: small.one_device()),
         mock.patch.object(template, 'extract_snippet', lambda text: template.Snippet(text, 0)),
-        mock.patch.object(console.Metrics, 'write', write_metrics),
+        mock.patch.object(Metrics, 'write', write_metrics),
         mock.patch.object(os, 'replace', around(os.replace, 'rename')),
         mock.patch.object(os, 'rename', around(os.rename, 'rename')),
     ]

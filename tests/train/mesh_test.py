@@ -76,7 +76,7 @@ def test_a_supervised_step_on_six_devices_is_that_of_one():
     def run(mesh, rows):
         learner = Learner(CONFIG, small.make_forward(micro_rows=rows), small.recording(), mesh)
         params = {'policy': make_tree()['policy']}
-        rules, axes = qwen.fit_rules(CONFIG, mesh, sharding.TRAIN_RULES), {'policy': qwen.logical_axes(CONFIG)}
+        rules, axes = decoder.fit_rules(CONFIG, mesh, sharding.TRAIN_RULES), {'policy': decoder.logical_axes(CONFIG)}
         state = init_state(jax.device_put(params, sharding.shardings(mesh, axes, rules)), learner.optimizer)
         batch = pack(EPISODES, width=48, rows=learner.forward.micro_rows, segments=2)
         loss = learner.sft_loss(state.params, batch)

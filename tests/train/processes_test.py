@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.core import episode_files, processes
+from retool_jax.core import console, episode_files, processes
 from retool_jax.core.records import ExecResult, Verdict
-from retool_jax.stages import parts, ppo
+from retool_jax.stages import ppo
 from tests import several
 from tests.fakes import byte_tokenizer
 from tests.train import small
@@ -87,9 +87,9 @@ def test_a_process_that_does_not_lead_says_nothing_and_has_a_journal_of_its_own(
     with contextlib.closing(ppo.open_journal(tmp_path)) as journal:
         journal.put('0/p/0/1/a', result('of the first'))
     monkeypatch.setattr(jax, 'process_index', lambda: 1)
-    parts.say('hello')
-    parts.banner(model='tiny')
-    with parts.progress('RL', 3) as advance:
+    console.say('hello')
+    console.banner(model='tiny')
+    with console.progress('RL', 3) as advance:
         advance('text', n=2)
     with contextlib.closing(ppo.open_journal(tmp_path)) as journal:
         assert journal.get('0/p/0/1/a').stdout == 'of the first'

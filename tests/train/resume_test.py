@@ -15,8 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.core import episode_files
-from retool_jax.core import metrics as console
+from retool_jax.core import episode_files, metrics
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.cli import ROOT
 from retool_jax.core.records import Episode, ExecResult, Problem, Verdict
@@ -80,7 +79,7 @@ def finish(folder, name, quanta, moments=lambda what: False, journal=True):
     with mock.patch.object(ppo, 'export', keep), killable.tiny_world(folder, name, journal, moments):
         ppo.run(killable.make_config_of(folder, name, **{'ppo.quanta': quanta}))
     clocks = ('time', 'rollout/', 'tools/wait')
-    lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in console.read(folder / name)]
+    lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in metrics.read(folder / name)]
     (state, carried), = left
     return (state, episode_files.read(folder / name / 'episodes'), lines,
             (folder / name / 'final' / 'model.safetensors').read_bytes(), carried)
@@ -163,7 +162,7 @@ def test_sigterm_saves_the_last_whole_step_and_says_how_to_go_on(kind, request):
         if done.returncode == 143:
             assert 'stopped; the same command goes on from the last checkpoint' in done.stderr
             with open_checkpoints(world.folder / 'told') as checkpoints:
-                assert (checkpoints.latest() or 0) == len(console.read(world.folder / 'told'))
+                assert (checkpoints.latest() or 0) == len(metrics.read(world.folder / 'told'))
     assert_ends_alike(world, 'told')
 
 
