@@ -9,14 +9,13 @@ def main(config):
     from retool_jax.core import processes
     from retool_jax.report import pages
     from retool_jax.stages import evaluate
-    from retool_jax.train import grading
 
     found = evaluate.run(config)
     if not processes.leads():
         return
     report = pages.write(config.run.dir)
     for name, scores in found.items():
-        grading.show(name, scores)
+        evaluate.show(name, scores)
     print(f'report: {report}')
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import pathlib
 
-from retool_jax.core import files
+from retool_jax.core import pointers
 from retool_jax.core.errors import UserError
 
 DTYPES = ('float32', 'bfloat16', 'float16')  # of activations
@@ -189,7 +189,7 @@ def load_config(directory: str | pathlib.Path) -> ModelConfig:
     if not path.is_file():
         raise UserError(f'model.path: {directory} holds no config.json; '
                         'give a Hugging Face model directory')
-    files.refuse_pointer(path)
+    pointers.refuse(path)
     try:
         raw = json.loads(path.read_text())
     except ValueError:

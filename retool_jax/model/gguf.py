@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from retool_jax.core import files
+from retool_jax.core import pointers
 from retool_jax.core.errors import UserError
 from retool_jax.model import config as model_config
 from retool_jax.model import hf, layers
@@ -55,7 +55,7 @@ def read(path: str | os.PathLike) -> File:
     library = _library(path)
     if not path.is_file():
         raise UserError(f'{path} is no file; give a GGUF file')
-    files.refuse_pointer(path)
+    pointers.refuse(path)
     try:
         reader = library.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from retool_jax.core import files
+from retool_jax.core import pointers
 from retool_jax.core.checks import NO_STORE, STORE
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
@@ -217,7 +217,7 @@ def read_headers(directory: pathlib.Path) -> dict[str, Tensor]:
 
 def _read_index(file: pathlib.Path) -> dict[str, str]:
     """{tensor: file} of an index."""
-    files.refuse_pointer(file)
+    pointers.refuse(file)
     try:
         found = json.loads(file.read_text())['weight_map']
         if not found or not all(isinstance(name, str) for name in found.values()):
@@ -228,7 +228,7 @@ def _read_index(file: pathlib.Path) -> dict[str, str]:
 
 
 def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
-    files.refuse_pointer(file)
+    pointers.refuse(file)
     size = file.stat().st_size
     with file.open('rb') as f:
         length = struct.unpack('<Q', f.read(8))[0] if size >= 8 else size

@@ -32,6 +32,7 @@ from retool_jax.stages import cold_start, folder, parts
 from retool_jax.stages.config import Demo
 from retool_jax.tasks import arithmetic
 from retool_jax.tasks.grader import Grader
+from retool_jax.tasks.summary import summarise
 from retool_jax.train import grading, ppo, sft, sources
 from retool_jax.train.learner import Learner
 from retool_jax.train.sft import SFTSettings
@@ -147,7 +148,7 @@ class Story:
                 made = grading.run(engine, weights, 0, arithmetic.problems(split, count, seed=self.seed + 7),
                                     self.recipe.samples, self.language.template, self.language.tokenizer, self.grader,
                                     finished=lambda episode: advance())
-                found[split] = grading.summarise(made, self.grader.equal)
+                found[split] = summarise(made, self.grader.equal)
                 found[split]['code_ratio_needy'] = needy_code_ratio(made)
                 episode_files.write(self.directory / 'episodes', f'val_{name}_{split}', made,
                                     self.language.tokenizer.decode)

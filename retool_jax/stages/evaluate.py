@@ -26,11 +26,13 @@ from retool_jax.stages import parts as parts_stage
 from retool_jax.stages.config import Evaluation
 from retool_jax.stages.intake import Intake, tell_overlong
 from retool_jax.stages.ppo import open_guarded, open_journal
+from retool_jax.tasks import summary
 from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.train import grading
 
+LISTED = 50  # problems; longer lists stand in summary.json and the report alone
 UNFINISHED = 'unfinished'  # below episodes/: parts of an evaluation that is not through
 KEEP_S = 60.0  # finished episodes wait no longer than this before they are on disk
 
@@ -62,7 +64,7 @@ def run(config: ConfigDict) -> dict:
         advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * config.samples))
         episodes = run_kept(engine, sampler.sync(params), problems, config.samples, directory / 'episodes',
                             f'val_{name}', language.template, language.tokenizer, grader, journal, advance)
-        found = {name: grading.summarise(episodes, grader.equal)}
+        found = {name: summary.summarise(episodes, grader.equal)}
     if faults := found[name]['stops'].get(Stop.FAULT, 0):
         console.say(f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
                      'see python -m retool_jax.sandbox.doctor')
@@ -71,7 +73,7 @@ def run(config: ConfigDict) -> dict:
     (directory / 'summary.json').write_text(json.dumps(found, indent=2))
     with Metrics(directory) as writer:
         writer.rewind(None)
-        writer.write(0, {'phase': 'val'} | grading.as_metrics(name, found[name]) | times(episodes))
+        writer.write(0, {'phase': 'val'} | summary.as_metrics(name, found[name]) | times(episodes))
     return found
 
 
@@ -140,3 +142,36 @@ def times(episodes: Sequence[Episode]) -> dict[str, float]:
     """Seconds that calls took; they stand in metrics.jsonl, not in summary.json, which has no clock."""
     waits = sorted(call.wall_s for e in episodes for call in e.calls)
     return {f'tools/seconds_p{p}': waits[(len(waits) - 1) * p // 100] for p in (50, 99)} if waits else {}
+
+
+def show(name: str, found: dict) -> None:
+    """Prints scores with intervals, what else is known of the episodes and calls, and each problem."""
+    percent, k = lambda x: f'{100 * x:.1f} %', found['k']
+    rows = [(title, percent(found[key]), ' – '.join(percent(x) for x in found[ci])) for title, key, ci in (
+        (f'avg@{k}', 'avg', 'ci'), (f'pass@{k}', 'pass', 'pass_ci'), (f'maj@{k}', 'maj', 'maj_ci'),
+        (f'avg@{k}, exact string', 'exact', 'exact_ci'), (f'avg@{k}, lenient rule', 'lenient', 'lenient_ci'))]
+    rows += [(f'pass@{j}', percent(value), '') for j, value in found['pass_at'].items() if int(j) != k]
+    console.table(f'{name}: {found["problems"]} problems × {k} samples', ('score', 'value', '95 % interval'), rows)
+    episodes = found['problems'] * k
+    of_all = lambda counts: ', '.join(f'{n} {word}' for word, n in counts.items()) or '–'
+    console.table('', (f'{episodes} episodes', ''), [
+        ('answered in form', percent(found['format'])), ('cut off at the budget (LENGTH)', percent(found['truncated'])),
+        ('void', percent(found['void'])), ('ended by', of_all(found['stops'])),
+        ('tokens written', f'{found["length"]:.0f}'), ('turns', f'{found["turns"]:.2f}'),
+        ('ran code', percent(found['code_ratio'])), ('calls', f'{found["calls"]:.2f}'),
+        ('calls that failed', percent(found['call_failures'])), ('verdicts of calls', of_all(found['verdicts']))])
+    if len(found['families']) > 1:
+        console.table('', ('family', f'avg@{k}'), [(f, percent(x)) for f, x in found['families'].items()])
+    if len(found['by_problem']) > LISTED:
+        print(f'The {len(found["by_problem"])} problems stand in summary.json and in the report.')
+        return
+    shares = ('avg', 'maj', 'exact', 'lenient', 'code', 'truncated')
+    columns = ('problem, %', f'avg@{k}', 'maj', 'exact', 'lenient', 'code', 'LENGTH', 'tokens', 'gold', 'answer')
+    console.table('', columns, [
+        (problem, *(f'{100 * r[key]:.0f}' for key in shares), f'{r["length"]:.0f}', _brief(r['gold']),
+         _brief(r['answer']) or '–') for problem, r in found['by_problem'].items()])
+
+
+def _brief(text: str) -> str:
+    text = ' '.join(text.split())
+    return text if len(text) <= 24 else text[:23] + '…'

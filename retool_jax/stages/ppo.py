@@ -29,7 +29,7 @@ from retool_jax.stages import parts as parts_stage
 from retool_jax.stages.alarms import Watch
 from retool_jax.stages.config import CheckpointSettings, HalvesSettings, Reinforcement, require_path
 from retool_jax.stages.intake import Intake, tell_overlong
-from retool_jax.tasks import arithmetic
+from retool_jax.tasks import arithmetic, summary
 from retool_jax.tasks import stream as tasks_stream
 from retool_jax.tasks.grader import Grader
 from retool_jax.train import grading, ppo
@@ -152,9 +152,9 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
             made = grading.run(engine, sampler.sync(progress.state.params['policy']), step, held_out,
                                 config.validation.samples, language.template, language.tokenizer, grader, step=step)
             keep('episodes', f'val_{step:05d}', made)
-            found = grading.summarise(made, grader.equal)
+            found = summary.summarise(made, grader.equal)
             score.update({'score': found['avg']})
-            return grading.as_metrics(pathlib.Path(config.validation.problems).stem, found)
+            return summary.as_metrics(pathlib.Path(config.validation.problems).stem, found)
 
         def save(wait: bool = False) -> None:
             there = checkpoints.steps()
@@ -271,7 +271,7 @@ def summarise(config: ConfigDict, directory: pathlib.Path) -> dict:
     part = f'val_{config.ppo.steps - 1:05d}'
     if config.validation.problems and part in episode_files.names(directory / 'episodes'):
         name = pathlib.Path(config.validation.problems).stem
-        found[name] = grading.summarise(episode_files.read(directory / 'episodes', part))
+        found[name] = summary.summarise(episode_files.read(directory / 'episodes', part))
     return found | {'steps': len(lines), 'seed': config.run.seed,
                     'seconds': sum(line.get('time/step_s', line['time/rollout_s']) for line in lines),
                     'correct': {'first': lines[0]['rewards/correct'], 'last': lines[-1]['rewards/correct']}}

@@ -90,22 +90,3 @@ class RetoolSft(_ProblemSet):
     traces = True
 
 
-def read_folder(path: str | pathlib.Path) -> Iterator[tuple[str, int, dict]]:
-    """Rows of a prepared TFDS folder, split by split: (split, number from 1, fields with text as str)."""
-    try:
-        sources = tfds.builder_from_directory(path).as_data_source()
-    except Exception as error:  # whatever its parts raise about a folder that is not theirs
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'{path}: no TFDS folder that can be read: {first}') from None
-    for split, source in sources.items():
-        for number in range(len(source)):
-            row = {name: _plain(value) for name, value in source[number].items()}
-            yield split, number + 1, row
-
-
-def _plain(value):
-    if isinstance(value, bytes):
-        return value.decode('utf-8', 'replace')
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    return _plain(value.tolist()) if hasattr(value, 'tolist') else value

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
-from retool_jax.tasks import problems, schemas
+from retool_jax.tasks import files, schemas
 
 
 def own(rewritten: Iterable[tuple[Problem, str]], path: str | pathlib.Path) -> set[str]:
@@ -16,7 +16,7 @@ def own(rewritten: Iterable[tuple[Problem, str]], path: str | pathlib.Path) -> s
     Judged by that, an answer is right whatever it is. A row counts whose fields hold no answer but its trace.
     """
     bare = set()
-    for where, row in problems.read_rows(pathlib.Path(path)):
+    for where, row in files.read_rows(pathlib.Path(path)):
         try:
             if not schemas.has_gold(row):
                 bare.add(_asked(schemas.read_problem(row, where, '', '').question))

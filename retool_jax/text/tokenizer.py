@@ -14,7 +14,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from retool_jax.core import files
+from retool_jax.core import pointers
 from retool_jax.core.errors import UserError
 from retool_jax.text import tags
 
@@ -208,7 +208,7 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) ->
 def _open_huggingface(path: pathlib.Path):
     import tokenizers  # imported here: light children import this package without it
 
-    files.refuse_pointer(path)
+    pointers.refuse(path)
     try:
         fast = tokenizers.Tokenizer.from_str(_made_exact(path.read_text(encoding='utf-8')))
     except Exception as error:  # the library raises bare Exception
@@ -271,7 +271,7 @@ def _without_prefix(part: dict | None) -> dict | None:
 def _open_sentencepiece(path: pathlib.Path):
     import sentencepiece
 
-    files.refuse_pointer(path)
+    pointers.refuse(path)
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except Exception as error:
@@ -331,7 +331,7 @@ def _content(token) -> str:
 def _read_json(path: pathlib.Path) -> dict:
     if not path.is_file():
         return {}
-    files.refuse_pointer(path)
+    pointers.refuse(path)
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError) as error:

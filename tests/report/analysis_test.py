@@ -9,9 +9,9 @@ import pytest
 from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict
 from retool_jax.report import analysis
 from retool_jax.report.runs import Run, Segment, Transcript
+from retool_jax.tasks import summary
 from retool_jax.tasks.families import FAMILIES
 from retool_jax.text.template import wrap_feedback, wrap_snippet
-from retool_jax.train import grading
 from tests.report.synthesis import run_folder
 
 
@@ -76,7 +76,7 @@ def test_code_ratio_length_and_score_agree_with_the_evaluation_of_the_same_episo
     run = Run(tmp_path / 'run')
     for part in run.parts:
         found = analysis.analyse(run.transcripts(part))
-        theirs = grading.summarise(episode_files.read(tmp_path / 'run/episodes', part.name))
+        theirs = summary.summarise(episode_files.read(tmp_path / 'run/episodes', part.name))
         assert (found.code_ratio, found.correct, found.response_length) == pytest.approx(
             (theirs['code_ratio'], theirs['avg'], theirs['length']))
 

@@ -11,9 +11,9 @@ from retool_jax.core import episode_files
 from retool_jax.core.metrics import Metrics
 from retool_jax.core.records import Episode, Reward, Stop, ToolCall, Verdict
 from retool_jax.tasks import arithmetic
+from retool_jax.tasks.summary import summarise
 from retool_jax.text.template import wrap_answer, wrap_feedback, wrap_snippet
 from retool_jax.text.tokenizer import Tokenizer, train_bpe
-from retool_jax.train import grading
 
 
 def episode(problem, sample: int, step: int, *, kind: str, right: bool, rng: random.Random,
@@ -109,7 +109,7 @@ def run_folder(directory: Path, steps: int = 30, problems: int = 16, samples: in
             for split in ('new_operands', 'new_wording', 'larger_range')[:1 if name in ('base', 'text_sft') else 3]:
                 made = episodes(split, held_out, 2, 0, skill, not name.startswith('text'), seed=7, tokenizer=tokenizer)
                 episode_files.write(directory / 'episodes', f'val_{name}_{split}', made, decode)
-                sets[split] = grading.summarise(made)
+                sets[split] = summarise(made)
             log(f'val_{name}', 0, {f'val/{split}/avg@2': found['avg'] for split, found in sets.items()})
             summary[name] = sets.pop('new_operands') | {'apart': sets}
     summary |= {'code_ratio': {'before': 0.55, 'after': 0.99}, 'steps': steps, 'seconds': 745.2, 'seed': 0}

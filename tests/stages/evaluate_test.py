@@ -12,9 +12,10 @@ from retool_jax.model import decoder
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
 from retool_jax.stages import evaluate
+from retool_jax.tasks import summary
 from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import make_template
-from retool_jax.train import grading
+from tests.tasks.summary_test import make
 from tests.train import small
 
 
@@ -70,7 +71,7 @@ def test_a_stopped_evaluation_ends_as_the_unbroken_one(parts, tmp_path):
     made, asked, counted = run(parts, stopped, problems)
     assert made == whole and counted == 14
     assert len(asked) == 6 and not {(e.problem.id, e.sample) for e in kept} & set(asked)
-    assert grading.summarise(made) == grading.summarise(whole)
+    assert summary.summarise(made) == summary.summarise(whole)
     for name in ('val_set.jsonl', 'val_set.npz'):
         assert (stopped / 'episodes' / name).read_bytes() == (tmp_path / 'whole/episodes' / name).read_bytes()
     assert not (stopped / 'episodes' / evaluate.UNFINISHED).exists()
@@ -89,3 +90,17 @@ def test_kept_episodes_of_other_problems_are_refused(parts, tmp_path, finished):
 def test_seconds_of_calls_are_quantiles(parts, tmp_path):
     made, _, _ = run(parts, tmp_path, small.make_problems(3))
     assert evaluate.times(made).keys() == {'tools/seconds_p50', 'tools/seconds_p99'} and evaluate.times([]) == {}
+
+
+def test_the_scores_are_shown_with_their_intervals(capsys):
+    evaluate.show('set', summary.summarise([make('a', True), make('b', False, stop=Stop.LENGTH)]))
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ('2 problems × 1 samples', 'avg@1', '50.0 %', '0.0 % – 100.0 %', 'LENGTH',
+                                          'exact string', 'lenient rule', '1 eos, 1 length'))
+    assert [line.split() for line in shown.splitlines() if line.startswith('a ')] == [
+        ['a', '100', '100', '100', '100', '0', '0', '3', '1', '1']]
+
+
+def test_many_problems_are_left_to_the_files(capsys):
+    evaluate.show('set', summary.summarise([make(f'p{i}', True) for i in range(evaluate.LISTED + 1)]))
+    assert 'The 51 problems stand in summary.json' in capsys.readouterr().out

@@ -1,61 +1,16 @@
 """Readers: every schema and format, what is left out, and errors that name the place."""
 
-import json
 import pathlib
 import subprocess
 import sys
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from retool_jax.core.records import Problem
 from retool_jax.tasks import answers, arithmetic, problems
+from tests.tasks.rows import TEN, dapo, retool, write
 
 SHARED = pathlib.Path(__file__).parents[3] / 'shared/data'
-TEN = [{'id': f'p{i}', 'problem': f'What is {i}+{i}?', 'answer': str(2 * i)} for i in range(10)]
-
-
-def dapo(question, gold, index='u0'):
-    before = (
-        'Solve the following math problem step by step. The last line of your response should be of the '
-        'form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n'
-    )
-    after = '\n\nRemember to put your answer on its own line after "Answer:".'
-    return {
-        'data_source': 'math_dapo',
-        'prompt': [{'role': 'user', 'content': before + question + after}],
-        'ability': 'MATH',
-        'reward_model': {'ground_truth': gold, 'style': 'rule-lighteval/MATH_v2'},
-        'extra_info': {'index': index},
-    }
-
-
-def retool(question, reply):
-    prompt = (
-        'Solve the following problem step by step. You may write Python in <code></code>, and so on.\n\n'
-        '*user question:*\nAnswer the following Math Problem and put the answer in the format of '
-        f'\\boxed{{answer}}\n\n{question}\n\n\nRemember to place the final answer in the last part using '
-        "the format: \n<answer>\n\\boxed{'The final answer goes here.'}\n</answer>"
-    )
-    return {'messages': [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': reply}]}
-
-
-def write(path, rows):
-    if path.suffix == '.parquet':
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == '.json':
-        path.write_text(json.dumps(rows))
-    elif path.suffix == '.array_record':
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        writer = ArrayRecordWriter(str(path), 'group_size:1')
-        for row in rows:
-            writer.write(json.dumps(row).encode())
-        writer.close()
-    else:
-        path.write_text('\n'.join(map(json.dumps, rows)) + '\n')
-    return path
 
 
 def only(row):
@@ -121,13 +76,6 @@ def test_other_sets_are_never_thinned_and_equal_ids_are_told_apart(tmp_path):
     assert len(read) == 3 and len({p.id for p in read}) == 3
 
 
-def test_a_folder_is_read_file_by_file(tmp_path):
-    write(tmp_path / 'b.jsonl', TEN[5:])
-    write(tmp_path / 'a.parquet', TEN[:5])
-    (tmp_path / 'README.md').write_text('not a problem file')
-    assert [p.id for p in problems.read(tmp_path)] == [r['id'] for r in TEN]
-
-
 def test_files_of_a_folder_that_are_read_together_are_told_with_their_counts(tmp_path):
     write(tmp_path / 'train.jsonl', TEN[:7])
     assert problems.load(tmp_path).remarks(tmp_path) == []
@@ -136,67 +84,6 @@ def test_files_of_a_folder_that_are_read_together_are_told_with_their_counts(tmp
     assert loaded.files == {'test.parquet': 3, 'train.jsonl': 7}
     (line,) = loaded.remarks('set')
     assert line == 'set: 2 files are read together: test.parquet (3 rows), train.jsonl (7 rows)'
-
-
-def test_dot_files_and_the_hubs_own_files_are_no_problems(tmp_path):
-    write(tmp_path / 'a.jsonl', TEN)
-    for name in ('.a.jsonl', '._a.jsonl', 'dataset_infos.json', 'state.json'):
-        (tmp_path / name).write_text('{"default": {"splits": 1}}')
-    (tmp_path / '.cache').mkdir()
-    write(tmp_path / '.cache/b.jsonl', TEN)
-    assert len(problems.read(tmp_path)) == 10
-
-
-def test_a_folder_as_the_hub_hands_it_out_is_read_from_its_data(tmp_path):
-    (tmp_path / 'README.md').write_text('---\nlicense: mit\n---')
-    (tmp_path / 'data').mkdir()
-    write(tmp_path / 'data/train-00000-of-00002.parquet', TEN[:5])
-    write(tmp_path / 'data/train-00001-of-00002.parquet', TEN[5:])
-    assert [p.id for p in problems.read(tmp_path)] == [r['id'] for r in TEN]
-    (tmp_path / 'data').rename(tmp_path / 'main')
-    assert len(problems.read(tmp_path)) == 10
-    (tmp_path / 'socratic').mkdir()
-    write(tmp_path / 'socratic/train.jsonl', TEN)
-    with pytest.raises(ValueError, match='problem files lie in main, socratic; name one'):
-        problems.read(tmp_path)
-
-
-@pytest.mark.parametrize('content', [
-    '\n'.join(map(json.dumps, TEN)), '\n\n'.join(map(json.dumps, TEN)) + '\n', json.dumps(TEN),
-    json.dumps({'rows': TEN}), json.dumps({'version': 1, 'data': TEN}), json.dumps({'examples': TEN, 'license': 'mit'}),
-    json.dumps({'features': [{'feature_idx': 0, 'name': 'problem'}], 'rows': [
-        {'row_idx': i, 'row': row, 'truncated_cells': []} for i, row in enumerate(TEN)], 'num_rows_total': 10}),
-    json.dumps({name: [row[name] for row in TEN] for name in TEN[0]}), '\ufeff' + json.dumps(TEN)])
-def test_a_json_file_is_read_in_all_its_forms(tmp_path, content):
-    (tmp_path / 'ten.json').write_text(content)
-    assert problems.read(tmp_path / 'ten.json') == [Problem(r['id'], r['problem'], r['answer'], 'ten', '') for r in TEN]
-
-
-def test_a_json_file_with_one_row_is_that_row(tmp_path):
-    row = TEN[3] | {'generations': [{'text': 'x'}], 'tags': ['a']}
-    (tmp_path / 'one.json').write_text(json.dumps(row, indent=2))
-    assert [p.id for p in problems.read(tmp_path / 'one.json')] == ['p3']
-    (tmp_path / 'one.json').write_text(json.dumps(dapo('Q?', '1')))
-    assert [p.answer for p in problems.read(tmp_path / 'one.json')] == ['1']
-
-
-@pytest.mark.parametrize('content, words', [
-    ({'train': TEN, 'test': TEN}, 'it holds 2 lists of rows, train, test; keep one'),
-    ({'features': [], 'rows': [{'row_idx': 0, 'row': TEN[0], 'truncated_cells': ['problem']}]}, r'record 1: .* cut'),
-    ({'problem': ['Q'], 'answer': ['1', '2']}, "field 'problem' is"),
-])
-def test_a_json_file_that_holds_less_or_more_than_a_set_is_refused(tmp_path, content, words):
-    (tmp_path / 'a.json').write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=words):
-        problems.read(tmp_path / 'a.json')
-
-
-@pytest.mark.parametrize('suffix', ['.jsonl', '.json', '.parquet', '.array_record'])
-def test_a_pointer_in_the_place_of_a_file_is_named(tmp_path, suffix):
-    (tmp_path / f'a{suffix}').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 9\n')
-    with pytest.raises(ValueError, match=rf'a\{suffix} is a pointer of Git LFS') as caught:
-        problems.read(tmp_path / f'a{suffix}')
-    assert '\n' not in str(caught.value)
 
 
 def test_rows_that_cannot_be_read_may_be_left_out_and_listed(tmp_path):
@@ -280,13 +167,6 @@ def test_whatever_cannot_be_read_is_one_line_naming_file_place_and_field(tmp_pat
     assert '\n' not in str(caught.value)
 
 
-def test_missing_files_and_folders_without_problem_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match='does not exist'):
-        problems.read(tmp_path / 'no.jsonl')
-    with pytest.raises(ValueError, match='no file in this folder'):
-        problems.read(tmp_path)
-
-
 def test_traces_are_read_from_messages_or_a_rewritten_field(tmp_path):
     rows = [{**TEN[3], 'rewritten': r'\boxed{6}', 'text': 'other'}]
     ((problem, text),) = problems.read_traces(write(tmp_path / 't.jsonl', rows))
@@ -310,28 +190,6 @@ def test_problems_survive_array_record_and_a_failed_write_leaves_no_file(tmp_pat
     assert [f.name for f in tmp_path.iterdir()] == ['new']
     with pytest.raises(ValueError, match=r'must end in \.array_record'):
         problems.write_array_record(tmp_path / 'b.jsonl', whole)
-
-
-def test_tfds_builders_write_folders_that_are_read_again_without_tensorflow(tmp_path):
-    script = f"""
-import sys
-from retool_jax.tasks import builders, problems
-for builder, source in ((builders.Aime2024, 'ten.jsonl'), (builders.DapoMath17k, 'dapo.jsonl')):
-    made = builder(path={str(tmp_path)!r} + '/' + source, data_dir={str(tmp_path / 'tfds')!r})
-    made.download_and_prepare()
-    assert problems.read(made.data_dir) == problems.read({str(tmp_path)!r} + '/' + source), source
-made = builders.RetoolSft(path={str(tmp_path / 'sft.jsonl')!r}, data_dir={str(tmp_path / 'tfds')!r})
-made.download_and_prepare()
-assert problems.read_traces(made.data_dir) == problems.read_traces({str(tmp_path / 'sft.jsonl')!r})
-assert 'tensorflow' not in sys.modules
-"""
-    write(tmp_path / 'ten.jsonl', TEN)
-    write(tmp_path / 'dapo.jsonl', [dapo('Q é', '5', 'u1'), dapo('R', '6', 'u2')])
-    write(tmp_path / 'sft.jsonl', [{'id': 'a', **retool('1+1?', r'It is \boxed{2}')}])
-    run = subprocess.run(
-        [sys.executable, '-c', script], cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_reading_problems_needs_neither_jax_nor_tfds():

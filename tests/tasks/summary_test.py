@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict
+from retool_jax.tasks import summary
 from retool_jax.tasks.grader import Grader
-from retool_jax.train import grading
 from tests.train import small
 
 
@@ -34,7 +34,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(samples):
     for correct, k in itertools.product(range(samples + 1), range(1, samples + 1)):
         marks = [True] * correct + [False] * (samples - correct)
         expected = np.mean([any(chosen) for chosen in itertools.combinations(marks, k)])
-        assert grading.pass_at(k, correct, samples) == pytest.approx(expected)
+        assert summary.pass_at(k, correct, samples) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(('answers', 'expected'), [
@@ -44,7 +44,7 @@ def test_the_majority_is_the_most_frequent_answer_and_ties_share(answers, expect
     episodes = [make('p', answer == '1', answer) for answer in answers]
     for seed in range(3):
         random.Random(seed).shuffle(episodes)
-        assert grading.majority(episodes) == pytest.approx(expected)
+        assert summary.majority(episodes) == pytest.approx(expected)
 
 
 @pytest.fixture(scope='module')
@@ -75,8 +75,8 @@ def test_equal_answers_are_one_vote_however_they_are_written(grader, gold, answe
     episodes = vote(grader, gold, [rf'\boxed{{{answer}}}' for answer in answers])
     for seed in range(2):
         random.Random(seed).shuffle(episodes)
-        assert grading.majority(episodes, grader.equal) == pytest.approx(expected)
-    found = grading.summarise(episodes, grader.equal)['by_problem']['p']
+        assert summary.majority(episodes, grader.equal) == pytest.approx(expected)
+    found = summary.summarise(episodes, grader.equal)['by_problem']['p']
     assert found['maj'] == pytest.approx(expected)
     assert found['answer'] in [episode.reward.answer for episode in episodes]
 
@@ -84,23 +84,23 @@ def test_equal_answers_are_one_vote_however_they_are_written(grader, gold, answe
 @pytest.mark.skipif(not MAJORITY.is_file(), reason='no file of votes')
 def test_votes_that_others_lost_to_spelling_are_counted(grader):
     rows = [json.loads(line) for line in MAJORITY.read_text().splitlines()]
-    found = [grading.majority(vote(grader, row['gold'], row['texts'])) for row in rows]
+    found = [summary.majority(vote(grader, row['gold'], row['texts'])) for row in rows]
     assert rows and found == [row['majority'] for row in rows]
 
 
 def test_an_interval_covers_the_mean_as_the_normal_distribution_would():
     values = np.random.default_rng(1).random(400) < 0.3
-    low, high = grading.interval(values)
+    low, high = summary.interval(values)
     assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.01)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
-    assert grading.interval(values) == [low, high]  # the same every time
-    wide = grading.interval(values[:40])
+    assert summary.interval(values) == [low, high]  # the same every time
+    wide = summary.interval(values[:40])
     assert wide[1] - wide[0] > 2 * (high - low)
 
 
 def test_intervals_of_nothing_and_of_equal_values_have_no_width():
-    assert grading.interval([0.5] * 9) == [0.5, 0.5]
-    assert grading.interval([0.25]) == [0.25, 0.25] and grading.interval([]) == [0.0, 0.0]
+    assert summary.interval([0.5] * 9) == [0.5, 0.5]
+    assert summary.interval([0.25]) == [0.25, 0.25] and summary.interval([]) == [0.0, 0.0]
 
 
 def test_a_summary_is_what_counting_by_hand_gives():
@@ -110,7 +110,7 @@ def test_a_summary_is_what_counting_by_hand_gives():
         make('a', False, family='x', sample=1, calls=[call(Verdict.FORMAT, code='')]),
         make('b', False, answer='', family='y', sample=1, stop=Stop.ANSWER),
         make('c', True, family='y'), make('c', True, family='y', sample=1)]
-    found = grading.summarise(episodes)
+    found = summary.summarise(episodes)
     assert (found['k'], found['problems']) == (2, 3)
     assert {name: r['avg'] for name, r in found['by_problem'].items()} == {'a': 0.5, 'b': 0.0, 'c': 1.0}
     assert found['avg'] == found['exact'] == found['lenient'] == 0.5
@@ -127,24 +127,10 @@ def test_a_summary_is_what_counting_by_hand_gives():
     for score, ci in (('avg', 'ci'), ('pass', 'pass_ci'), ('maj', 'maj_ci'), ('exact', 'exact_ci'),
                       ('lenient', 'lenient_ci')):
         assert found[ci][0] <= found[score] <= found[ci][1] and found[ci][0] < found[ci][1]
-    assert grading.as_metrics('set', found) == {
+    assert summary.as_metrics('set', found) == {
         'val/set/avg@2': 0.5, 'val/set/pass@2': found['pass'], 'val/set/maj@2': 0.5}
 
 
 def test_problems_with_unequal_samples_are_refused():
     with pytest.raises(ValueError, match=r'problems have \[1, 2\] samples; all must have the same number'):
-        grading.summarise([make('a', True), make('b', True), make('b', True, sample=1)])
-
-
-def test_the_scores_are_shown_with_their_intervals(capsys):
-    grading.show('set', grading.summarise([make('a', True), make('b', False, stop=Stop.LENGTH)]))
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ('2 problems × 1 samples', 'avg@1', '50.0 %', '0.0 % – 100.0 %', 'LENGTH',
-                                          'exact string', 'lenient rule', '1 eos, 1 length'))
-    assert [line.split() for line in shown.splitlines() if line.startswith('a ')] == [
-        ['a', '100', '100', '100', '100', '0', '0', '3', '1', '1']]
-
-
-def test_many_problems_are_left_to_the_files(capsys):
-    grading.show('set', grading.summarise([make(f'p{i}', True) for i in range(grading.LISTED + 1)]))
-    assert 'The 51 problems stand in summary.json' in capsys.readouterr().out
+        summary.summarise([make('a', True), make('b', True), make('b', True, sample=1)])

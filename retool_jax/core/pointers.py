@@ -10,7 +10,7 @@ from retool_jax.core.errors import UserError
 POINTERS = {b'version https://git-lfs': ('Git LFS', 'git lfs pull'), b'/annex/objects/': ('git-annex', 'git annex get')}
 
 
-def refuse_pointer(path: str | pathlib.Path) -> None:
+def refuse(path: str | pathlib.Path) -> None:
     """Raises UserError, naming the file, where a pointer lies in the place of its contents; a file that cannot be
     opened is left to its reader."""
     try:

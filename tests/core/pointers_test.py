@@ -2,8 +2,8 @@
 
 import pytest
 
+from retool_jax.core import pointers
 from retool_jax.core.errors import UserError
-from retool_jax.core.files import refuse_pointer
 
 LFS = b'version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4976698672\n'
 
@@ -15,12 +15,12 @@ LFS = b'version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 497669
 def test_a_pointer_is_refused_in_one_line_that_names_the_file(tmp_path, content, words):
     (tmp_path / 'a.parquet').write_bytes(content)
     with pytest.raises(UserError, match=rf'{tmp_path}/a\.parquet {words}') as caught:
-        refuse_pointer(tmp_path / 'a.parquet')
+        pointers.refuse(tmp_path / 'a.parquet')
     assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize('content', [b'', b'v', b'{"version https://git-lfs": 1}', b'\x00' * 40])
 def test_other_files_pass(tmp_path, content):
     (tmp_path / 'a').write_bytes(content)
-    refuse_pointer(tmp_path / 'a')
-    refuse_pointer(tmp_path / 'absent')
+    pointers.refuse(tmp_path / 'a')
+    pointers.refuse(tmp_path / 'absent')
