@@ -72,7 +72,7 @@ def names(directory: str | os.PathLike) -> list[str]:
 def read(directory: str | os.PathLike, name: str | None = None) -> list[Episode]:
     """The episodes of one part, or of all in order of their names, equal to what was written.
 
-    Raises UserError naming the file where it is of another schema or damaged.
+    Raises: UserError naming the file where it is of another schema or damaged.
     """
     if name is None:
         return [episode for part in names(directory) for episode in read(directory, part)]

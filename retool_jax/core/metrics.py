@@ -43,7 +43,7 @@ class Metrics:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line, whole and at once; numbers that are not finite become null.
 
-        Values are numbers (Python's, or arrays of no dimensions) or strings. Raises ValueError where
+        Values are numbers (Python's, or arrays of no dimensions) or strings. Raises: ValueError where
         `step` is not beyond the last one.
         """
         if not self._active:
@@ -109,7 +109,7 @@ class Metrics:
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl (or of the run's folder), less a last one that was cut short.
 
-    Raises UserError naming file and line where another line is damaged. A missing file has no lines.
+    Raises: UserError naming file and line where another line is damaged. A missing file has no lines.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""Files that a person names: what stands in for one whose contents were never downloaded."""
+"""Pointers of Git LFS and git-annex, which stand in the place of files that were never downloaded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ POINTERS = {b'version https://git-lfs': ('Git LFS', 'git lfs pull'), b'/annex/ob
 
 
 def refuse(path: str | pathlib.Path) -> None:
-    """Raises UserError, naming the file, where a pointer lies in the place of its contents; a file that cannot be
-    opened is left to its reader."""
+    """Refuses a file in whose place a pointer lies; one that cannot be opened is left to its reader.
+
+    Raises: UserError naming the file and the command that downloads it.
+    """
     try:
         with open(path, 'rb') as file:
             begin = file.read(max(map(len, POINTERS)))

@@ -28,7 +28,7 @@ def join() -> None:
     RETOOL_PROCESSES=auto asks the cluster (TPU pods, SLURM, Open MPI). A number goes with
     RETOOL_COORDINATOR=host:port and RETOOL_PROCESS=0 … number − 1.
 
-    Errors: UserError naming the variable that is missing or wrong.
+    Raises: UserError naming the variable that is missing or wrong.
     """
     wanted = os.environ.get(PROCESSES, '')
     if not wanted or jax.distributed.is_initialized():

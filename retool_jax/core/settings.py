@@ -53,7 +53,7 @@ def build[T](kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '
 
 def to_json(config: Any) -> Any:
     """Returns the same as plain dicts, lists, strings and numbers: ConfigDicts, dataclasses, tuples,
-    enums and paths have their plain form. Raises TypeError for anything else."""
+    enums and paths have their plain form. Raises: TypeError for anything else."""
     if isinstance(config, enum.Enum):
         return config.value
     if config is None or isinstance(config, (bool, int, float, str)):

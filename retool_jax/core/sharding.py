@@ -29,7 +29,7 @@ SAMPLE_RULES: dict[str, tuple[str, ...]] = TRAIN_RULES | {'embed': (), 'seq': ()
 def fill(shape: Mapping[str, int], count: int) -> tuple[int, ...]:
     """Sizes of `AXES` for so many devices; at most one may be -1, which takes what is left.
 
-    Errors: UserError when the sizes do not multiply to the number of devices.
+    Raises: UserError when the sizes do not multiply to the number of devices.
     """
     sizes = [int(shape[axis]) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
@@ -54,7 +54,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 def spec(axes: Sequence[str | None], rules: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions carry the words `axes`.
 
-    Errors: ValueError for a word outside `LOGICAL`, or two dimensions on one mesh axis.
+    Raises: ValueError for a word outside `LOGICAL`, or two dimensions on one mesh axis.
     """
     used: set[str] = set()
     entries: list[tuple[str, ...] | None] = []

@@ -62,7 +62,7 @@ class Slice:
 def open_slice(name: str) -> Slice:
     """The slice that 'v5p:4x4x4' or 'h100:8' names.
 
-    Errors: UserError for a name that is none, or a TPU where the compiler is not installed.
+    Raises: UserError for a name that is none, or a TPU where the compiler is not installed.
     """
     match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', name)
     if not match or match[1] not in CHIPS:

@@ -33,7 +33,7 @@ _TABLES = {'llama': _LLAMA, 'qwen2': _QWEN2, 'qwen3': _QWEN3}
 def sizes(path: str | None, name: str) -> ModelConfig:
     """The model at `path`, or the published one of that name.
 
-    Errors: UserError for a name without published sizes.
+    Raises: UserError for a name without published sizes.
     """
     if path is not None:
         return model_config.load_config(path)

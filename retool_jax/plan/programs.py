@@ -47,7 +47,7 @@ class Run:
     """Everything of a run that has a shape: model, sizes, meshes, learner, sampler, buffers."""
 
     def __init__(self, config: ConfigDict, model: ModelConfig, slice: Slice):
-        """config: of configs/ppo.py. Errors: UserError naming the key, or what does not divide."""
+        """config: of configs/ppo.py. Raises: UserError naming the key, or what does not divide."""
         stage = settings.build(Reinforcement, config)
         self.model, self.slice, self.sizes, self.turns = model, slice, stage.ppo, stage.turns
         self.mesh = place(config.mesh.to_dict(), slice, slice.count)

@@ -45,7 +45,7 @@ class CodeUse:
 def analyse(transcripts: Sequence[Transcript]) -> CodeUse:
     """The metrics of a set of answers; they stand under the same names in the paper.
 
-    Raises ValueError for an empty set.
+    Raises: ValueError for an empty set.
     """
     if not transcripts:
         raise ValueError('analysis: no answers; a set must hold at least one')

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 def write(run_dir: str | os.PathLike, limits: Limits = Limits()) -> Path:  # noqa: B008
     """Writes run_dir/report.html, whole or not at all, and returns its path.
 
-    Raises UserError where the folder holds nothing to report or a file in it is damaged.
+    Raises: UserError where the folder holds nothing to report or a file in it is damaged.
     """
     run = Run(run_dir)
     uses, chosen = read_episodes(run, limits)

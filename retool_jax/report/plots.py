@@ -21,7 +21,7 @@ SMOOTH_FROM = 60  # RL steps from which on a running mean is drawn over the raw 
 def curves(run_dir: str | os.PathLike) -> Path:
     """Draws a run's RL curves, both models on the same axes, and its final scores; writes curves.png there.
 
-    Returns the picture's path. Raises UserError where the run has neither RL curves nor scores.
+    Returns the picture's path. Raises: UserError where the run has neither RL curves nor scores.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

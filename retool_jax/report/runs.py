@@ -95,7 +95,7 @@ class Point:
 
 
 class Run:
-    """A run's folder, opened lazily. Raises UserError where there is no such folder or nothing in it."""
+    """A run's folder, opened lazily. Raises: UserError where there is no such folder or nothing in it."""
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
@@ -110,7 +110,7 @@ class Run:
                             'nothing to report')
 
     def transcripts(self, part: Part) -> list[Transcript]:
-        """All episodes of a part. Raises UserError naming the file where it is damaged."""
+        """All episodes of a part. Raises: UserError naming the file where it is damaged."""
         path = self.directory / 'episodes' / f'{part.name}.jsonl'
         try:
             with open(path, encoding='utf-8') as file:

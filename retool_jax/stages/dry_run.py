@@ -42,7 +42,7 @@ class FakeTools:
 def run(config: ConfigDict) -> dict[str, float]:
     """Takes one step as `reinforce.run` would, without a sandbox, and prints the step and its memory in GiB.
 
-    Errors: those of the configuration, as in a real run; out of memory as the device reports it.
+    Raises: those of the configuration, as in a real run; out of memory as the device reports it.
     """
     ppo_stage.read(config)
     processes.join()

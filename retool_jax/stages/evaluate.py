@@ -87,7 +87,7 @@ def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], sample
     a killed evaluation ends as it would have. `advance(n=…)` counts episodes. Of several processes each keeps what
     its engine makes, and one puts it together.
 
-    Errors: UserError for kept episodes of other problems or samples.
+    Raises: UserError for kept episodes of other problems or samples.
     """
     requests = grading.make_requests(problems, samples, template, tokenizer)
     order = [(r.problem.id, r.sample) for r in requests]

@@ -28,7 +28,7 @@ def claimed(config: ConfigDict, free: Sequence[str] = ()) -> Iterator[pathlib.Pa
     """Makes `run.dir` with its config.json, or goes on in one that the same configuration made; owned for a block.
 
     A run that ends in an error or a stop before its first result leaves no trace. free: keys or blocks that may differ
-    from last time. Errors: UserError naming the keys that differ, or the run that owns the folder. Of a run's
+    from last time. Raises: UserError naming the keys that differ, or the run that owns the folder. Of a run's
     processes one asks, owns and writes, and the others end as it does.
     """
     directory = pathlib.Path(config.run.dir)
@@ -81,7 +81,7 @@ def _claim(config: ConfigDict, free: Sequence[str], owners: list[Owner]) -> None
 def bind(directory: pathlib.Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
     """Holds a run to the data that it began with: {name: {'count': …, 'sha256': …}}, kept in data.json.
 
-    Errors: UserError where results stand in the folder and the data of one name are others now.
+    Raises: UserError where results stand in the folder and the data of one name are others now.
     """
     processes.first(lambda: _bind(directory, found))
 

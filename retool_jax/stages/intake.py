@@ -36,7 +36,7 @@ class Intake:
     def read(self, path: str | pathlib.Path, limit: int | None = None) -> list[Problem]:
         """The first `limit` problems of a file or a folder whose gold answers can be read.
 
-        Errors: UserError, naming the row or the problem, for what cannot be read and is not left out.
+        Raises: UserError, naming the row or the problem, for what cannot be read and is not left out.
         """
         loaded = problem_files.load(path, leave_out=self.leaves_out)
         for line in loaded.remarks(path):
@@ -64,7 +64,7 @@ class Intake:
             max_tokens: int) -> list[grain.MapDataset]:
         """The datasets without problems whose prompt leaves no room for an answer.
 
-        Errors: UserError where a source has no other problems.
+        Raises: UserError where a source has no other problems.
         """
         return self._sifted(datasets, lambda problem: overlong(problem, language, max_tokens))
 

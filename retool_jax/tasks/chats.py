@@ -45,7 +45,7 @@ def is_chat(value: object) -> bool:
 def question(messages: object, where: str, field: str) -> str:
     """What the user asks, once: turns that give a result back are not asked.
 
-    Errors: UserError for a chat without a question, or with more than one, whose last would be without its context.
+    Raises: UserError for a chat without a question, or with more than one, whose last would be without its context.
     """
     turns = _read(messages, where, field)
     asked = [i for i, turn in enumerate(turns)
@@ -60,7 +60,7 @@ def question(messages: object, where: str, field: str) -> str:
 def trace(messages: object, where: str, field: str) -> str:
     """The assistant's turns as one answer with inline tags: each call a snippet, each result an interpreter element.
 
-    Errors: UserError where there is no answer, or a call or a result that cannot be joined.
+    Raises: UserError where there is no answer, or a call or a result that cannot be joined.
     """
     turns = _read(messages, where, field)
     question(messages, where, field)

@@ -56,7 +56,7 @@ def read(path: str | pathlib.Path, limit: int | None = None) -> list[Problem]:
     """Problems of a file, or of all files of a folder, in order; `load` tells what was left out as well.
 
     Reads .jsonl, .json, .parquet, .array_record and folders that TFDS prepared; `limit` keeps the first
-    ones. Raises UserError, one line naming file, line and field, for whatever cannot be read; a file
+    ones. Raises: UserError, one line naming file, line and field, for whatever cannot be read; a file
     without problems is an error.
     """
     loaded = load(path)
@@ -125,7 +125,7 @@ def _unique(problem: Problem, ids: set[str], number: int) -> Problem:
 
 def read_traces(path: str | pathlib.Path) -> list[tuple[Problem, str]]:
     """Worked answers of a file: rows with a chat, whose turns are joined with their calls, or a problem with its
-    `rewritten` (else `trace`, `response`, …) field. Raises UserError for what is neither, and for a chat that cannot
+    `rewritten` (else `trace`, `response`, …) field. Raises: UserError for what is neither, and for a chat that cannot
     be joined whole."""
     return load_traces(path)[0]
 

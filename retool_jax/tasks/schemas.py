@@ -90,7 +90,7 @@ def read_trace(row: Mapping, where: str) -> str:
 def read_answer(value: object, where: str, field: str) -> str:
     """A gold answer as a bare string: 25, 25.0, '025', ['25'], '["25"]', a boxed 25 and '… #### 25' are all '25'.
 
-    Errors: UserError for what is no answer: several, none, or a word that says that there is none.
+    Raises: UserError for what is no answer: several, none, or a word that says that there is none.
     """
     if isinstance(value, str) and (listed := _LISTED.match(value)):
         value = listed[1] or _unpacked(value)

@@ -121,7 +121,7 @@ def next_batch(
     """This host's share of the `count` problems at `cursor`, and the cursor after them.
 
     Host p of n takes the problems cursor + p, cursor + p + n, …: the hosts' shares are disjoint and
-    their union does not depend on n. Raises ValueError if n does not divide `count`.
+    their union does not depend on n. Raises: ValueError if n does not divide `count`.
     """
     if count <= 0 or count % process_count or not 0 <= process_index < process_count or cursor < 0:
         raise ValueError(

@@ -81,7 +81,7 @@ def summarise(episodes: Sequence[Episode], equal: Equal | None = None) -> dict:
     `ci` is the interval of avg, `NAME_ci` that of another; `families` maps each family to its avg, `verdicts`
     and `stops` count calls and episodes, `by_problem` has a record for each problem. No clock enters: the
     same episodes give the same summary. `equal(answer, other)` says which answers are one vote (`Grader.equal`);
-    None: a grader of its own. Errors: ValueError for unequal numbers of samples.
+    None: a grader of its own. Raises: ValueError for unequal numbers of samples.
     """
     by_problem: dict[str, list[Episode]] = collections.defaultdict(list)
     for episode in episodes:
