@@ -11,14 +11,19 @@ import sys
 from absl import flags
 
 from retool_jax.bench.sandbox import measure
-from retool_jax.core import cli
+from retool_jax.core import cli, settings
+from retool_jax.sandbox.settings import SandboxSettings
 
 SECONDS = flags.DEFINE_float('seconds', 10.0, 'Length of each measurement.', lower_bound=0.5)
 CLIENTS = flags.DEFINE_integer('clients', 64, 'Clients of the HTTP server at once.', lower_bound=1)
 
 
 def main() -> None:
-    print(json.dumps(measure(SECONDS.value, CLIENTS.value, lambda line: print(line, file=sys.stderr, flush=True))))
+    block = cli.load_config('configs/evaluate.py:tiny').sandbox.to_dict()
+    del block['addresses']
+    pool = settings.build(SandboxSettings, block, 'sandbox')
+    print(json.dumps(measure(
+        pool, SECONDS.value, CLIENTS.value, lambda line: print(line, file=sys.stderr, flush=True))))
 
 
 if __name__ == '__main__':

@@ -19,6 +19,7 @@ RUN pip install --no-cache-dir --constraint requirements.lock \
 COPY retool_jax/__init__.py retool_jax/__init__.py
 COPY retool_jax/core retool_jax/core
 COPY retool_jax/sandbox retool_jax/sandbox
+COPY configs configs
 COPY launch/sandbox_server.py launch/sandbox_server.py
 
 # The guests' root is part of the image: a pod is ready in about a second.

@@ -10,7 +10,7 @@ import os
 
 from absl import flags
 
-from retool_jax.core import cli
+from retool_jax.core import cli, settings
 
 HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on; others than loopback need RETOOL_SANDBOX_TOKEN.')
 PORT = flags.DEFINE_integer('port', 8080, 'Port to listen on.', lower_bound=0, upper_bound=65535)
@@ -35,16 +35,18 @@ DRAIN_S = flags.DEFINE_float('drain_s', 60.0, 'Seconds that running snippets get
 def main() -> None:
     from retool_jax.sandbox.http.server import ServerSettings, serve  # of the extra `server`
     from retool_jax.sandbox.listener import Patience
-    from retool_jax.sandbox.pool import SandboxSettings
+    from retool_jax.sandbox.settings import SandboxSettings
 
     server = ServerSettings(
         host=HOST.value, port=PORT.value, metrics_port=METRICS_PORT.value,
         token=os.environ.get('RETOOL_SANDBOX_TOKEN', ''), max_timeout_s=MAX_TIMEOUT_S.value,
         max_memory_mb=MAX_MEMORY_MB.value, drain_s=DRAIN_S.value, patience=Patience(connections=CONNECTIONS.value))
-    sandbox = SandboxSettings(
-        zygotes=ZYGOTES.value, spares=SPARES.value, concurrency=CONCURRENCY.value, memory_mb=MEMORY_MB.value,
-        queue=QUEUE.value, queue_mb=QUEUE_MB.value, packages=tuple(PACKAGES.value), preload=tuple(PRELOAD.value))
-    serve(server, sandbox)
+    block = cli.load_config('configs/evaluate.py:tiny').sandbox.to_dict()  # for what has no flag
+    del block['addresses']
+    serve(server, settings.build(SandboxSettings, block | {
+        'zygotes': ZYGOTES.value, 'spares': SPARES.value, 'concurrency': CONCURRENCY.value,
+        'memory_mb': MEMORY_MB.value, 'queue': QUEUE.value, 'queue_mb': QUEUE_MB.value, 'packages': PACKAGES.value,
+        'preload': PRELOAD.value}, 'sandbox'))
 
 
 def run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from configs import base
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'retool_jax'
 
@@ -18,6 +21,7 @@ _BELOW_STAGES = {'core', 'sandbox', 'text', 'algo', 'model', 'tasks', 'rollout',
 ROOMS = {  # what a room may import besides itself: rooms, or single modules of a room
     'core': set(),
     'sandbox': {'core.records', 'core.errors', 'core.checks'},  # its children start light
+    'sandbox/inside': set(),  # runs in the jail, on the guest's interpreter; see the test of its libraries
     'text': {'core'},
     'algo': {'core'},
     'model': {'core', 'text.vocabulary'},  # a GGUF file holds both
@@ -35,18 +39,24 @@ LEAN_LIBRARIES = {'jax', 'flax', 'optax', 'numpy', 'absl', 'ml_collections'}
 LEAN_EXCEPTIONS = {('model', 'hf', 'safetensors')}  # the module that reads checkpoint files
 HEAVY = ('jax', 'jaxlib', 'flax', 'transformers', 'torch', 'matplotlib')
 DYNAMIC = ('__import__', 'import_module', 'importlib.import_module')
-LONGEST_FILE, LONGEST_BINARY = 420, 60
+# Imports that close a circle of files; the list only shrinks.
+CIRCLES = [
+    ('retool_jax.rollout.engine', 'retool_jax.rollout.scheduler'),
+    ('retool_jax.tasks.problems', 'retool_jax.tasks.builders'),
+]
+LONGEST_FILE, LONGEST_BINARY = 400, 60
 
 
-def imports(tree: ast.Module, module: str, *, at_load: bool = False) -> Iterator[tuple[int, str]]:
+def imports(tree: ast.Module, module: str, *, at_load: bool = False, for_types: bool = False
+            ) -> Iterator[tuple[int, str]]:
     """Yields (line, dotted name) of everything a module imports.
 
-    Names for the type checker alone do not count. `at_load` leaves out what functions import when called.
+    at_load: without what functions import when called. for_types: with names for the type checker alone.
     """
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith('TYPE_CHECKING'):
+        if not for_types and isinstance(node, ast.If) and ast.unparse(node.test).endswith('TYPE_CHECKING'):
             pending.extend(node.orelse)
             continue
         if at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -71,11 +81,17 @@ def sources(folder: Path) -> list[tuple[Path, str, ast.Module]]:
     return found
 
 
+def room_of(path: Path) -> str:
+    """The room of a file of the package: its innermost folder with a line of its own in the table."""
+    folders = [folder.as_posix() for folder in path.parents]
+    return next((folder for folder in folders if folder in ROOMS), path.parts[0])
+
+
 def trespasses(package: Path) -> list[str]:
     """Imports of other rooms that the table does not allow, one line each."""
     found = []
     for path, module, tree in sources(package):
-        room = path.relative_to(package).parts[0]
+        room = room_of(path.relative_to(package))
         if room.endswith('.py'):  # the package's own __init__ is loaded before every room
             found += [f'{path.name}:{n} imports {x}' for n, x in imports(tree, module) if x != '__future__']
             continue
@@ -86,7 +102,7 @@ def trespasses(package: Path) -> list[str]:
                     found.append(f'{path.relative_to(package)}:{line} {room} may not import {name}')
                 continue
             inside = '.'.join(parts[1:])
-            allowed = ROOMS.get(room, set()) | {room}
+            allowed = ROOMS.get(room, set()) | {room.replace('/', '.')}
             if inside and not any(inside == x or inside.startswith(f'{x}.') for x in allowed):
                 found.append(f'{path.relative_to(package)}:{line} {room} may not import {name}')
     return found
@@ -110,6 +126,9 @@ def test_every_folder_of_the_package_has_its_line_in_the_table():
         ('algo', 'from ..text import tags'),
         ('sandbox', 'from retool_jax.core import cli'),
         ('sandbox', 'import retool_jax.core.settings as s'),
+        ('sandbox/inside', 'from retool_jax.core.records import Verdict'),
+        ('sandbox/inside', 'from retool_jax.sandbox import child'),
+        ('sandbox/inside', 'from .. import child'),
         ('model', 'def f():\n    from retool_jax.algo import losses'),
         ('model', 'import importlib\nimportlib.import_module("retool_jax.train.ppo")'),
         ('rollout', 'import retool_jax.tasks.grader'),
@@ -130,6 +149,8 @@ def test_a_trespass_is_seen_however_it_is_written(tmp_path, room, line):
     [
         ('sandbox', 'from retool_jax.core.records import Verdict'),
         ('sandbox', 'from retool_jax.core import records'),
+        ('sandbox', 'from retool_jax.sandbox.inside import protocol'),
+        ('sandbox/inside', 'import protocol\nimport json'),
         ('algo', 'from retool_jax.algo import segments\nfrom . import groups'),
         ('algo', 'import typing\nif typing.TYPE_CHECKING:\n    from retool_jax.model import decoder'),
         ('stages', 'import retool_jax.sandbox.pool\nfrom retool_jax import algo'),
@@ -140,6 +161,74 @@ def test_what_the_table_allows_passes(tmp_path, room, line):
     folder.mkdir(parents=True)
     (folder / 'neighbour.py').write_text(line)
     assert trespasses(tmp_path / 'retool_jax') == []
+
+
+def test_what_runs_in_the_jail_imports_the_standard_library_and_its_own_files(tmp_path):
+    folder = PACKAGE / 'sandbox' / 'inside'
+    known = {'runner', 'seccomp', 'zygote', 'protocol'}
+    assert {path.stem for path in folder.glob('[a-z]*.py')} == known
+    block = base.sandbox('tiny')
+    known |= sys.stdlib_module_names | set(block.preload) & set(block.packages)
+    assert [
+        f'{path.name}:{line} imports {name}'
+        for path, module, tree in sources(folder)
+        for line, name in imports(tree, module)
+        if name.split('.')[0] not in known
+    ] == []
+
+
+def files_imported(package: Path) -> dict[str, set[str]]:
+    """Module → modules of the package that it imports anywhere, for types and when functions are called too."""
+    files = {module.removesuffix('.__init__'): tree for _, module, tree in sources(package)}
+    graph: dict[str, set[str]] = {}
+    for module, tree in files.items():
+        graph[module] = set()
+        for _, name in imports(tree, module, for_types=True):
+            beside = f'{module.rpartition(".")[0]}.{name}'
+            name = beside if '.inside.' in module and beside in files else name  # there, files are no package
+            while name and name not in files:
+                name = name.rpartition('.')[0]
+            if name != package.name:
+                graph[module] |= {name} - {'', module}
+    return graph
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one cycle in its order, the first again at the end; none: []."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = files_imported(PACKAGE)
+    assert graph['retool_jax.sandbox.inside.zygote'] >= {
+        f'retool_jax.sandbox.inside.{name}' for name in ('runner', 'seccomp', 'protocol')
+    }
+    for module, imported in CIRCLES:
+        graph[module].remove(imported)  # a KeyError: this circle is gone, and its line with it
+    assert cycle(graph) == []
+
+
+@pytest.mark.parametrize(
+    'there, back',
+    [
+        ('from retool_jax.algo.b import x', 'from retool_jax.algo import a'),
+        ('from . import b', 'def f():\n    import retool_jax.algo.a'),
+        ('import retool_jax.algo.b as b', 'import typing\nif typing.TYPE_CHECKING:\n    from .a import A'),
+    ],
+)
+def test_a_cycle_of_files_is_seen_however_it_is_hidden(tmp_path, there, back):
+    folder = tmp_path / 'retool_jax' / 'algo'
+    folder.mkdir(parents=True)
+    (folder / '__init__.py').write_text('')
+    (folder / 'a.py').write_text(there)
+    (folder / 'b.py').write_text('import json')
+    assert cycle(files_imported(tmp_path / 'retool_jax')) == []
+    (folder / 'b.py').write_text(back)
+    assert sorted(set(cycle(files_imported(tmp_path / 'retool_jax')))) == ['retool_jax.algo.a', 'retool_jax.algo.b']
 
 
 def test_configurations_import_nothing_but_ml_collections_and_their_base():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -20,15 +21,19 @@ import threading
 import time
 from collections.abc import Callable
 
-from retool_jax.sandbox.pool import Pool, SandboxSettings
+from retool_jax.sandbox.pool import Pool
+from retool_jax.sandbox.settings import SandboxSettings
 
 _SNIPPET = 'import numpy, sympy\nprint({0} ** 2)'
 
 
-def measure(seconds: float, clients: int, say: Callable[[str], None]) -> dict:
-    """Every figure, each over `seconds`; times in milliseconds, memory in MB."""
+def measure(settings: SandboxSettings, seconds: float, clients: int, say: Callable[[str], None]) -> dict:
+    """Every figure, each over `seconds`; times in milliseconds, memory in MB.
+
+    settings: of the pool; the server has the values of its own flags.
+    """
     figures: dict = {'cores': len(os.sched_getaffinity(0)), 'load_before': os.getloadavg()[0]}
-    with Pool(SandboxSettings()) as pool:
+    with Pool(dataclasses.replace(settings, path='warm')) as pool:
         _saturate(pool, 0.5)  # caches and spares settle
         time.sleep(0.5)
         say('memory of idle workers')
@@ -42,7 +47,7 @@ def measure(seconds: float, clients: int, say: Callable[[str], None]) -> dict:
     figures |= _over_http(clients, seconds)
     figures['server_over_pool'] = figures['server_per_s'] / rate
     say('cold path')
-    with Pool(SandboxSettings(path='cold')) as cold:
+    with Pool(dataclasses.replace(settings, path='cold')) as cold:
         figures['cold_per_s'], latencies = _saturate(cold, max(seconds, 5.0))
         figures['cold_p50_ms'] = _percentile(latencies, 50)
     figures['warm_over_cold'] = rate / figures['cold_per_s']

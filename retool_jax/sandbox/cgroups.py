@@ -1,8 +1,12 @@
 """Memory, process and CPU accounting by control groups: v1 or v2, whichever may be written.
 
 One tree per supervisor, which holds a lock on it as long as it lives, so that a later one can sweep
-what the dead left, whichever pid namespaces they are in; in it a set of slots that snippets use one
+what the dead left, whichever pid namespaces they are in; in it leases: groups that snippets have one
 after another (making and removing memory groups per snippet costs more than the snippet).
+
+Not covered: CPU time is counted and never throttled (child.py ends what has spent too much); disks, of which a snippet
+sees none that it can write; memory of the kernel that it charges to nobody. A controller that may not be written here
+enforces nothing and its counters read 0: `Groups.missing` names it. Version 2 is tested on a tree of plain files only.
 """
 
 from __future__ import annotations
@@ -110,7 +114,7 @@ class Groups:
             if self._adopt_v2(bases, move=False) or self._adopt_v2(bases, move=True):
                 self.version = 2
         self.missing = [c for c in _V1 if c not in self.roots]
-        self._free: list[Slot] = []
+        self._free: list[Lease] = []
         self._made = 0
 
     def _adopt(self, controller: str, bases: list[pathlib.Path]) -> None:
@@ -136,7 +140,11 @@ class Groups:
         return False
 
     def _make(self, base: pathlib.Path) -> pathlib.Path:
-        """This supervisor's directory below `base`, locked for as long as it lives; raises OSError."""
+        """This supervisor's directory below `base`, locked for as long as it lives.
+
+        Raises:
+            OSError: nothing can be made or locked there.
+        """
         root = base / self.name
         while root not in self._locks:
             root.mkdir(exist_ok=True)
@@ -155,19 +163,19 @@ class Groups:
             (root / name).mkdir(exist_ok=True)
             (root / name / 'cgroup.procs').write_text(str(pid))
 
-    def take(self) -> Slot:
-        """An empty slot; give it back when its processes are gone."""
+    def take(self) -> Lease:
+        """An empty lease; give it back when its processes are gone."""
         if self._free:
             return self._free.pop()
         self._made += 1
-        return Slot(self.roots, self.version, f'slot{self._made}')
+        return Lease(self.roots, self.version, f'lease{self._made}')
 
-    def give(self, slot: Slot) -> None:
-        """Takes a slot back for the next snippet; one that is not empty is given up."""
-        if slot.is_empty():
-            self._free.append(slot)
+    def give(self, lease: Lease) -> None:
+        """Takes a lease back for the next snippet; one that is not empty is given up."""
+        if lease.is_empty():
+            self._free.append(lease)
         else:
-            slot.close()
+            lease.close()
 
     def remove(self) -> None:
         """Kills what is left in the tree and removes it."""
@@ -177,7 +185,7 @@ class Groups:
             os.close(self._locks.popitem()[1])
 
 
-class Slot:
+class Lease:
     """One snippet's limits and counters. Without groups every counter reads 0."""
 
     def __init__(self, roots: dict[str, pathlib.Path], version: int, name: str):
@@ -234,7 +242,11 @@ class Slot:
             return False
 
     def place(self, pid: int) -> None:
-        """Moves a process here; raises OSError where the kernel refuses."""
+        """Moves a process here.
+
+        Raises:
+            OSError: the kernel refuses, as where the process is gone.
+        """
         for descriptor in self._procs:
             os.pwrite(descriptor, str(pid).encode(), 0)
 

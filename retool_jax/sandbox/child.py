@@ -11,7 +11,6 @@ import base64
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import re
@@ -24,7 +23,9 @@ import traceback
 from collections.abc import Callable
 
 from retool_jax.core.records import Fault, Verdict
-from retool_jax.sandbox.cgroups import Slot
+from retool_jax.sandbox.cgroups import Lease
+from retool_jax.sandbox.inside import protocol
+from retool_jax.sandbox.settings import SandboxSettings
 
 _PAGE = os.sysconf('SC_PAGE_SIZE')
 _TICK = os.sysconf('SC_CLK_TCK')
@@ -85,9 +86,9 @@ class Child:
     `report(child, outcome)` is called once, with a dictionary, or with `Lost`.
     """
 
-    def __init__(self, number: int, pidfd: int, control: socket.socket, out: int, err: int, slot: Slot,
+    def __init__(self, number: int, pidfd: int, control: socket.socket, out: int, err: int, lease: Lease,
                  ready: Callable, report: Callable, output_bytes: int):
-        self.number, self.slot = number, slot
+        self.number, self.lease = number, lease
         self.request: Request | None = None
         self.sealed = False
         self._killed = self._short = False
@@ -114,19 +115,19 @@ class Child:
         self._loop.remove_reader(self._control.fileno())
         try:
             message, ancillary, flags, _ = self._control.recvmsg(
-                1, socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+                len(protocol.SEALED), socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
             for _, kind, data in ancillary:
                 if kind == socket.SCM_RIGHTS:
                     self._box = struct.unpack('i', data[:4])[0]
                 elif kind == socket.SCM_CREDENTIALS:
                     self._pid = struct.unpack('3i', data[:12])[0]
-            if message != b'R' or not self._pid or self._killed:
+            if message != protocol.SEALED or not self._pid or self._killed:
                 return  # ended before it was ready: its exit is reported by whoever waits for it
             if flags & socket.MSG_CTRUNC:  # no room for the descriptor of its scratch
                 self._short = True
                 self.kill(None)
                 return
-            self.slot.place(self._pid)
+            self.lease.place(self._pid)
             with contextlib.suppress(OSError):  # the machine's memory runs out: rather a snippet than a worker
                 pathlib.Path(f'/proc/{self._pid}/oom_score_adj').write_text('1000')
         except OSError:
@@ -143,7 +144,7 @@ class Child:
         self._pidfd = descriptor
 
     @_costs_its_request
-    def start(self, request: Request, settings) -> None:
+    def start(self, request: Request, settings: SandboxSettings) -> None:
         """Sets the limits, then hands over the code; time is counted from here."""
         self.request, request.child = request, self
         fields = request.fields
@@ -151,19 +152,18 @@ class Child:
         self._wall_s = fields.get('wall_s') or settings.wall_s
         memory_bytes = int((fields.get('memory_mb') or settings.memory_mb) * 2**20)
         try:
-            self.slot.arm(memory_bytes, settings.processes)
+            self.lease.arm(memory_bytes, settings.processes)
             with open(f'/proc/{self._pid}/statm') as file:
                 size = int(file.read().split()[0]) * _PAGE
         except (OSError, ValueError):
             self.kill(None)
             return
         self._start_cpu_s = self._process_cpu_s()
-        counted = 'memory' in self.slot.enforced
+        counted = 'memory' in self.lease.enforced
         address_bytes = size + memory_bytes * (_ADDRESS_FACTOR if counted else 1) + (_ADDRESS_EXTRA if counted else 0)
-        header = json.dumps({
-            **{key: fields[key] for key in ('seed', 'code', 'stdin', 'files')},
-            'echo': settings.echo, 'cpu_s': self._cpu_s,
-            'address_bytes': -(-address_bytes >> 24) << 24}).encode() + b'\n'
+        header = protocol.header(
+            code=fields['code'], stdin=fields['stdin'], files=fields['files'], seed=fields['seed'], echo=settings.echo,
+            cpu_s=self._cpu_s, address_bytes=-(-address_bytes >> 24) << 24)
         for descriptor in self._pipes:
             os.set_blocking(descriptor, False)
             self._loop.add_reader(descriptor, self._on_output, descriptor)
@@ -217,8 +217,8 @@ class Child:
             return 0.0
 
     def _used_cpu_s(self) -> float:
-        if 'cpu' in self.slot.enforced:
-            return self.slot.cpu_s()
+        if 'cpu' in self.lease.enforced:
+            return self.lease.cpu_s()
         return max(self._usage_cpu_s, self._process_cpu_s()) - self._start_cpu_s
 
     def _arm_timer(self, cpu_s: float) -> None:
@@ -296,7 +296,7 @@ class Child:
         exit_code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
         if self._cause is Verdict.OUTPUT_LIMIT:
             verdict = self._cause
-        elif self.slot.oom_kills() > 0:
+        elif self.lease.oom_kills() > 0:
             verdict = Verdict.OOM
         elif self._cause is not None:
             verdict = self._cause
@@ -313,7 +313,7 @@ class Child:
         fetched = {} if self._cause else self._fetch(self.request.fields['fetch'])
         self._close({
             'verdict': verdict, 'exit_code': exit_code, 'signal': number, 'cpu_s': cpu_s, 'wall_s': wall_s,
-            'peak_mb': self.slot.peak_mb(), 'truncated': self._cut, 'files': fetched,
+            'peak_mb': self.lease.peak_mb(), 'truncated': self._cut, 'files': fetched,
             'stdout': self._pipes[self._out].decode('utf-8', 'replace'),
             'stderr': _without_our_frames(bytes(self._pipes[self._err])).decode('utf-8', 'replace')})
 

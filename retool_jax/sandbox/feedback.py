@@ -19,11 +19,11 @@ _TRACEBACK = 'Traceback (most recent call last):\n'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeedbackSettings:
-    """How results are shown."""
+    """How results are shown. Letters: P the paper, O its evaluation code, R verl's recipe, H this project's choice."""
 
-    style: str  # 'paper': whole traceback; 'official': its last line; 'full': warnings and partial output too
-    max_chars: int  # of the whole text, notes of omission apart
-    max_frames: int  # of a traceback; the last ones are kept
+    style: str  # 'paper' (P): stdout and traceback; 'official' (O): the error's last line; 'full' (H): warnings too
+    max_chars: int  # characters of the text, notes of omission apart; the middle is cut; at least 2. O 400; R 256
+    max_frames: int  # frames of a traceback in style paper, the last ones; at least 1. H 6
 
     def __post_init__(self):
         check(self, style=one_of(STYLES), max_chars=within(2, MANY), max_frames=within(1, MANY))
@@ -32,7 +32,8 @@ class FeedbackSettings:
 def render(result: ExecResult, settings: FeedbackSettings) -> str:
     """The text between the interpreter tags, without them and without a last newline.
 
-    Raises ValueError for results of ours (sandbox_error) and of the turn rules: the model sees none.
+    Raises:
+        ValueError: a result of ours (sandbox_error) or of the turn rules; the model is shown none.
     """
     style = settings.style
     error = result.stderr

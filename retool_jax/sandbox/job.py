@@ -6,19 +6,14 @@ A job is checked once, where it is handed in, and travels as one frame of bytes:
 from __future__ import annotations
 
 import dataclasses
-import json
 import operator
 import posixpath
 import reprlib
-import struct
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from retool_jax.sandbox.pool import SandboxSettings
+from retool_jax.sandbox import frames
+from retool_jax.sandbox.settings import MOST, SandboxSettings
 
-FRAME = struct.Struct('!IQ')  # bytes of a JSON header and of the payload behind it
-MOST = {'cpu_s': 1e6, 'wall_s': 1e6, 'memory_mb': 2.0**24}  # 12 days, 16 TiB: more is a slip, and overflows somewhere
 _CODE_BYTES = 64 << 20  # of code and standard input together
 _NAME_BYTES, _PATH_BYTES = 255, 4095  # Linux: of one component, of a path
 _FETCH_NAMES, _FETCH_PARTS = 1024, 16384  # a part costs a system call between two snippets
@@ -57,17 +52,15 @@ class Job:
         _fits(files.values(), len(files) + len(_directories(files)), stdin, limits.get('memory_mb'), settings)
         header = {'op': 'run', 'id': id_, 'seed': _seed(self.seed), 'fetch': _names(self.fetch), 'code': len(code),
                   'stdin': len(stdin), 'files': [[n, len(c)] for n, c in files.items()], **limits}
-        return pack(header, code, stdin, *files.values())
-
-
-def pack(header: dict, *payload: bytes) -> bytes:
-    """One frame: sizes, header as JSON, payload."""
-    words = json.dumps(header).encode()
-    return b''.join((FRAME.pack(len(words), sum(map(len, payload))), words, *payload))
+        return frames.pack(header, code, stdin, *files.values())
 
 
 def number(name: str, value: object, most: float) -> float:
-    """A finite number greater than 0, of whatever type; ValueError names the field."""
+    """A finite number greater than 0, of whatever type.
+
+    Raises:
+        ValueError: it is none, or above `most`; the field is named.
+    """
     try:
         if isinstance(value, (bool, str, bytes, bytearray)):
             raise TypeError

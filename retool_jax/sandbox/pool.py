@@ -13,13 +13,11 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import pathlib
 import platform
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -27,54 +25,14 @@ import time
 from collections.abc import Iterable
 
 import retool_jax
-from retool_jax.core.checks import MANY, Rule, above, check, one_of, within
 from retool_jax.core.records import ExecResult, Fault, Verdict
-from retool_jax.sandbox import cgroups
-from retool_jax.sandbox.job import MOST, Job, pack
+from retool_jax.sandbox import frames
+from retool_jax.sandbox.job import Job
+from retool_jax.sandbox.settings import SandboxSettings
 
 _DEATHS = 4  # of the supervisor, in a row and without an answer between them, before the pool is broken
 _SILENT_S, _DEAF_S = 10.0, 60.0  # without a word of the supervisor: the pool ails; it is replaced
-MODULE = Rule(lambda x: x.replace('.', '').replace('_', '').isalnum(), 'is no module name')
-PACKAGE = Rule(lambda x: x.replace('.', '').replace('_', '').replace('-', '').isalnum(), 'is no name of a package')
 _START_S = 600.0  # the first start may build the guest root
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SandboxSettings:
-    """Limits per snippet and the shape of the pool; defaults are those of configs/base.py, tiny, as a test sees to."""
-
-    path: str = 'warm'  # 'warm': sealed forks of a zygote; 'cold': one jail per snippet, the oracle
-    zygotes: int = 2
-    spares: int = 3  # children sealed ahead of need, per zygote
-    concurrency: int = 0  # snippets running at once; 0: two per core that this process may use
-    recycle: int = 2000  # snippets per zygote before it is replaced
-    cpu_s: float = 5.0  # CPU seconds of all the snippet's processes
-    wall_s: float = 15.0  # three times as long, so that a loaded host does not change rewards
-    memory_mb: int = 256  # beyond what the packages occupy
-    processes: int = 64  # threads count
-    files: int = 256  # open descriptors per process
-    scratch_mb: int = 64  # of /box, the only writable place
-    scratch_inodes: int = 4096
-    output_bytes: int = 262144  # per stream; more ends the snippet
-    preload: tuple[str, ...] = ('numpy', 'sympy')  # imported before the snippet starts
-    packages: tuple[str, ...] = ('numpy', 'scipy', 'sympy')  # what can be imported at all
-    echo: bool = False  # print the value of a last expression, as a notebook does
-    retries: int = 3  # after faults of the sandbox, each on another worker
-    queue: int = 16384  # snippets waiting; one more raises PoolFull
-    queue_mb: int = 256  # and what they take, code with input and files
-    require_groups: bool = False  # refuse to run where control groups cannot be written
-
-    def __post_init__(self):
-        check(self, path=one_of(('warm', 'cold')), zygotes=within(1, 1024), spares=within(1, 1024),
-              concurrency=within(0, 2**16), recycle=within(1, MANY), processes=within(1, 2**22),
-              files=within(1, 2**20), scratch_inodes=within(1, MANY), output_bytes=within(1, MANY), preload=MODULE,
-              packages=PACKAGE, retries=within(0, 1000), queue=within(1, MANY),
-              **{name: above(0, most) for name, most in MOST.items()},
-              **dict.fromkeys(('scratch_mb', 'queue_mb'), above(0, MOST['memory_mb'])))
-        object.__setattr__(self, 'preload', tuple(self.preload))
-        object.__setattr__(self, 'packages', tuple(self.packages))
-        if not self.concurrency:
-            object.__setattr__(self, 'concurrency', 2 * cgroups.cores())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +60,7 @@ class _Call:
 class Pool:
     """A sandbox on this machine. `with Pool(settings) as pool: pool.submit(code).result()`."""
 
-    def __init__(self, settings: SandboxSettings = SandboxSettings()):
+    def __init__(self, settings: SandboxSettings):
         self.settings = settings
         self.missing: tuple[str, ...] = ()  # control groups that could not be had: what is not enforced
         self.capped = ''  # why fewer snippets run at once than `concurrency` says
@@ -110,7 +68,7 @@ class Pool:
         self._unsent: collections.deque[int] = collections.deque()  # in order; what was cancelled is skipped
         self._sent = 0  # the supervisor has so many
         self._bytes = 0  # of all frames that wait
-        # Enough that a slot never waits for this thread, little enough that what waits is held once: here.
+        # Enough that a child never waits for this thread, little enough that what waits is held once: here.
         self._window = 2 * settings.concurrency + 2
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -127,7 +85,11 @@ class Pool:
         self._reason = ''
 
     def start(self) -> Pool:
-        """Starts the workers and waits for the first; RuntimeError says why isolation cannot be had."""
+        """Starts the workers and waits until the first has proven its isolation.
+
+        Raises:
+            RuntimeError: it cannot be had here, and why.
+        """
         self._launch()
         self._ready.result(_START_S)
         return self
@@ -144,7 +106,10 @@ class Pool:
         self.close()
 
     def submit(self, code: str, seed: int = 0) -> concurrent.futures.Future[ExecResult]:
-        """Queues a snippet; returns at once. PoolFull where the queue is full, RuntimeError when closed."""
+        """Queues a snippet and returns at once; cancelling the future kills it.
+
+        Raises: as `submit_job`.
+        """
         future = concurrent.futures.Future()
         inner = self.submit_job(Job(code=code, seed=seed))
 
@@ -262,13 +227,12 @@ class Pool:
             env={**os.environ, 'PYTHONPATH': path})
         theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 26)
-        self._writer.write(pack(dataclasses.asdict(self.settings)))
+        self._writer.write(frames.pack(self.settings.fields()))
         self._feed()
         watch = asyncio.ensure_future(self._listen_for_life())
         try:
             while True:
-                size = struct.unpack('!I', await reader.readexactly(4))[0]
-                message = json.loads(await reader.readexactly(size))
+                message, _ = await frames.read(reader)
                 self._heard = time.monotonic()
                 self._hear(message)
         finally:
@@ -342,7 +306,7 @@ class Pool:
 
     def _cancel(self, id_: int) -> None:
         if self._writer is not None:
-            self._writer.write(pack({'op': 'cancel', 'id': id_}))
+            self._writer.write(frames.pack({'op': 'cancel', 'id': id_}))
             self._feed()
 
     def _hang_up(self) -> None:

@@ -12,28 +12,26 @@ import collections
 import contextlib
 import ctypes
 import errno
-import json
+import itertools
 import os
 import resource
 import signal
 import socket
-import struct
 import sys
 import time
 
 from retool_jax.core.records import Verdict
-from retool_jax.sandbox import canary, jail
+from retool_jax.sandbox import canary, frames, jail
 from retool_jax.sandbox import guest as guest_lib
 from retool_jax.sandbox.cgroups import Groups
 from retool_jax.sandbox.child import Child, Lost, Request, fault_outcome
-from retool_jax.sandbox.job import FRAME
-from retool_jax.sandbox.pool import SandboxSettings
-from retool_jax.sandbox.workers import Cold, Zygote
+from retool_jax.sandbox.settings import SandboxSettings
+from retool_jax.sandbox.workers import Cold, Reports, Resources, Warm
 
 _FAILURES = 3  # in a row, before the jail counts as impossible here
 _PR_SET_CHILD_SUBREAPER = 36
 _UIDS = range(10000, 59000)  # all of five digits: the guest's memory looks alike whichever it gets
-# Descriptors of a child: pidfd, control, two pipes, scratch; two more and a log on the cold path; of its slot: three
+# Descriptors of a child: pidfd, control, two pipes, scratch; two more and a log on the cold path; of its lease: three
 # groups and eight counters.
 _DESCRIPTORS, _RESERVED = 19, 128  # the latter for the process, its zygotes, and what is open for a moment
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -83,14 +81,14 @@ class Supervisor:
         if settings.require_groups and self.groups.missing:
             raise RuntimeError(f'sandbox: no control group for {", ".join(self.groups.missing)} may be written here '
                                '(run as root, or delegate one); or set sandbox.require_groups=False')
-        self.nsjail = jail.binary()
-        self.guest = guest_lib.ensure(settings.packages, lambda line: print(f'guest root: {line}', file=sys.stderr))
-        self.uids = collections.deque(_UIDS)
+        nsjail = jail.binary()
+        guest = guest_lib.ensure(settings.packages, lambda line: print(f'guest root: {line}', file=sys.stderr))
+        self._resources = Resources(settings, nsjail, guest, self.groups, collections.deque(_UIDS), itertools.count(1))
+        self._reports = Reports(self.dispatch, self._on_child_ready, self._on_child_end, self._on_worker_death,
+                                self._run_short, self._complain)
         self.running: dict[int, Child] = {}
-        self.cold_pids: set[int] = set()
         self.counters = collections.Counter(retried=0, respawned=0, recycled=0)
         self._link = link
-        self._number = 0
         # No snippet runs before the isolation has been seen to hold.
         self._canary = canary.combined()
         self._proven = False
@@ -99,16 +97,11 @@ class Supervisor:
         self._queue = collections.OrderedDict({probe.id: probe})  # a request may leave from anywhere
         self._spares: collections.deque[Child] = collections.deque()
         self._requests: dict[int, Request] = {}
-        self._zygotes: list[Zygote] = []
+        self._workers: list[Warm] = []
         self._starting = 0  # cold jails on their way
         self._failures = 0
         self._words = ''
         self._broken = ''
-
-    def next_number(self) -> int:
-        """A number that no other child of this supervisor had."""
-        self._number += 1
-        return self._number
 
     async def run(self) -> None:
         """Serves until the client's end closes."""
@@ -129,16 +122,16 @@ class Supervisor:
                 self._say({'op': 'alive'})
                 if os.getppid() != parent:
                     break
-                for zygote in list(self._zygotes):
-                    zygote.watch()
+                for worker in list(self._workers):
+                    worker.watch()
                 self._staff()
                 self.room = min(self._most, self.room + 1)  # what was short may not be short any more
                 self.dispatch()
-                _reap_orphans({z.jail.process.pid for z in self._zygotes} | self.cold_pids)
+                _reap_orphans(self._resources.jails)
         finally:
-            for zygote in list(self._zygotes):
-                zygote.draining = True
-                zygote.die()
+            for worker in list(self._workers):
+                worker.draining = True
+                worker.die()
             for child in list(self.running.values()):
                 child.kill(Verdict.SANDBOX_ERROR)
             self.groups.remove()
@@ -147,9 +140,7 @@ class Supervisor:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                size, payload_size = FRAME.unpack(await reader.readexactly(FRAME.size))
-                message = json.loads(await reader.readexactly(size))
-                payload = await reader.readexactly(payload_size)
+                message, payload = await frames.read(reader)
                 if message['op'] == 'run':
                     request = Request(message['id'], message, payload)
                     self._requests[request.id] = request
@@ -159,8 +150,7 @@ class Supervisor:
                     self._cancel(message['id'])
 
     def _say(self, message: dict) -> None:
-        data = json.dumps(message).encode()
-        self._writer.write(struct.pack('!I', len(data)) + data)
+        self._writer.write(frames.pack(message))
 
     def _cancel(self, id_: int) -> None:
         request = self._requests.get(id_)
@@ -172,29 +162,29 @@ class Supervisor:
         elif request.child is not None:
             request.child.kill(Verdict.SANDBOX_ERROR)
 
-    def on_child_ready(self, child: Child) -> None:
+    def _on_child_ready(self, child: Child) -> None:
         """A sealed child waits for a snippet."""
         self._starting = max(0, self._starting - 1)
         self._failures = 0
         self._spares.append(child)
         self.dispatch()
 
-    def on_child_end(self, child: Child, outcome: dict | Lost) -> None:
+    def _on_child_end(self, child: Child, outcome: dict | Lost) -> None:
         """A child is over: deliver, or run its snippet elsewhere."""
         with contextlib.suppress(ValueError):
             self._spares.remove(child)
         self.running.pop(child.number, None)
         with contextlib.suppress(OSError):
-            child.slot.disarm()
-        self.groups.give(child.slot)
+            child.lease.disarm()
+        self.groups.give(child.lease)
         request = child.request
         if request is None:
             if not child.sealed:
                 self._starting = max(0, self._starting - 1)
             if isinstance(outcome, Lost) and outcome.unsealed:
-                self.complain(str(outcome))
+                self._complain(str(outcome))
             if isinstance(outcome, Lost) and outcome.short:
-                self.run_short()
+                self._run_short()
         elif request.cancelled:
             self._requests.pop(request.id, None)
         elif isinstance(outcome, Lost):
@@ -210,50 +200,50 @@ class Supervisor:
             self._deliver(request, outcome)
         self.dispatch()
 
-    def on_zygote_death(self, zygote: Zygote, words: str) -> None:
+    def _on_worker_death(self, worker: Warm, words: str) -> None:
         """Replaces a worker that died; three that never became ready end the pool."""
-        if zygote not in self._zygotes:
+        if worker not in self._workers:
             return
-        self._zygotes.remove(zygote)
-        if zygote.draining:
+        self._workers.remove(worker)
+        if worker.draining:
             return
         self.counters['respawned'] += 1
-        if not zygote.ready:
-            self.complain(words)
+        if not worker.ready:
+            self._complain(words)
         self._staff()
 
     def _staff(self) -> None:
         """Starts the workers that are lacking; what the machine has no room for now is tried again each second."""
         if self.settings.path == 'cold':
             return
-        while not self._broken and sum(not z.draining for z in self._zygotes) < self.settings.zygotes:
+        while not self._broken and sum(not w.draining for w in self._workers) < self.settings.zygotes:
             try:
-                self._zygotes.append(Zygote(self))
+                self._workers.append(Warm(self._resources, self._reports))
             except OSError as error:
-                self.complain(f'a worker cannot be started: {error}')
+                self._complain(f'a worker cannot be started: {error}')
                 return
 
-    def complain(self, words: str) -> None:
+    def _complain(self, words: str) -> None:
         """Counts a worker that could not isolate itself, and keeps its reason for the message that ends the pool."""
         self._words = words or self._words
         self._failures += 1
         if self._failures >= _FAILURES * max(1, self.settings.zygotes):
             self._break()
 
-    def run_short(self, error: OSError | None = None) -> None:
+    def _run_short(self, error: OSError | None = None) -> None:
         """A child could not be taken in. Without descriptors there are no more of them than now for the moment."""
         alive = self._alive()
         if alive and (error is None or error.errno in (errno.EMFILE, errno.ENFILE)):
             self.room = min(self.room, alive)
             print(f'sandbox: out of descriptors with {self.room} children', file=sys.stderr)
         else:
-            self.complain(str(error or 'no descriptor is left (ulimit -n)'))
+            self._complain(str(error or 'no descriptor is left (ulimit -n)'))
 
     def _alive(self) -> int:
         """Children that exist or are on their way."""
         if self.settings.path == 'cold':
             return self._starting + len(self._spares) + len(self.running)
-        return sum(len(z.children) + len(z.ordered) for z in self._zygotes)
+        return sum(len(w.children) + len(w.ordered) for w in self._workers)
 
     def _break(self) -> None:
         if not self._broken:
@@ -266,7 +256,7 @@ class Supervisor:
         if outcome['verdict'] == Verdict.OK and outcome['stdout'] == self._canary.expected:
             self._proven = True
             self._say({'op': 'ready', 'missing': self.groups.missing, 'groups': self.groups.version,
-                       'guest': str(self.guest.root), 'capped': self._capped})
+                       'guest': str(self._resources.guest.root), 'capped': self._capped})
         else:
             self._words = f"the isolation does not hold ({outcome['verdict']}: {outcome['stderr'][-200:]})"
             self._break()
@@ -292,9 +282,9 @@ class Supervisor:
             room = self.limit - len(self.running)
             while self._starting + len(self._spares) < min(len(self._queue), room) and self._alive() < self.room:
                 try:
-                    Cold(self)
+                    Cold(self._resources, self._reports)
                 except OSError as error:
-                    self.run_short(error)
+                    self._run_short(error)
                     return
                 self._starting += 1
             return
@@ -302,36 +292,34 @@ class Supervisor:
 
     def _refill(self) -> None:
         """Keeps `spares` children ahead per worker; replaces workers that have served their time."""
-        for zygote in list(self._zygotes):
-            if zygote.draining:
-                if not zygote.children and not zygote.ordered:
-                    zygote.die()
+        for worker in list(self._workers):
+            if worker.draining:
+                if not worker.children and not worker.ordered:
+                    worker.die()
                 continue
-            if not zygote.ready:
+            if not worker.ready:
                 continue
-            if zygote.forked >= self.settings.recycle and zygote.successor is None:
+            if worker.forked >= self.settings.recycle and worker.successor is None:
                 with contextlib.suppress(OSError):  # the next child that ends tries again
-                    zygote.successor = Zygote(self)
-                    self._zygotes.append(zygote.successor)
-            if zygote.successor and (zygote.successor.ready or zygote.successor.dead):
-                zygote.draining = True
+                    worker.successor = Warm(self._resources, self._reports)
+                    self._workers.append(worker.successor)
+            if worker.successor and (worker.successor.ready or worker.successor.dead):
+                worker.draining = True
                 self.counters['recycled'] += 1
-                for child in [c for c in zygote.children.values() if c.request is None]:
+                for child in [c for c in worker.children.values() if c.request is None]:
                     with contextlib.suppress(ValueError):
                         self._spares.remove(child)  # no snippet may be given to it before it is dead
                     child.kill(None)
                 continue
-            idle = sum(c.request is None for c in zygote.children.values()) + len(zygote.ordered)
+            idle = sum(c.request is None for c in worker.children.values()) + len(worker.ordered)
             for _ in range(min(self.settings.spares - idle, self.room - self._alive())):
-                zygote.fork()
+                worker.fork()
 
 
 def main() -> None:
     """Reads the settings as the first frame, then serves."""
     link = socket.socket(fileno=int(sys.argv[1]))
-    size, _ = FRAME.unpack(link.recv(FRAME.size, socket.MSG_WAITALL))
-    fields = json.loads(link.recv(size, socket.MSG_WAITALL))
-    settings = SandboxSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    settings = SandboxSettings(**frames.receive(link))
 
     async def serve() -> None:
         await Supervisor(settings, link).run()
@@ -339,10 +327,9 @@ def main() -> None:
     try:
         asyncio.run(serve())
     except (RuntimeError, ValueError, OSError) as error:
-        data = json.dumps({'op': 'broken', 'reason': str(error)}).encode()
         with contextlib.suppress(OSError):
             link.setblocking(True)
-            link.sendall(struct.pack('!I', len(data)) + data)
+            link.sendall(frames.pack({'op': 'broken', 'reason': str(error)}))
         sys.exit(1)
 
 

@@ -1,41 +1,65 @@
-"""Where children come from: a zygote that forks them, or a jail for each (the cold path).
+"""Where children come from: a warm worker, whose zygote forks them, or a cold one, a jail for a single child.
 
-Each tells the supervisor of its children's readiness and end; a zygote's death, of its own or by
-somebody's hand, loses what ran there, and the supervisor runs it elsewhere.
+A worker reports what happens to its children and to itself; what is done about it is the supervisor's affair. The
+death of a warm worker, of its own or by somebody's hand, loses the snippets that ran there.
 """
 
 from __future__ import annotations
 
 import array
 import asyncio
+import collections
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 from retool_jax.sandbox import jail
+from retool_jax.sandbox.cgroups import Groups
 from retool_jax.sandbox.child import Child, Lost
-
-if TYPE_CHECKING:
-    from retool_jax.sandbox.supervisor import Supervisor
+from retool_jax.sandbox.guest import Guest
+from retool_jax.sandbox.inside import protocol
+from retool_jax.sandbox.settings import SandboxSettings
 
 _PATIENCE_S = 60.0  # for a worker to import its packages, or to fork
-# What zygote.py speaks; it is imported only inside the jail.
-_READY, _CHILD = 0, 1
-_UP, _DOWN = struct.Struct('=iiiid'), struct.Struct('=ii')
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What all workers of one supervisor draw on."""
+
+    settings: SandboxSettings
+    nsjail: str  # path of the binary
+    guest: Guest
+    groups: Groups
+    uids: collections.deque[int]  # users that no child has; a worker gives back what it took
+    numbers: Iterator[int]  # of children, none of them twice
+    jails: set[int] = dataclasses.field(default_factory=set)  # pids of nsjail, each reaped by its own worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Reports:
+    """Whom a worker tells."""
+
+    worker_ready: Callable[[], None]
+    child_ready: Callable[[Child], None]
+    child_end: Callable[[Child, dict | Lost], None]
+    worker_dead: Callable[[Warm, str], None]  # with nsjail's last words
+    refused: Callable[[OSError | None], None]  # a child could not be taken in; None: no descriptor was left for it
+    not_isolated: Callable[[str], None]  # why a child could not be sealed
 
 
 class Jail:
@@ -83,35 +107,36 @@ class Jail:
         os.close(self.pidfd)
 
 
-class Zygote:
-    """The supervisor's end of one warm worker."""
+class Warm:
+    """The host's end of a zygote, and of the children that it has forked."""
 
-    def __init__(self, supervisor: Supervisor):
-        self.supervisor = supervisor
+    def __init__(self, resources: Resources, reports: Reports):
+        self._resources, self._reports = resources, reports
         self.ready = self.dead = self.draining = False
         self.children: dict[int, Child] = {}
         self.ordered: dict[int, int] = {}  # number → uid, forks asked for and not yet announced
         self.uids: dict[int, int] = {}
         self.pids: dict[int, int] = {}  # pid in the jail → number
         self.forked = 0
-        self.successor: Zygote | None = None  # starts before this one stops
+        self.successor: Warm | None = None  # starts before this one stops
         self._heard = time.monotonic()
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = supervisor.settings
+        settings = resources.settings
         words = json.dumps({
             'preload': list(settings.preload), 'scratch_mb': settings.scratch_mb, 'files': settings.files,
             'scratch_inodes': settings.scratch_inodes, 'processes': settings.processes,
             'single_uid': jail.single_uid()})
-        config = jail.zygote(supervisor.guest, theirs.fileno(), words)
+        config = jail.warm(resources.guest, theirs.fileno(), words)
         with theirs, contextlib.ExitStack() as stack:
             stack.callback(self.link.close)
-            argv, descriptor = jail.command(supervisor.nsjail, config)
+            argv, descriptor = jail.command(resources.nsjail, config)
             stack.callback(os.close, descriptor)
             self.jail = Jail(argv, [theirs.fileno(), descriptor])
             stack.pop_all()
             os.close(descriptor)
+        resources.jails.add(self.jail.process.pid)
         with contextlib.suppress(OSError):
-            supervisor.groups.adopt(self.jail.process.pid, 'zygotes')
+            resources.groups.adopt(self.jail.process.pid, 'zygotes')
         self.link.setblocking(False)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self.link.fileno(), self._on_message)
@@ -119,12 +144,12 @@ class Zygote:
 
     def fork(self) -> None:
         """Orders one more child."""
-        number = self.supervisor.next_number()
-        uid = self.supervisor.uids.popleft()
+        number = next(self._resources.numbers)
+        uid = self._resources.uids.popleft()
         try:
-            self.link.send(_DOWN.pack(number, uid))
+            self.link.send(protocol.DOWN.pack(number, uid))
         except OSError:
-            self.supervisor.uids.append(uid)
+            self._resources.uids.append(uid)
             return  # dying: the readers will see it
         if not self.ordered:
             self._heard = time.monotonic()
@@ -139,7 +164,8 @@ class Zygote:
     def _on_message(self) -> None:
         while not self.dead:
             try:
-                data, ancillary, flags, _ = self.link.recvmsg(4096, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC)
+                data, ancillary, flags, _ = self.link.recvmsg(
+                    protocol.UP.size, socket.CMSG_SPACE(4 * protocol.CHILD_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
             except OSError:
@@ -148,11 +174,11 @@ class Zygote:
                 self.die()
                 return
             self._heard = time.monotonic()
-            kind, number, pid, status, cpu_s = _UP.unpack(data)
-            if kind == _READY:
+            kind, number, pid, status, cpu_s = protocol.UP.unpack(data)
+            if kind == protocol.READY:
                 self.ready = True
-                self.supervisor.dispatch()
-            elif kind == _CHILD:
+                self._reports.worker_ready()
+            elif kind == protocol.CHILD:
                 descriptors = array.array('i')
                 for level, type_, raw in ancillary:
                     if (level, type_) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -166,7 +192,7 @@ class Zygote:
 
     def _adopt(self, number: int, pid: int, descriptors: array.array) -> None:
         try:
-            slot = self.supervisor.groups.take()
+            lease = self._resources.groups.take()
         except OSError as error:
             self._refuse(number, descriptors, error)
             return
@@ -174,23 +200,23 @@ class Zygote:
         self.pids[pid] = number
         self.uids[number] = self.ordered.pop(number)
         self.children[number] = Child(
-            number, pidfd, socket.socket(fileno=control), out, err, slot,
-            self.supervisor.on_child_ready, self._on_child_end, self.supervisor.settings.output_bytes)
+            number, pidfd, socket.socket(fileno=control), out, err, lease,
+            self._reports.child_ready, self._on_child_end, self._resources.settings.output_bytes)
 
     def _refuse(self, number: int, descriptors: array.array, error: OSError | None = None) -> None:
         """A child that cannot be taken in: it ends by itself when its channel is closed."""
         for descriptor in descriptors:
             os.close(descriptor)
-        self.supervisor.uids.append(self.ordered.pop(number))
-        self.supervisor.run_short(error)
+        self._resources.uids.append(self.ordered.pop(number))
+        self._reports.refused(error)
 
     def _on_child_end(self, child: Child, outcome: dict | Lost) -> None:
         self.children.pop(child.number, None)
-        self.supervisor.uids.append(self.uids.pop(child.number))
-        self.supervisor.on_child_end(child, outcome)
+        self._resources.uids.append(self.uids.pop(child.number))
+        self._reports.child_end(child, outcome)
 
     def die(self) -> None:
-        """The worker is gone (or is told to go): its snippets are lost here and run elsewhere."""
+        """The worker is gone (or is told to go): its children report that they are lost, then it reports itself."""
         if self.dead:
             return
         self.dead = True
@@ -199,26 +225,26 @@ class Zygote:
         words = self.jail.last_words()
         self.link.close()
         self.jail.close()  # returns when nsjail is reaped; the kernel has then killed all in its namespace
+        self._resources.jails.discard(self.jail.process.pid)
         for child in list(self.children.values()):
             child.lose()
-        self.supervisor.uids.extend(self.ordered.values())
-        self.supervisor.on_zygote_death(self, words)
+        self._resources.uids.extend(self.ordered.values())
+        self._reports.worker_dead(self, words)
 
 
 class Cold:
     """One jail for one snippet, each limit by nsjail itself."""
 
-    def __init__(self, supervisor: Supervisor):
-        self.supervisor = supervisor
+    def __init__(self, resources: Resources, reports: Reports):
+        self._resources, self._reports = resources, reports
         control, theirs = socket.socketpair()
         control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         out, out_write = os.pipe()
         err, err_write = os.pipe()
         log, log_write = os.pipe()
         os.set_blocking(log, False)
-        config = jail.cold(supervisor.guest, (theirs.fileno(), out_write, err_write), log_write,
-                           supervisor.settings)
-        argv, descriptor = jail.command(supervisor.nsjail, config)
+        config = jail.cold(resources.guest, (theirs.fileno(), out_write, err_write), log_write, resources.settings)
+        argv, descriptor = jail.command(resources.nsjail, config)
         self.process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=log_write, stderr=log_write, preexec_fn=_die_with_parent,
             pass_fds=[theirs.fileno(), out_write, err_write, descriptor, log_write], start_new_session=True)
@@ -227,25 +253,25 @@ class Cold:
         theirs.close()
         self._log = log
         with contextlib.suppress(OSError):
-            supervisor.groups.adopt(self.process.pid, 'cold')
-        supervisor.cold_pids.add(self.process.pid)
+            resources.groups.adopt(self.process.pid, 'cold')
+        resources.jails.add(self.process.pid)
         self._pidfd = os.pidfd_open(self.process.pid)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._pidfd, self._on_exit)
-        self.child = Child(supervisor.next_number(), os.dup(self._pidfd), control, out, err, supervisor.groups.take(),
-                           self._on_ready, self._on_end, supervisor.settings.output_bytes)
+        self.child = Child(next(resources.numbers), os.dup(self._pidfd), control, out, err, resources.groups.take(),
+                           self._on_ready, self._on_end, resources.settings.output_bytes)
 
     def _on_ready(self, child: Child) -> None:
         try:
             child.track()
         except OSError:
             return  # gone already: the exit is on its way
-        self.supervisor.on_child_ready(child)
+        self._reports.child_ready(child)
 
     def _on_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
         self.process.wait()
-        self.supervisor.cold_pids.discard(self.process.pid)
+        self._resources.jails.discard(self.process.pid)
         words = b''
         with contextlib.suppress(OSError):
             words = os.read(self._log, 1 << 20)
@@ -259,10 +285,10 @@ class Cold:
             self.child.on_exit(int(killed[-1]))
         else:
             lines = [x for x in words.decode(errors='replace').splitlines() if x.startswith(('[E]', '[F]', '[W]'))]
-            self.supervisor.complain(' | '.join(lines[-3:]) or 'nsjail said nothing')
+            self._reports.not_isolated(' | '.join(lines[-3:]) or 'nsjail said nothing')
             self.child.lose()
 
     def _on_end(self, child: Child, outcome: dict | Lost) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
-        self.supervisor.on_child_end(child, outcome)
+        self._reports.child_end(child, outcome)

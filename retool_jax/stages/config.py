@@ -16,7 +16,7 @@ from retool_jax.rollout.requests import SamplingSettings
 from retool_jax.rollout.sampler import SamplerSettings
 from retool_jax.rollout.turns import Budgets
 from retool_jax.sandbox.feedback import FeedbackSettings
-from retool_jax.sandbox.pool import SandboxSettings
+from retool_jax.sandbox.settings import SandboxSettings
 from retool_jax.stages.alarms import WatchSettings
 from retool_jax.stages.cold_start import Mix
 from retool_jax.stages.intake import UNREADABLE

@@ -26,7 +26,8 @@ from retool_jax.rollout.requests import Executor, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 from retool_jax.rollout.turns import Budgets, Rules, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render
-from retool_jax.sandbox.pool import Pool, SandboxSettings
+from retool_jax.sandbox.pool import Pool
+from retool_jax.sandbox.settings import SandboxSettings
 from retool_jax.stages import embedded
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import tags

@@ -13,10 +13,11 @@ from retool_jax.rollout import turns
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.sandbox.guard import Guard
-from retool_jax.sandbox.pool import Pool, SandboxSettings
+from retool_jax.sandbox.pool import Pool
 from retool_jax.text import template
 from retool_jax.train import sources
 from tests.rollout.engine_test import CONFIG, PLAIN, SIZES, TABLE, TOKENIZER, TURNS, requests, same
+from tests.sandbox.given import tiny
 from tests.sandbox.verdicts_test import OUR_OWN
 
 LIMITS = dict(zygotes=1, spares=3, preload=(), cpu_s=1.2, wall_s=4.0, memory_mb=128, concurrency=3)
@@ -31,7 +32,7 @@ def test_an_episode_whose_snippets_try_to_be_our_fault_is_graded_like_any_other(
 
     def play(choose):
         monkeypatch.setattr(template, 'extract_snippet', lambda text: template.Snippet(choose(text), 0))
-        settings = SandboxSettings(**LIMITS)
+        settings = tiny(**LIMITS)
         with Pool(settings) as pool, Guard(pool, lambda: Pool(settings), 120) as guard:
             found = Engine(sampler, rules, PLAIN, guard, seed=1, purpose=1).run(params, 0, requests(5, 2), step=0)
             return found, guard, pool.stats()

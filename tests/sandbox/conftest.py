@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from retool_jax.sandbox.pool import Pool, SandboxSettings
+from retool_jax.sandbox.pool import Pool
+from tests.sandbox.given import LIMITS, tiny
 
-LIMITS = dict(cpu_s=1.0, wall_s=3.0, memory_mb=256, processes=64, scratch_mb=16, scratch_inodes=512)
 collect_ignore = ['cases.py']
 
 
@@ -24,7 +24,7 @@ def pools():
 
     def get(path: str) -> Pool:
         if path not in started:
-            started[path] = Pool(SandboxSettings(path=path, zygotes=1, spares=2, concurrency=2, **LIMITS)).start()
+            started[path] = Pool(tiny(path=path, zygotes=1, spares=2, concurrency=2, **LIMITS)).start()
         return started[path]
 
     yield get
@@ -79,7 +79,7 @@ class Census:
         while True:
             now = self.count()
             grown = {k: (self.base[k], v) for k, v in now.items() if v > self.base[k]}
-            # A slot that is used for the first time keeps its counters' descriptors.
+            # A lease that is had for the first time keeps its counters' descriptors.
             grown.pop('descriptors', None) if now['descriptors'] <= self.base['descriptors'] + 44 else None
             if not grown:
                 return

@@ -9,7 +9,8 @@ import pytest
 
 from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.sandbox.guard import Guard
-from retool_jax.sandbox.pool import Pool, PoolFull, SandboxSettings
+from retool_jax.sandbox.pool import Pool, PoolFull
+from tests.sandbox.given import tiny
 
 WORKS = lambda code: ExecResult(Verdict.OK, code, '')
 
@@ -98,7 +99,7 @@ def test_the_end_of_a_run_answers_what_still_waits():
     assert future.result(1).verdict == Verdict.SANDBOX_ERROR
 
 
-SMALL = SandboxSettings(zygotes=1, spares=1, concurrency=2, preload=(), memory_mb=128)
+SMALL = tiny(zygotes=1, spares=1, concurrency=2, preload=(), memory_mb=128)
 
 
 def test_a_real_pool_that_is_stopped_or_killed_is_replaced_and_no_answer_is_lost():

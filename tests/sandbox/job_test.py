@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 
 from retool_jax.core.records import Verdict
-from retool_jax.sandbox.job import FRAME, Job
-from retool_jax.sandbox.pool import Pool, SandboxSettings
+from retool_jax.sandbox.frames import SIZES
+from retool_jax.sandbox.job import Job
+from retool_jax.sandbox.pool import Pool
+from tests.sandbox.given import tiny
 
-SMALL = SandboxSettings(scratch_mb=1, scratch_inodes=16, memory_mb=64)
+SMALL = tiny(scratch_mb=1, scratch_inodes=16, memory_mb=64)
 
 
 def read(frame: bytes) -> tuple[dict, bytes]:
     """Header and payload of a frame."""
-    size, payload = FRAME.unpack_from(frame)
-    assert len(frame) == FRAME.size + size + payload
-    return json.loads(frame[FRAME.size : FRAME.size + size]), frame[FRAME.size + size :]
+    size, payload = SIZES.unpack_from(frame)
+    assert len(frame) == SIZES.size + size + payload
+    return json.loads(frame[SIZES.size : SIZES.size + size]), frame[SIZES.size + size :]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_fifteen_files_and_one_page_less_than_all_fit():
 def test_files_that_just_fit_can_be_written(path):
     full = Job(code='import os\nprint(len(os.listdir()), len(input()))',
                files={f'f{i}': b'x' * 4096 for i in range(14)}, stdin=b'y' * (242 * 4096))  # fmt: skip
-    with Pool(SandboxSettings(path=path, zygotes=1, spares=1, concurrency=1, scratch_mb=1, scratch_inodes=16)) as pool:
+    with Pool(tiny(path=path, zygotes=1, spares=1, concurrency=1, scratch_mb=1, scratch_inodes=16)) as pool:
         result = pool.submit_job(full).result(60).result
         assert (result.verdict, result.stdout) == (Verdict.OK, f'14 {242 * 4096}\n'), result.stderr
 

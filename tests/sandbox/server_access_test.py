@@ -12,7 +12,7 @@ import pytest
 
 from retool_jax.core.errors import UserError
 from retool_jax.sandbox.http.server import ServerSettings, serve
-from retool_jax.sandbox.pool import SandboxSettings
+from tests.sandbox.given import tiny
 from tests.sandbox.servers import Server, free_port
 
 TOKEN = 'hüsh: @/%?'  # any text may be one
@@ -102,7 +102,7 @@ def test_settings_of_the_server_that_mean_nothing_are_refused_by_name(fields):
 
 def test_memory_by_default_must_not_exceed_the_most():
     with pytest.raises(UserError, match='max_memory_mb=100'):
-        serve(ServerSettings(max_memory_mb=100.0), SandboxSettings(memory_mb=256))
+        serve(ServerSettings(max_memory_mb=100.0), tiny(memory_mb=256))
 
 
 @pytest.mark.parametrize('host', ['0.0.0.0', '::', '10.0.0.1', 'example.org'])

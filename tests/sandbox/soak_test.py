@@ -11,8 +11,9 @@ import time
 import pytest
 
 from retool_jax.core.records import Verdict
-from retool_jax.sandbox.pool import Pool, SandboxSettings
+from retool_jax.sandbox.pool import Pool
 from tests.sandbox.conftest import children_of
+from tests.sandbox.given import tiny
 
 HOSTILE = [
     ('while True: pass', Verdict.TIMEOUT),
@@ -78,7 +79,7 @@ def _idle(pool: Pool) -> dict[str, float]:
 
 def _soak(count: int) -> None:
     rng = random.Random(count)
-    settings = SandboxSettings(
+    settings = tiny(
         cpu_s=0.5, wall_s=5.0, memory_mb=128, processes=16, scratch_mb=8, scratch_inodes=256, recycle=500
     )
     with Pool(settings) as pool:
@@ -95,13 +96,13 @@ def _soak(count: int) -> None:
                         assert result.verdict is verdict, (code, result)
                         assert number % 10 == 0 or result.stdout == f'{number**2}\n', (code, result)
 
-        go(300)  # slots, caches and counters reach their size
+        go(300)  # leases, caches and counters reach their size
         start = _idle(pool)
         go(count)
         end = _idle(pool)
         for key in ('processes', 'mounts', 'own descriptors'):
             assert end[key] <= start[key], (key, start, end)
-        # Slots are made as they are needed, up to one for each child that may live at once.
+        # Leases are made as they are needed, up to one for each child that may live at once.
         most = settings.concurrency + settings.zygotes * settings.spares + settings.concurrency
         assert end['groups'] <= 3 * (most + 2), (start, end)
         assert end['descriptors'] <= start['descriptors'] + 11 * 3 * most, (start, end)

@@ -12,17 +12,17 @@ import tempfile
 import pytest
 
 from retool_jax.sandbox import guest
-from retool_jax.sandbox.pool import SandboxSettings
 from tests.sandbox import cases
+from tests.sandbox.given import LIMITS, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOBODY = 65534
 SCRIPT = '''
 import json, sys
-from retool_jax.sandbox.pool import Pool, SandboxSettings
-path, codes = json.load(sys.stdin)
-limits = dict(cpu_s=1.0, wall_s=3.0, memory_mb=256, processes=64, scratch_mb=16, scratch_inodes=512)
-with Pool(SandboxSettings(path=path, zygotes=1, spares=2, concurrency=2, **limits)) as pool:
+from retool_jax.sandbox.pool import Pool
+from retool_jax.sandbox.settings import SandboxSettings
+settings, codes = json.load(sys.stdin)
+with Pool(SandboxSettings(**settings)) as pool:
     results = [pool.submit(code).result(120) for code in codes]
     after = [pool.submit('print(%d)' % i).result(120).stdout for i in range(3)]
     print(json.dumps([pool.missing, [[r.verdict, r.stdout, r.stderr] for r in results], after]))
@@ -55,7 +55,8 @@ def place(pools):
 @pytest.mark.slow
 @pytest.mark.parametrize('path', ['warm', 'cold'])
 def test_an_ordinary_user_gets_the_same_verdicts_but_for_memory(path, place):
-    python = guest.ensure(SandboxSettings().packages).root / 'python'
+    settings = tiny(path=path, zygotes=1, spares=2, concurrency=2, **LIMITS)
+    python = guest.ensure(settings.packages).root / 'python'
     chosen = [case for case in cases.ALL if case.quick]
     environment = {
         'PYTHONHOME': str(python),
@@ -67,7 +68,7 @@ def test_an_ordinary_user_gets_the_same_verdicts_but_for_memory(path, place):
     }
     done = subprocess.run(
         [str(python / 'bin' / 'python3'), '-c', SCRIPT],
-        input=json.dumps([path, [case.code for case in chosen]]),
+        input=json.dumps([settings.fields(), [case.code for case in chosen]]),
         capture_output=True,
         text=True,
         cwd=place,

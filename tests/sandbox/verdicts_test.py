@@ -9,8 +9,9 @@ import time
 import pytest
 
 from retool_jax.core.records import Fault, Verdict
-from retool_jax.sandbox.pool import Job, Pool, SandboxSettings, run_all
-from tests.sandbox.conftest import LIMITS, children_of
+from retool_jax.sandbox.pool import Job, Pool, run_all
+from tests.sandbox.conftest import children_of
+from tests.sandbox.given import LIMITS, tiny
 
 LOWERED = 'import resource as r\nprint("a", flush=True)\nr.setrlimit(r.RLIMIT_CPU, ({0}, {0}))\nwhile True: pass'
 HELD = """import array, os, socket
@@ -114,7 +115,7 @@ def test_a_dump_of_all_frames_shows_none_of_ours(pools):
 
 
 def test_a_dying_worker_costs_its_snippets_a_retry_and_then_a_fault_of_its_kind():
-    with Pool(SandboxSettings(zygotes=1, retries=0, **LIMITS)) as pool:
+    with Pool(tiny(zygotes=1, retries=0, **LIMITS)) as pool:
         future = pool.submit('import time\ntime.sleep(2)')
         time.sleep(0.7)
         os.kill(children_of(pool._process.pid)[0], signal.SIGKILL)  # nsjail
@@ -125,7 +126,7 @@ def test_a_dying_worker_costs_its_snippets_a_retry_and_then_a_fault_of_its_kind(
 
 
 def test_recycled_workers_lose_no_snippet_even_without_retries():
-    with Pool(SandboxSettings(zygotes=2, spares=2, recycle=5, retries=0, **LIMITS)) as pool:
+    with Pool(tiny(zygotes=2, spares=2, recycle=5, retries=0, **LIMITS)) as pool:
         for _ in range(25):
             assert {r.verdict for r in run_all(pool, ['import time\ntime.sleep(0.02)'] * 6)} == {Verdict.OK}
         assert pool.stats()['recycled'] > 0

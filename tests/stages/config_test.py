@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from retool_jax.core import cli, settings
 from retool_jax.core.errors import UserError
-from retool_jax.sandbox.pool import SandboxSettings
 from retool_jax.stages import config as config_stage
 
 STAGES = {
@@ -181,9 +180,3 @@ def test_messages_name_no_key_that_is_not_there():
 def test_what_may_be_absent_stays_absent():
     stage = settings.build(config_stage.Reinforcement, cli.load_config('configs/ppo.py:tiny'))
     assert stage.model.path is stage.halves.episodes is stage.validation.problems is None
-
-
-def test_a_pool_without_a_configuration_has_the_values_of_the_tiny_one():
-    block = cli.load_config('configs/demo.py').sandbox.to_dict()
-    del block['addresses']
-    assert SandboxSettings() == settings.build(SandboxSettings, block)

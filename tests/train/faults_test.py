@@ -13,11 +13,12 @@ from retool_jax.core import episode_files, metrics
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import ExecResult, Stop, Verdict
 from retool_jax.sandbox.guard import Guard
-from retool_jax.sandbox.pool import Pool, SandboxSettings
+from retool_jax.sandbox.pool import Pool
 from retool_jax.stages import ppo
+from tests.sandbox.given import tiny
 from tests.train import killable
 
-SMALL = SandboxSettings(zygotes=1, spares=2, preload=(), memory_mb=128)
+SMALL = tiny(zygotes=1, spares=2, preload=(), memory_mb=128)
 UNSTARTABLE = dataclasses.replace(SMALL, preload=('no_such_module',))
 
 

@@ -87,7 +87,11 @@ class Remote:
         self._closed = False
 
     def start(self) -> Remote:
-        """Tries every server; RuntimeError where none passes its canary."""
+        """Tries every server.
+
+        Raises:
+            RuntimeError: none passes its canary, and why.
+        """
         self._launch()
         self._ready.result()
         return self
@@ -103,7 +107,12 @@ class Remote:
         self.close()
 
     def submit(self, code: str, seed: int = 0) -> concurrent.futures.Future[ExecResult]:
-        """Queues a snippet and returns at once. PoolFull where too many wait, RuntimeError when closed."""
+        """Queues a snippet and returns at once.
+
+        Raises:
+            PoolFull: too many wait.
+            RuntimeError: the client is closed.
+        """
         self._launch()
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self._lock:

@@ -27,9 +27,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retool_jax.core.errors import UserError
 from retool_jax.sandbox import schema
-from retool_jax.sandbox.job import MOST, number
+from retool_jax.sandbox.job import number
 from retool_jax.sandbox.listener import Listener, Patience
-from retool_jax.sandbox.pool import Outcome, Pool, PoolFull, SandboxSettings
+from retool_jax.sandbox.pool import Outcome, Pool, PoolFull
+from retool_jax.sandbox.settings import MOST, SandboxSettings
 
 _WANTED = 'a token is needed: Authorization: Bearer TOKEN, or http://any:TOKEN@host in the address'
 _CHALLENGE = {'WWW-Authenticate': 'Bearer, Basic realm="sandbox"'}
@@ -251,7 +252,11 @@ async def _unless_gone(request: Request, future: asyncio.Future) -> Outcome | No
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything is started; UserError where the address cannot be had."""
+    """A listening socket, before anything is started.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

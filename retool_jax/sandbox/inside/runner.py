@@ -15,7 +15,6 @@ import contextlib
 import gc
 import importlib
 import io
-import json
 import linecache
 import os
 import random
@@ -26,6 +25,8 @@ import sys
 import threading
 import traceback
 import types
+
+import protocol
 
 CELL = '<cell>'
 PENDING_SIGNALS = 1024  # RLIMIT_SIGPENDING, which nsjail cannot set
@@ -41,6 +42,10 @@ def preload(names: list[str]) -> None:
     if 'numpy' in names:
         import numpy.linalg
         import numpy.random  # noqa: F401
+    here = os.path.dirname(__file__)
+    for name, module in list(sys.modules.items()):  # the names of these files are free for the snippet's own
+        if os.path.dirname(getattr(module, '__file__', None) or '') == here:
+            del sys.modules[name]
     gc.collect()
     gc.freeze()  # keeps the collector's hands off pages shared with the zygote
 
@@ -49,14 +54,10 @@ def receive(channel: socket.socket) -> dict:
     """Says that this process is ready, waits for the one request, closes the channel."""
     gc.collect()  # little is left unfrozen; the collector's count starts alike for every snippet
     box = os.open('/box', os.O_RDONLY | os.O_DIRECTORY)
-    socket.send_fds(channel, [b'R'], [box])  # the supervisor fetches files through it, after the end
+    socket.send_fds(channel, [protocol.SEALED], [box])  # the supervisor fetches files through it, after the end
     os.close(box)
     with channel, channel.makefile('rb') as stream:
-        request = json.loads(stream.readline())
-        request['code'] = stream.read(request['code'])
-        request['stdin'] = stream.read(request['stdin'])
-        request['files'] = {name: stream.read(size) for name, size in request['files']}
-    return request
+        return protocol.read(stream)
 
 
 def execute(request: dict) -> None:

@@ -2,6 +2,9 @@
 
 Runs inside the jail too, so it imports the standard library alone. Everything not named fails
 with EPERM; clone3 answers ENOSYS so that glibc takes its older road.
+
+Not covered: what pointers lead to, which a filter cannot read – so not which file is opened or started, which is the
+mount namespace's affair; how often an allowed call is made, and what it costs the kernel; machines other than x86-64.
 """
 
 from __future__ import annotations
@@ -146,7 +149,11 @@ def _rule(number: int, arguments: dict[int, tuple[int, ...]]) -> str:
 
 
 def install(libc: ctypes.CDLL) -> None:
-    """Sets no_new_privs and the filter for this process and its descendants; raises OSError."""
+    """Sets no_new_privs and the filter for this process and its descendants.
+
+    Raises:
+        OSError: the kernel took neither, or only the first; nothing may run then.
+    """
     code = program()
     buffer = ctypes.create_string_buffer(code, len(code))
     header = ctypes.create_string_buffer(struct.pack('HxxxxxxP', len(code) // 8, ctypes.addressof(buffer)))

@@ -17,12 +17,9 @@ import signal
 import socket
 import struct
 
+import protocol
 import runner
 import seccomp
-
-READY, CHILD, EXIT = range(3)
-UP = struct.Struct('=iiiid')  # kind, number, pid here, wait status, CPU seconds
-DOWN = struct.Struct('=ii')  # number, user
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MS_NOSUID, _MS_NODEV = 2, 4
@@ -47,7 +44,7 @@ def serve(descriptor: int, settings: dict) -> None:
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    _send(link, UP.pack(READY, 0, 0, 0, 0.0))
+    _send(link, protocol.UP.pack(protocol.READY, 0, 0, 0, 0.0))
     gc.collect()
     gc.freeze()
     poll = select.poll()
@@ -59,10 +56,10 @@ def serve(descriptor: int, settings: dict) -> None:
                 os.read(wake_read, 256)
                 _reap(link)
             else:
-                order = link.recv(DOWN.size)
-                if len(order) != DOWN.size:
+                order = link.recv(protocol.DOWN.size)
+                if len(order) != protocol.DOWN.size:
                     os._exit(0)
-                _fork(link, own_namespace, *DOWN.unpack(order), settings)
+                _fork(link, own_namespace, *protocol.DOWN.unpack(order), settings)
 
 
 def _send(link: socket.socket, message: bytes, descriptors: tuple[int, ...] = ()) -> None:
@@ -81,7 +78,7 @@ def _reap(link: socket.socket) -> None:
             return
         if pid == 0:
             return
-        _send(link, UP.pack(EXIT, 0, pid, status, usage.ru_utime + usage.ru_stime))
+        _send(link, protocol.UP.pack(protocol.EXIT, 0, pid, status, usage.ru_utime + usage.ru_stime))
 
 
 def _fork(link: socket.socket, own_namespace: int, number: int, uid: int, settings: dict) -> None:
@@ -109,7 +106,7 @@ def _fork(link: socket.socket, own_namespace: int, number: int, uid: int, settin
             leave(1)
     os.setns(own_namespace, os.CLONE_NEWPID)
     pidfd = os.pidfd_open(pid)
-    _send(link, UP.pack(CHILD, number, pid, 0, 0.0), (pidfd, ours.fileno(), out_read, err_read))
+    _send(link, protocol.UP.pack(protocol.CHILD, number, pid, 0, 0.0), (pidfd, ours.fileno(), out_read, err_read))
     for descriptor in (pidfd, out_read, out_write, err_read, err_write):
         os.close(descriptor)
     ours.close()

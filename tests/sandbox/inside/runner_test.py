@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 
 from retool_jax.core.records import Verdict
+from retool_jax.sandbox import inside
+from retool_jax.sandbox.job import Job
 
 OK, ERROR = Verdict.OK, Verdict.ERROR
 # name: (code, verdict, exit status, stdout, what stderr is or ends with)
@@ -69,3 +73,12 @@ def test_a_snippet_ends_as_the_interpreter_would_end_it(path, pools):
             assert result.stderr.endswith(err) and (err or not result.stderr), told
         assert pool.submit('print(6 * 7)').result(60).stdout == '42\n', name
     assert pool.stats()['retried'] == 0
+
+
+@pytest.mark.parametrize('path', ['warm', 'cold'])
+def test_a_snippet_may_call_its_own_files_what_the_jails_are_called(path, pools):
+    names = [file.stem for file in pathlib.Path(inside.__path__[0]).glob('[a-z]*.py')]
+    code = f'import {", ".join(names)}\nprint({", ".join(f"{name}.mine" for name in names)})'
+    files = {f'{name}.py': f'mine = {i}'.encode() for i, name in enumerate(names)}
+    result = pools(path).submit_job(Job(code=code, files=files)).result(120).result
+    assert len(names) == 4 and (result.verdict, result.stdout) == (OK, '0 1 2 3\n'), result.stderr
