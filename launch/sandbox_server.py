@@ -33,8 +33,8 @@ DRAIN_S = flags.DEFINE_float('drain_s', 60.0, 'Seconds that running snippets get
 
 
 def main() -> None:
+    from retool_jax.sandbox.http.listener import Patience
     from retool_jax.sandbox.http.server import ServerSettings, serve  # of the extra `server`
-    from retool_jax.sandbox.listener import Patience
     from retool_jax.sandbox.settings import SandboxSettings
 
     server = ServerSettings(

@@ -96,7 +96,7 @@ def test_a_request_that_our_code_stumbles_over_costs_itself_alone(monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='limits of another process')
 def test_a_worker_that_cannot_be_started_at_the_moment_is_started_later():
-    with Pool(tiny(**SMALL)) as pool:
+    with Pool(tiny(**SMALL | {'zygotes': 4})) as pool:  # so many are tried twelve times, once a second
         assert pool.submit('print(1)').result(60).stdout == '1\n'
         supervisor = pool._process.pid
         limits = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)

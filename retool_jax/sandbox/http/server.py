@@ -26,9 +26,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retool_jax.core.errors import UserError
-from retool_jax.sandbox import schema
+from retool_jax.sandbox.http import schema
+from retool_jax.sandbox.http.listener import Listener, Patience
 from retool_jax.sandbox.job import number
-from retool_jax.sandbox.listener import Listener, Patience
 from retool_jax.sandbox.pool import Outcome, Pool, PoolFull
 from retool_jax.sandbox.settings import MOST, SandboxSettings
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from retool_jax.core.records import ExecResult, Verdict
-from retool_jax.sandbox import schema
+from retool_jax.sandbox.http import schema
 from retool_jax.sandbox.pool import Outcome
 
 X = base64.b64encode(b'x').decode()

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from retool_jax.sandbox.listener import Listener, Patience
+from retool_jax.sandbox.http.listener import Listener, Patience
 from tests.sandbox.conftest import children_of
 from tests.sandbox.servers import ROOT, Server, free_port
 
@@ -317,7 +317,7 @@ def test_it_ends_with_slow_clients_of_every_kind(echo):
 
 
 def test_the_cap_stays_below_the_descriptors_that_there_are():
-    code = ('from retool_jax.sandbox.listener import Listener, Patience\n'
+    code = ('from retool_jax.sandbox.http.listener import Listener, Patience\n'
             'print(Listener(None, Patience()).config.http.keywords)')  # fmt: skip
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT)},
