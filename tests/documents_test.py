@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pathlib
 import re
 import shlex
@@ -73,6 +74,50 @@ def test_a_key_that_is_named_in_prose_is_a_key():
         named |= set(re.findall(r'`(?:--config\.)?((?:sampler|forward|ppo|loss|mesh|sandbox|model|turns|run)\.\w+)[=`]',
                                 (ROOT / document).read_text()))
     assert len(named) > 8 and named <= keys | {'run.dir'}, named - keys
+
+
+def section(title):
+    """The README's text below a heading."""
+    return re.search(rf'^## {title}\n(.*?)^## ', (ROOT / 'README.md').read_text(), re.DOTALL | re.MULTILINE)[1]
+
+
+def test_every_file_has_its_line_in_the_readmes_tree():
+    told, folders = [], []
+    for line in re.search(r'^```\n(.*?)^```', section('Where things are'), re.DOTALL | re.MULTILINE)[1].splitlines():
+        depth, words = (len(line) - len(line.lstrip())) // 2, line.split()
+        if words[0].endswith('/'):
+            folders[depth:] = [words[0]]
+            continue
+        for word in words:
+            if not re.fullmatch(r'\w+\.(?:py|sh)', word):
+                break
+            told.append(''.join(folders) + word)
+    there = [path for folder in ('retool_jax', 'configs', 'launch') for path in (ROOT / folder).rglob('*.*')
+             if path.suffix in ('.py', '.sh') and path.name != '__init__.py' and '_configs' not in path.parts]
+    assert sorted(told) == sorted(str(path.relative_to(ROOT)) for path in there)
+
+
+def names(path):
+    """Functions and classes of a file, and `Class.method`."""
+    body = ast.parse(path.read_text()).body
+    found = {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return set(found) | {f'{name}.{inner.name}' for name, node in found.items() if isinstance(node, ast.ClassDef)
+                         for inner in node.body if isinstance(inner, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize('title', ["An episode's way", 'To change one thing'])
+def test_the_functions_that_the_readme_names_are_where_it_says(title):
+    pairs = []
+    for line in section(title).splitlines():
+        path = None
+        for file, name in re.findall(r'`(?:([\w/]+/\w+\.py))?(?:: )?([A-Za-z]\w*(?:\.\w+)?)?`', line):
+            path = file or path
+            assert not file or (ROOT / 'retool_jax' / file).is_file() or (ROOT / file).is_file(), file
+            if name and (file or '.' in name):
+                pairs.append((path, name))
+    assert len(pairs) > (20 if title.startswith('An') else 0)
+    wrong = [f'{path}: {name}' for path, name in pairs if path is None or name not in names(ROOT / 'retool_jax' / path)]
+    assert wrong == []
 
 
 @pytest.mark.slow
