@@ -80,7 +80,7 @@ def sampler(arg: str) -> ConfigDict:
         'rows': 32 if '32b' in arg else 64,
         'slots': 256 if tiny else longest(arg),
         'chunk': 64 if tiny else 256,
-        'group': 8,
+        'feed_rows': 8,
         'quota': 16 if tiny else 64,
         # Rows of a decode call, 0 for all; fewer pay where most rows wait for slow tools.
         'decode_rows': 0,

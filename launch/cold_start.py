@@ -28,18 +28,18 @@ def main(config):
             rewritten = intake.Intake(config.reward.unreadable, grader.parses).worked(rewritten)
     with (folder.claimed(config) as directory, parts.open_sandbox(config.sandbox) as pool,
           parts.open_grader(config.reward) as grader):
-        language = parts.open_language(config.model, directory)
-        console.banner(model=language, sandbox=pool, run=directory)
+        model = parts.open_model(config.model, directory)
+        console.banner(model=model, sandbox=pool, run=directory)
         if rewritten is not None:
-            made, counts = cold_start.verify(rewritten, pool, stage.feedback, language.template, language.tokenizer,
+            made, counts = cold_start.verify(rewritten, pool, stage.feedback, model.template, model.tokenizer,
                                              grader.equal, config.max_tokens)
         else:
             drawn = arithmetic.problems('train', config.problems, config.run.seed)
-            made, counts = cold_start.build(drawn, stage.mix, pool, stage.feedback, language.template,
-                                            language.tokenizer, config.run.seed, config.max_tokens)
+            made, counts = cold_start.build(drawn, stage.mix, pool, stage.feedback, model.template,
+                                            model.tokenizer, config.run.seed, config.max_tokens)
         if not made:
             raise cli.UserError(f'no trace was kept: {counts}')
-        episode_files.write(directory / 'episodes', 'cold_start', made, language.tokenizer.decode)
+        episode_files.write(directory / 'episodes', 'cold_start', made, model.tokenizer.decode)
         unverified = sum(episode.problem.id in own for episode in made)
         verified = {'verified': len(made) - unverified, 'own': unverified}
         (directory / 'summary.json').write_text(json.dumps({'counts': counts, 'answers': verified}, indent=2))

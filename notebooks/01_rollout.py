@@ -30,14 +30,14 @@ print(problem.question, '→', problem.answer)
 # %%
 config = cli.load_config(f'configs/evaluate.py:{SIZE}')
 config.model.path, config.sampler.rows = MODEL, 4
-language = parts.open_language(config.model, pathlib.Path(tempfile.mkdtemp()))
-sampler = parts.make_sampler(language, config, tools=True)
-params = sampler.sync(parts.load_policy(config.model, language, 0, parts.make_mesh(config.mesh)))
+model = parts.open_model(config.model, pathlib.Path(tempfile.mkdtemp()))
+sampler = parts.make_sampler(model, config, tools=True)
+params = sampler.sync(parts.load_policy(config.model, model, 0, parts.make_mesh(config.mesh)))
 with parts.open_sandbox(config.sandbox) as pool, parts.open_grader(config.reward) as grader:
-    engine = parts.make_engine(language, sampler, config, config.sampling, True, pool, 0, parts.EVALUATION)
-    episodes = grading.run(engine, params, 0, [problem], 4, language.template, language.tokenizer, grader)
+    engine = parts.make_engine(model, sampler, config, config.sampling, True, pool, 0, parts.EVALUATION)
+    episodes = grading.run(engine, params, 0, [problem], 4, model.template, model.tokenizer, grader)
 shown = next((e for e in episodes if any(call.code for call in e.calls)), episodes[0])
-ink.paint(shown, language.tokenizer)
+ink.paint(shown, model.tokenizer)
 
 # %% [markdown]
 # The prompt is grey, code blue, the interpreter's words amber, the answer green. An episode is plain data: ids with a

@@ -82,7 +82,7 @@ with parts_stage.open_sandbox(config.sandbox) as pool:
     ppo.train(parts.learner, parts.progress, parts.sizes, collect=source, seed=0, report=report)
 
 # %%
-ink.paint(results[-1].episodes[0], parts.language.tokenizer)
+ink.paint(results[-1].episodes[0], parts.model.tokenizer)
 
 # %% [markdown]
 # For a real run, write the problems to a file (`{"id": …, "problem": …, "answer": …}` a line) and let

@@ -141,7 +141,7 @@ def open_peers(directory: pathlib.Path, slots: int, say: Callable[[str], None]) 
 
 def make_engine(config: ModelConfig, shape: Shape, rows: int) -> Engine:
     """An engine whose episodes end at their budget alone."""
-    sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=shape.chunk, group=min(8, rows), quota=shape.quota,
+    sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=shape.chunk, feed_rows=min(8, rows), quota=shape.quota,
                             decode_rows=0, min_bound=shape.chunk, dtype=shape.dtype, cache_dtype=shape.dtype)
     sampler = Sampler(config, sizes, np.zeros((1, shape.vocab), np.int32), np.zeros(1, np.int8), ())
     engine = Engine(sampler, rollout_tools.Script(shape.new, shape.slots, 0), PLAIN, None, seed=0, purpose=0)

@@ -12,7 +12,7 @@ from retool_jax.bench.timing import clock, in_turns
 from retool_jax.core.pytrees import Params
 from retool_jax.model import attention
 from retool_jax.model.config import ModelConfig
-from retool_jax.rollout.sampler import Feed, Placement, Sampler, SamplerSettings
+from retool_jax.rollout.sampler import Assignment, Chunks, Sampler, SamplerSettings
 
 ROWS = 16  # of the comparison of cache sizes
 LIVE = 256
@@ -24,7 +24,7 @@ class Rows:
     def __init__(self, config: ModelConfig, weights: Params, shape, rows: int, slots: int):
         self.shape, self.weights, self.count = shape, weights, rows
         self.sampler = Sampler(config, SamplerSettings(
-            rows=rows, slots=slots, chunk=shape.chunk, group=min(8, rows), quota=shape.quota, decode_rows=0,
+            rows=rows, slots=slots, chunk=shape.chunk, feed_rows=min(8, rows), quota=shape.quota, decode_rows=0,
             min_bound=shape.chunk, dtype=shape.dtype, cache_dtype=shape.dtype),
             np.zeros((1, shape.vocab), np.int32), np.zeros(1, np.int8), ())
         self.state = self.sampler.empty()
@@ -35,9 +35,9 @@ class Rows:
 
     def _fill(self, length: int) -> jax.Array:
         s = self.sampler.settings
-        for rows in self._groups():
-            same = lambda value, dtype: np.full(s.group, value, dtype)
-            self.state = self.sampler.place(self.state, np.zeros(2, np.uint32), Placement(
+        for rows in self._calls():
+            same = lambda value, dtype: np.full(s.feed_rows, value, dtype)
+            self.state = self.sampler.assign(self.state, np.zeros(2, np.uint32), Assignment(
                 row_R=rows, step_R=same(0, np.uint32), problem_R=rows.astype(np.uint32), sample_R=same(0, np.int32),
                 temperature_R=same(1, np.float32), top_p_R=same(1, np.float32), top_k_R=same(0, np.int32),
                 min_p_R=same(0, np.float32)))
@@ -45,17 +45,17 @@ class Rows:
             mark = self._extend(min(s.chunk, length - end + s.chunk), min(end, length))
         return mark
 
-    def _groups(self) -> list[np.ndarray]:
-        size = self.sampler.settings.group
+    def _calls(self) -> list[np.ndarray]:
+        size = self.sampler.settings.feed_rows
         return [np.arange(i, i + size, dtype=np.int32) for i in range(0, self.count, size)]
 
     def _extend(self, count: int, end: int) -> jax.Array:
         s = self.sampler.settings
-        for rows in self._groups():
-            feed = Feed(row_R=rows, tokens_RC=np.full((s.group, s.chunk), 7, np.int32),
-                        count_R=np.full(s.group, count, np.int32), live_R=np.ones(s.group, bool),
-                        allowance_R=np.full(s.group, s.quota, np.int32), tag_R=np.zeros(s.group, np.int32))
-            self.state, mark = self.sampler.extend(self.weights, self.state, feed, end)
+        for rows in self._calls():
+            chunks = Chunks(row_R=rows, tokens_RC=np.full((s.feed_rows, s.chunk), 7, np.int32),
+                        count_R=np.full(s.feed_rows, count, np.int32), live_R=np.ones(s.feed_rows, bool),
+                        allowance_R=np.full(s.feed_rows, s.quota, np.int32), tag_R=np.zeros(s.feed_rows, np.int32))
+            self.state, mark = self.sampler.extend(self.weights, self.state, chunks, end)
         return mark
 
     def extend(self, length: int) -> float:

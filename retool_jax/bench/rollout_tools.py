@@ -124,7 +124,7 @@ class Case:
         table = np.zeros((2, shape.vocab), np.int32)
         table[:, np.random.default_rng(0).choice(shape.vocab, ends, replace=False)] = 1
         # Chunks as long as what tools answer, one or two at a time; a short quota, so that no tool waits for long.
-        sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=FED, group=2, quota=16, decode_rows=decode_rows,
+        sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=FED, feed_rows=2, quota=16, decode_rows=decode_rows,
                                 min_bound=2 * FED, dtype=shape.dtype, cache_dtype=shape.dtype)
         self.sampler = Sampler(config, sizes, table, np.array([0, tags.CODE], np.int8), ())
         self.engine: Engine | None = None

@@ -71,13 +71,15 @@ def to_json(config: Any) -> Any:
     raise TypeError(f'{type(config).__name__} has no plain form: {config!r}')
 
 
-def differences(a: Any, b: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
+def differences(a: Any, b: Any, ignore: Sequence[str] = (),
+                renamed: Mapping[str, str] | None = None) -> dict[str, tuple[Any, Any]]:
     """Returns {dotted key: (in a, in b)} for every leaf that differs; ABSENT where one has no such key.
 
     Both are configurations or what `to_json` made of them. `ignore` names keys, or blocks with all
-    that is below them.
+    that is below them. `renamed` gives keys of `a` that have another name in `b` that name.
     """
-    a, b = dict(_leaves(to_json(a))), dict(_leaves(to_json(b)))
+    now = renamed or {}
+    a, b = {now.get(key, key): value for key, value in _leaves(to_json(a))}, dict(_leaves(to_json(b)))
     found = {}
     for key in [*a, *(k for k in b if k not in a)]:
         if any(key == i or key.startswith(f'{i}.') for i in ignore):

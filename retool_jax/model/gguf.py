@@ -17,11 +17,10 @@ import numpy as np
 
 from retool_jax.core import pointers
 from retool_jax.core.errors import UserError
-from retool_jax.model import config as model_config
 from retool_jax.model import hf, layers
-from retool_jax.model.config import Llama3Scaling, ModelConfig
+from retool_jax.model.config import ARCHITECTURES, Llama3Scaling, ModelConfig, from_hf
 
-KINDS = {kind: name for name, kind in model_config.ARCHITECTURES.items()}  # both call the families by one name
+KINDS = {kind: name for name, kind in ARCHITECTURES.items()}  # both call the families by one name
 ROPE_FACTORS = 'rope_freqs.weight'  # Llama 3's scaling, as a divisor of each pair's frequency
 LLAMA3 = {'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192}
 BLOCK = 16 << 20  # numbers dequantised at a time: 64 MiB
@@ -99,7 +98,7 @@ def load_config(file: File) -> ModelConfig:
     if 'token_embd.weight' in file.tensors:
         raw['vocab_size'] = file.tensors['token_embd.weight'].shape[0]
     has = lambda name: f'blk.0.{name}.bias' in file.tensors
-    config = model_config.from_hf(raw | {
+    config = from_hf(raw | {
         'architectures': [KINDS[kind]], 'rope_theta': get('rope.freq_base', 10000.0), 'rope_scaling': _scaling(get),
         'tie_word_embeddings': 'output.weight' not in file.tensors,
         'attention_bias': kind == 'qwen2' or has('attn_q'), 'mlp_bias': has('ffn_gate')}, str(file.path))

@@ -28,9 +28,8 @@ from retool_jax.core import pointers
 from retool_jax.core.checks import NO_STORE, STORE
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
-from retool_jax.model import config as model_config
 from retool_jax.model import decoder
-from retool_jax.model.config import ModelConfig
+from retool_jax.model.config import ModelConfig, load_config, to_hf
 
 # Our path: its name in the checkpoint ({} is the layer), and how many leading axes of ours are inputs.
 # A checkpoint holds a matrix as [outputs, inputs], each flattened; None: the same shape in both.
@@ -110,7 +109,7 @@ def leaves(config: ModelConfig) -> list[Leaf]:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies in which file."""
+    """Where a tensor home in which file."""
 
     file: pathlib.Path
     offset: int
@@ -129,11 +128,11 @@ def load(directory: str | os.PathLike, config: ModelConfig, shardings=None, dtyp
     the tensors that are missing, extra or of another shape.
     """
     directory = pathlib.Path(directory)
-    _compare_configs(model_config.load_config(directory), config, directory)
+    _compare_configs(load_config(directory), config, directory)
     tensors = read_headers(directory)
     wanted = leaves(config)
     _compare_tensors(tensors, wanted, config, directory)
-    placed = {} if shardings is None else {
+    homes = {} if shardings is None else {
         tuple(e.key for e in path): s for path, s in jax.tree_util.tree_flatten_with_path(shardings)[0]}
     tick = _counter(progress, sum(len(leaf.names) for leaf in wanted))
     params: Params = {}
@@ -141,7 +140,7 @@ def load(directory: str | os.PathLike, config: ModelConfig, shardings=None, dtyp
         node = params
         for word in leaf.path[:-1]:
             node = node.setdefault(word, {})
-        node[leaf.path[-1]] = _load_leaf(leaf, tensors, placed.get(leaf.path), jnp.dtype(dtype), tick)
+        node[leaf.path[-1]] = _load_leaf(leaf, tensors, homes.get(leaf.path), jnp.dtype(dtype), tick)
     return params
 
 
@@ -150,15 +149,15 @@ def _load_leaf(leaf: Leaf, tensors: dict[str, Tensor], sharding, dtype: np.dtype
     ours = lambda x: x.transpose(inverse).astype(dtype)  # on the device: a host transposes ten times slower
     part_sharding = _reordered(sharding, leaf)
     fetch = lambda name: _put(tensors[name], [leaf.shape[axis] for axis in leaf.order], part_sharding, dtype)
-    placement = {} if sharding is None else {'out_shardings': sharding}
+    home = {} if sharding is None else {'out_shardings': sharding}
     if not leaf.stacked:
-        array = jax.block_until_ready(jax.jit(ours, **placement)(fetch(leaf.names[0])))
+        array = jax.block_until_ready(jax.jit(ours, **home)(fetch(leaf.names[0])))
         tick()
         return array
     shape = (len(leaf.names), *leaf.shape)
-    array = jax.jit(lambda: jnp.zeros(shape, dtype), **placement)()
+    array = jax.jit(lambda: jnp.zeros(shape, dtype), **home)()
     insert = jax.jit(lambda whole, part, i: jax.lax.dynamic_update_index_in_dim(whole, ours(part), i, 0),
-                     donate_argnums=0, **placement)
+                     donate_argnums=0, **home)
     for i, name in enumerate(leaf.names):
         array = jax.block_until_ready(insert(array, fetch(name), jnp.int32(i)))  # one tensor in flight
         tick()
@@ -201,7 +200,7 @@ def _put(tensor: Tensor, shape: list[int], sharding, dtype: np.dtype) -> jax.Arr
 
 
 def read_headers(directory: pathlib.Path) -> dict[str, Tensor]:
-    """{name: where it lies} of every tensor below a directory; the data stay on disk."""
+    """{name: where it home} of every tensor below a directory; the data stay on disk."""
     if (directory / SINGLE).is_file():
         return _read_header(directory / SINGLE)
     if not (directory / INDEX).is_file():
@@ -327,7 +326,7 @@ def write(directory: str | os.PathLike, config: ModelConfig, fetch: Callable[[Le
         total = sum(math.prod(leaf.shape) for leaf, _ in order) * jnp.dtype(dtype).itemsize
         index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
         (partial / INDEX).write_text(json.dumps(index, indent=2))
-    raw = model_config.to_hf(config) | special | {'torch_dtype': name}
+    raw = to_hf(config) | special | {'torch_dtype': name}
     (partial / 'config.json').write_text(json.dumps(raw, indent=2))
     for source in tokenizer_files:
         shutil.copyfile(source, partial / source.name)

@@ -35,7 +35,7 @@ def _temporaries(run: Run, name: str) -> int:
         return int(one_layer / 2 + gathered + logits)
     if name in ('extend', 'decode'):
         s = run.sampler.settings
-        rows = s.rows if name == 'decode' else s.group * s.chunk
+        rows = s.rows if name == 'decode' else s.feed_rows * s.chunk
         return int(rows * (layer * width * 2 + 4 * model.vocab_size / tensor)
                    + (per_device((run.sample_state.cache.k[0],)) * 2))
     return 0
@@ -60,6 +60,6 @@ def _sent(run: Run, name: str) -> dict[str, float]:
         return {'all-gather': (weights - per_device(run.params['policy']['layers']) * fsdp) / 2 * share}
     if name in ('extend', 'decode'):
         s = run.sampler.settings
-        tokens = run.sampler.decode_rows * s.quota if name == 'decode' else s.group * s.chunk
+        tokens = run.sampler.decode_rows * s.quota if name == 'decode' else s.feed_rows * s.chunk
         return {'all-reduce': 2 * 2 * tokens * model.hidden_size * 2 * (tensor - 1) / tensor * model.num_hidden_layers}
     return {}

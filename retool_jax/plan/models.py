@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from retool_jax.core.errors import UserError
-from retool_jax.model import config as model_config
-from retool_jax.model.config import ModelConfig
+from retool_jax.model.config import TINY, ModelConfig, load_config
 
 # hidden, intermediate, layers, heads, KV heads, vocabulary, tied head
 _LLAMA = {
@@ -36,9 +35,9 @@ def sizes(path: str | None, name: str) -> ModelConfig:
     Raises: UserError for a name without published sizes.
     """
     if path is not None:
-        return model_config.load_config(path)
+        return load_config(path)
     if name == 'tiny':
-        return model_config.TINY
+        return TINY
     kind = next((kind for kind, table in _TABLES.items() if name in table), None)
     if kind is None:
         known = ', '.join(known for table in _TABLES.values() for known in table)

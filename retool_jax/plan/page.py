@@ -74,7 +74,7 @@ def _sizes(run: Run) -> Sizes:
     return Sizes(episodes=run.sizes.problems_per_step * run.sizes.samples, minibatches=run.sizes.minibatches,
                  epochs=run.sizes.epochs, micro_rows=f.micro_rows, row_width=f.row_width,
                  engines=run.slice.count // run.sampler_mesh.size, decode_rows=run.sampler.decode_rows, quota=s.quota,
-                 group=s.group, layers=run.model.num_hidden_layers)
+                 feed_rows=s.feed_rows, layers=run.model.num_hidden_layers)
 
 
 def text(plan: dict) -> str:

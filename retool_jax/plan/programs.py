@@ -14,13 +14,12 @@ import numpy as np
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
-from retool_jax.core import settings
-from retool_jax.core import sharding as sharding_lib
+from retool_jax.core import settings, sharding
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.model import attention, decoder
 from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Slice
-from retool_jax.rollout.sampler import Feed, Sampler
+from retool_jax.rollout.sampler import Chunks, Sampler
 from retool_jax.rollout.sync import Sync, shardings
 from retool_jax.stages.config import Reinforcement
 from retool_jax.text import tags
@@ -50,7 +49,7 @@ class Run:
         """config: of configs/ppo.py. Raises: UserError naming the key, or what does not divide."""
         stage = settings.build(Reinforcement, config)
         self.model, self.slice, self.sizes, self.turns = model, slice, stage.ppo, stage.turns
-        self.mesh = place(config.mesh.to_dict(), slice, slice.count)
+        self.mesh = make_mesh(config.mesh.to_dict(), slice, slice.count)
         updates = self.sizes.minibatches * self.sizes.epochs
         optimizer = make_optimizer(stage.optimizer, self.sizes.steps * updates,
                                    stage.critic_optimizer if self.sizes.critic != 'none' else None,
@@ -65,24 +64,25 @@ class Run:
         # host's devices, all hosts step one engine together (rollout/hosts.py).
         tensor = self.mesh.shape['tensor']
         together = slice.count > slice.chip.host and slice.chip.host % tensor
-        self.sampler_mesh = self.mesh if together else place({'data': 1, 'fsdp': 1, 'tensor': tensor}, slice, tensor)
+        alone = {'data': 1, 'fsdp': 1, 'tensor': tensor}
+        self.sampler_mesh = self.mesh if together else make_mesh(alone, slice, tensor)
         sampler = stage.sampler
         table = np.zeros((sum(map(len, tags.TAGS)) + 1, model.vocab_size), np.int32)
         self.sampler = Sampler(model, sampler, table, table[:, 0], (0,), self.sampler_mesh)
         self.sync = Sync(model, sampler.dtype, self.mesh)  # every device at once, before engines take their parts
 
         axes = decoder.logical_axes(model)
-        rules = decoder.fit_rules(model, self.mesh, sharding_lib.TRAIN_RULES)
+        rules = decoder.fit_rules(model, self.mesh, sharding.TRAIN_RULES)
         whole = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
             name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
         shapes = jax.eval_shape(lambda p: add_critic(model, p, self.sizes.critic), decoder.abstract_params(model))
         words = _like(shapes, whole)
-        self.params = _put(shapes, sharding_lib.shardings(self.mesh, words, rules))
+        self.params = _put(shapes, sharding.shardings(self.mesh, words, rules))
         self.state = self._train_state(optimizer)
         self.sampling_params = _put(
             jax.eval_shape(lambda p: decoder.to_sampling(model, p, jnp.dtype(sampler.dtype)),
                            decoder.abstract_params(model)),
-            shardings(model, self.sampler_mesh, sharding_lib.SAMPLE_RULES))
+            shardings(model, self.sampler_mesh, sharding.SAMPLE_RULES))
 
     def _train_state(self, optimizer) -> TrainState:
         """Parameters and moments; a moment lies as its parameter does."""
@@ -100,7 +100,7 @@ class Run:
     @functools.cached_property
     def sample_state(self) -> Shapes:
         """The engine's slots: KV cache, logits, the rest is small."""
-        state, _ = self.sampler.placement(self.sampler_mesh)
+        state, _ = self.sampler.shardings(self.sampler_mesh)
         return _put(jax.eval_shape(self.sampler._empty), state)
 
     @functools.cached_property
@@ -137,11 +137,11 @@ class Run:
         s, v = self.sampler.settings, self.model.vocab_size
         whole = jax.NamedSharding(self.sampler_mesh, jax.P())
         ints = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-        feed = Feed(row_R=ints(s.group), tokens_RC=ints(s.group, s.chunk), count_R=ints(s.group),
-                    live_R=ints(s.group, dtype=bool), allowance_R=ints(s.group), tag_R=ints(s.group))
+        chunks = Chunks(row_R=ints(s.feed_rows), tokens_RC=ints(s.feed_rows, s.chunk), count_R=ints(s.feed_rows),
+                    live_R=ints(s.feed_rows, dtype=bool), allowance_R=ints(s.feed_rows), tag_R=ints(s.feed_rows))
         size = self.sampler_mesh.size
         yield Program('extend', 'rollout', self.sampler._extend, {
-            'params': self.sampling_params, 'state': self.sample_state, 'feed': feed, 'bound': s.slots}, size)
+            'params': self.sampling_params, 'state': self.sample_state, 'chunks': chunks, 'bound': s.slots}, size)
         states = self.sampler.table.shape[0]
         yield Program('decode', 'rollout', self.sampler._decode, {
             'params': self.sampling_params, 'table': ints(states, v), 'stops': ints(states),
@@ -154,14 +154,14 @@ def name_of(part: Mapping[str, Shapes]) -> str:
     return ' and '.join(name for name in ('policy', 'critic') if name in part)
 
 
-def place(shape: Mapping[str, int], slice: Slice, count: int) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:
+def make_mesh(shape: Mapping[str, int], slice: Slice, count: int) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:
     """A mesh over the first `count` devices of a slice; an abstract one where the slice has no devices."""
     if slice.devices is not None:
         # The compiler takes a part of some slices only; a host's chips are a slice of their own.
         own = slice.host_devices if slice.host_devices and count <= len(slice.host_devices) else slice.devices
-        return sharding_lib.make_mesh(shape, own[:count])
-    sizes = sharding_lib.fill(shape, count)
-    return jax.sharding.AbstractMesh(sizes, sharding_lib.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+        return sharding.make_mesh(shape, own[:count])
+    sizes = sharding.fill(shape, count)
+    return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def per_device(tree: Shapes) -> int:
@@ -174,8 +174,8 @@ def _itemsize(dtype) -> int:
     return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.dtype(dtype).itemsize
 
 
-def _shape(leaf, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def _shape(leaf, home) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
 
 
 def _put(shapes: Shapes, shardings) -> Shapes:

@@ -58,7 +58,7 @@ class Sizes:
     engines: int
     decode_rows: int  # of an engine, in one decode call
     quota: int
-    group: int
+    feed_rows: int
     layers: int
 
     def micro_batches(self, a: Assumptions) -> int:
@@ -72,7 +72,7 @@ class Sizes:
         if name == 'decode':
             return share * a.tokens / (self.decode_rows * a.occupancy * self.quota)
         if name == 'extend':
-            return share * a.feeds / self.group
+            return share * a.feeds / self.feed_rows
         if name.startswith('score'):
             return self.micro_batches(a)
         if name == 'sync layer':

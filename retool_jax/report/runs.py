@@ -20,7 +20,7 @@ import numpy as np
 from retool_jax.core import episode_files, metrics
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict
-from retool_jax.text import tokenizer as tokenizers
+from retool_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,13 +142,13 @@ class Run:
             yield Arrays(*(column[offsets[i]:offsets[i + 1]] for column in columns))
 
     @functools.cached_property
-    def tokenizer(self) -> tokenizers.Tokenizer | None:
+    def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer where its directory is still there: the run's own, else the configured one."""
         paths = [self.directory / 'model', (self.config.get('model') or {}).get('path')]
         for path in paths:
             if path and Path(path).is_dir():
                 try:
-                    return tokenizers.load(path)
+                    return load_tokenizer(path)
                 except ValueError:
                     continue
         return None

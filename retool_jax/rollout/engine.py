@@ -1,8 +1,8 @@
-"""The host half of rollout: slots that take episodes, tools that answer while other rows decode.
+"""The host half of rollout: rows that take episodes, tools that answer while other rows decode.
 
 An Engine holds what stays the same over calls – compiled programs, turn rules, executor, the key – and takes
-the weights with each `run`. The loop over the slots is `flight.Flight`. What an episode samples depends on its
-problem, sample index and step alone, never on its slot, its neighbours or a tool's latency.
+the weights with each `run`. The loop over the rows is `scheduler.Scheduler`. What an episode samples depends on its
+problem, sample index and step alone, never on its row, its neighbours or a tool's latency.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from retool_jax.rollout import turns
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.requests import Executor, Link, Request, SamplingSettings
 from retool_jax.rollout.sampler import Sampler
+from retool_jax.rollout.scheduler import Equipment, Scheduler
 from retool_jax.rollout.stats import RolloutStats, Timeline
 
 
 class Engine:
-    """Runs episodes through a Sampler's slots; takes the weights with each call."""
+    """Runs episodes through a Sampler's rows; takes the weights with each call."""
 
     def __init__(self, sampler: Sampler, rules: turns.Rules, sampling: SamplingSettings,
                  executor: Executor | None, seed: int, purpose: int, link: Link | None = None):
@@ -65,5 +66,11 @@ class Engine:
     def stream(self, params: Params, version: int, requests: Sequence[Request], step: int, *,
                journal: Journal | None = None, quanta: int | None = None) -> Iterator[tuple[int, Episode]]:
         """Yields (index of the request, episode) as they finish."""
-        from retool_jax.rollout.scheduler import Flight  # which needs this module's records
-        return Flight(self, params, version, requests, step, journal, quanta).run()
+        equipment = Equipment(sampler=self.sampler, rules=self.rules, sampling=self.sampling, key_data=self.key_data,
+                              executor=self.executor, link=self.link, timeline=self.timeline)
+        scheduler = Scheduler(equipment, params, version, requests, step, journal=journal, quanta=quanta,
+                              state=self.kept or self.sampler.empty())
+        self.kept, self.stats = None, scheduler.stats
+        yield from scheduler.run()
+        if self.keeps_cache:
+            self.kept = scheduler.state

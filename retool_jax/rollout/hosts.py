@@ -20,8 +20,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from retool_jax.core import processes
-from retool_jax.core import sharding as sharding_lib
+from retool_jax.core import processes, sharding
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, ExecResult
 from retool_jax.model.config import ModelConfig
@@ -104,18 +103,18 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
 def make_sync(config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> Callable[[Params], Params]:
     """`Sampler.sync` from the training layout on `mesh` to the sampling layout on each process's `local_mesh`."""
     # Split as in training until the devices change places.
-    cast = sync.Sync(config, dtype, mesh, sharding_lib.TRAIN_RULES)
-    spread, own = (sync.shardings(config, on, sharding_lib.SAMPLE_RULES)
+    cast = sync.Sync(config, dtype, mesh, sharding.TRAIN_RULES)
+    spread, own = (sync.shardings(config, on, sharding.SAMPLE_RULES)
                    for on in (engines_mesh(mesh), local_mesh(mesh)))
     return lambda params: localise(jax.device_put(cast(params), spread), own)
 
 
 def localise(tree: Params, shardings) -> Params:
     """Weights that lie on `engines_mesh`, whole in every process, as arrays of its own part; no copy."""
-    def one(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    def one(x: jax.Array, home: jax.sharding.Sharding) -> jax.Array:
         held = {shard.device: shard.data for shard in x.addressable_shards}
         return jax.make_array_from_single_device_arrays(
-            x.shape, sharding, [held[d] for d in sharding.addressable_devices])
+            x.shape, home, [held[d] for d in home.addressable_devices])
     return jax.tree.map(one, tree, shardings)
 
 

@@ -10,48 +10,66 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem
-from retool_jax.model import config as model_config
 from retool_jax.model import decoder, hf
-from retool_jax.model.config import ModelConfig
-from retool_jax.rollout import engine as engines
+from retool_jax.model.config import ModelConfig, load_config
+from retool_jax.rollout import engine
 from retool_jax.rollout.requests import Executor, Request, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 from retool_jax.rollout.turns import Rules, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render
-from retool_jax.text import tags, template
-from retool_jax.text import tokenizer as tokenizers
-from retool_jax.text.template import Template
-from retool_jax.text.tokenizer import Tokenizer
+from retool_jax.text import tags
+from retool_jax.text.template import Template, make_template, prompt_ids, read_instruction
+from retool_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model directory in memory: weights in the sampling layout, and how it is spoken to."""
+    """A model's sizes and how it is spoken to; with weights in the sampling layout where no trainer holds them."""
 
     config: ModelConfig
     tokenizer: Tokenizer
     template: Template
-    params: Params
+    params: Params | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f'{self.config.model_type}, {self.config.parameter_count():,} parameters'
 
     def text(self, episode: Episode) -> str:
         """Everything after the prompt."""
         return self.tokenizer.decode(episode.tokens[episode.prompt_length:])
 
 
-def open_model(directory: str | pathlib.Path, family: str, dtype: str = 'float32', *, tools: bool = True) -> Model:
-    """Reads a Hugging Face model directory; `family` names its template (text.template).
+def load_model(directory: str | pathlib.Path, family: str, tools: bool, instruction: str | None = None) -> Model:
+    """Reads config.json and the tokenizer of a Hugging Face model directory, but no weights.
 
-    Errors: UserError for files that are missing, or sizes that are not supported.
+    family: names the template (text.template). instruction: what the model is asked, by name or file; None: the
+    template's own.
+
+    Raises:
+      UserError: a file is missing, a size is not supported, or the tokenizer has more ids than the model logits.
     """
-    config = model_config.load_config(directory)
-    params = jax.jit(functools.partial(decoder.to_sampling, config, dtype=jnp.dtype(dtype)))(hf.load(directory, config))
-    tokenizer = tokenizers.load(directory)
-    return Model(config, tokenizer, template.make_template(family, tools, tokenizer), params)
+    if not pathlib.Path(directory).is_dir():
+        aside = '; launch/convert.py makes one of a GGUF file' if pathlib.Path(directory).is_file() else ''
+        raise UserError(f'model.path={str(directory)!r} is no directory; give a Hugging Face model directory{aside}')
+    config, tokenizer = load_config(directory), load_tokenizer(directory)
+    if tokenizer.size > config.vocab_size:
+        raise UserError(f'model.path={str(directory)!r}: the tokenizer has {tokenizer.size} ids, the model only '
+                        f'{config.vocab_size} logits')
+    asked = None if instruction is None else read_instruction(instruction, tools)
+    return Model(config, tokenizer, make_template(family, tools, tokenizer, asked))
 
 
-class Engine(engines.Engine):
+def open_model(directory: str | pathlib.Path, family: str, dtype: str = 'float32', *, tools: bool = True) -> Model:
+    """`load_model` with its weights, cast to `dtype`."""
+    model = load_model(directory, family, tools)
+    cast = jax.jit(functools.partial(decoder.to_sampling, model.config, dtype=jnp.dtype(dtype)))
+    return dataclasses.replace(model, params=cast(hf.load(directory, model.config)))
+
+
+class Engine(engine.Engine):
     """An engine with its model, sizes from two numbers.
 
         model = open_model('Qwen2.5-1.5B-Instruct', 'qwen2_5', 'bfloat16')
@@ -71,7 +89,7 @@ class Engine(engines.Engine):
         self.model = model
         chunk = min(256, max_tokens)
         dtype = str(model.params['norm']['weight'].dtype)
-        sizes = SamplerSettings(rows=rows, slots=max_tokens, chunk=chunk, group=min(8, rows), quota=32,
+        sizes = SamplerSettings(rows=rows, slots=max_tokens, chunk=chunk, feed_rows=min(8, rows), quota=32,
                                 decode_rows=decode_rows, min_bound=chunk, dtype=dtype, cache_dtype=cache_dtype or dtype)
         tools = executor is not None
         table = tags.build_table(model.tokenizer.token_bytes, model.config.vocab_size,
@@ -89,7 +107,7 @@ class Engine(engines.Engine):
         """`samples` episodes per question, side by side; another `step` draws others."""
         requests = []
         for question in questions:
-            prompt = tuple(template.prompt_ids(self.model.template, self.model.tokenizer, question))
+            prompt = tuple(prompt_ids(self.model.template, self.model.tokenizer, question))
             problem = Problem(id=question, question=question, answer='', source='', family='')
             requests += [Request(problem, sample, prompt) for sample in range(samples)]
         return self.run(self.model.params, 0, requests, step)

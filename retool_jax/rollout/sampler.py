@@ -36,7 +36,7 @@ class SamplerSettings:
     rows: int  # slots of the engine: episodes in flight
     slots: int  # KV slots per row: prompt + everything after it
     chunk: int  # tokens per extend call; longer feeds take several
-    group: int  # rows per extend call
+    feed_rows: int  # rows per extend call
     quota: int  # decode steps per call
     decode_rows: int  # rows per decode call; fewer than `rows` where many wait for tools. 0: all
     min_bound: int  # smallest bound on reads
@@ -44,7 +44,7 @@ class SamplerSettings:
     cache_dtype: str  # 'int8' keeps a scale per slot and head
 
     def __post_init__(self):
-        check(self, rows=within(1, 2**16), slots=within(1, 2**24), chunk=within(1, 2**16), group=within(1, 2**16),
+        check(self, rows=within(1, 2**16), slots=within(1, 2**24), chunk=within(1, 2**16), feed_rows=within(1, 2**16),
               quota=within(1, 2**16), min_bound=within(1, 2**24), dtype=one_of(DTYPES),
               cache_dtype=one_of((*DTYPES, 'int8')))
         if not 0 <= self.decode_rows <= self.rows:
@@ -64,8 +64,8 @@ class Decoded:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Feed:
-    """Chunks for `group` rows; `row_R` out of range pads."""
+class Chunks:
+    """Chunks for `feed_rows` rows; `row_R` out of range pads."""
 
     row_R: jax.Array  # int32
     tokens_RC: jax.Array  # int32
@@ -77,8 +77,8 @@ class Feed:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """New episodes for `group` rows; `row_R` out of range pads."""
+class Assignment:
+    """New episodes for `feed_rows` rows; `row_R` out of range pads."""
 
     row_R: jax.Array  # int32
     step_R: jax.Array  # uint32, of the training step that asked for the episode
@@ -104,7 +104,7 @@ class Sampler:
         self.decode_rows = settings.decode_rows or settings.rows
         self.chooses = self.decode_rows < settings.rows
         self.ways = mesh.shape['data'] * mesh.shape['fsdp'] if mesh is not None else 1
-        state, whole = self.placement(mesh) if mesh is not None else (None, None)
+        state, whole = self.shardings(mesh) if mesh is not None else (None, None)
         # A mesh may span processes, where an array must say where it lies; an abstract one holds nothing, nor
         # does one of chips that are compiled for from afar (plan/).
         real = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == jax.default_backend()
@@ -117,13 +117,13 @@ class Sampler:
                                out_shardings=(state, whole))
         self._decode = jax.jit(self._decode_rows, static_argnames=('bound', 'truncate'), donate_argnames=('state',),
                                out_shardings=(state, whole))
-        self._place = jax.jit(self._place_rows, **keep)
+        self._assign = jax.jit(self._assign_rows, **keep)
         self._fork = jax.jit(self._fork_rows, static_argnames=('bound',), **keep)
         self.sync = Sync(config, settings.dtype, mesh)
         self.empty = jax.jit(self._empty, out_shardings=state)  # all rows free
         self.logits_of = jax.jit(lambda state, row: state.logits_BV[row])  # [V]
 
-    def placement(self, mesh: jax.sharding.Mesh):
+    def shardings(self, mesh: jax.sharding.Mesh):
         """Shardings of the state and of what every device holds whole.
 
         Errors: UserError where a size of the model or `rows` does not divide over the mesh.
@@ -133,16 +133,16 @@ class Sampler:
             if size % self.ways:
                 raise UserError(f'sampler.{name}={size} does not divide over data={mesh.shape["data"]} × '
                                 f'fsdp={mesh.shape["fsdp"]}; choose a multiple')
-        place = lambda *words: jax.NamedSharding(mesh, sharding.spec(words, rules))
-        one = place('batch', 'kv_heads', None, 'head_dim')
+        lies = lambda *words: jax.NamedSharding(mesh, sharding.spec(words, rules))
+        one = lies('batch', 'kv_heads', None, 'head_dim')
         if self.settings.cache_dtype == 'int8':
-            one = Int8KV(values=one, scale=place('batch', 'kv_heads', None))
+            one = Int8KV(values=one, scale=lies('batch', 'kv_heads', None))
         kv = [one] * self.config.num_hidden_layers
-        row = place('batch')
+        row = lies('batch')
         state = SampleState(
-            cache=KVCache(k=kv, v=kv, length_B=row), logits_BV=place('batch', 'vocab'), tag_B=row, live_B=row,
+            cache=KVCache(k=kv, v=kv, length_B=row), logits_BV=lies('batch', 'vocab'), tag_B=row, live_B=row,
             stop_B=row, allowance_B=row, key_B=row, temperature_B=row, top_p_B=row, top_k_B=row, min_p_B=row)
-        return state, place()
+        return state, lies()
 
     def _empty(self) -> SampleState:
         s, b = self.settings, self.settings.rows
@@ -171,29 +171,29 @@ class Sampler:
     def warm_up(self, params: Params, truncate: bool) -> None:
         """Compiles all that a run may call, once per bound on reads; afterwards nothing compiles."""
         s, state = self.settings, self.empty()
-        nobody, none = np.full(s.group, s.rows, np.int32), np.zeros(s.group, np.int32)
-        real = np.zeros(s.group, np.float32)
-        state = self.place(state, np.zeros(2, np.uint32), Placement(
+        nobody, none = np.full(s.feed_rows, s.rows, np.int32), np.zeros(s.feed_rows, np.int32)
+        real = np.zeros(s.feed_rows, np.float32)
+        state = self.assign(state, np.zeros(2, np.uint32), Assignment(
             row_R=nobody, step_R=none.astype(np.uint32), problem_R=none.astype(np.uint32), sample_R=none,
             temperature_R=real, top_p_R=real, top_k_R=none, min_p_R=real))
         logits_V = self.logits_of(state, 0)
-        feed = Feed(row_R=nobody, tokens_RC=np.zeros((s.group, s.chunk), np.int32), count_R=none,
+        chunks = Chunks(row_R=nobody, tokens_RC=np.zeros((s.feed_rows, s.chunk), np.int32), count_R=none,
                     live_R=none.astype(bool), allowance_R=none, tag_R=none)
         for bound in self.bounds():
-            state, _ = self.extend(params, state, feed, bound)
+            state, _ = self.extend(params, state, chunks, bound)
             state = self.fork(state, nobody, nobody, bound, logits_V, none)
             state, _ = self.decode(params, state, self.choose([]), max(bound - s.quota, 0), truncate)
         jax.block_until_ready(state.live_B)
 
-    def place(self, state: SampleState, key_data: np.ndarray, placement: Placement) -> SampleState:
+    def assign(self, state: SampleState, key_data: np.ndarray, assignment: Assignment) -> SampleState:
         """Clears rows and gives them to new episodes, whose randomness is folded from
         (the key of `key_data`, step, problem, sample)."""
-        return self._place(state=state, key_data=key_data, placement=placement)
+        return self._assign(state=state, key_data=key_data, assignment=assignment)
 
-    def extend(self, params: Params, state: SampleState, feed: Feed, longest: int) -> tuple[SampleState, jax.Array]:
+    def extend(self, params: Params, state: SampleState, chunks: Chunks, longest: int) -> tuple[SampleState, jax.Array]:
         """Feeds chunks; `longest` is the largest row length after it. Also returns how many tokens went in,
         which is ready when the call is done (the state itself may be given away by then)."""
-        return self._extend(params=params, state=state, feed=feed, bound=self.bound(longest))
+        return self._extend(params=params, state=state, chunks=chunks, bound=self.bound(longest))
 
     def fork(self, state: SampleState, source_R: np.ndarray, target_R: np.ndarray, length: int,
              logits_RV: jax.Array, allowance_R: np.ndarray) -> SampleState:
@@ -212,29 +212,29 @@ class Sampler:
                             row_R=row_R if self.chooses else None,
                             bound=self.bound(longest + self.settings.quota), truncate=truncate)
 
-    def _place_rows(self, state: SampleState, key_data, placement: Placement) -> SampleState:
-        r = placement.row_R
-        keys = sampling.row_keys(jax.random.wrap_key_data(key_data), placement.step_R, placement.problem_R,
-                                 placement.sample_R)
+    def _assign_rows(self, state: SampleState, key_data, assignment: Assignment) -> SampleState:
+        r = assignment.row_R
+        keys = sampling.row_keys(jax.random.wrap_key_data(key_data), assignment.step_R, assignment.problem_R,
+                                 assignment.sample_R)
         put = lambda x, value: x.at[r].set(value, mode='drop')
         return dataclasses.replace(
             state, cache=dataclasses.replace(state.cache, length_B=put(state.cache.length_B, 0)),
             tag_B=put(state.tag_B, 0), live_B=put(state.live_B, False), stop_B=put(state.stop_B, STOP_NONE),
-            key_B=put(state.key_B, keys), temperature_B=put(state.temperature_B, placement.temperature_R),
-            top_p_B=put(state.top_p_B, placement.top_p_R), top_k_B=put(state.top_k_B, placement.top_k_R),
-            min_p_B=put(state.min_p_B, placement.min_p_R))
+            key_B=put(state.key_B, keys), temperature_B=put(state.temperature_B, assignment.temperature_R),
+            top_p_B=put(state.top_p_B, assignment.top_p_R), top_k_B=put(state.top_k_B, assignment.top_k_R),
+            min_p_B=put(state.min_p_B, assignment.min_p_R))
 
-    def _extend_rows(self, params, state: SampleState, feed: Feed, bound: int) -> tuple[SampleState, jax.Array]:
-        put = lambda x, value: x.at[feed.row_R].set(value, mode='drop')
+    def _extend_rows(self, params, state: SampleState, chunks: Chunks, bound: int) -> tuple[SampleState, jax.Array]:
+        put = lambda x, value: x.at[chunks.row_R].set(value, mode='drop')
         # Rows are written and read where they lie: taking them out and putting them back would copy `bound` slots.
-        hidden_RCD, cache = decoder.extend(self.config, params, state.cache, feed.tokens_RC, feed.count_R, bound,
-                                        feed.row_R)
-        last = jnp.maximum(feed.count_R - 1, 0)[:, None, None]
+        hidden_RCD, cache = decoder.extend(self.config, params, state.cache, chunks.tokens_RC, chunks.count_R, bound,
+                                        chunks.row_R)
+        last = jnp.maximum(chunks.count_R - 1, 0)[:, None, None]
         logits_RV = decoder.unembed(params, jnp.take_along_axis(hidden_RCD, last, axis=1)[:, 0])
         return dataclasses.replace(
-            state, cache=cache, logits_BV=put(state.logits_BV, logits_RV), tag_B=put(state.tag_B, feed.tag_R),
-            live_B=put(state.live_B, feed.live_R), stop_B=put(state.stop_B, STOP_NONE),
-            allowance_B=put(state.allowance_B, feed.allowance_R)), feed.count_R.sum()
+            state, cache=cache, logits_BV=put(state.logits_BV, logits_RV), tag_B=put(state.tag_B, chunks.tag_R),
+            live_B=put(state.live_B, chunks.live_R), stop_B=put(state.stop_B, STOP_NONE),
+            allowance_B=put(state.allowance_B, chunks.allowance_R)), chunks.count_R.sum()
 
     def _fork_rows(self, state: SampleState, source_R, target_R, length, logits_RV, allowance_R,
                    bound: int) -> SampleState:

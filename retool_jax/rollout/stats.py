@@ -1,4 +1,4 @@
-"""What a rollout did with its time: sums for the log, and a timeline of the slots for a browser."""
+"""What a rollout did with its time: sums for the log, and a timeline of the rows for a browser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RolloutStats:
     extend_s: float = 0.0  # the device takes in prompts and tool outputs
     tools_blocked_s: float = 0.0  # no row could decode: everything waited for a tool
     total_s: float = 0.0
-    slot_steps: int = 0  # rows of all decode calls, and of these the live ones
+    row_steps: int = 0  # rows of all decode calls, and of these the live ones
     live_steps: int = 0
     tool_wall_s: list[float] = dataclasses.field(default_factory=list)  # in the sandbox, one per call
     tool_wait_s: list[float] = dataclasses.field(default_factory=list)  # from `</code>` to the engine's notice
@@ -37,7 +37,7 @@ class RolloutStats:
     @property
     def occupancy(self) -> float:
         """Share of the rows of decode calls that were live."""
-        return self.live_steps / max(self.slot_steps, 1)
+        return self.live_steps / max(self.row_steps, 1)
 
     def summary(self) -> dict[str, float]:
         """Rates, shares of the whole time, and quantiles of the tools' latency, by metric name."""
@@ -54,9 +54,9 @@ class RolloutStats:
 
 
 class Timeline:
-    """Spans of slots and device, in the trace format that chrome://tracing and Perfetto open.
+    """Spans of rows and device, in the trace format that chrome://tracing and Perfetto open.
 
-    Give one to `Engine.timeline` and save it after `run`: a lane for the device, one per slot.
+    Give one to `Engine.timeline` and save it after `run`: a lane for the device, one per row.
     """
 
     def __init__(self):
@@ -75,5 +75,5 @@ class Timeline:
         """Writes the trace as JSON."""
         lanes = sorted({e['tid'] for e in self.events if 'tid' in e})
         names = [{'name': 'thread_name', 'ph': 'M', 'pid': 0, 'tid': lane,
-                  'args': {'name': f'slot {lane - 1}' if lane else 'device'}} for lane in lanes]
+                  'args': {'name': f'row {lane - 1}' if lane else 'device'}} for lane in lanes]
         pathlib.Path(path).write_text(json.dumps({'traceEvents': names + self.events, 'displayTimeUnit': 'ms'}))

@@ -53,26 +53,26 @@ class Story:
         self.directory = directory
         self.seed = config.run.seed
         self.mesh = parts.make_mesh(config.mesh)
-        self.language = parts.open_language(config.model, directory)
+        self.model = parts.open_model(config.model, directory)
         self.clock = 0  # metrics lines written
 
     def engine(self, tools: bool, training: bool) -> Engine:
         sampler = self.samplers[tools]
         block = self.config.train_sampling if training else self.config.evaluate_sampling
-        return parts.make_engine(self.language, sampler, self.config, block, tools, self.executor if tools else None,
+        return parts.make_engine(self.model, sampler, self.config, block, tools, self.executor if tools else None,
                                     self.seed, parts.TRAINING if training else parts.EVALUATION)
 
     @property
     def samplers(self):
         """One compiled sampler per kind of model."""
         if not hasattr(self, '_samplers'):
-            self._samplers = {tools: parts.make_sampler(self.language, self.config, tools)
+            self._samplers = {tools: parts.make_sampler(self.model, self.config, tools)
                               for tools in (True, False)}
         return self._samplers
 
     def random_model(self) -> Params:
         """What everything starts from."""
-        return parts.load_policy(self.config.model, self.language, self.seed, self.mesh)
+        return parts.load_policy(self.config.model, self.model, self.seed, self.mesh)
 
     def log(self, name: str, step: int, metrics: dict[str, float]) -> None:
         self.writer.write(self.clock, {'phase': name, 'phase_step': step} | metrics)
@@ -88,15 +88,15 @@ class Story:
             problems = [p for p in arithmetic.problems('train', 2 * self.recipe.problems_seen, self.seed)
                         if arithmetic.BY_NAME[p.family].mental or rng.random() < self.recipe.text_needy]
         made, counts = cold_start.build(
-            problems, mix, self.executor if tools else None, self.feedback, self.language.template,
-            self.language.tokenizer, self.seed, max_tokens=min(self.config.turns.max_tokens, self.forward.row_width))
+            problems, mix, self.executor if tools else None, self.feedback, self.model.template,
+            self.model.tokenizer, self.seed, max_tokens=min(self.config.turns.max_tokens, self.forward.row_width))
         console.say(f'cold start ({_kind(tools)}): ' + ', '.join(f'{n} {reason}' for reason, n in counts.items()))
         return made
 
     def sft(self, tools: bool, traces: Sequence[Episode], params: Params) -> Params:
         """Supervised fine-tuning from `params`."""
         optimizer = make_optimizer(self.stage.sft_optimizer, self.recipe.sft_steps)
-        learner = Learner(self.language.config, self.forward, optimizer, self.mesh)
+        learner = Learner(self.model.config, self.forward, optimizer, self.mesh)
         sizes = SFTSettings(steps=self.recipe.sft_steps, epochs=0, batch_tokens=self.recipe.sft_batch_tokens,
                             evaluation_share=0.0)
         with console.progress(f'SFT ({_kind(tools)})', sizes.steps) as advance:
@@ -115,12 +115,12 @@ class Story:
 
     def reinforce(self, tools: bool, params: Params) -> Params:
         """PPO from `params`."""
-        tree = add_critic(self.language.config, params, self.ppo.critic)
+        tree = add_critic(self.model.config, params, self.ppo.critic)
         updates = self.ppo.minibatches * self.ppo.epochs
         optimizer = make_optimizer(self.stage.optimizer, self.ppo.steps * updates,
                                    self.stage.critic_optimizer if 'critic' in tree else None,
                                    self.ppo.critic_warmup_steps * updates)
-        learner = Learner(self.language.config, self.forward, optimizer, self.mesh,
+        learner = Learner(self.model.config, self.forward, optimizer, self.mesh,
                           loss=self.stage.loss, advantage=self.stage.advantage,
                           temperature=self.config.train_sampling.temperature)
         asked = self.ppo.problems_per_step * max(self.ppo.dynamic_rounds, 1)
@@ -130,10 +130,10 @@ class Story:
                 m = result.metrics
                 self.log(f'ppo_{_kind(tools)}', result.step, m)
                 episode_files.write(self.directory / 'episodes', f'{_kind(tools)}_{result.step:05d}', result.episodes,
-                                    self.language.tokenizer.decode)
+                                    self.model.tokenizer.decode)
                 advance(f'correct {m["rewards/correct"]:.2f} code {m["tools/code_ratio"]:.2f}')
-            collect = sources.sampled(self.engine(tools, training=True), self.ppo, stream, self.language.template,
-                                       self.language.tokenizer, self.grader)
+            collect = sources.sampled(self.engine(tools, training=True), self.ppo, stream, self.model.template,
+                                       self.model.tokenizer, self.grader)
             state = ppo.train(learner, ppo.Progress(init_state(tree, optimizer)), self.ppo, collect=collect,
                               seed=self.seed, report=report)
         return state.params['policy']
@@ -146,12 +146,12 @@ class Story:
         with console.progress(f'evaluate {name}', sum(sets.values()) * self.recipe.samples) as advance:
             for split, count in sets.items():
                 made = grading.run(engine, weights, 0, arithmetic.problems(split, count, seed=self.seed + 7),
-                                    self.recipe.samples, self.language.template, self.language.tokenizer, self.grader,
+                                    self.recipe.samples, self.model.template, self.model.tokenizer, self.grader,
                                     finished=lambda episode: advance())
                 found[split] = summarise(made, self.grader.equal)
                 found[split]['code_ratio_needy'] = needy_code_ratio(made)
                 episode_files.write(self.directory / 'episodes', f'val_{name}_{split}', made,
-                                    self.language.tokenizer.decode)
+                                    self.model.tokenizer.decode)
         self.log(f'val_{name}', 0, {f'val/{split}/avg@{self.recipe.samples}': s['avg'] for split, s in found.items()})
         return found[HELD_OUT] | {'apart': {split: found[split] for split in found if split != HELD_OUT}}
 
@@ -175,7 +175,7 @@ def opened(config: ConfigDict) -> Iterator[Story]:
         writer = stack.enter_context(Metrics(directory))
         writer.rewind(None)
         story = Story(config, directory, pool, grader, writer)
-        console.banner(model=story.language, mesh=dict(story.mesh.shape), sandbox=pool, run=directory)
+        console.banner(model=story.model, mesh=dict(story.mesh.shape), sandbox=pool, run=directory)
         yield story
 
 
@@ -198,7 +198,7 @@ def run(config: ConfigDict) -> dict:
         checkpoints = Checkpoints(story.directory / 'checkpoints', keep_last=1)
         checkpoints.save(story.ppo.steps, {'tool': tool, 'text': text}, {'steps': story.ppo.steps}, wait=True)
         checkpoints.close()
-        hf.save(story.directory / 'tool_rl', story.language.config, tool, jnp.float32, story.directory / 'model')
+        hf.save(story.directory / 'tool_rl', story.model.config, tool, jnp.float32, story.directory / 'model')
     summary = scores | {
         'code_ratio': {'before': scores['sft']['code_ratio_needy'], 'after': scores['tool_rl']['code_ratio_needy']},
         'steps': story.ppo.steps, 'seconds': time.perf_counter() - began, 'seed': story.seed}

@@ -50,9 +50,9 @@ def run(config: ConfigDict) -> dict[str, float]:
         intake = Intake(config.reward.unreadable, grader.parses)
         sources, held_out = ppo_stage.open_sources(config, intake), ppo_stage.open_validation(config.validation, intake)
         parts = ppo_stage.build(config, pathlib.Path(place))
-        stream = ppo_stage.open_stream(config, sources, intake, parts.language)
-        tell_overlong(held_out, parts.language, config.turns.max_tokens)
-        console.banner(model=parts.language, mesh=dict(parts.mesh.shape), sandbox=FakeTools(),
+        stream = ppo_stage.open_stream(config, sources, intake, parts.model)
+        tell_overlong(held_out, parts.model, config.turns.max_tokens)
+        console.banner(model=parts.model, mesh=dict(parts.mesh.shape), sandbox=FakeTools(),
                            run='none: a dry run')
         sampler = parts.sampler()
         table = memory(parts, sampler)
@@ -78,7 +78,7 @@ def run(config: ConfigDict) -> dict[str, float]:
 def memory(parts: ppo_stage.Parts, sampler: Sampler) -> dict[str, float]:
     """Bytes of the large buffers, over all devices; which of them are there at once: train/residency.py."""
     params = parts.progress.state.params
-    to_sampling = functools.partial(decoder.to_sampling, parts.language.config,
+    to_sampling = functools.partial(decoder.to_sampling, parts.model.config,
                                     dtype=jnp.dtype(sampler.settings.dtype))
     sizes = {'policy, f32': size(params['policy']),
              'critic': size(params.get('critic')),

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.core.pytrees import Params
-from retool_jax.model import config as model_config
 from retool_jax.model import decoder
-from retool_jax.model.config import ModelConfig
+from retool_jax.model.config import TINY, ModelConfig, to_hf
 from retool_jax.tasks import arithmetic
-from retool_jax.text import tokenizer as tokenizers
 from retool_jax.text.template import wrap_feedback, wrap_snippet
+from retool_jax.text.tokenizer import train_bpe
 
 CORPUS = 1500  # traces that the tokenizer is trained on
 VOCAB_SIZE = 640  # BPE entries, special tokens among them: a word of the task is one id
@@ -41,9 +40,9 @@ def write_model(directory: pathlib.Path) -> None:
             if kind == 'code':
                 corpus += [wrap_feedback(problem.answer), '']
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizers.train_bpe(corpus, VOCAB_SIZE, directory)
-    sizes = dataclasses.replace(model_config.TINY, vocab_size=VOCAB_SIZE)
-    (directory / 'config.json').write_text(json.dumps(model_config.to_hf(sizes), indent=2))
+    train_bpe(corpus, VOCAB_SIZE, directory)
+    sizes = dataclasses.replace(TINY, vocab_size=VOCAB_SIZE)
+    (directory / 'config.json').write_text(json.dumps(to_hf(sizes), indent=2))
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:

@@ -49,21 +49,21 @@ def run(config: ConfigDict) -> dict:
         mesh = parts_stage.make_mesh(config.mesh)
         directory = stack.enter_context(folder.claimed(config))
         stack.enter_context(folder.stoppable())
-        language = parts_stage.open_language(config.model, directory)
-        parts_stage.check_context(language, config.turns.max_tokens, 'turns.max_tokens')
-        tell_overlong(problems, language, config.turns.max_tokens)
+        model = parts_stage.open_model(config.model, directory)
+        parts_stage.check_context(model, config.turns.max_tokens, 'turns.max_tokens')
+        tell_overlong(problems, model, config.turns.max_tokens)
         intake.write(directory)
-        sampler = parts_stage.make_sampler(language, config, tools, mesh)
-        params = parts_stage.load_policy(config.model, language, config.run.seed, mesh)
+        sampler = parts_stage.make_sampler(model, config, tools, mesh)
+        params = parts_stage.load_policy(config.model, model, config.run.seed, mesh)
         pool = stack.enter_context(open_guarded(config.sandbox, tools))
-        engine = parts_stage.make_engine(language, sampler, config, config.sampling, tools, pool, config.run.seed,
+        engine = parts_stage.make_engine(model, sampler, config, config.sampling, tools, pool, config.run.seed,
                                       parts_stage.EVALUATION)
         journal = stack.enter_context(contextlib.closing(open_journal(directory)))
-        console.banner(model=language, mesh=dict(mesh.shape), sandbox=pool or 'none',
+        console.banner(model=model, mesh=dict(mesh.shape), sandbox=pool or 'none',
                         problems=f'{len(problems)} of {name} × {config.samples} samples', run=directory)
         advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * config.samples))
         episodes = run_kept(engine, sampler.sync(params), problems, config.samples, directory / 'episodes',
-                            f'val_{name}', language.template, language.tokenizer, grader, journal, advance)
+                            f'val_{name}', model.template, model.tokenizer, grader, journal, advance)
         found = {name: summary.summarise(episodes, grader.equal)}
     if faults := found[name]['stops'].get(Stop.FAULT, 0):
         console.say(f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '

@@ -19,6 +19,7 @@ from retool_jax.stages.owner import NAME, Owner
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RETIRED = ('backend', 'turns.tools')  # keys of folders that earlier versions made; neither changed a run
+RENAMED = {'sampler.group': 'sampler.feed_rows'}  # keys of such folders that have another name by now
 DATA = 'data.json'
 RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints')
 
@@ -61,7 +62,7 @@ def _claim(config: ConfigDict, free: Sequence[str], owners: list[Owner]) -> None
             before = json.loads(file.read_text())
         except ValueError:
             raise UserError(f'run.dir={str(directory)!r}: config.json is damaged; choose another folder') from None
-        found = settings.differences(before, config, ignore=('run.dir', *RETIRED, *free))
+        found = settings.differences(before, config, ignore=('run.dir', *RETIRED, *free), renamed=RENAMED)
         # A run that was refused before its first result left a configuration that binds nobody.
         if found and has_results(directory):
             raise UserError(f'run.dir={str(directory)!r} holds a run of another configuration '

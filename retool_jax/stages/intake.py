@@ -12,7 +12,7 @@ import grain
 from retool_jax.core import console, processes
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
-from retool_jax.stages import parts
+from retool_jax.rollout.library import Model
 from retool_jax.tasks import problems as problem_files
 from retool_jax.tasks import stream
 from retool_jax.text.template import prompt_ids
@@ -60,13 +60,13 @@ class Intake:
             console.say(f'{len(left)} of {len(pairs)} worked answers are left out: {describe(left)}')
         return [pair for pair, text in found if not text]
 
-    def fit(self, datasets: Sequence[grain.MapDataset], language: parts.Language,
+    def fit(self, datasets: Sequence[grain.MapDataset], model: Model,
             max_tokens: int) -> list[grain.MapDataset]:
         """The datasets without problems whose prompt leaves no room for an answer.
 
         Raises: UserError where a source has no other problems.
         """
-        return self._sifted(datasets, lambda problem: overlong(problem, language, max_tokens))
+        return self._sifted(datasets, lambda problem: overlong(problem, model, max_tokens))
 
     def write(self, directory: pathlib.Path) -> None:
         """Lists what is left out in the run's folder, a line each."""
@@ -95,18 +95,18 @@ class Intake:
         return text
 
 
-def overlong(problem: Problem, language: parts.Language, max_tokens: int) -> str:
+def overlong(problem: Problem, model: Model, max_tokens: int) -> str:
     """What is wrong with a prompt that fills the budget of an episode, '' for one that leaves room for an answer."""
-    frame = _frame(language)
+    frame = _frame(model)
     if frame + 3 * len(problem.question.encode('utf-8', 'surrogatepass')) < max_tokens:
         return ''  # a token is a byte at least, and normal form C makes three of one at most
-    count = len(prompt_ids(language.template, language.tokenizer, problem.question))
+    count = len(prompt_ids(model.template, model.tokenizer, problem.question))
     return '' if count < max_tokens else f'a prompt of {count} tokens leaves no room in turns.max_tokens={max_tokens}'
 
 
-def tell_overlong(problems: Sequence[Problem], language: parts.Language, max_tokens: int) -> None:
+def tell_overlong(problems: Sequence[Problem], model: Model, max_tokens: int) -> None:
     """Says which problems of an evaluation count as wrong because no answer fits behind their prompt."""
-    found = [(problem.id, text) for problem in problems if (text := overlong(problem, language, max_tokens))]
+    found = [(problem.id, text) for problem in problems if (text := overlong(problem, model, max_tokens))]
     if found:
         console.say(f'warning: {len(found)} of {len(problems)} problems count as wrong: {describe(found)}')
 
@@ -118,5 +118,5 @@ def describe(left: Sequence[tuple[str, str]]) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _frame(language: parts.Language) -> int:
-    return len(prompt_ids(language.template, language.tokenizer, ''))
+def _frame(model: Model) -> int:
+    return len(prompt_ids(model.template, model.tokenizer, ''))

@@ -17,11 +17,10 @@ from ml_collections import ConfigDict
 from retool_jax.core import console, processes, settings, sharding
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
-from retool_jax.model import config as model_config
 from retool_jax.model import decoder, hf
-from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.library import Model, load_model
 from retool_jax.rollout.requests import Executor, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 from retool_jax.rollout.turns import Budgets, Rules, TurnSettings
@@ -31,8 +30,6 @@ from retool_jax.sandbox.settings import SandboxSettings
 from retool_jax.stages import embedded
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import tags
-from retool_jax.text import tokenizer as tokenizers
-from retool_jax.text.template import Template, make_template, read_instruction
 from retool_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -44,19 +41,7 @@ type Sandbox = Pool | Remote
 TRAINING, EVALUATION = 1, 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Language:
-    """A model's sizes and how it is spoken to."""
-
-    config: ModelConfig
-    tokenizer: Tokenizer
-    template: Template
-
-    def __str__(self) -> str:
-        return f'{self.config.model_type}, {self.config.parameter_count():,} parameters'
-
-
-def open_language(config: ConfigDict, directory: pathlib.Path) -> Language:
+def open_model(config: ConfigDict, directory: pathlib.Path) -> Model:
     """The model that block `model` names; without a path the embedded one, written below `directory`."""
     if config.path is None:
         if config.template != 'tiny':
@@ -66,14 +51,14 @@ def open_language(config: ConfigDict, directory: pathlib.Path) -> Language:
         processes.wait()
         if not (directory / 'model' / 'config.json').exists():  # a directory of this machine alone
             embedded.write_model(directory / 'model')
-    return load_language(config.path or directory / 'model', config.template, config.tools, config.instruction)
+    return load_model(config.path or directory / 'model', config.template, config.tools, config.instruction)
 
 
-def check_context(language: Language, tokens: int, key: str) -> None:
+def check_context(model: Model, tokens: int, key: str) -> None:
     """Refuses episodes longer than the positions that the weights know; `key` is what sets their length."""
-    context = language.config.context
+    context = model.config.context
     if tokens > context:
-        scaling = language.config.rope_scaling
+        scaling = model.config.rope_scaling
         trained = scaling.original_max_position_embeddings if scaling else context
         factor = -(-tokens // trained)
         raise UserError(f'{key}={tokens} exceeds the {context} positions of the model (max_position_embeddings in '
@@ -81,9 +66,9 @@ def check_context(language: Language, tokens: int, key: str) -> None:
                         f'"factor": {factor}.0, "original_max_position_embeddings": {trained}}}')
 
 
-def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sharding.Mesh) -> Params:
+def load_policy(config: ConfigDict, model: Model, seed: int, mesh: jax.sharding.Mesh) -> Params:
     """f32 weights in the training layout: those of `model.path`, or random ones from `seed` without a path."""
-    sizes = language.config
+    sizes = model.config
     rules = decoder.fit_rules(sizes, mesh, sharding.TRAIN_RULES)
     shardings = sharding.shardings(mesh, decoder.logical_axes(sizes), rules)
     if config.path is None:
@@ -94,33 +79,19 @@ def load_policy(config: ConfigDict, language: Language, seed: int, mesh: jax.sha
         return hf.load(config.path, sizes, shardings, progress=lambda done, total: advance())
 
 
-def load_language(path: str | pathlib.Path, template: str, tools: bool, instruction: str | None = None) -> Language:
-    """Reads config.json and the tokenizer of a model directory, and the instruction; the weights are loaded apart."""
-    if not pathlib.Path(path).is_dir():
-        aside = '; launch/convert.py makes one of a GGUF file' if pathlib.Path(path).is_file() else ''
-        raise UserError(f'model.path={str(path)!r} is no directory; give a Hugging Face model directory{aside}')
-    config = model_config.load_config(path)
-    tokenizer = tokenizers.load(path)
-    if tokenizer.size > config.vocab_size:
-        raise UserError(f'model.path={str(path)!r}: the tokenizer has {tokenizer.size} ids, the model only '
-                        f'{config.vocab_size} logits')
-    asked = None if instruction is None else read_instruction(instruction, tools)
-    return Language(config, tokenizer, make_template(template, tools, tokenizer, asked))
-
-
-def make_sampler(language: Language, config: ConfigDict, tools: bool, mesh: jax.sharding.Mesh | None = None) -> Sampler:
+def make_sampler(model: Model, config: ConfigDict, tools: bool, mesh: jax.sharding.Mesh | None = None) -> Sampler:
     """The compiled half of rollout, from blocks `sampler` and (for `</answer>`) `turns`; over `mesh` where it has
     more than one device. Of several processes each has its own, over its part of `mesh`, unless the weights need
     the devices of more than one."""
     sizes = settings.build(SamplerSettings, config.sampler, 'sampler')
-    table = make_table(language, tools, config.turns.on_answer)
-    build = lambda on: Sampler(language.config, sizes, table.next_state, table.stops, language.tokenizer.eos_ids, on)
+    table = make_table(model, tools, config.turns.on_answer)
+    build = lambda on: Sampler(model.config, sizes, table.next_state, table.stops, model.tokenizer.eos_ids, on)
     if mesh is None or mesh.size == 1:
         return build(None)
     if jax.process_count() == 1 or hosts.spans(mesh):
         return build(mesh)
     sampler = build(hosts.local_mesh(mesh))
-    sampler.sync = hosts.make_sync(language.config, sizes.dtype, mesh)
+    sampler.sync = hosts.make_sync(model.config, sizes.dtype, mesh)
     return sampler
 
 
@@ -132,17 +103,17 @@ def _table(tokenizer: Tokenizer, width: int, tools: bool, answer_ends: bool) -> 
     return table if stops else dataclasses.replace(table, stops=np.zeros_like(table.stops))
 
 
-def make_table(language: Language, tools: bool, on_answer: str) -> tags.TagTable:
+def make_table(model: Model, tools: bool, on_answer: str) -> tags.TagTable:
     """The tag automaton: `</code>` where there are tools, `</answer>` where it ends the episode."""
-    return _table(language.tokenizer, language.config.vocab_size, tools, on_answer == 'end')
+    return _table(model.tokenizer, model.config.vocab_size, tools, on_answer == 'end')
 
 
-def make_engine(language: Language, sampler: Sampler, config: ConfigDict, sampling: ConfigDict, tools: bool,
+def make_engine(model: Model, sampler: Sampler, config: ConfigDict, sampling: ConfigDict, tools: bool,
                 executor: Executor | None, seed: int, purpose: int) -> Engine:
     """The engine of one purpose; engines may share a sampler. Of several processes all call it alike."""
     turns = TurnSettings(tools=tools, **dataclasses.asdict(settings.build(Budgets, config.turns, 'turns')))
     feedback = settings.build(FeedbackSettings, config.feedback, 'feedback')
-    rules = Rules(turns, language.tokenizer, make_table(language, tools, turns.on_answer),
+    rules = Rules(turns, model.tokenizer, make_table(model, tools, turns.on_answer),
                   lambda result: render(result, feedback))
     draws = settings.build(SamplingSettings, sampling, 'sampling')
     if sampler.table.is_fully_addressable:

@@ -21,6 +21,7 @@ from retool_jax.core.signals import uninterrupted
 from retool_jax.model import hf
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
+from retool_jax.rollout.library import Model
 from retool_jax.rollout.requests import Executor
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.sandbox.guard import Guard
@@ -53,24 +54,24 @@ class Parts:
     config: ConfigDict
     sizes: PPOSettings
     halves: HalvesSettings
-    language: parts_stage.Language
+    model: Model
     mesh: jax.sharding.Mesh
     learner: Learner
     progress: Progress
     residency: Residency
 
     def sampler(self) -> Sampler:
-        return parts_stage.make_sampler(self.language, self.config, self.config.model.tools, self.mesh)
+        return parts_stage.make_sampler(self.model, self.config, self.config.model.tools, self.mesh)
 
     def engine(self, sampler: Sampler, executor: Executor | None, block: str, purpose: int) -> Engine:
-        return parts_stage.make_engine(self.language, sampler, self.config, self.config[block], self.config.model.tools,
+        return parts_stage.make_engine(self.model, sampler, self.config, self.config[block], self.config.model.tools,
                                     executor, self.config.run.seed, purpose)
 
     def source(self, sampler: Sampler, executor: Executor | None, stream: train_sources.Problems, grader: Grader,
                journal: Journal | None = None) -> train_sources.Source:
         """Rollouts with the current weights."""
         engine = self.engine(sampler, executor, 'train_sampling', parts_stage.TRAINING)
-        return train_sources.sampled(engine, self.sizes, stream, self.language.template, self.language.tokenizer,
+        return train_sources.sampled(engine, self.sizes, stream, self.model.template, self.model.tokenizer,
                                      grader, journal)
 
 
@@ -86,18 +87,18 @@ def build(config: ConfigDict, directory: pathlib.Path) -> Parts:
     stage = read(config)
     sizes, loss = stage.ppo, stage.loss
     mesh = parts_stage.make_mesh(config.mesh)
-    language = parts_stage.open_language(config.model, directory)
-    parts_stage.check_context(language, stage.turns.max_tokens, 'turns.max_tokens')
-    policy = parts_stage.load_policy(config.model, language, config.run.seed, mesh)
-    tree = add_critic(language.config, policy, sizes.critic)
+    model = parts_stage.open_model(config.model, directory)
+    parts_stage.check_context(model, stage.turns.max_tokens, 'turns.max_tokens')
+    policy = parts_stage.load_policy(config.model, model, config.run.seed, mesh)
+    tree = add_critic(model.config, policy, sizes.critic)
     updates = sizes.minibatches * sizes.epochs
     optimizer = make_optimizer(stage.optimizer, sizes.steps * updates,
                                stage.critic_optimizer if 'critic' in tree else None,
                                sizes.critic_warmup_steps * updates)
     reference = jax.tree.map(jnp.copy, policy) if loss.needs_reference else None
-    learner = Learner(language.config, stage.forward, optimizer, mesh, loss=loss,
+    learner = Learner(model.config, stage.forward, optimizer, mesh, loss=loss,
                       advantage=stage.advantage, temperature=stage.train_sampling.temperature)
-    return Parts(config, sizes, stage.halves, language, mesh, learner,
+    return Parts(config, sizes, stage.halves, model, mesh, learner,
                  Progress(init_state(tree, optimizer)), Residency(sizes.offload, reference))
 
 
@@ -118,10 +119,10 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
           intake: Intake, sources: list[grain.MapDataset], held_out: list[Problem]) -> None:
     """`run` in a folder that is its own."""
     parts = build(config, directory)
-    sizes, halves, progress, language = parts.sizes, parts.halves, parts.progress, parts.language
+    sizes, halves, progress, model = parts.sizes, parts.halves, parts.progress, parts.model
     rolls = halves.episodes is None
-    stream = open_stream(config, sources, intake, language)
-    tell_overlong(held_out, language, config.turns.max_tokens)
+    stream = open_stream(config, sources, intake, model)
+    tell_overlong(held_out, model, config.turns.max_tokens)
     if config.data.sources and rolls:
         folder.bind(directory, fingerprints(config, sources))
     intake.write(directory)
@@ -132,12 +133,12 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
         writer = stack.enter_context(metrics.Metrics(directory, processes.leads()))
         journal = stack.enter_context(contextlib.closing(open_journal(directory)))
-        console.banner(model=language, mesh=dict(parts.mesh.shape), sandbox=executor or 'none', run=directory)
+        console.banner(model=model, mesh=dict(parts.mesh.shape), sandbox=executor or 'none', run=directory)
         restore(progress, checkpoints, directory, halves, config.run.seed)
         folder.rewind(directory, progress.done, writer)
         sampler = parts.sampler() if rolls or held_out else None
         source = (parts.source(sampler, executor, stream, grader, journal) if rolls else
-                  train_sources.dumped(halves.episodes, language.config.vocab_size, config.forward.row_width))
+                  train_sources.dumped(halves.episodes, model.config.vocab_size, config.forward.row_width))
         advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
         validates = lambda done: bool(held_out) and (done == sizes.steps or done % config.validation.every == 0)
         saves = lambda done: done == sizes.steps or done % saving.every == 0
@@ -145,12 +146,12 @@ def go_on(config: ConfigDict, directory: pathlib.Path, saving: CheckpointSetting
 
         def keep(folder_name: str, name: str, episodes: Sequence[Episode], step: int | None = None) -> None:
             if processes.leads():
-                episode_files.write(directory / folder_name, name, episodes, language.tokenizer.decode, step)
+                episode_files.write(directory / folder_name, name, episodes, model.tokenizer.decode, step)
 
         def validate(step: int) -> dict[str, float]:
             engine = parts.engine(sampler, executor, 'evaluate_sampling', parts_stage.EVALUATION)
             made = grading.run(engine, sampler.sync(progress.state.params['policy']), step, held_out,
-                                config.validation.samples, language.template, language.tokenizer, grader, step=step)
+                                config.validation.samples, model.template, model.tokenizer, grader, step=step)
             keep('episodes', f'val_{step:05d}', made)
             found = summary.summarise(made, grader.equal)
             score.update({'score': found['avg']})
@@ -260,7 +261,7 @@ def export(parts: Parts, directory: pathlib.Path) -> None:
     """Writes the policy as a Hugging Face directory, `final/`."""
     target = directory / 'final'
     if not target.exists():
-        hf.save(target, parts.language.config, parts.progress.state.params['policy'],
+        hf.save(target, parts.model.config, parts.progress.state.params['policy'],
                 jnp.dtype(parts.config.forward.dtype), parts.config.model.path or directory / 'model')
     console.say(f'model: {target} (a Hugging Face directory)')
 
@@ -298,9 +299,9 @@ def open_sources(config: ConfigDict, intake: Intake) -> list[grain.MapDataset]:
 
 
 def open_stream(config: ConfigDict, sources: list[grain.MapDataset], intake: Intake,
-                language: parts_stage.Language) -> grain.MapDataset:
+                model: Model) -> grain.MapDataset:
     """The endless dataset of problems that leave room for an answer."""
-    fitting = intake.fit(sources, language, config.turns.max_tokens)
+    fitting = intake.fit(sources, model, config.turns.max_tokens)
     return tasks_stream.stream(fitting, list(config.data.weights) or None, config.run.seed)
 
 

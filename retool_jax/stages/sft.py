@@ -18,6 +18,7 @@ from retool_jax.core.metrics import Metrics
 from retool_jax.core.pytrees import TrainState
 from retool_jax.core.records import Episode
 from retool_jax.model import hf
+from retool_jax.rollout.library import Model
 from retool_jax.stages import folder, parts
 from retool_jax.stages.config import FineTuning
 from retool_jax.stages.intake import Intake
@@ -49,16 +50,16 @@ def run(config: ConfigDict) -> None:
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(folder.claimed(config, free=('checkpoints',)))
         stack.enter_context(folder.stoppable())
-        language = parts.open_language(config.model, directory)
-        check_ids(everything, language, config.traces)
-        parts.check_context(language, max(len(trace.tokens) for trace in everything), 'the longest trace')
+        model = parts.open_model(config.model, directory)
+        check_ids(everything, model, config.traces)
+        parts.check_context(model, max(len(trace.tokens) for trace in everything), 'the longest trace')
         folder.bind(directory, {f'traces={config.traces!r}': {'count': len(everything),
                                                               'sha256': fingerprint(everything)}})
-        learner = Learner(language.config, forward, optimizer, mesh)
-        state = init_state({'policy': parts.load_policy(config.model, language, config.run.seed, mesh)}, optimizer)
+        learner = Learner(model.config, forward, optimizer, mesh)
+        state = init_state({'policy': parts.load_policy(config.model, model, config.run.seed, mesh)}, optimizer)
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
         writer = stack.enter_context(Metrics(directory, processes.leads()))
-        console.banner(model=language, mesh=dict(mesh.shape), traces=len(traces), held_out=len(held_out),
+        console.banner(model=model, mesh=dict(mesh.shape), traces=len(traces), held_out=len(held_out),
                        run=directory)
         start = checkpoints.latest() or 0
         if start:
@@ -85,7 +86,7 @@ def run(config: ConfigDict) -> None:
                 state, _ = checkpoints.restore(best, like)
     export = directory / 'final'
     if not export.exists():
-        hf.save(export, language.config, state.params['policy'], jnp.dtype(config.forward.dtype),
+        hf.save(export, model.config, state.params['policy'], jnp.dtype(config.forward.dtype),
                 config.model.path or directory / 'model')
     console.say(f'model: {export} (a Hugging Face directory)')
 
@@ -112,11 +113,11 @@ def fingerprint(traces: list[Episode]) -> str:
     return digest.hexdigest()
 
 
-def check_ids(traces: list[Episode], language: parts.Language, path: str) -> None:
+def check_ids(traces: list[Episode], model: Model, path: str) -> None:
     """Refuses traces that were written for another tokenizer."""
     first = traces[0]
-    if max(max(trace.tokens) for trace in traces) >= language.tokenizer.size:
+    if max(max(trace.tokens) for trace in traces) >= model.tokenizer.size:
         raise UserError(f'config.traces={path!r} holds ids beyond the tokenizer of model.path: '
                         'the traces were written for another model')
-    if first.problem.question not in language.tokenizer.decode(first.tokens[:first.prompt_length]):
+    if first.problem.question not in model.tokenizer.decode(first.tokens[:first.prompt_length]):
         raise UserError(f'config.traces={path!r} was written with another tokenizer than that of model.path')

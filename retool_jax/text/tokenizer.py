@@ -100,7 +100,7 @@ class Tokenizer:
         return {i: name.encode() for name, i in self.special_ids.items()}
 
 
-def load(directory: str | pathlib.Path) -> Tokenizer:
+def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     """Loads `tokenizer.json`, else a SentencePiece `tokenizer.model`, and checks it.
 
     Raises UserError, one line, if files are missing or unreadable, if no id ends a turn, or if
@@ -202,7 +202,7 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) ->
         ),
     }
     (directory / 'tokenizer_config.json').write_text(json.dumps(config, indent=2) + '\n')
-    return load(directory)
+    return load_tokenizer(directory)
 
 
 def _open_huggingface(path: pathlib.Path):

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping
 
 from retool_jax.core.errors import UserError
-from retool_jax.text import tokenizer as tokenizer_files
+from retool_jax.text.tokenizer import load_tokenizer
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5  # kinds of tokens in tokenizer.ggml.token_type
 
@@ -72,7 +72,7 @@ def save(metadata: Mapping[str, object], directory: pathlib.Path, where: str) ->
     write('generation_config.json', ids | {'eos_token_id': list(dict.fromkeys(ends))} if ends else ids)
     write('config.json', ids)
     try:
-        tokenizer_files.load(directory)
+        load_tokenizer(directory)
     except UserError as error:
         raise UserError(f'{where}: {error}') from None
 

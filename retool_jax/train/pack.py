@@ -11,8 +11,8 @@ from retool_jax.core.pytrees import Batch
 from retool_jax.core.records import Episode
 
 
-def place(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """First fit, longest first: rows of episode indices whose lengths add up to at most `width`.
+def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Deals episodes out to rows, longest first: lists of episode indices whose lengths add up to at most `width`.
 
     The same lengths give the same rows in every process. Errors: UserError for an episode that is
     longer than a row.
@@ -43,16 +43,16 @@ def pack(episodes: Sequence[Episode], *, width: int, rows: int, segments: int, g
       default: all.
     An episode without a reward counts as 0 (supervised traces have none).
     """
-    placed = [part[i:i + segments] for part in place([len(e.tokens) for e in episodes], width)
+    dealt = [part[i:i + segments] for part in first_fit([len(e.tokens) for e in episodes], width)
               for i in range(0, len(part), segments)]
-    count = max(rows, -(-len(placed) // rows) * rows)
+    count = max(rows, -(-len(dealt) // rows) * rows)
     ints = lambda *shape: np.zeros(shape, np.int32)
     batch = Batch(
         tokens_BT=ints(count, width), segment_ids_BT=ints(count, width), positions_BT=ints(count, width),
         acted_BT=np.zeros((count, width), bool), sampler_logprob_BT=np.zeros((count, width), np.float32),
         reward_BN=np.zeros((count, segments), np.float32), group_BN=np.full((count, segments), -1, np.int32),
         baseline_BN=np.zeros((count, segments), bool), update_BN=np.zeros((count, segments), bool))
-    for r, members in enumerate(placed):
+    for r, members in enumerate(dealt):
         start = 0
         for n, i in enumerate(members):
             episode, end = episodes[i], start + len(episodes[i].tokens)

@@ -35,12 +35,12 @@ class Residency:
         if not self.offload:
             return state
         here = ON_DEVICE[phase]
-        place = lambda tree, name: _move(tree, 'device' if name in here else 'pinned_host')
-        self.reference = place(self.reference, 'reference')
+        move = lambda tree, name: _move(tree, 'device' if name in here else 'pinned_host')
+        self.reference = move(self.reference, 'reference')
         params = dict(state.params)
         if 'critic' in params:
-            params['critic'] = place(params['critic'], 'critic')
-        return dataclasses.replace(state, params=params, opt_state=place(state.opt_state, 'optimizer'))
+            params['critic'] = move(params['critic'], 'critic')
+        return dataclasses.replace(state, params=params, opt_state=move(state.opt_state, 'optimizer'))
 
     def whole(self, state: TrainState) -> TrainState:
         """The state on the device, as a checkpoint is written."""

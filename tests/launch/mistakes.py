@@ -17,7 +17,7 @@ from retool_jax.core import episode_files
 from retool_jax.core.records import Episode, Problem
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import ModelConfig
-from retool_jax.text import tokenizer as tokenizer_files
+from retool_jax.text.tokenizer import train_bpe
 
 SIZES = ModelConfig(model_type='qwen2', vocab_size=272, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                     num_attention_heads=4, num_key_value_heads=4, head_dim=8)
@@ -68,7 +68,7 @@ def write_files(folder: pathlib.Path) -> None:
 
 def write_models(folder: pathlib.Path) -> None:
     """`model` is whole; each of the others lacks one thing."""
-    spoken = tokenizer_files.train_bpe(['1 + 1'], 259, folder / 'tokenizer')
+    spoken = train_bpe(['1 + 1'], 259, folder / 'tokenizer')
     hf.save(folder / 'model', SIZES, decoder.init(SIZES, jax.random.key(0)), jnp.float32, spoken.directory)
     wide = dataclasses.replace(SIZES, hidden_size=64, head_dim=16)
     hf.save(folder / 'wide', wide, decoder.init(wide, jax.random.key(0)), jnp.float32, spoken.directory)

@@ -17,7 +17,7 @@ from retool_jax.core import cli, episode_files, metrics
 from retool_jax.core.records import Episode, Problem, Stop
 from retool_jax.stages import evaluate, sft
 from retool_jax.text import template
-from retool_jax.text import tokenizer as tokenizer_files
+from retool_jax.text.tokenizer import load_tokenizer
 from tests.launch import launcher, mistakes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def files(tmp_path_factory):
     lines = [{'id': p.id, 'problem': p.question, 'answer': p.answer} for p in problems]
     lines[1]['problem'] *= 30  # beyond the budget
     (folder / 'sums.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    tokenizer, tiny = tokenizer_files.load(folder / 'model'), template.make_template('tiny')
+    tokenizer, tiny = load_tokenizer(folder / 'model'), template.make_template('tiny')
     traces = []
     for problem in problems:
         trace = Episode(problem, sample=0, step=0, stop=Stop.EOS, turns=1)

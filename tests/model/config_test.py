@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.model import config as model_config
 from retool_jax.model import decoder, layers
+from retool_jax.model.config import Llama3Scaling, YarnScaling, from_hf, load_config, to_hf
 from tests.model.sizes import make_config
 
 BASE = {'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'use_sliding_window': False, 'rope_theta': 1000000.0}
@@ -47,20 +47,20 @@ PUBLISHED = {
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_sizes_have_their_published_number_of_parameters(name):
     source, billions = PUBLISHED[name]
-    config = model_config.from_hf(source)
+    config = from_hf(source)
     assert config.parameter_count() / 1e9 == pytest.approx(billions, rel=2e-3)
     shapes = jax.tree.leaves(decoder.abstract_params(config))
     assert sum(math.prod(s.shape) for s in shapes) == config.parameter_count()
 
 
-@pytest.mark.parametrize('change', [{}, {'rope_scaling': model_config.YarnScaling(
+@pytest.mark.parametrize('change', [{}, {'rope_scaling': YarnScaling(
     factor=4.0, original_max_position_embeddings=64, attention_factor=1.1)}, {'tie_word_embeddings': True},
-    {'rope_scaling': model_config.Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    {'rope_scaling': Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                                 original_max_position_embeddings=64)}])
 @pytest.mark.parametrize('kind', ['llama', 'qwen2', 'qwen3'])
 def test_a_config_survives_the_way_out_and_back(kind, change):
     config = make_config(kind, **change)
-    assert model_config.from_hf(model_config.to_hf(config)) == config
+    assert from_hf(to_hf(config)) == config
 
 
 def test_both_spellings_of_yarn_are_read():
@@ -68,17 +68,17 @@ def test_both_spellings_of_yarn_are_read():
         'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768})
     new = {k: v for k, v in old.items() if k not in ('rope_scaling', 'rope_theta')} | {'rope_parameters': {
         'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768, 'rope_theta': 1000000.0}}
-    config = model_config.from_hf(old)
-    assert config == model_config.from_hf(new)
-    assert config.rope_scaling == model_config.YarnScaling(factor=4.0, original_max_position_embeddings=32768)
+    config = from_hf(old)
+    assert config == from_hf(new)
+    assert config.rope_scaling == YarnScaling(factor=4.0, original_max_position_embeddings=32768)
 
 
 @pytest.mark.parametrize('kind, biases', [('llama', {'attention_bias': True}), ('llama', {'mlp_bias': True}),
                                           ('qwen3', {'attention_bias': True})])
 def test_optional_biases_survive_the_way_out_and_back(kind, biases):
     config = make_config(kind, **biases)
-    raw = model_config.to_hf(config)
-    assert {key: raw.get(key) for key in biases} == biases and model_config.from_hf(raw) == config
+    raw = to_hf(config)
+    assert {key: raw.get(key) for key in biases} == biases and from_hf(raw) == config
 
 
 LLAMA3 = {'rope_type': 'llama3', 'factor': 32.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
@@ -89,7 +89,7 @@ def test_llama3_scaling_slows_what_turns_seldom_as_transformers_does():
     transformers = pytest.importorskip('transformers')
     source = raw('Llama', 100, 64, 48, 2, 2, 2, rope_theta=500000.0, max_position_embeddings=131072,
                  rope_scaling=LLAMA3)
-    config = model_config.from_hf(source)
+    config = from_hf(source)
     assert dataclasses.asdict(config.rope_scaling) == {k: v for k, v in LLAMA3.items() if k != 'rope_type'}
     assert transformers.LlamaConfig(**copy.deepcopy(source)).rope_parameters == LLAMA3 | {'rope_theta': 500000.0}
     plain, factor = layers.inverse_frequencies(dataclasses.replace(config, rope_scaling=None))
@@ -126,7 +126,7 @@ FIVE = {'rope_theta': 5e6}
 ])
 def test_the_base_frequency_is_found_where_transformers_finds_it(change, theta, factor):
     transformers = pytest.importorskip('transformers')
-    config = model_config.from_hf(GOOD | change)
+    config = from_hf(GOOD | change)
     assert (config.rope_theta, config.rope_scaling and config.rope_scaling.factor) == (theta, factor)
     given = {key: value for key, value in copy.deepcopy(GOOD | change).items() if value is not None}
     rope = transformers.Qwen2Config(**given).rope_parameters
@@ -138,13 +138,13 @@ def test_the_base_frequency_is_found_where_transformers_finds_it(change, theta, 
 def test_configurations_that_people_met_are_read_as_transformers_reads_them():
     for line in SHARED.read_text().splitlines():
         case = json.loads(line)
-        config = model_config.from_hf(case['config'])
+        config = from_hf(case['config'])
         assert config.rope_theta == case['rope_theta'], case['name']
         assert (config.rope_scaling and config.rope_scaling.factor) == case['yarn_factor'], case['name']
 
 
 def test_the_context_is_what_the_weights_or_yarn_reach():
-    reach = lambda **change: model_config.from_hf(GOOD | change).context
+    reach = lambda **change: from_hf(GOOD | change).context
     assert reach(max_position_embeddings=4096) == 4096
     assert reach(max_position_embeddings=8192, rope_scaling=YARN) == 32768
     assert reach(max_position_embeddings=131072, rope_scaling=YARN) == 131072
@@ -172,17 +172,17 @@ def test_the_context_is_what_the_weights_or_yarn_reach():
 ])
 def test_what_is_not_supported_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=f'^model/config.json: .*{message}'):
-        model_config.from_hf(GOOD | change, 'model/config.json')
+        from_hf(GOOD | change, 'model/config.json')
 
 
 def test_a_missing_field_and_a_missing_file_are_named(tmp_path):
     with pytest.raises(ValueError, match='field hidden_size is missing'):
-        model_config.from_hf({k: v for k, v in GOOD.items() if k != 'hidden_size'})
+        from_hf({k: v for k, v in GOOD.items() if k != 'hidden_size'})
     with pytest.raises(ValueError, match='holds no config.json; give a Hugging Face model directory'):
-        model_config.load_config(tmp_path)
+        load_config(tmp_path)
     (tmp_path / 'config.json').write_text('[]')
     with pytest.raises(ValueError, match='config.json holds no object with fields'):
-        model_config.load_config(tmp_path)
+        load_config(tmp_path)
     (tmp_path / 'config.json').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n')
     with pytest.raises(ValueError, match=r'config\.json is a pointer of Git LFS'):
-        model_config.load_config(tmp_path)
+        load_config(tmp_path)

@@ -18,10 +18,9 @@ import tokenizers
 from gguf import GGMLQuantizationType as Kind
 
 from retool_jax.core.errors import UserError
-from retool_jax.model import config as model_config
 from retool_jax.model import convert, gguf, hf, layers
-from retool_jax.model.config import Llama3Scaling, YarnScaling
-from retool_jax.text import tokenizer as tokenizer_files
+from retool_jax.model.config import Llama3Scaling, YarnScaling, load_config
+from retool_jax.text.tokenizer import load_tokenizer
 from tests.model import gguf_files, parity_test
 from tests.model.ggml_blocks import decode
 from tests.model.sizes import make_config
@@ -54,7 +53,7 @@ def test_a_file_becomes_the_directory_that_its_blocks_and_its_order_of_rows_make
     config, kinds = MODELS[name]
     stored = gguf_files.write(tmp_path / 'model.gguf', config, vocab, kinds)
     convert.from_gguf(gguf.read(tmp_path / 'model.gguf'), tmp_path / 'out')
-    found = model_config.load_config(tmp_path / 'out')
+    found = load_config(tmp_path / 'out')
     assert dataclasses.replace(found, rms_norm_eps=config.rms_norm_eps) == config
     assert found.rms_norm_eps == pytest.approx(config.rms_norm_eps, rel=1e-6)  # the header holds 32 bits of it
     tensors = safetensors.numpy.load_file(tmp_path / 'out' / hf.SINGLE)
@@ -123,7 +122,7 @@ def test_what_is_not_supported_is_refused_by_name_and_nothing_is_written(tmp_pat
     path = make(tmp_path, vocab, change=change)
     if message is None:  # the chat mark still ends a turn
         convert.from_gguf(gguf.read(path), tmp_path / 'out')
-        assert tokenizer_files.load(tmp_path / 'out').eos_ids == (2, 0)
+        assert load_tokenizer(tmp_path / 'out').eos_ids == (2, 0)
         return
     with pytest.raises(UserError, match=f'^{re.escape(str(path))}.*{re.escape(message)}') as caught:
         convert.from_gguf(gguf.read(path), tmp_path / 'out')
@@ -212,7 +211,7 @@ def test_the_binary_takes_two_names(tmp_path, vocab):
         timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
     child = run(path, tmp_path / 'out')
     assert (child.returncode, child.stderr.splitlines()[-1]) == (0, f'{tmp_path / "out"}: written')
-    assert hf.load(tmp_path / 'out', model_config.load_config(tmp_path / 'out'))
+    assert hf.load(tmp_path / 'out', load_config(tmp_path / 'out'))
     assert json.loads((tmp_path / 'out/tokenizer_config.json').read_text())['chat_template'] == gguf_files.CHATML
     child = run(path)
     assert (child.returncode, child.stderr) == (2, 'error: --target is missing; see --help\n')
@@ -253,7 +252,7 @@ def test_logits_and_ids_are_those_of_transformers_own_reading_of_the_file(tmp_pa
     written = tokenizers.Tokenizer.from_file(str(tmp_path / 'out' / 'tokenizer.json'))
     found = [encoding.ids for encoding in written.encode_batch(texts, add_special_tokens=False)]
     assert [text for text, a, b in zip(texts, found, theirs) if a != b] == []
-    ours = tokenizer_files.load(tmp_path / 'out')
+    ours = load_tokenizer(tmp_path / 'out')
     for text, ids in zip(texts, theirs):
         mine = ours.encode(text, specials=True)
         if name != 'llama_spm':

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from retool_jax.core import sharding as sharding_lib
-from retool_jax.model import config as model_config
+from retool_jax.core import sharding
 from retool_jax.model import decoder, hf
+from retool_jax.model.config import YarnScaling, load_config
 from tests.model.sizes import make_config, make_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def test_a_round_trip_is_bit_equal_in_one_file_and_in_many(tmp_path, name, dtype
     params = jax.tree.map(lambda x: x.astype(dtype), make_params(config))
     hf.save(tmp_path / 'model', config, params, dtype, file_bytes=file_bytes)
     assert (tmp_path / 'model' / hf.INDEX).is_file() == (file_bytes == 20_000)
-    assert model_config.load_config(tmp_path / 'model') == config
+    assert load_config(tmp_path / 'model') == config
     assert_same(hf.load(tmp_path / 'model', config, dtype=dtype), params)
     if dtype == 'bfloat16':  # into f32 master weights and back: nothing is lost either
         master = hf.load(tmp_path / 'model', config)
@@ -80,12 +80,12 @@ def test_weights_arrive_on_their_mesh_sharded(tmp_path):
     config = CONFIGS['qwen2_untied']
     params = make_params(config)
     hf.save(tmp_path / 'model', config, params, 'float32')
-    mesh = sharding_lib.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-    shardings = sharding_lib.shardings(mesh, decoder.logical_axes(config), sharding_lib.TRAIN_RULES)
+    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+    shardings = sharding.shardings(mesh, decoder.logical_axes(config), sharding.TRAIN_RULES)
     loaded = hf.load(tmp_path / 'model', config, shardings)
     assert_same(loaded, params)
-    for leaf, sharding in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings)):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    for leaf, wanted in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings)):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
     gate = loaded['layers']['mlp']['gate_proj']['weight']
     assert gate.addressable_shards[0].data.nbytes * 4 == gate.nbytes
     hf.save(tmp_path / 'again', config, loaded, 'float32')
@@ -214,7 +214,7 @@ def test_another_architecture_is_refused_by_the_field_that_differs(saved, field,
 
 def test_a_longer_context_than_the_checkpoints_is_a_choice_of_the_run(saved):
     config, directory = saved
-    yarn = model_config.YarnScaling(factor=4.0, original_max_position_embeddings=256)
+    yarn = YarnScaling(factor=4.0, original_max_position_embeddings=256)
     longer = dataclasses.replace(config, rope_scaling=yarn, max_position_embeddings=1024)
     assert_same(hf.load(directory, longer), hf.load(directory, config))
 
@@ -256,7 +256,7 @@ WATCH = """
 import os, re, sys
 import jax, jax.numpy as jnp
 from retool_jax.model import config as model_config, hf
-config = model_config.load_config(sys.argv[1])
+config = load_config(sys.argv[1])
 jax.block_until_ready(jnp.zeros(3) + 1)
 memory = lambda field: int(re.search(field + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
 open('/proc/self/clear_refs', 'w').write('5')  # the peak starts again

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.model import config as model_config
 from retool_jax.model import decoder, hf, kv_cache
+from retool_jax.model.config import load_config
 from tests.model.sizes import make_config, make_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def assert_close(logits_BTV, golden):
 
 
 def check(directory: Path) -> None:
-    config = model_config.load_config(directory)
+    config = load_config(directory)
     params = hf.load(directory, config)
     golden = np.load(directory / 'golden.npz')
     tokens, lengths = golden['tokens'], golden['lengths']
@@ -70,7 +70,7 @@ def test_logits_are_those_of_transformers_in_full_and_incrementally(case):
 
 
 def test_fixtures_hold_what_their_names_say():
-    configs = {case: model_config.load_config(FIXTURES / case) for case in CASES}
+    configs = {case: load_config(FIXTURES / case) for case in CASES}
     kinds = {case: type(c.rope_scaling).__name__ for case, c in configs.items() if c.rope_scaling is not None}
     assert kinds == {'llama_yarn': 'YarnScaling', 'qwen2_yarn': 'YarnScaling', 'qwen3_yarn': 'YarnScaling',
                      'llama_llama3': 'Llama3Scaling'}
@@ -85,7 +85,7 @@ def test_fixtures_hold_what_their_names_say():
 
 @pytest.mark.parametrize('case', ['llama_biased', 'llama_llama3', 'qwen2_grouped', 'qwen3_grouped', 'qwen2_yarn'])
 def test_parity_would_notice_a_bias_a_norm_a_head_or_a_rotation_left_out(case):
-    config = model_config.load_config(FIXTURES / case)
+    config = load_config(FIXTURES / case)
     params, golden = hf.load(FIXTURES / case, config), np.load(FIXTURES / case / 'golden.npz')
     attention = params['layers']['self_attn']
     part = 'k_norm' if config.qk_norm else 'o_proj' if config.attention_bias else 'v_proj'
@@ -149,7 +149,7 @@ def test_logits_of_random_shapes_of_every_family_are_those_of_transformers(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_what_is_exported_transformers_loads_with_the_same_logits(tmp_path, case):
-    config = model_config.load_config(FIXTURES / case)
+    config = load_config(FIXTURES / case)
     params = make_params(config, seed=3)
     hf.save(tmp_path / 'model', config, params, 'float32', file_bytes=10_000)
     assert (tmp_path / 'model' / hf.INDEX).is_file()

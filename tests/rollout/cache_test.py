@@ -10,7 +10,7 @@ import pytest
 from retool_jax.core.pytrees import Int8KV
 from retool_jax.model import decoder, kv_cache
 from retool_jax.model.logprobs import token_logprobs
-from retool_jax.rollout.sampler import Feed, Sampler
+from retool_jax.rollout.sampler import Chunks, Sampler
 from retool_jax.text import template
 from retool_jax.train.pack import pack
 from tests.rollout.engine_test import CONFIG, SIZES, TABLE, TOKENIZER, make_engine, requests, same
@@ -66,11 +66,11 @@ def test_no_call_copies_the_cache(dtype, decode_rows):
         sampler = Sampler(CONFIG, sizes, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids)
         state, ints = jax.eval_shape(sampler.empty), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         weights = jax.eval_shape(lambda p: decoder.to_sampling(CONFIG, p), decoder.abstract_params(CONFIG))
-        row, chosen = ints(sizes.group), ints(decode_rows) if sampler.chooses else None
-        feed = Feed(row_R=row, tokens_RC=ints(sizes.group, sizes.chunk), count_R=row, allowance_R=row, tag_R=row,
-                    live_R=jax.ShapeDtypeStruct(row.shape, bool))
+        row, chosen = ints(sizes.feed_rows), ints(decode_rows) if sampler.chooses else None
+        chunks = Chunks(row_R=row, tokens_RC=ints(sizes.feed_rows, sizes.chunk), count_R=row, allowance_R=row,
+                        tag_R=row, live_R=jax.ShapeDtypeStruct(row.shape, bool))
         calls = {
-            'extend': sampler._extend.lower(params=weights, state=state, feed=feed, bound=64),
+            'extend': sampler._extend.lower(params=weights, state=state, chunks=chunks, bound=64),
             'decode': sampler._decode.lower(params=weights, table=sampler.table, stops=sampler.stops, state=state,
                                             row_R=chosen, bound=64, truncate=False),
             'fork': sampler._fork.lower(state=state, source_R=row, target_R=row, length=ints(), allowance_R=row,

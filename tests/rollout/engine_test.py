@@ -18,7 +18,7 @@ from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.requests import Request, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
-from retool_jax.rollout.scheduler import Flight
+from retool_jax.rollout.scheduler import Scheduler
 from retool_jax.text import tags, template
 from retool_jax.train.pack import pack
 from tests.fakes import FakePool, byte_tokenizer
@@ -29,8 +29,9 @@ CONFIG = dataclasses.replace(TINY, vocab_size=264, hidden_size=64, intermediate_
 # A random model never spells a tag, so single letters stand for them: calls and answers are frequent.
 TABLE = tags.build_table(TOKENIZER.token_bytes, 264, {'a': tags.CODE, 'e': tags.CODE, 'f': tags.CODE,
                                                             'o': tags.CODE, 'z': tags.ANSWER})
-SIZES = SamplerSettings(rows=8, slots=256, chunk=32, group=4, quota=8, decode_rows=0, min_bound=256, dtype='float32',
-                        cache_dtype='float32')  # one bound: on some CPU shapes matmuls round by their extent
+# One bound: on some CPU shapes matmuls round by their extent.
+SIZES = SamplerSettings(rows=8, slots=256, chunk=32, feed_rows=4, quota=8, decode_rows=0, min_bound=256,
+                        dtype='float32', cache_dtype='float32')
 TURNS = turns.TurnSettings(tools=True, max_tokens=150, max_turn_tokens=60, max_turns=6, max_calls=4, on_cap='answer',
                            on_answer='end')
 PLAIN = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
@@ -104,14 +105,14 @@ def test_samples_steps_and_purposes_differ(sampler, params):
     assert other.tokens != reference['p0', 0].tokens
 
 
-def test_a_decode_loop_keyed_by_slots_would_be_noticed(sampler, params, monkeypatch):
-    """The check above can fail: with keys that follow the slot, order changes episodes."""
-    place = type(sampler).place
+def test_a_decode_loop_keyed_by_rows_would_be_noticed(sampler, params, monkeypatch):
+    """The check above can fail: with keys that follow the row, order changes episodes."""
+    assign = type(sampler).assign
 
-    def keyed_by_slot(self, state, key_data, placement):
-        return place(self, state, key_data, dataclasses.replace(
-            placement, problem_R=np.asarray(placement.row_R).astype(np.uint32)))
-    monkeypatch.setattr(type(sampler), 'place', keyed_by_slot)
+    def keyed_by_row(self, state, key_data, assignment):
+        return assign(self, state, key_data, dataclasses.replace(
+            assignment, problem_R=np.asarray(assignment.row_R).astype(np.uint32)))
+    monkeypatch.setattr(type(sampler), 'assign', keyed_by_row)
     first, _ = run(sampler, params)
     again, _ = run(sampler, params, order=list(reversed(range(21))))
     assert not all(same(first[k], again[k]) for k in first)
@@ -119,17 +120,17 @@ def test_a_decode_loop_keyed_by_slots_would_be_noticed(sampler, params, monkeypa
 
 def test_chunks_as_wide_as_the_widest_ready_row_would_be_noticed(sampler, params, monkeypatch):
     """The check above can fail: which rows are ready together depends on latency, and the width on them."""
-    feed = Flight._feed
+    feed = Scheduler._feed
 
     def widest(self, only=None):
         rows = range(SIZES.rows) if only is None else only
-        ready = [len(self.slots[r].pending) for r in rows if self.slots[r] and self.slots[r].pending]
+        ready = [len(self.rows[r].pending) for r in rows if self.rows[r] and self.rows[r].pending]
         chunk = min(1 << (max(ready, default=1) - 1).bit_length(), 4 * SIZES.chunk)
-        monkeypatch.setattr(self.sampler, 'settings', dataclasses.replace(SIZES, chunk=max(chunk, 8)))
+        self.settings = dataclasses.replace(SIZES, chunk=max(chunk, 8))
         feed(self, only)
-        monkeypatch.setattr(self.sampler, 'settings', SIZES)
+        self.settings = SIZES
     reference, _ = run(sampler, params)
-    monkeypatch.setattr(Flight, '_feed', widest)
+    monkeypatch.setattr(Scheduler, '_feed', widest)
     rng = random.Random(0)
     again, _ = run(sampler, params, latency_s=lambda code: rng.random() * 0.05)
     assert not all(same(reference[k], again[k]) for k in reference)

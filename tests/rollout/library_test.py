@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from retool_jax.core.cli import ROOT
-from retool_jax.model import config as model_config
 from retool_jax.model import hf
+from retool_jax.model.config import load_config
 from retool_jax.rollout import Engine, open_model
 from retool_jax.stages import embedded
 from tests.fakes import FakePool
@@ -20,7 +20,7 @@ def directory(tmp_path_factory):
     """The embedded model with random weights, as a Hugging Face directory."""
     folder = tmp_path_factory.mktemp('library')
     embedded.write_model(folder / 'sizes')
-    config = model_config.load_config(folder / 'sizes')
+    config = load_config(folder / 'sizes')
     hf.save(folder / 'model', config, embedded.init(config, jax.random.key(0)), jnp.float32, folder / 'sizes')
     return folder / 'model'
 

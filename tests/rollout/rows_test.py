@@ -91,7 +91,7 @@ def test_more_slots_than_decode_rows_write_what_as_many_slots_write(params, cach
     for latency_s in (0.0, lambda code: rng.random() * 0.05):
         again, engine = engine_test.run(many, params, order=order, latency_s=latency_s)
         assert all(same(reference[k], again[k]) for k in reference)
-        assert engine.stats.slot_steps % 4 == 0 and engine.stats.occupancy <= 1
+        assert engine.stats.row_steps % 4 == 0 and engine.stats.occupancy <= 1
         rng.shuffle(order)
 
 

@@ -57,7 +57,7 @@ def test_the_timeline_opens_in_a_trace_viewer_and_a_slot_does_one_thing_at_a_tim
     lanes = {e['tid'] for e in spans}
     assert lanes == set(range(SIZES.rows + 1))
     names = {e['args']['name'] for e in events if e['ph'] == 'M'}
-    assert names == {'device'} | {f'slot {i}' for i in range(SIZES.rows)}
+    assert names == {'device'} | {f'row {i}' for i in range(SIZES.rows)}
     for lane in lanes:
         own = sorted((e['ts'], e['ts'] + e['dur']) for e in spans if e['tid'] == lane)
         assert all(end <= start + 1 for (_, end), (start, _) in itertools.pairwise(own))  # microseconds

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from retool_jax.model import config as model_config
 from retool_jax.model import decoder
+from retool_jax.model.config import TINY, load_config
 from retool_jax.stages import embedded
 from retool_jax.tasks import arithmetic
-from retool_jax.text import template, tokenizer
-from retool_jax.text.tokenizer import PROBES
+from retool_jax.text import template
+from retool_jax.text.tokenizer import PROBES, load_tokenizer
 from tests.model.sizes import make_config
 
 SMALL = make_config('qwen2', hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
@@ -49,21 +49,21 @@ def test_the_files_are_the_same_in_every_process(directory, tmp_path):
 
 
 def test_its_sizes_are_tiny_and_as_wide_as_its_tokenizer(directory):
-    found = model_config.load_config(directory)
-    assert found == dataclasses.replace(model_config.TINY, vocab_size=embedded.VOCAB_SIZE)
-    assert tokenizer.load(directory).size == embedded.VOCAB_SIZE
+    found = load_config(directory)
+    assert found == dataclasses.replace(TINY, vocab_size=embedded.VOCAB_SIZE)
+    assert load_tokenizer(directory).size == embedded.VOCAB_SIZE
 
 
 @pytest.mark.parametrize('text', [*PROBES, bytes(range(256)).decode('latin-1')])
 def test_any_text_comes_back_from_its_ids_byte_for_byte(directory, text):
-    tokens = tokenizer.load(directory)
+    tokens = load_tokenizer(directory)
     ids = tokens.encode(text)
     assert tokens.spell(ids) == text.encode() and max(ids) < embedded.VOCAB_SIZE
     assert not set(ids) & set(tokens.special_ids.values())
 
 
 def test_every_digit_is_one_id_and_so_is_nearly_every_word_of_the_task(directory):
-    tokens, whole, words = tokenizer.load(directory), 0, 0
+    tokens, whole, words = load_tokenizer(directory), 0, 0
     for problem in arithmetic.problems('train', 200, seed=5):
         ids = template.prompt_ids(template.make_template('tiny'), tokens, problem.question)
         assert tokens.decode(ids, specials=True).count(problem.question) == 1

@@ -147,3 +147,12 @@ def test_a_folder_of_an_earlier_version_goes_on_without_the_keys_that_are_gone(t
     claim(make_config(directory, turns={'max_turns': 3}))
     with pytest.raises(UserError, match='turns.max_turns: 3, now 4'):
         claim(make_config(directory, turns={'max_turns': 4}))
+
+
+def test_a_folder_of_an_earlier_version_goes_on_where_a_key_has_another_name_by_now(tmp_path):
+    directory = claim(make_config(tmp_path / 'run', sampler={'group': 8, 'rows': 64}))
+    put_result(directory, 'episodes')
+    with pytest.raises(UserError, match='sampler.feed_rows: 8, now 4'):
+        claim(make_config(directory, sampler={'feed_rows': 4, 'rows': 64}))
+    claim(make_config(directory, sampler={'feed_rows': 8, 'rows': 64}))
+    assert json.loads((directory / 'config.json').read_text())['sampler'] == {'feed_rows': 8, 'rows': 64}

@@ -7,7 +7,8 @@ import pytest
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
-from retool_jax.model import config as model_config
+from retool_jax.model.config import TINY
+from retool_jax.rollout.library import Model
 from retool_jax.stages import intake, parts, ppo
 from retool_jax.stages.intake import Intake
 from retool_jax.tasks import answers, stream
@@ -15,8 +16,8 @@ from retool_jax.text.template import make_template, prompt_ids
 from tests.fakes import byte_tokenizer
 from tests.train import killable
 
-TINY = parts.Language(model_config.TINY, byte_tokenizer(), make_template('tiny'))
-FRAME = len(prompt_ids(TINY.template, TINY.tokenizer, ''))
+MODEL = Model(TINY, byte_tokenizer(), make_template('tiny'))
+FRAME = len(prompt_ids(MODEL.template, MODEL.tokenizer, ''))
 GOOD = [{'id': f'p{i}', 'problem': f'{i} + {i}?', 'answer': str(2 * i)} for i in range(4)]
 BAD = [{'id': 'words', 'problem': 'Why?', 'answer': '\\begin{cases}'},
        {'id': 'proof', 'problem': 'Prove it.', 'answer': 'proof'}]
@@ -68,10 +69,10 @@ def test_golds_of_array_records_are_checked_too(tmp_path):
 def test_a_prompt_is_left_out_exactly_where_it_fills_the_budget(question):
     size = FRAME + 64
     problem = Problem('long', question, '1', 's', '')
-    assert len(prompt_ids(TINY.template, TINY.tokenizer, question)) == size
-    assert intake.overlong(problem, TINY, size + 1) == ''
+    assert len(prompt_ids(MODEL.template, MODEL.tokenizer, question)) == size
+    assert intake.overlong(problem, MODEL, size + 1) == ''
     for budget in (size, size - 1, 1):
-        assert intake.overlong(problem, TINY, budget) == (
+        assert intake.overlong(problem, MODEL, budget) == (
             f'a prompt of {size} tokens leaves no room in turns.max_tokens={budget}')
 
 
@@ -79,19 +80,19 @@ def test_over_long_prompts_are_left_out_of_every_source_and_counted(capsys):
     sources = stream.open_sources([[Problem(f'{n}', 'x' * n, '1', 's', '') for n in sizes]
                                  for sizes in ((1, 90, 2), (91, 3, 92, 93, 94))])
     one = Intake('refuse', parses)
-    kept = one.fit(sources, TINY, FRAME + 64)
+    kept = one.fit(sources, MODEL, FRAME + 64)
     assert [[p.id for p in stream.once(dataset)] for dataset in kept] == [['0/1', '0/2'], ['1/3']]
     assert "5 of 8 problems are left out: '0/90': a prompt of" in capsys.readouterr().err
     assert intake.describe(one.left).endswith('; and 2 more')
     with pytest.raises(UserError, match=r"no problem of a source is left: '0/1': a prompt of .* turns.max_tokens=2"):
-        one.fit(sources, TINY, 2)
+        one.fit(sources, MODEL, 2)
 
 
 def test_an_evaluation_says_which_problems_count_as_wrong_for_their_length(capsys):
     asked = [Problem('short', 'x', '1', 's', ''), Problem('long', 'x' * 90, '1', 's', '')]
-    intake.tell_overlong(asked[:1], TINY, FRAME + 64)
+    intake.tell_overlong(asked[:1], MODEL, FRAME + 64)
     assert capsys.readouterr().err == ''
-    intake.tell_overlong(asked, TINY, FRAME + 64)
+    intake.tell_overlong(asked, MODEL, FRAME + 64)
     assert "warning: 1 of 2 problems count as wrong: 'long': a prompt" in capsys.readouterr().err
 
 
@@ -115,7 +116,7 @@ def test_a_run_leaves_long_questions_out_and_refuses_data_replaced_under_it(tmp_
 
 
 def test_episodes_beyond_the_positions_of_the_model_are_refused_with_the_keys_of_yarn():
-    parts.check_context(TINY, 4096, 'turns.max_tokens')
+    parts.check_context(MODEL, 4096, 'turns.max_tokens')
     with pytest.raises(UserError, match=r'^turns.max_tokens=9000 exceeds the 4096 positions .*max_position_embeddings'
                        r'.*"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 4096'):
-        parts.check_context(TINY, 9000, 'turns.max_tokens')
+        parts.check_context(MODEL, 9000, 'turns.max_tokens')

@@ -7,17 +7,17 @@ from ml_collections import ConfigDict, config_dict
 
 from configs import base
 from retool_jax.core import settings, sharding
-from retool_jax.model import config as model_config
+from retool_jax.model.config import load_config
+from retool_jax.rollout.library import Model
 from retool_jax.rollout.sampler import SamplerSettings
 from retool_jax.stages import embedded, parts
-from retool_jax.stages.parts import Language
 from retool_jax.text import tags
 from retool_jax.text.template import make_template
 from tests import fakes
 from tests.model.sizes import make_config
 from tests.sandbox.servers import Server
 
-BYTES = Language(make_config(vocab_size=300), fakes.byte_tokenizer(), make_template('tiny'))
+BYTES = Model(make_config(vocab_size=300), fakes.byte_tokenizer(), make_template('tiny'))
 
 
 def model_block(path=None, template='tiny', tools=True, instruction=None):
@@ -29,9 +29,9 @@ def model_block(path=None, template='tiny', tools=True, instruction=None):
 
 @pytest.fixture(scope='module')
 def written(tmp_path_factory):
-    """The embedded language and the folder it was written to."""
+    """The embedded model and the folder it was written to."""
     directory = tmp_path_factory.mktemp('run')
-    return parts.open_language(model_block(), directory), directory
+    return parts.open_model(model_block(), directory), directory
 
 
 def stops_of(table, text):
@@ -45,35 +45,35 @@ def stops_of(table, text):
 
 
 def test_without_a_path_the_embedded_model_is_written_and_opened(written):
-    language, directory = written
-    assert (directory / 'model' / 'config.json').is_file() and language.template == make_template('tiny', True)
-    assert language.config.vocab_size == language.tokenizer.size == embedded.VOCAB_SIZE
-    assert str(language).startswith('qwen2, ') and f'{language.config.parameter_count():,}' in str(language)
+    model, directory = written
+    assert (directory / 'model' / 'config.json').is_file() and model.template == make_template('tiny', True)
+    assert model.config.vocab_size == model.tokenizer.size == embedded.VOCAB_SIZE
+    assert str(model).startswith('qwen2, ') and f'{model.config.parameter_count():,}' in str(model)
 
 
 @pytest.mark.parametrize('template', ['qwen2_5', 'qwen3', 'r1_distill'])
 def test_without_a_path_no_other_family_is_opened_and_nothing_is_written(tmp_path, template):
     with pytest.raises(ValueError, match='model.path is missing; give a Hugging Face model directory'):
-        parts.open_language(model_block(template=template), tmp_path)
+        parts.open_model(model_block(template=template), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_path_is_opened_where_it_is(written, tmp_path):
-    language, directory = written
-    found = parts.open_language(model_block(directory / 'model', tools=False), tmp_path)
-    assert found.config == language.config and found.template == make_template('tiny', False)
+    model, directory = written
+    found = parts.open_model(model_block(directory / 'model', tools=False), tmp_path)
+    assert found.config == model.config and found.template == make_template('tiny', False)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"model.path='.*nowhere' is no directory; give a Hugging Face"):
-        parts.open_language(model_block(tmp_path / 'nowhere'), tmp_path)
+        parts.open_model(model_block(tmp_path / 'nowhere'), tmp_path)
     (tmp_path / 'model.gguf').touch()
     with pytest.raises(ValueError, match=r'launch/convert.py makes one of a GGUF file$'):
-        parts.open_language(model_block(tmp_path / 'model.gguf'), tmp_path)
+        parts.open_model(model_block(tmp_path / 'model.gguf'), tmp_path)
 
 
 def test_the_instruction_of_a_file_is_what_the_model_is_asked(written, tmp_path):
     prompt = tmp_path / 'prompt.txt'
     prompt.write_text('Please: {question}\n')
-    found = parts.open_language(model_block(written[1] / 'model', instruction=prompt), tmp_path)
+    found = parts.open_model(model_block(written[1] / 'model', instruction=prompt), tmp_path)
     assert found.template == make_template('tiny', True, instruction='Please: {question}')
     assert found.template.before.endswith('user\nPlease: ')
 
@@ -82,9 +82,9 @@ def test_a_tokenizer_wider_than_the_logits_is_refused(tmp_path):
     embedded.write_model(tmp_path)
     config = tmp_path / 'config.json'
     config.write_text(config.read_text().replace(f'"vocab_size": {embedded.VOCAB_SIZE}', '"vocab_size": 600'))
-    assert model_config.load_config(tmp_path).vocab_size == 600
+    assert load_config(tmp_path).vocab_size == 600
     with pytest.raises(ValueError, match='the tokenizer has 640 ids, the model only 600 logits'):
-        parts.load_language(tmp_path, 'tiny', True)
+        parts.load_model(tmp_path, 'tiny', True)
 
 
 @pytest.mark.parametrize(('tools', 'on_answer', 'expected'), [
@@ -104,9 +104,9 @@ def test_the_mesh_takes_all_devices():
 
 def test_random_weights_follow_their_seed_alone_and_lie_on_the_mesh():
     sizes = make_config(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_hidden_layers=1)
-    language = Language(sizes, BYTES.tokenizer, BYTES.template)
+    model = Model(sizes, BYTES.tokenizer, BYTES.template)
     mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 1}, jax.devices()[:2])
-    first, again, other = (parts.load_policy(model_block(), language, seed, mesh)['embed_tokens']['weight']
+    first, again, other = (parts.load_policy(model_block(), model, seed, mesh)['embed_tokens']['weight']
                            for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
@@ -114,19 +114,19 @@ def test_random_weights_follow_their_seed_alone_and_lie_on_the_mesh():
 
 
 def test_engines_share_a_sampler_and_differ_in_their_randomness(written):
-    language, _ = written
+    model, _ = written
     config = ConfigDict({'sampler': base.sampler('tiny'), 'turns': base.turns('tiny'),
                          'feedback': base.feedback('tiny'), 'sampling': base.sampling(training=True)})
-    sampler = parts.make_sampler(language, config, True)
+    sampler = parts.make_sampler(model, config, True)
     assert sampler.settings == settings.build(SamplerSettings, config.sampler)
     make = lambda tools, purpose: parts.make_engine(
-        language, sampler, config, config.sampling, tools, fakes.FakePool({}) if tools else None, 0, purpose)
+        model, sampler, config, config.sampling, tools, fakes.FakePool({}) if tools else None, 0, purpose)
     training, evaluation = make(True, parts.TRAINING), make(False, parts.EVALUATION)
     assert training.sampler is evaluation.sampler is sampler
     assert not (training.key_data == evaluation.key_data).all()
     assert (training.rules.settings.tools, evaluation.rules.settings.tools) == (True, False)
     with pytest.raises(ValueError, match='needs an executor'):
-        parts.make_engine(language, sampler, config, config.sampling, True, None, 0, parts.TRAINING)
+        parts.make_engine(model, sampler, config, config.sampling, True, None, 0, parts.TRAINING)
 
 
 def test_a_model_without_tools_has_no_sandbox_and_a_grader_is_closed_behind_it():

@@ -9,12 +9,12 @@ from retool_jax.core import cli, episode_files, metrics
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem, Stop
-from retool_jax.model import config as model_config
 from retool_jax.model import hf
+from retool_jax.model.config import load_config
 from retool_jax.stages import parts
 from retool_jax.stages import sft as sft_stage
 from retool_jax.text import template
-from retool_jax.text import tokenizer as tokenizers
+from retool_jax.text.tokenizer import load_tokenizer
 from retool_jax.train import sft
 from retool_jax.train.learner import Learner
 from tests.train import killable, small
@@ -31,7 +31,7 @@ VALUES = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('finetune') / 'files'
     killable.make_model(folder)
-    tokenizer, tiny = tokenizers.load(folder / 'model'), template.make_template('tiny')
+    tokenizer, tiny = load_tokenizer(folder / 'model'), template.make_template('tiny')
     traces = []
     for i in range(20):
         trace = Episode(Problem(f'p{i}', f'{i}?', str(i), 'test', ''), sample=0, step=0, stop=Stop.EOS, turns=1)
@@ -69,7 +69,7 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_is_the_model_also_of_a_stopp
     assert list(losses) == [3, 6, 7] and best < 7  # the learning rate rises until it does harm
     with Checkpoints(folder / 'whole' / 'checkpoints', 1, 'score') as checkpoints:
         assert checkpoints.steps() == [best, 7] and checkpoints.best() == best  # kept beside the last
-    config = model_config.load_config(folder / 'whole' / 'final')
+    config = load_config(folder / 'whole' / 'final')
     forward = small.make_forward(row_width=96, logprob_chunk=96, vocab_chunk=264, micro_rows=4)
     learner = Learner(config, forward, small.recording(), small.one_device())
     apart = sft.packed(sft.hold_out(episode_files.read(folder / 'traces'), 0.3)[1], forward)

@@ -8,7 +8,7 @@ import pytest
 
 from retool_jax.core.errors import UserError
 from retool_jax.text import chat, template
-from retool_jax.text import tokenizer as tokenizer_files
+from retool_jax.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from tests.model import gguf_files
 from tests.text.corpus import QWEN, TRACES
 
@@ -30,15 +30,15 @@ TEMPLATES = {
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp('trained')
-    tokenizer_files.train_bpe(TRACES, 400, directory)
+    train_bpe(TRACES, 400, directory)
     return directory
 
 
-def with_template(trained, tmp_path, source, **changes) -> tokenizer_files.Tokenizer:
+def with_template(trained, tmp_path, source, **changes) -> Tokenizer:
     config = json.loads((trained / 'tokenizer_config.json').read_text()) | changes
     (tmp_path / 'tokenizer.json').write_bytes((trained / 'tokenizer.json').read_bytes())
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config | {'chat_template': source}))
-    return tokenizer_files.load(tmp_path)
+    return load_tokenizer(tmp_path)
 
 
 def theirs(directory, content: str) -> list[int]:
@@ -68,7 +68,7 @@ def test_prompt_ids_are_those_of_the_template_as_transformers_renders_it(trained
 @pytest.mark.skipif(not QWEN.is_dir(), reason='the real Qwen2.5 tokenizer is not here')
 @pytest.mark.parametrize('tools', [True, False])
 def test_qwens_own_template_gives_the_record_of_its_family(tools):
-    own = template.make_template('own', tools, tokenizer_files.load(QWEN))
+    own = template.make_template('own', tools, load_tokenizer(QWEN))
     known = template.make_template('qwen2_5', tools)
     assert (own.before, own.after, own.turn_end) == (known.before, known.after, known.turn_end)
 

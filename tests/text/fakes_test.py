@@ -5,12 +5,12 @@ import time
 import pytest
 
 from retool_jax.core.records import ExecResult, Verdict
-from retool_jax.text import tokenizer as tokenizer_lib
+from retool_jax.text.tokenizer import check_exact
 from tests import fakes
 
 
 def test_the_byte_tokenizer_is_byte_exact():
-    tokenizer_lib.check_exact(fakes.byte_tokenizer())
+    check_exact(fakes.byte_tokenizer())
 
 
 def test_the_fake_pool_answers_from_a_script():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from retool_jax.text import tags
-from retool_jax.text import tokenizer as tokenizer_lib
+from retool_jax.text.tokenizer import load_tokenizer, train_bpe
 from tests import fakes
 from tests.text.corpus import EXACT, QWEN, TRACES, train_sentencepiece
 
@@ -68,12 +68,12 @@ def token_bytes(request, tmp_path_factory):
     if request.param == 'bytes':
         return fakes.byte_tokenizer().token_bytes
     if request.param == 'tiny':
-        return tokenizer_lib.train_bpe(TRACES + ['a></code><b></answer></c'] * 99, 512, directory).token_bytes
+        return train_bpe(TRACES + ['a></code><b></answer></c'] * 99, 512, directory).token_bytes
     if request.param == 'sentencepiece':
-        return tokenizer_lib.load(train_sentencepiece(directory, **EXACT)).token_bytes
+        return load_tokenizer(train_sentencepiece(directory, **EXACT)).token_bytes
     if not QWEN.is_dir():
         pytest.skip('the real Qwen2.5 tokenizer is not here')
-    return tokenizer_lib.load(QWEN).token_bytes
+    return load_tokenizer(QWEN).token_bytes
 
 
 @pytest.fixture(scope='module')
@@ -217,7 +217,7 @@ def test_tags_left_out_are_not_looked_for():
 
 @pytest.mark.skipif(not QWEN.is_dir(), reason='the real Qwen2.5 tokenizer is not here')
 def test_in_qwens_vocabulary_almost_every_end_of_a_tag_overshoots():
-    tokenizer = tokenizer_lib.load(QWEN)
+    tokenizer = load_tokenizer(QWEN)
     table = tags.build_table(tokenizer.token_bytes, 152_064)
     before = table.walk(tokenizer.encode('</code'))
     ends = np.flatnonzero(table.stops[table.next_state[before]] == tags.CODE)

@@ -9,7 +9,7 @@ import pytest
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem
 from retool_jax.text import tags, template
-from retool_jax.text import tokenizer as tokenizer_lib
+from retool_jax.text.tokenizer import load_tokenizer, train_bpe
 from tests import fakes
 from tests.text.corpus import EXACT, QWEN, TRACES, train_sentencepiece
 
@@ -28,14 +28,14 @@ needs_qwen = pytest.mark.skipif(not QWEN.is_dir(), reason='the real Qwen2.5 toke
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
-    return tokenizer_lib.train_bpe(TRACES, 400, tmp_path_factory.mktemp('tiny'))
+    return train_bpe(TRACES, 400, tmp_path_factory.mktemp('tiny'))
 
 
 @pytest.fixture(scope='module')
 def r1(tmp_path_factory):
     """A tokenizer with R1-Distill's own tokens, flagged as its files flag them (only two as special)."""
     directory = tmp_path_factory.mktemp('r1')
-    tokenizer_lib.train_bpe(TRACES, 300, directory)
+    train_bpe(TRACES, 300, directory)
     data = json.loads((directory / 'tokenizer.json').read_text())
     size = max(data['model']['vocab'].values()) + 1
     flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
@@ -45,7 +45,7 @@ def r1(tmp_path_factory):
     (directory / 'tokenizer.json').write_text(json.dumps(data))
     config = json.loads((directory / 'tokenizer_config.json').read_text())
     (directory / 'tokenizer_config.json').write_text(json.dumps(config | {'eos_token': R1_NAMES[1]}))
-    return tokenizer_lib.load(directory)
+    return load_tokenizer(directory)
 
 
 def of_family(name, request):
@@ -102,7 +102,7 @@ def test_r1_opens_think_and_takes_no_system_turn(r1):
 def test_qwen_prompt_ids_are_those_of_its_own_chat_template(tools):
     from transformers import PreTrainedTokenizerFast
 
-    ours, theirs = tokenizer_lib.load(QWEN), PreTrainedTokenizerFast.from_pretrained(QWEN)
+    ours, theirs = load_tokenizer(QWEN), PreTrainedTokenizerFast.from_pretrained(QWEN)
     asked = template.make_template('qwen2_5', tools)
     question = 'Let $x^2=2$; find x.\n  Is  it 中文? {braces} %d'
     instruction = template.TOOL_INSTRUCTION if tools else template.TEXT_INSTRUCTION
@@ -154,7 +154,7 @@ def test_an_instruction_of_a_file_takes_the_place_of_our_words(name, tmp_path, r
 
 @needs_qwen
 def test_the_short_instruction_is_short_and_says_how_to_call_and_how_to_answer():
-    tokenizer = tokenizer_lib.load(QWEN)
+    tokenizer = load_tokenizer(QWEN)
     tool, text = (template.read_instruction('short', tools) for tools in (True, False))
     empty = lambda instruction: instruction.replace(template.QUESTION, '')
     assert len(tokenizer.encode(empty(tool))) <= 60 and len(tokenizer.encode(empty(text))) <= 30
@@ -369,13 +369,13 @@ def test_foreign_tags_and_chat_tokens_lose_their_force_visibly_and_once():
 @pytest.mark.parametrize('kind', ['tiny', 'r1', 'bytes', 'sentencepiece', 'qwen'])
 def test_encoded_feedback_holds_no_special_id_and_no_tag_in_it(kind, tmp_path, request):
     if kind == 'sentencepiece':
-        tokenizer = tokenizer_lib.load(train_sentencepiece(tmp_path, **EXACT))
+        tokenizer = load_tokenizer(train_sentencepiece(tmp_path, **EXACT))
     elif kind == 'bytes':
         tokenizer = fakes.byte_tokenizer()
     elif kind == 'qwen':
         if not QWEN.is_dir():
             pytest.skip('the real Qwen2.5 tokenizer is not here')
-        tokenizer = tokenizer_lib.load(QWEN)
+        tokenizer = load_tokenizer(QWEN)
     else:
         tokenizer = request.getfixturevalue(kind)
     feedback = template.wrap_feedback(HOSTILE + ''.join(tokenizer.special_ids))

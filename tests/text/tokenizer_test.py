@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from retool_jax.text import tags, template
-from retool_jax.text import tokenizer as tokenizer_lib
+from retool_jax.text.tokenizer import PROBES, load_tokenizer, train_bpe
 from tests import fakes
 from tests.text.corpus import EXACT, QWEN, TRACES, train_sentencepiece
 
@@ -16,14 +16,14 @@ from tests.text.corpus import EXACT, QWEN, TRACES, train_sentencepiece
 def tokenizer(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     if request.param == 'tiny':
-        return tokenizer_lib.train_bpe(TRACES, 512, directory)
+        return train_bpe(TRACES, 512, directory)
     if request.param == 'sentencepiece':
-        return tokenizer_lib.load(train_sentencepiece(directory, **EXACT))
+        return load_tokenizer(train_sentencepiece(directory, **EXACT))
     if request.param == 'bytes':
         return fakes.byte_tokenizer()
     if not QWEN.is_dir():
         pytest.skip('the real Qwen2.5 tokenizer is not here')
-    return tokenizer_lib.load(QWEN)
+    return load_tokenizer(QWEN)
 
 
 def test_ids_spell_the_text_they_encode(tokenizer):
@@ -73,13 +73,13 @@ def test_bytes_that_are_no_text_decode_to_the_replacement_mark(tokenizer):
 def test_qwen_ids_are_those_of_transformers():
     from transformers import PreTrainedTokenizerFast
 
-    ours, theirs = tokenizer_lib.load(QWEN), PreTrainedTokenizerFast.from_pretrained(QWEN)
+    ours, theirs = load_tokenizer(QWEN), PreTrainedTokenizerFast.from_pretrained(QWEN)
     assert ours.size == 151_665
     assert ours.eos_ids == tuple(theirs.convert_tokens_to_ids(['<|im_end|>', '<|endoftext|>']))
     assert ours.pad_id == theirs.convert_tokens_to_ids('<|endoftext|>')
     assert ours.special_ids['<|fim_pad|>'] == theirs.convert_tokens_to_ids('<|fim_pad|>')  # unflagged there
     for text in (
-        *(p for p in tokenizer_lib.PROBES if '<|im_end|>' not in p),
+        *(p for p in PROBES if '<|im_end|>' not in p),
         *TRACES[:5],
         'e\u0301 <tool_call> 123 </code><answer>',
     ):
@@ -87,7 +87,7 @@ def test_qwen_ids_are_those_of_transformers():
 
 
 def test_a_trained_bpe_holds_every_byte_and_splits_digits(tmp_path):
-    tokenizer = tokenizer_lib.train_bpe(TRACES, 400, tmp_path)
+    tokenizer = train_bpe(TRACES, 400, tmp_path)
     assert tokenizer.size <= 400
     assert {bytes([b]) for b in range(256)} <= set(tokenizer.token_bytes)
     assert [tokenizer.token_bytes[i] for i in tokenizer.encode('1234')] == [b'1', b'2', b'3', b'4']
@@ -100,7 +100,7 @@ def test_a_trained_bpe_holds_every_byte_and_splits_digits(tmp_path):
 
 def test_training_a_bpe_twice_gives_the_same_files(tmp_path):
     for name in ('a', 'b'):
-        tokenizer_lib.train_bpe(iter(TRACES), 400, tmp_path / name)
+        train_bpe(iter(TRACES), 400, tmp_path / name)
     for file in ('tokenizer.json', 'tokenizer_config.json'):
         assert (tmp_path / 'a' / file).read_bytes() == (tmp_path / 'b' / file).read_bytes()
 
@@ -108,7 +108,7 @@ def test_training_a_bpe_twice_gives_the_same_files(tmp_path):
 def test_transformers_reads_a_trained_bpe(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
-    ours = tokenizer_lib.train_bpe(TRACES, 400, tmp_path)
+    ours = train_bpe(TRACES, 400, tmp_path)
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert theirs.eos_token_id == ours.eos_ids[0] and theirs.pad_token_id == ours.pad_id
     assert theirs.encode(TRACES[7]) == ours.encode(TRACES[7])
@@ -117,54 +117,54 @@ def test_transformers_reads_a_trained_bpe(tmp_path):
 
 def test_a_bpe_smaller_than_the_bytes_is_refused(tmp_path):
     with pytest.raises(ValueError, match='size 200 is too small: use at least 259'):
-        tokenizer_lib.train_bpe(TRACES, 200, tmp_path)
+        train_bpe(TRACES, 200, tmp_path)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r'neither tokenizer\.json nor tokenizer.model'):
-        tokenizer_lib.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize('file', ['tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'])
 def test_an_unreadable_file_is_named_in_one_line(tmp_path, file):
     (tmp_path / file).write_text('{"not": ')
     with pytest.raises(ValueError, match=f'{file}.*cannot be read') as caught:
-        tokenizer_lib.load(tmp_path)
+        load_tokenizer(tmp_path)
     assert '\n' not in str(caught.value)
 
 
 def test_a_tokenizer_in_which_nothing_ends_a_turn_is_refused(tmp_path):
-    tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    train_bpe(TRACES, 300, tmp_path)
     text = (tmp_path / 'tokenizer.json').read_text()
     (tmp_path / 'tokenizer.json').write_text(
         text.replace('im_end', 'im_mid').replace('endoftext', 'midoftext')
     )
     with pytest.raises(ValueError, match='no end-of-turn token'):
-        tokenizer_lib.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_end_of_turn_is_also_read_from_generation_config(tmp_path):
-    tokenizer = tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    tokenizer = train_bpe(TRACES, 300, tmp_path)
     start = tokenizer.special_ids['<|im_start|>']
     (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': [start, 70]}))
-    assert tokenizer_lib.load(tmp_path).eos_ids == (*tokenizer.eos_ids, start)
+    assert load_tokenizer(tmp_path).eos_ids == (*tokenizer.eos_ids, start)
 
 
 def test_an_eos_token_may_be_a_record(tmp_path):
-    tokenizer = tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    tokenizer = train_bpe(TRACES, 300, tmp_path)
     config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
     config['eos_token'] = {'content': '<|im_start|>', 'special': True}
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
-    assert tokenizer_lib.load(tmp_path).eos_ids[0] == tokenizer.special_ids['<|im_start|>']
+    assert load_tokenizer(tmp_path).eos_ids[0] == tokenizer.special_ids['<|im_start|>']
 
 
 def test_a_tokenizer_that_lowercases_is_refused(tmp_path):
-    tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    train_bpe(TRACES, 300, tmp_path)
     data = json.loads((tmp_path / 'tokenizer.json').read_text())
     data['normalizer'] = {'type': 'Lowercase'}
     (tmp_path / 'tokenizer.json').write_text(json.dumps(data))
     with pytest.raises(ValueError, match='not byte-exact'):
-        tokenizer_lib.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize('setting, value', [
@@ -181,13 +181,13 @@ def test_a_sentencepiece_model_with_a_lossy_setting_is_refused_and_the_settings_
         settings['hard_vocab_limit'] = False
     train_sentencepiece(tmp_path, **settings)
     with pytest.raises(ValueError, match=r'not byte-exact.*identity.*add_dummy_prefix=false') as caught:
-        tokenizer_lib.load(tmp_path)
+        load_tokenizer(tmp_path)
     assert '\n' not in str(caught.value)
 
 
 def test_chat_marks_shipped_without_the_special_flag_are_still_special(tmp_path):
     # As in DeepSeek-R1-Distill's files: <｜User｜> is an added token, not flagged special; <think> is a word.
-    tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+    train_bpe(TRACES, 300, tmp_path)
     data = json.loads((tmp_path / 'tokenizer.json').read_text())
     size = max(data['model']['vocab'].values()) + 1
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
@@ -196,7 +196,7 @@ def test_chat_marks_shipped_without_the_special_flag_are_still_special(tmp_path)
         for n, name in enumerate(['<｜User｜>', '<｜Assistant｜>', '<think>'])
     ]
     (tmp_path / 'tokenizer.json').write_text(json.dumps(data))
-    tokenizer = tokenizer_lib.load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.special_ids['<｜User｜>'] == size and '<think>' not in tokenizer.special_ids
     assert (
         size not in tokenizer.encode('<｜User｜>')
@@ -214,7 +214,7 @@ def edited(tmp_path, source, change):
     content = json.loads((tmp_path / 'tokenizer.json').read_text())
     change(content)
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
-    return tokenizer_lib.load(tmp_path)
+    return load_tokenizer(tmp_path)
 
 
 TRUNCATION = {'direction': 'Right', 'max_length': 16, 'strategy': 'LongestFirst', 'stride': 0}
@@ -227,7 +227,7 @@ PADDING = {'strategy': {'Fixed': 64}, 'direction': 'Right', 'pad_to_multiple_of'
     {'padding': PADDING}, {'padding': PADDING | {'strategy': 'BatchLongest', 'pad_to_multiple_of': 8}},
     {'truncation': TRUNCATION, 'padding': PADDING}, {'model': {'dropout': 0.5}}])
 def test_truncation_and_padding_of_another_program_are_switched_off(tmp_path, settings):
-    plain = tokenizer_lib.train_bpe(TRACES, 300, tmp_path / 'plain')
+    plain = train_bpe(TRACES, 300, tmp_path / 'plain')
     (tmp_path / 'edited').mkdir()
     ours = edited(tmp_path / 'edited', plain.directory, lambda content: content.update(
         {name: content['model'] | value if name == 'model' else value for name, value in settings.items()}))
@@ -248,7 +248,7 @@ def test_qwens_tokenizer_with_settings_that_people_met_spells_long_texts(tmp_pat
 @pytest.mark.parametrize('flags', [{}, {'lstrip': True, 'rstrip': True}, {'normalized': True, 'single_word': True}])
 @pytest.mark.parametrize('names', [tags.SPOKEN, ('</code>',), tags.SPOKEN[:4]])
 def test_tags_added_as_special_tokens_close_a_call_and_are_what_is_encoded(tmp_path, names, flags):
-    plain = tokenizer_lib.train_bpe(['no tags here'], 259, tmp_path / 'plain')
+    plain = train_bpe(['no tags here'], 259, tmp_path / 'plain')
     size = plain.size
     token = {'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False} | flags
     (tmp_path / 'edited').mkdir()
@@ -269,7 +269,7 @@ def test_tags_added_as_special_tokens_close_a_call_and_are_what_is_encoded(tmp_p
 
 def test_tags_that_are_control_pieces_of_sentencepiece_close_a_call(tmp_path):
     directory = train_sentencepiece(tmp_path, control=('</code>', '</answer>'), **EXACT)
-    ours = tokenizer_lib.load(directory)
+    ours = load_tokenizer(directory)
     table = tags.build_table(ours.token_bytes, ours.size)
     stop = [i for i, spelled in enumerate(ours.token_bytes) if spelled == b'</code>']
     assert stop and all(table.stops[table.walk([i])] == tags.CODE for i in stop)
@@ -279,8 +279,8 @@ def test_tags_that_are_control_pieces_of_sentencepiece_close_a_call(tmp_path):
 @pytest.mark.parametrize('name', ['tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'])
 def test_a_pointer_in_the_place_of_a_tokenizers_file_is_named(tmp_path, name):
     if name != 'tokenizer.model':
-        tokenizer_lib.train_bpe(TRACES, 300, tmp_path)
+        train_bpe(TRACES, 300, tmp_path)
     (tmp_path / name).write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 11421896\n')
     with pytest.raises(ValueError, match=rf'{name} is a pointer of Git LFS') as caught:
-        tokenizer_lib.load(tmp_path)
+        load_tokenizer(tmp_path)
     assert '\n' not in str(caught.value)

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 
 from retool_jax.core.errors import UserError
-from retool_jax.text import tokenizer as tokenizer_files
 from retool_jax.text import vocabulary
+from retool_jax.text.tokenizer import Tokenizer, load_tokenizer
 from tests.model import gguf_files
 from tests.text.strings import make_strings
 
@@ -19,12 +19,12 @@ def trained():
     return {name: gguf_files.byte_level(name) for name in vocabulary.PRE_TOKENIZERS}
 
 
-def load(metadata, directory) -> tokenizer_files.Tokenizer:
+def load(metadata, directory) -> Tokenizer:
     vocabulary.save(metadata, directory, 'model.gguf')
-    return tokenizer_files.load(directory)
+    return load_tokenizer(directory)
 
 
-def pieces(tokenizer: tokenizer_files.Tokenizer, text: str) -> list[str]:
+def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
     return [tokenizer.decode([i]) for i in tokenizer.encode(text)]
 
 

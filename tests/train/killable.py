@@ -22,12 +22,12 @@ import jax
 from retool_jax.core import cli
 from retool_jax.core.metrics import Metrics
 from retool_jax.core.records import ExecResult, Verdict
-from retool_jax.model import config as model_config
 from retool_jax.model import decoder, hf
+from retool_jax.model.config import load_config
 from retool_jax.rollout.journal import Journal
 from retool_jax.stages import parts, ppo
 from retool_jax.text import tags, template
-from retool_jax.text import tokenizer as tokenizers
+from retool_jax.text.tokenizer import train_bpe
 from tests.model.sizes import make_config
 from tests.train import small
 
@@ -35,7 +35,7 @@ STEPS = 3
 VALUES = {
     'ppo.steps': STEPS, 'ppo.problems_per_step': 3, 'ppo.samples': 2, 'ppo.minibatches': 2, 'checkpoints.every': 1,
     'turns.max_tokens': 96, 'turns.max_turn_tokens': 24, 'turns.max_turns': 3, 'turns.max_calls': 2,
-    'sampler.rows': 4, 'sampler.slots': 96, 'sampler.chunk': 32, 'sampler.group': 2, 'sampler.quota': 8,
+    'sampler.rows': 4, 'sampler.slots': 96, 'sampler.chunk': 32, 'sampler.feed_rows': 2, 'sampler.quota': 8,
     'sampler.min_bound': 96, 'forward.unroll': 1, 'forward.row_width': 96, 'forward.logprob_chunk': 96,
     'forward.vocab_chunk': 264, 'forward.row_segments': 3, 'forward.micro_rows': 2, 'optimizer.lr': 1e-2,
     'watch.equal_rewards': 'ignore',
@@ -45,10 +45,10 @@ VALUES = {
 def make_model(folder: pathlib.Path) -> None:
     """A random model with a tokenizer, and the problems, below `folder`."""
     folder.mkdir(parents=True)
-    tokenizers.train_bpe(['a b c'], 264, folder / 'source')
+    train_bpe(['a b c'], 264, folder / 'source')
     config = make_config(vocab_size=264, initializer_range=0.2, num_hidden_layers=1)
     hf.save(folder / 'model', config, decoder.init(config, jax.random.key(0)), 'float32', folder / 'source')
-    assert model_config.load_config(folder / 'model').vocab_size == 264
+    assert load_config(folder / 'model').vocab_size == 264
     lines = [f'{{"id": "p{i}", "problem": "Q{i}?", "answer": "{i}"}}\n' for i in range(20)]
     (folder / 'problems.jsonl').write_text(''.join(lines))
 
@@ -121,9 +121,9 @@ def tiny_world(folder: pathlib.Path, name: str, journal: bool = True, moment=lam
         write(self, step, metrics)
         moment('after metrics')
 
-    def table(language, tools, on_answer):
+    def table(model, tools, on_answer):
         stops = dict.fromkeys('abcdefghij', tags.CODE) | {'z': tags.ANSWER}  # often enough without training
-        return tags.build_table(language.tokenizer.token_bytes, 264, stops)
+        return tags.build_table(model.tokenizer.token_bytes, 264, stops)
 
     patches = [
         mock.patch.object(ppo, 'Journal', Noted),

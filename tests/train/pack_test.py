@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from retool_jax.core.records import Episode, Problem, Reward
-from retool_jax.train.pack import join, pack, place
+from retool_jax.train.pack import first_fit, join, pack
 
 
 def episode(length, seed=0, value=1.0):
@@ -51,7 +51,7 @@ def test_rows_are_a_multiple_and_no_row_overflows():
 
 def test_first_fit_uses_no_more_rows_than_one_above_the_tokens_need():
     lengths = np.random.default_rng(0).integers(3, 50, 200).tolist()
-    rows = place(lengths, 100)
+    rows = first_fit(lengths, 100)
     assert sorted(i for row in rows for i in row) == list(range(200))
     assert max(sum(lengths[i] for i in row) for row in rows) <= 100
     assert len(rows) <= sum(lengths) / 100 * 1.1 + 1

@@ -111,7 +111,7 @@ def distance(a, b) -> float:
 
 
 def make_sampler(rows: int = 4) -> Sampler:
-    sizes = SamplerSettings(rows=rows, slots=128, chunk=32, group=2, quota=8, decode_rows=0, min_bound=128,
+    sizes = SamplerSettings(rows=rows, slots=128, chunk=32, feed_rows=2, quota=8, decode_rows=0, min_bound=128,
                             dtype='float32', cache_dtype='float32')
     return Sampler(SPEAKER, sizes, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids)
 

@@ -31,7 +31,7 @@ class ScriptedEngine:
     def __init__(self):
         self.sampler = types.SimpleNamespace(sync=lambda params: params)
         self.rules = types.SimpleNamespace(settings=types.SimpleNamespace(max_tokens=100))
-        self.stats = RolloutStats(sampled_tokens=10, total_s=2.0, live_steps=3, slot_steps=4)
+        self.stats = RolloutStats(sampled_tokens=10, total_s=2.0, live_steps=3, row_steps=4)
         self.asked = []
 
     def run(self, weights, version, requests, step, journal=None, quanta=None, finished=None):
