@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import enum
+import inspect
+import io
 import os
+import textwrap
+import tokenize
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -49,6 +54,37 @@ def build[T](kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '
         return kind(**values)
     except UserError as error:
         raise UserError(_join(name, str(error))) from error
+
+
+def words(kind: type) -> dict[str, str]:
+    """What the source says of each field of a dataclass, for `--help`; '' where it says nothing.
+
+    A field's words are the comments on lines of their own right above it and the one behind it. Fields of a base
+    class are read there.
+
+    Raises:
+      OSError: the source is not at hand.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            found |= _comments(textwrap.dedent(inspect.getsource(base)))
+    return {field.name: found.get(field.name, '') for field in dataclasses.fields(kind)}
+
+
+def _comments(source: str) -> dict[str, str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    said = {t.start[0]: (t.string.lstrip('# '), t.line.lstrip().startswith('#')) for t in tokens
+            if t.type == tokenize.COMMENT}
+    found = {}
+    for node in ast.parse(source).body[0].body:
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        first = node.lineno
+        while said.get(first - 1, ('', False))[1]:
+            first -= 1
+        found[node.target.id] = ' '.join(said[line][0] for line in range(first, node.end_lineno + 1) if line in said)
+    return found
 
 
 def to_json(config: Any) -> Any:

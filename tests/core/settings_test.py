@@ -128,3 +128,28 @@ def test_differences_are_named_by_dotted_key_with_both_values():
     assert settings.differences({'a': True}, {'a': 1}) == {'a': (True, 1)}
     assert settings.differences({'a': float('nan')}, {'a': float('nan')}) == {}
     assert settings.describe({'steps': (3, 4)}) == 'steps: 3, now 4'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    """Words of a field stand beside it."""
+
+    rows: int  # episodes in flight
+    silent: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Derived(Base):
+    """Those of a base class are read there."""
+
+    # A long story, of more
+    # lines than one.
+    quota: int  # decode steps
+    # '#' in a string is no comment:
+    sign: str = '# none'
+
+
+def test_the_words_of_a_field_are_the_comments_beside_and_above_it():
+    assert settings.words(Derived) == {
+        'rows': 'episodes in flight', 'silent': '', 'quota': 'A long story, of more lines than one. decode steps',
+        'sign': "'#' in a string is no comment:"}
