@@ -22,16 +22,14 @@ LOG_RATIO_LIMIT = 20.0  # e^20 is far beyond any clip, and far below the overflo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdvantageSettings:
-    """Which advantage, and its constants.
+    """Which advantage, and its constants."""
 
-    gamma, lam: discount and GAE mixing, per acted token (gamma serves gae and reinforce_pp, lam gae).
-    whiten: mean 0 and variance 1 over the acted tokens of the global batch, as a last step.
-    """
-
+    # 'gae' (PPO, with a critic), 'grpo', 'dr_grpo', 'rloo', 'reinforce_pp_baseline' (over the samples of a problem),
+    # or 'reinforce_pp'. P: PPO
     kind: str
-    gamma: float
-    lam: float
-    whiten: bool
+    gamma: float  # discount per acted token, 0 to 1, of gae and reinforce_pp. P does not say; R 1
+    lam: float  # GAE's mixing per acted token, 0 to 1. P does not say; R 1
+    whiten: bool  # True: mean 0 and variance 1 over the acted tokens of the global batch, as a last step. R True
 
     def __post_init__(self):
         check(self, kind=one_of(ADVANTAGE_KINDS), gamma=within(0, 1), lam=within(0, 1))
@@ -54,33 +52,31 @@ class AdvantageSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Which policy loss, how it is summed, and what is added to it.
+    """Which policy loss, how it is summed, and what is added to it; r = π/π_old of a token, A its advantage."""
 
-    clip_low, clip_high: r is clipped to [1 − low, 1 + high]; DAPO's clip-higher is high > low.
-    dual_clip: c > 1, the bound −A·c where A < 0; None turns it off.
-    aggregation_constant: tokens that a sequence's sum is divided by (seq-mean-token-sum), else None.
-    entropy_coef, kl_coef: weights; the KL penalty stands in the loss or in the reward (`kl_in`).
-    value_coef: weight of the critic's loss. value_clip: how far V may leave V_old, None turns it off.
-    correction: weights for ℓₒ − ℓₛ, truncated at `correction_cap`; `sequence`, which GSPO takes, also rejects
-      episodes whose geometric mean exp(mean(ℓₒ − ℓₛ)) lies outside [correction_low, correction_high].
-    """
-
-    kind: str
-    clip_low: float
+    kind: str  # 'ppo', 'gspo' (one ratio an episode) or 'cispo' (the ratio as a weight). P: PPO
+    clip_low: float  # r is clipped to at least 1 − clip_low, 0 to 1. P does not say; R 0.2
+    # r is clipped to at most 1 + clip_high, at least 0; DAPO's clip-higher is high > low. P does not say; R 0.28
     clip_high: float
+    # c > 1: the loss of a token with A < 0 is at most −A·c; None: no such bound. P does not say; R 10
     dual_clip: float | None
+    # 'token-mean' (every acted token equally), 'seq-mean-token-mean' or 'seq-mean-token-sum'. R token-mean
     aggregation: str
+    # tokens, above 0, that an episode's sum is divided by in seq-mean-token-sum; None in the others
     aggregation_constant: float | None
-    entropy_coef: float
-    kl_coef: float
-    kl_kind: str
-    kl_in: str
-    value_coef: float
-    value_clip: float | None
+    entropy_coef: float  # weight of the entropy, at least 0. R 0
+    kl_coef: float  # weight of the KL to the first policy, at least 0; 0 needs no reference weights. P 0
+    kl_kind: str  # estimator of that KL: 'k1', 'k2' or 'k3'
+    kl_in: str  # where it stands: in the 'loss', or in the 'reward' of each token
+    value_coef: float  # weight of the critic's loss, at least 0. R 1
+    value_clip: float | None  # how far V may leave V_old, above 0; None: as far as it likes. R 0.5
+    # weights exp(ℓₒ − ℓₛ) of trainer over sampler: 'none', by 'token', or by 'sequence' (GSPO's), which also rejects
+    # episodes. H token, since the two differ in bf16; R none
     correction: str
-    correction_cap: float
+    correction_cap: float  # the largest such weight, at least 1. H 2
+    # smallest geometric mean exp(mean(ℓₒ − ℓₛ)) of an episode that `sequence` keeps, 0 to 1. H 0.5
     correction_low: float
-    correction_high: float
+    correction_high: float  # the largest one, at least 1. H 2
 
     def __post_init__(self):
         check(self, **{name: one_of(choices) for name, choices in LOSS_CHOICES.items()})

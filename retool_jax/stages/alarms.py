@@ -16,20 +16,23 @@ ALARMS = ('entropy', 'equal_rewards', 'mismatch', 'episode_mismatch', 'failures'
 class WatchSettings:
     """Thresholds, and per alarm what follows: 'ignore', 'warn' or 'stop'."""
 
-    entropy_below: float  # nats per token
-    equal_steps: int  # steps in a row whose episodes are all right, or all wrong
-    mismatch_above: float  # mean |KL| between sampler and trainer, nats per token
-    episode_mismatch_above: float  # mean |Δ log p| between them over one episode, nats per token
-    failures_above: float  # share of calls that end in anything but OK
-    faults_above: float  # share of calls that the sandbox itself failed
-    timeouts_above: float  # share of episodes whose answer the judge had no time for
-    entropy: str
-    equal_rewards: str
-    mismatch: str
-    episode_mismatch: str
-    failures: str
-    faults: str
-    timeouts: str
+    entropy_below: float  # nats per token, at least 0: less rings `entropy`. H
+    # steps in a row whose episodes are all right, or all wrong, at least 1: as many ring `equal_rewards`. H
+    equal_steps: int
+    mismatch_above: float  # |KL| between sampler and trainer, nats per token, at least 0: more rings `mismatch`. H
+    # mean |Δ log p| of the worst episode, nats per token, at least 0: more rings `episode_mismatch`; bf16 gives up to
+    # 0.02, a wrong context 0.1 and more. H
+    episode_mismatch_above: float
+    failures_above: float  # share of calls that end in anything but OK, 0 to 1: more rings `failures`. H
+    faults_above: float  # share of calls that the sandbox itself failed, 0 to 1: more rings `faults`. H
+    timeouts_above: float  # share of episodes whose answer the judge had no time for, 0 to 1: more rings `timeouts`. H
+    entropy: str  # the policy has collapsed: 'ignore', 'warn' or 'stop'. H
+    equal_rewards: str  # there is nothing to learn from: 'ignore', 'warn' or 'stop'. H
+    mismatch: str  # sampler and trainer disagree: 'ignore', 'warn' or 'stop'. H
+    episode_mismatch: str  # they disagree about one episode: 'ignore', 'warn' or 'stop'. H
+    failures: str  # most code fails: 'ignore', 'warn' or 'stop'. H
+    faults: str  # the sandbox fails: 'ignore', 'warn' or 'stop'. H
+    timeouts: str  # answers count as wrong unjudged: 'ignore', 'warn' or 'stop'. H
 
     def __post_init__(self):
         check(self, entropy_below=within(0, 1e9), equal_steps=within(1, MANY),

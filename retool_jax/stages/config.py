@@ -35,8 +35,8 @@ PROBLEMS = 10**7  # of the embedded task, which are made in memory
 class RunSettings:
     """Where a run writes, and its seed."""
 
-    dir: str
-    seed: int
+    dir: str  # the folder a run writes to and goes on in; made where it is missing, a path of this file system
+    seed: int  # of everything drawn: first weights, order of problems, tokens; 0 to 2³¹ − 1
 
     def __post_init__(self):
         check(self, dir=local_path(), seed=within(0, MANY))
@@ -47,10 +47,12 @@ class ModelSettings:
     """Which model, and how it is spoken to."""
 
     path: str | None  # a Hugging Face directory; None: the embedded model with random weights
-    name: str  # launch/plan.py knows the sizes of these without their files
-    template: str  # family of prompts
-    tools: bool  # False: text only
-    instruction: str | None  # text.template.INSTRUCTIONS, or a file: what the model is asked; None: the template's
+    name: str  # launch/plan.py knows the sizes of published models by it, without their files
+    template: str  # family of prompts: text.template.NAMES; 'own' is the chat template beside the model's tokenizer
+    tools: bool  # False: a model without an interpreter, the text-only baseline. P §3.2
+    # what the user turn says: 'paper' (155 tokens), 'short' (50), or a file with {question} where the problem goes;
+    # None: the template's own. Give every stage the same: a model knows the prompt that it was trained with
+    instruction: str | None
 
     def __post_init__(self):
         check(self, path=local_path(), instruction=local_path(), name=filled(), template=one_of(template.NAMES))
@@ -60,8 +62,10 @@ class ModelSettings:
 class MeshSettings:
     """Devices along each axis; one axis may be -1 and takes what is left."""
 
+    # devices among which episodes are divided, weights being whole in each; at least 1, or -1 for what is left
     data: int
-    fsdp: int
+    fsdp: int  # devices among which episodes and weights are divided; at least 1, or -1
+    # devices among which heads and MLP of a layer are divided; at least 1, or -1; the chips of one host at most
     tensor: int
 
     def __post_init__(self):
@@ -75,6 +79,7 @@ class MeshSettings:
 class SandboxBlock(SandboxSettings):
     """The pool of this machine, or the servers that take its place."""
 
+    # servers, as ('http://host:8080', …), with their token in RETOOL_SANDBOX_TOKEN; none: a pool of this machine
     addresses: tuple[str, ...]
 
     def __post_init__(self):
@@ -88,11 +93,14 @@ class SandboxBlock(SandboxSettings):
 class RewardSettings:
     """How answers are graded."""
 
-    style: str  # 'paper': +1 or −1; 'verl': its shaping besides
-    unreadable: str  # rows and gold answers that cannot be read: 'refuse' the set, or 'leave_out' and list them
+    style: str  # 'paper': +1 or −1 by the answer alone (P eq. 2); 'verl': R's shaping by the number of calls besides
+    # rows without an answer and gold answers that are no mathematics: 'refuse' the file, or 'leave_out' those and
+    # list them in left_out.jsonl. H
+    unreadable: str
+    # CPU seconds for one answer, above 0, at most 3,600; an answer that takes more counts as wrong. H
     time_limit_s: float
-    memory_mb: int
-    workers: int
+    memory_mb: int  # MiB of one judging child, 256 to 1,048,576; an answer that takes more counts as wrong. H
+    workers: int  # children that judge, 1 to 1,024
 
     def __post_init__(self):
         check(self, style=one_of(grader.STYLES), unreadable=one_of(UNREADABLE), time_limit_s=above(0, 3600),
@@ -103,8 +111,9 @@ class RewardSettings:
 class DataSettings:
     """Problems that are trained on."""
 
-    sources: tuple[str, ...]  # problem files; none: the embedded task
-    weights: tuple[float, ...]  # of the sources; none: every problem equally often
+    sources: tuple[str, ...]  # problem files or folders that are trained on; none: the embedded task
+    # of the sources, each above 0: how often a problem comes from each; none: every problem equally often
+    weights: tuple[float, ...]
 
     def __post_init__(self):
         check(self, sources=local_path(), weights=above(0, 1e9))
@@ -116,8 +125,8 @@ class DataSettings:
 class CheckpointSettings:
     """When state is saved."""
 
-    every: int  # steps
-    keep_last: int
+    every: int  # steps from one checkpoint to the next, at least 1; a killed run makes that many again at most
+    keep_last: int  # checkpoints that are kept, at least 1; the best one stays besides
 
     def __post_init__(self):
         check(self, every=within(1, MANY), keep_last=within(1, MANY))
@@ -127,8 +136,9 @@ class CheckpointSettings:
 class HalvesSettings:
     """One half of a step alone."""
 
-    episodes: str | None  # an episodes/ folder to train on, a part a step: no sampler, sandbox or grader
-    train: bool  # False: episodes are made and kept, weights stay as they are
+    # an episodes/ folder to train on, a part a step: no sampler, sandbox or grader; None: the run makes its own
+    episodes: str | None
+    train: bool  # False: episodes are made and kept, and the weights stay as they are
 
     def __post_init__(self):
         check(self, episodes=local_path())
@@ -138,10 +148,10 @@ class HalvesSettings:
 class ValidationSettings:
     """Scores while a policy learns."""
 
-    problems: str | None  # a problem file; None: no validation
-    limit: int | None
-    every: int  # steps
-    samples: int
+    problems: str | None  # a problem file that is never trained on; None: no validation
+    limit: int | None  # the first problems of it only, at least 1; None: all
+    every: int  # steps from one validation to the next, at least 1; the last step is always followed by one
+    samples: int  # answers per problem, 1 to 65,536. P 32
 
     def __post_init__(self):
         check(self, problems=local_path(), limit=within(1, MANY), every=within(1, MANY), samples=within(1, 2**16))
@@ -151,14 +161,15 @@ class ValidationSettings:
 class RecipeSettings:
     """Sizes of the demo."""
 
-    problems_seen: int  # problems that the tool model's cold start is made from
-    text_needy: float  # share of problems needing the tool that the text-only cold start keeps, of twice as many
-    sft_steps: int
-    lead_steps: int  # the first of them, without mental traces of families that need the tool
-    sft_batch_tokens: int
-    problems: int  # held-out problems of the headline score
-    apart_problems: int  # of each set scored apart
-    samples: int  # per problem, in evaluation
+    problems_seen: int  # problems that the tool model's cold start is made from, 1 to 10⁷. H
+    # share of the problems needing the tool that the text-only cold start keeps, of twice as many; 0 to 1. H
+    text_needy: float
+    sft_steps: int  # optimizer steps of each fine-tuning, at least 1. H
+    lead_steps: int  # the first of them, without mental traces of families that need the tool; 1 to sft_steps. H
+    sft_batch_tokens: int  # tokens of an optimizer step, padding among them; at least 1. H
+    problems: int  # held-out problems of the headline score, 1 to 10⁷. H
+    apart_problems: int  # of each set scored apart (new wordings, larger operands), 1 to 10⁷. H
+    samples: int  # answers per problem in evaluation, 1 to 65,536. H
 
     def __post_init__(self):
         check(self, problems_seen=within(1, PROBLEMS), text_needy=within(0, 1), sft_steps=within(1, MANY),
@@ -174,11 +185,11 @@ class ColdStart:
     """launch/cold_start.py."""
 
     run: RunSettings
-    traces: str | None  # a file of rewritten answers; None: made from the embedded task
+    traces: str | None  # a file of rewritten answers; None: traces are made from the embedded task
     golds: str | None  # a problem file with the answers of traces that have none but their own last box
-    problems: int  # of the embedded task
+    problems: int  # made of the embedded task where there are no traces, 1 to 10⁷
     mix: Mix
-    max_tokens: int  # longer traces are dropped
+    max_tokens: int  # longer traces are dropped; at least 1
     model: ModelSettings
     sandbox: SandboxBlock
     feedback: FeedbackSettings
@@ -219,9 +230,9 @@ class Evaluation:
     """launch/evaluate.py."""
 
     run: RunSettings
-    problems: str | None
-    limit: int | None  # the first problems only
-    samples: int  # per problem
+    problems: str | None  # the problem file that is scored
+    limit: int | None  # the first problems of it only, at least 1; None: all
+    samples: int  # answers per problem, 1 to 65,536. P 32
     model: ModelSettings
     mesh: MeshSettings
     sampler: SamplerSettings
