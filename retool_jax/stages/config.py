@@ -166,7 +166,7 @@ class RecipeSettings:
     text_needy: float
     sft_steps: int  # optimizer steps of each fine-tuning, at least 1. H
     lead_steps: int  # the first of them, without mental traces of families that need the tool; 1 to sft_steps. H
-    sft_batch_tokens: int  # tokens of an optimizer step, padding among them; at least 1. H
+    sft_batch_tokens: int  # tokens of an optimizer step, padding not counted; at least 1. H
     problems: int  # held-out problems of the headline score, 1 to 10⁷. H
     apart_problems: int  # of each set scored apart (new wordings, larger operands), 1 to 10⁷. H
     samples: int  # answers per problem in evaluation, 1 to 65,536. H
