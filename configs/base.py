@@ -1,9 +1,10 @@
-"""Every block of a configuration with its defaults and where each comes from.
+"""Every block of a configuration: its values.
 
-Sources: P the ReTool paper (arXiv 2504.11536), O its authors' evaluation code, R public
-reproductions (verl's recipe), H this project's choice. "? in P" is a value that the paper does not state.
-Letters speak of the real sizes; every number of `tiny` is H, and so is a line without a letter, which is of the
-machine and not of the algorithm.
+What a key means, its unit, which values it may have and what the paper or a recipe sets stand beside the field of the
+block's dataclass, and in `--help`; here is a comment only where a value departs from its source, or has none there.
+Sources: P the ReTool paper (arXiv 2504.11536), O its authors' evaluation code, R public reproductions (verl's recipe),
+H this project's choice. Letters speak of the real sizes; every
+number of `tiny` is H, and so is a line without a letter, which is of the machine and not of the algorithm.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -68,7 +69,7 @@ def forward(arg: str) -> ConfigDict:
         'unroll': 4 if tiny else 1,
         'logprob_chunk': 200 if tiny else 2048,
         'vocab_chunk': 1024 if tiny else 8192,
-        'micro_rows': 16 if tiny else 0,  # 0: one for each device of data × fsdp
+        'micro_rows': 16 if tiny else 0,
         'row_width': longest(arg),
         'row_segments': 8 if tiny else 16,
     })
@@ -82,10 +83,7 @@ def sampler(arg: str) -> ConfigDict:
         'chunk': 64 if tiny else 256,
         'feed_rows': 8,
         'quota': 16 if tiny else 64,
-        # Rows of a decode call, 0 for all; fewer pay where most rows wait for slow tools.
         'decode_rows': 0,
-        # Smallest bound on reads; they double up to `slots`. Some backends round a matmul by its extent:
-        # `slots` here makes replays equal to the last bit on those too.
         'min_bound': 64 if tiny else 256,
         'dtype': 'float32' if tiny else 'bfloat16',
         'cache_dtype': 'float32' if tiny else 'bfloat16',
@@ -95,22 +93,17 @@ def sampler(arg: str) -> ConfigDict:
 def turns(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
     return ConfigDict({
-        'max_tokens': longest(arg),  # R: 2,048 of prompt + 16,384
+        'max_tokens': longest(arg),
         'max_turn_tokens': longest(arg),
-        'max_turns': 4 if tiny else 8,  # ? in P; R: at most 8 assistant turns
-        'max_calls': 3 if tiny else 7,  # ? in P; leaves the last turn for the answer
-        'on_cap': 'answer',  # ? in P
-        'on_answer': 'end',  # ? in P; 'eos' lets the model go on after </answer>
+        'max_turns': 4 if tiny else 8,
+        'max_calls': 3 if tiny else 7,
+        'on_cap': 'answer',
+        'on_answer': 'end',
     })
 
 
 def sampling(training: bool) -> ConfigDict:
-    return ConfigDict({
-        'temperature': 1.0,  # P for evaluation; R for training
-        'top_p': 1.0 if training else 0.7,  # training R (top-p would renormalise one side only); evaluation P (R: 0.6)
-        'top_k': 0,
-        'min_p': 0.0,
-    })
+    return ConfigDict({'temperature': 1.0, 'top_p': 1.0 if training else 0.7, 'top_k': 0, 'min_p': 0.0})
 
 
 def sandbox(arg: str) -> ConfigDict:
@@ -154,63 +147,50 @@ def reward() -> ConfigDict:
 def optimizer(lr: float, *, schedule: str = 'constant', warmup_steps: int = 0, weight_decay: float = 0.01,
               b2: float = 0.999) -> ConfigDict:
     return ConfigDict({
-        'lr': lr, 'schedule': schedule, 'warmup_steps': warmup_steps,  # RL: R, constant and without warm-up
-        'b1': 0.9, 'b2': b2,  # R
-        'weight_decay': weight_decay,  # R: 0.01
-        'grad_clip': 1.0,  # R
+        'lr': lr, 'schedule': schedule, 'warmup_steps': warmup_steps,
+        'b1': 0.9, 'b2': b2, 'weight_decay': weight_decay, 'grad_clip': 1.0,
     })
 
 
 def advantage() -> ConfigDict:
-    return ConfigDict({
-        'kind': 'gae',  # P: PPO
-        'gamma': 1.0,  # ? in P; R
-        'lam': 1.0,  # ? in P; R
-        'whiten': True,  # R
-    })
+    return ConfigDict({'kind': 'gae', 'gamma': 1.0, 'lam': 1.0, 'whiten': True})
 
 
 def loss(arg: str = 'tiny') -> ConfigDict:
     tiny = is_tiny(arg)
     config = ConfigDict({
-        'kind': 'ppo',  # P
-        'clip_low': 0.2,  # ? in P; R
-        'clip_high': 0.28,  # ? in P; R
-        'dual_clip': 10.0,  # ? in P; R
-        'aggregation': 'token-mean',  # R
+        'kind': 'ppo',
+        'clip_low': 0.2, 'clip_high': 0.28, 'dual_clip': 10.0,
+        'aggregation': 'token-mean',
         'aggregation_constant': config_dict.placeholder(float),
-        'entropy_coef': 0.0,  # R
-        'kl_coef': 0.0,  # P: 0
-        'kl_kind': 'k3', 'kl_in': 'loss',
-        'value_coef': 0.5 if tiny else 1.0,  # R: a critic of its own needs no weight
+        'entropy_coef': 0.0,
+        'kl_coef': 0.0, 'kl_kind': 'k3', 'kl_in': 'loss',
+        'value_coef': 0.5 if tiny else 1.0,  # a head shares the policy's trunk, and its gradient
         'value_clip': config_dict.placeholder(float),
-        'correction': 'token',  # H: sampler and trainer differ in bf16; R: none
-        'correction_cap': 2.0,  # H
-        'correction_low': 0.5, 'correction_high': 2.0,  # H, of 'sequence'
+        'correction': 'token',  # R: none
+        'correction_cap': 2.0, 'correction_low': 0.5, 'correction_high': 2.0,
     })
     if not tiny:
-        config.value_clip = 0.5  # R
+        config.value_clip = 0.5
     return config
 
 
 def ppo(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
     return ConfigDict({
-        'steps': 20 if tiny else 400,  # P: 400
-        'problems_per_step': 64 if tiny else 1024,  # ? in P; R: 1,024 × 1 for PPO
+        'steps': 20 if tiny else 400,
+        'problems_per_step': 64 if tiny else 1024,
         'samples': 4 if tiny else 1,
-        'minibatches': 2,  # P: mini-batch 512, of R's 1,024; R: 4, of 256, for the critic too
-        'epochs': 1,  # R
-        'critic': 'head' if tiny else 'backbone',  # ? in P
-        'critic_warmup_steps': 0 if tiny else 20,  # R
-        'drop_void': False,  # SimpleTIR's filter (2509.02479)
-        'mask_truncated': False,  # R
-        'overlong_buffer': 0,  # DAPO's shaping (2503.14476)
-        'dynamic_rounds': 0,  # DAPO's dynamic sampling: rounds of problems_per_step problems at most; 0 is off
-        # Partial rollouts: decode calls (of sampler.quota tokens) that an episode gets in a step; who is not done
-        # then goes on in the next step, under its weights. 0: every episode is waited for.
+        'minibatches': 2,
+        'epochs': 1,
+        'critic': 'head' if tiny else 'backbone',
+        'critic_warmup_steps': 0 if tiny else 20,
+        'drop_void': False,
+        'mask_truncated': False,
+        'overlong_buffer': 0,
+        'dynamic_rounds': 0,
         'quanta': 0,
-        'offload': not tiny,  # what a phase does not need waits in the host's memory
+        'offload': not tiny,
     })
 
 
@@ -280,8 +260,8 @@ def reinforcement(arg: str, name: str) -> ConfigDict:
         'sandbox': sandbox(arg),
         'feedback': feedback(arg),
         'reward': reward(),
-        'optimizer': optimizer(3e-4 if tiny else 1e-6),  # 1e-6: P
-        'critic_optimizer': optimizer(1e-3 if tiny else 2e-6),  # 2e-6: R
+        'optimizer': optimizer(3e-4 if tiny else 1e-6),
+        'critic_optimizer': optimizer(1e-3 if tiny else 2e-6),
         'advantage': advantage(),
         'loss': loss(arg),
         'ppo': ppo(arg),

@@ -27,15 +27,13 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
         'model': base.model(arg),
         'mesh': base.mesh(arg),
         'forward': base.forward(arg),
-        # R: 1e-5, cosine, b2 0.95, warm-up over a tenth of the steps, here of 2,000 × 2 ÷ 32 = 125.
+        # Warm-up over a tenth of the steps, which are 2,000 traces × 2 ÷ 32 = 125.
         'optimizer': (base.optimizer(3e-3, schedule='cosine', warmup_steps=20, weight_decay=0.1, b2=0.95) if tiny
                       else base.optimizer(1e-5, schedule='cosine', warmup_steps=12, b2=0.95)),
         'sft': {
-            'steps': 540 if tiny else 125,  # where `epochs` is 0
-            'epochs': 0 if tiny else 2,  # P: 2; R: 6. Passes over the traces instead of `steps`; 0: `steps` decides
-            'batch_tokens': 2900 if tiny else 131072,  # R: 32 traces, of some 4,096 tokens each
-            # Of the problems, whose traces are kept apart (H). Their loss is measured at every checkpoint, and the
-            # best one becomes `final/`.
+            'steps': 540 if tiny else 125,
+            'epochs': 0 if tiny else 2,
+            'batch_tokens': 2900 if tiny else 131072,
             'evaluation_share': 0.0 if tiny else 0.02,
         },
         'checkpoints': base.checkpoints(every=100 if tiny else 31),  # 31: half a pass over 2,000 traces

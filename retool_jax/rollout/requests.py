@@ -30,10 +30,12 @@ class Link(Protocol):
 class SamplingSettings:
     """How tokens are drawn."""
 
-    temperature: float  # 0 is greedy
-    top_p: float  # 1 keeps everything
-    top_k: int  # 0 keeps everything
-    min_p: float  # 0 keeps everything
+    temperature: float  # what logits are divided by; 0 takes the largest. P 1 in evaluation; R 1 in training
+    # The most probable tokens whose probability adds up to this are kept, in (0, 1]; 1: all. P 0.7 in evaluation
+    # (R 0.6); R 1 in training, where truncation would renormalise the sampler's distribution and not the trainer's
+    top_p: float
+    top_k: int  # so many most probable tokens are kept; 0: all. H 0
+    min_p: float  # tokens below this share of the largest probability are dropped, in [0, 1]; 0: none. H 0
 
     def __post_init__(self):
         check(self, temperature=within(0, 1e6), top_p=above(0, 1), top_k=within(0, MANY), min_p=within(0, 1))

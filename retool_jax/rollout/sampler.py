@@ -33,15 +33,18 @@ STOP_NONE, STOP_EOS, STOP_CODE, STOP_ANSWER, STOP_LENGTH = range(5)
 class SamplerSettings:
     """Sizes of the compiled programs."""
 
-    rows: int  # slots of the engine: episodes in flight
-    slots: int  # KV slots per row: prompt + everything after it
-    chunk: int  # tokens per extend call; longer feeds take several
-    feed_rows: int  # rows per extend call
-    quota: int  # decode steps per call
-    decode_rows: int  # rows per decode call; fewer than `rows` where many wait for tools. 0: all
-    min_bound: int  # smallest bound on reads
-    dtype: str  # of activations and the sampling weights
-    cache_dtype: str  # 'int8' keeps a scale per slot and head
+    rows: int  # episodes that an engine holds at a time, one a row. H 64, 32B: 32
+    slots: int  # KV positions of a row: tokens of an episode, prompt included. P 16384, its longest sequence
+    chunk: int  # tokens of a row that one extend call takes in; longer prompts and tool outputs take several. H 256
+    feed_rows: int  # rows that one extend call takes. H 8
+    quota: int  # steps of one decode call; a row that stops in it stands still until its end. H 64
+    # Rows of one decode call, the others wait; 0: all. Fewer than `rows` pay where most rows wait for slow tools. H 0
+    decode_rows: int
+    # KV positions that a call reads at least; the bound doubles up to `slots` as rows grow. Some backends round a
+    # matmul by its extent: `slots` here makes replays equal to the last bit on those too. H 256
+    min_bound: int
+    dtype: str  # of activations and sampling weights: 'float32', 'bfloat16' or 'float16'. H bfloat16
+    cache_dtype: str  # of keys and values: as `dtype`, or 'int8' with a scale per slot and head. H bfloat16
 
     def __post_init__(self):
         check(self, rows=within(1, 2**16), slots=within(1, 2**24), chunk=within(1, 2**16), feed_rows=within(1, 2**16),

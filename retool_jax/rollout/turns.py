@@ -20,12 +20,12 @@ from retool_jax.text.tokenizer import Tokenizer
 class Budgets:
     """How much an episode may write, and what ends it."""
 
-    max_tokens: int  # prompt and everything after it
-    max_turn_tokens: int  # tokens the policy may write in one turn
-    max_turns: int
-    max_calls: int  # executed or refused `</code>`
-    on_cap: str  # past max_calls: 'answer' says so once and goes on, 'end' ends the episode
-    on_answer: str  # at `</answer>`: 'end' ends the episode, 'eos' lets it go on to EOS
+    max_tokens: int  # tokens of an episode, prompt and tool output included. P 16384; R 2,048 of prompt + 16,384
+    max_turn_tokens: int  # tokens that the policy may write in one turn. H as max_tokens; O 16384
+    max_turns: int  # turns of the policy in an episode. P does not say; R 8
+    max_calls: int  # `</code>`, executed or refused. P does not say; H 7, which leaves the last turn for the answer
+    on_cap: str  # past max_calls: 'answer' says so once and goes on, 'end' ends the episode. P does not say; H answer
+    on_answer: str  # at `</answer>`: 'end' ends the episode, 'eos' lets it go on to EOS. P does not say; H end; O eos
 
     def __post_init__(self):
         check(self, max_tokens=within(1, MANY), max_turn_tokens=within(1, MANY), max_turns=within(1, MANY),

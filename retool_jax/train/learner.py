@@ -32,15 +32,19 @@ from retool_jax.train.pack import join
 class ForwardSettings:
     """How a training forward pass is computed."""
 
-    dtype: str  # of activations
-    attention: str  # model.attention.choose
-    remat: str  # model.decoder.forward
-    unroll: int  # layers per step of the scan over layers
-    logprob_chunk: int  # positions of a row projected to the vocabulary at a time
-    vocab_chunk: int  # entries of the vocabulary at a time
-    micro_rows: int  # rows per micro-batch; 0 is one for each device of data × fsdp
-    row_width: int  # tokens per row
-    row_segments: int  # episodes per row, at most
+    dtype: str  # of activations: 'float32', 'bfloat16' or 'float16'; weights are f32. H bfloat16
+    # 'dense', 'blocked', 'splash' (TPU) or 'cudnn' (GPU, rows of one episode); 'auto' takes dense up to 1,024 tokens,
+    # beyond them splash on a TPU and blocked elsewhere. H auto
+    attention: str
+    # What the backward pass recomputes: 'none', 'full' layers, 'dots' all but matmul results, 'offload' as dots, with
+    # those results in the host's memory. H full
+    remat: str
+    unroll: int  # layers per step of the scan over layers; more compile slower, and run faster on CPUs. H 1
+    logprob_chunk: int  # positions of a row that meet the vocabulary at a time; divides row_width. H 2048
+    vocab_chunk: int  # vocabulary entries that meet a chunk of positions at a time. H 8192
+    micro_rows: int  # rows of a micro-batch, over all devices of data × fsdp; 0: one for each device. H 0
+    row_width: int  # tokens of a packed row, at least an episode's. P 16384, its longest sequence
+    row_segments: int  # episodes that a packed row may hold. H 16
 
     def __post_init__(self):
         check(self, dtype=one_of(DTYPES), attention=one_of(attention.KINDS), remat=one_of(decoder.REMATS),

@@ -36,13 +36,13 @@ from retool_jax.train.state import CRITICS
 class PPOSettings(RolloutSettings):
     """Sizes of an RL step and which episodes are trained on."""
 
-    steps: int
-    minibatches: int  # optimizer steps per pass over the step's episodes
-    epochs: int  # passes
-    critic: str  # 'none', 'head' on the policy's trunk, or its own 'backbone'
-    critic_warmup_steps: int  # RL steps in which only the critic learns: the policy is neither differentiated nor moved
-    mask_truncated: bool  # episodes that ran out of budget leave the update
-    offload: bool  # what a phase does not need waits in the host's memory (train/residency.py)
+    steps: int  # RL steps. P 400
+    minibatches: int  # optimizer steps per pass over a step's episodes. P 2, of 512 of R's 1,024; R 4
+    epochs: int  # passes over a step's episodes. R 1
+    critic: str  # 'none', a 'head' on the policy's trunk, or a 'backbone' of its own. P does not say; R backbone
+    critic_warmup_steps: int  # first RL steps, in which the critic alone learns and the policy stands still. R 20
+    mask_truncated: bool  # episodes that ran out of budget leave the update. R False
+    offload: bool  # buffers that a phase does not need wait in the host's memory (train/residency.py). H True
 
     def __post_init__(self):
         super().__post_init__()

@@ -23,10 +23,12 @@ HELD_OUT = 'sft/held_out_loss'  # mean −log p of the acted tokens, in nats
 class SFTSettings:
     """Length of a supervised run, and what of its traces is kept apart."""
 
-    steps: int  # optimizer steps
-    epochs: int  # passes over the traces, which then decide the number of steps; 0: `steps` does
-    batch_tokens: int  # tokens per step, padding not counted
-    evaluation_share: float  # of the problems, whose traces are never trained on; 0 measures no held-out loss
+    steps: int  # optimizer steps, where `epochs` is 0. H 125
+    epochs: int  # passes over the traces, which then decide the number of steps; 0: `steps` does. P 2; R 6
+    batch_tokens: int  # tokens per optimizer step, padding not counted. R 131072, 32 traces of 4,096
+    # Share of the problems whose traces are never trained on, in [0, 1): their loss is measured at every checkpoint,
+    # and the best one becomes `final/`; 0 measures none. H 0.02
+    evaluation_share: float
 
     def __post_init__(self):
         check(self, steps=within(1, MANY), epochs=within(0, 10**6), batch_tokens=within(1, MANY),

@@ -29,12 +29,17 @@ from retool_jax.train import grading
 class RolloutSettings:
     """Which episodes a step is made of."""
 
-    problems_per_step: int
-    samples: int  # episodes per problem: a group
-    dynamic_rounds: int  # 0: every group is taken; else groups of equal rewards are replaced, in at most so many rounds
-    drop_void: bool  # episodes with a void turn leave the update and the baseline
-    overlong_buffer: int  # tokens before the budget in which the reward falls by up to 1; 0 is off
-    quanta: int  # decode calls that an episode gets in a step, then it is carried into the next; 0: until it ends
+    problems_per_step: int  # groups that an RL step is made of. P does not say; R 1024
+    samples: int  # episodes per problem: the size of a group. R 1 for PPO, 16 for GRPO
+    # Rounds of problems_per_step further problems that may replace groups of equal rewards (DAPO's dynamic sampling,
+    # 2503.14476 §3.2); 0: every group is taken. H 0
+    dynamic_rounds: int
+    drop_void: bool  # episodes with a void turn leave update and baseline (SimpleTIR, 2509.02479). H False
+    # Tokens before the budget's end in which the reward falls by up to 1 (DAPO's shaping); 0: no fall. H 0
+    overlong_buffer: int
+    # Partial rollouts: decode calls (of sampler.quota steps) that an episode gets in an RL step; what is unfinished
+    # then goes on in the next step, under its weights. 0: every episode is waited for. H 0
+    quanta: int
 
     def __post_init__(self):
         check(self, problems_per_step=within(1, 2**20), samples=within(1, 2**16), dynamic_rounds=within(0, 2**16),

@@ -22,13 +22,15 @@ CRITICS = ('none', 'head', 'backbone')
 class OptimizerSettings:
     """AdamW with a schedule."""
 
-    lr: float
-    schedule: str  # after warm-up: 'constant'; 'cosine' or 'linear' to 0; 'wsd', constant and then linear to 0
-    warmup_steps: int
-    b1: float
-    b2: float
-    weight_decay: float  # on matrices only
-    grad_clip: float  # global norm
+    lr: float  # the largest learning rate. P 1e-6 in RL; R 2e-6 for the critic, 1e-5 in SFT
+    # After warm-up: 'constant'; 'cosine' or 'linear' down to 0; 'wsd', constant, in the last quarter linear to 0.
+    # R constant in RL, cosine in SFT
+    schedule: str
+    warmup_steps: int  # optimizer steps of linear warm-up from 0. R 0 in RL, a tenth of the steps in SFT
+    b1: float  # decay of AdamW's first moment. R 0.9
+    b2: float  # decay of AdamW's second moment. R 0.999 in RL, 0.95 in SFT
+    weight_decay: float  # of matrices; biases and the gains of norms are not decayed. R 0.01
+    grad_clip: float  # largest global norm of a part's gradient, policy and critic apart. R 1
 
     def __post_init__(self):
         check(self, lr=within(0, 1e3), schedule=one_of(SCHEDULES), warmup_steps=within(0, MANY), b1=below(0, 1),
