@@ -24,7 +24,7 @@ def measure(demo: ConfigDict, algorithms: Mapping[str, ConfigDict], seeds: Seque
     until a step's fresh rollouts, which no one has trained on, are right in a share `target` (None: never), the
     first step's compilation within; `all_steps`, `all_seconds` of the whole. Run folders stand below demo.run.dir.
     """
-    found: dict[str, dict[str, dict]] = {name: {} for name in algorithms}
+    results: dict[str, dict[str, dict]] = {name: {} for name in algorithms}
     folder = pathlib.Path(demo.run.dir)
     for seed in seeds:
         config = demo.copy_and_resolve_references()
@@ -39,9 +39,9 @@ def measure(demo: ConfigDict, algorithms: Mapping[str, ConfigDict], seeds: Seque
             with demo_stage.opened(config) as story:
                 learnt = story.reinforce(True, jax.tree.map(jnp.copy, start))  # a step takes its memory
                 after = story.score('rl', True, learnt, apart=False)['avg']
-            found[name][str(seed)] = {'sft': before, 'rl': after} | pace(story.directory, target)
-            say(f'{name}, seed {seed}: {json.dumps(found[name][str(seed)])}')
-    return found
+            results[name][str(seed)] = {'sft': before, 'rl': after} | pace(story.directory, target)
+            say(f'{name}, seed {seed}: {json.dumps(results[name][str(seed)])}')
+    return results
 
 
 def pace(directory: pathlib.Path, target: float) -> dict:

@@ -65,9 +65,9 @@ def measure(shape: Shape, repeats: int, parts: Sequence[str], say: Callable[[str
     weights = jax.jit(lambda p: decoder.to_sampling(config, p, jnp.dtype(shape.dtype)))(params)
     figures = {'device': jax.devices()[0].device_kind, **dataclasses.asdict(shape)}
 
-    def keep(found: dict) -> None:
-        say(json.dumps(found))  # a later part may fail
-        figures.update(found)
+    def keep(measured: dict) -> None:
+        say(json.dumps(measured))  # a later part may fail
+        figures.update(measured)
 
     if 'peers' in parts:
         with tempfile.TemporaryDirectory() as folder:
@@ -102,10 +102,10 @@ class Peer:
         """Seconds of one call."""
         self.child.stdin.write(json.dumps({'rows': rows, 'prompt': prompt, 'new': new}) + '\n')
         self.child.stdin.flush()
-        found = self._read()
-        if found['tokens'] != rows * new:
-            raise RuntimeError(f'{self.child.args[1].name} wrote {found["tokens"]} tokens, not {rows * new}')
-        return found['seconds']
+        reply = self._read()
+        if reply['tokens'] != rows * new:
+            raise RuntimeError(f'{self.child.args[1].name} wrote {reply["tokens"]} tokens, not {rows * new}')
+        return reply['seconds']
 
     def _read(self) -> dict:
         for line in self.child.stdout:
@@ -128,15 +128,15 @@ class Peer:
 def open_peers(directory: pathlib.Path, slots: int, say: Callable[[str], None]) -> Iterator[dict[str, Peer]]:
     """The peers that are installed, with the weights of `directory` loaded."""
     with contextlib.ExitStack() as stack:
-        found = {}
+        peers = {}
         for name, (environment, script) in PEERS.items():
             interpreter = ROOT / '.baselines' / environment / 'bin' / 'python'
             if not interpreter.exists():
                 say(f'{name} is not here: make baselines')
                 continue
-            found[name] = Peer(interpreter, pathlib.Path(__file__).with_name(script), str(directory), str(slots))
-            stack.callback(found[name].close)
-        yield found
+            peers[name] = Peer(interpreter, pathlib.Path(__file__).with_name(script), str(directory), str(slots))
+            stack.callback(peers[name].close)
+        yield peers
 
 
 def make_engine(config: ModelConfig, shape: Shape, rows: int) -> Engine:

@@ -177,27 +177,27 @@ def measure(config: ModelConfig, weights: Params, shape, repeats: int, say: Call
         return case.run(weights, Barrier(shape.tool_s, case.rows, episodes), episodes, step)
 
     def rounds(sides: dict[str, Callable[[int], float]], repeats: int) -> dict[str, np.ndarray]:
-        found: dict[str, list[float]] = {name: [] for name in sides}
+        speeds: dict[str, list[float]] = {name: [] for name in sides}
         for i in range(repeats + 1):
             for name, work in sides.items():
                 say(f'{name}, round {i}')
-                found[name].append(work(i))
-                say(f'{found[name][-1]:.0f} tokens/s')
-        return {name: np.array(rates[1:]) for name, rates in found.items()}  # the first round compiles
-    found = rounds({f'instant_{few}': lambda i: instant.run(weights, Tool(0.0), count(instant), i),
+                speeds[name].append(work(i))
+                say(f'{speeds[name][-1]:.0f} tokens/s')
+        return {name: np.array(rates[1:]) for name, rates in speeds.items()}  # the first round compiles
+    speeds = rounds({f'instant_{few}': lambda i: instant.run(weights, Tool(0.0), count(instant), i),
                     f'tools_{first}': lambda i: tools(slow[first], i),
                     f'barrier_{first}': lambda i: barrier(slow[first], i)}, NOISY * repeats)
     shares = shares[1:]
     if last > first:
-        found |= rounds({f'tools_{rows}': lambda i, c=slow[rows]: tools(c, i) for rows in shape.tool_rows[1:]} |
+        speeds |= rounds({f'tools_{rows}': lambda i, c=slow[rows]: tools(c, i) for rows in shape.tool_rows[1:]} |
                         {f'barrier_{last}': lambda i: barrier(slow[last], i)}, repeats)
-    figures = {f'{name}_tokens_per_s': float(np.median(rates)) for name, rates in found.items()}
+    figures = {f'{name}_tokens_per_s': float(np.median(rates)) for name, rates in speeds.items()}
     figures |= {'turn_tokens': mean, 'tools_share': float(np.median(shares))}
     pairs = {'tools_over_instant': (f'tools_{first}', f'instant_{few}')} | {
         f'tools_over_barrier_{rows}': (f'tools_{rows}', f'barrier_{rows}') for rows in (first, last)}
     for ratio, (name, other) in pairs.items():
         # The machine changes within minutes: sides are compared within rounds. The other way stands beside it.
-        figures[ratio] = float(np.median(found[name] / found[other]))
-        figures[f'{ratio}_of_medians'] = float(np.median(found[name]) / np.median(found[other]))
-        figures[f'{ratio}_rounds'] = [round(float(r), 2) for r in found[name] / found[other]]
+        figures[ratio] = float(np.median(speeds[name] / speeds[other]))
+        figures[f'{ratio}_of_medians'] = float(np.median(speeds[name]) / np.median(speeds[other]))
+        figures[f'{ratio}_rounds'] = [round(float(r), 2) for r in speeds[name] / speeds[other]]
     return figures

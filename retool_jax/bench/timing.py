@@ -11,10 +11,10 @@ import numpy as np
 
 def compilations() -> list[str]:
     """A list to which every compilation of this process is added from now on."""
-    found: list[str] = []
+    compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: found.append(name) if name.endswith('backend_compile_duration') else None)
-    return found
+        lambda name, seconds, **_: compiled.append(name) if name.endswith('backend_compile_duration') else None)
+    return compiled
 
 
 def in_turns(sides: dict[str, Callable[[int], float]], repeats: int,
@@ -23,11 +23,11 @@ def in_turns(sides: dict[str, Callable[[int], float]], repeats: int,
     for work in sides.values():
         work(0)
     warm()
-    found = {name: [] for name in sides}
+    seconds = {name: [] for name in sides}
     for i in range(1, repeats + 1):
         for name, work in sides.items():
-            found[name].append(work(i))
-    return {name: float(np.median(taken)) for name, taken in found.items()}
+            seconds[name].append(work(i))
+    return {name: float(np.median(taken)) for name, taken in seconds.items()}
 
 
 def clock(work: Callable, *arguments) -> float:

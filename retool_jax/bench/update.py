@@ -81,8 +81,8 @@ def model_config(shape: Shape) -> ModelConfig:
 
 def flops_per_token(config: ModelConfig, tokens: int) -> int:
     """Of a forward and a backward pass, as the module's docstring counts."""
-    found = jax.tree_util.tree_leaves_with_path(decoder.abstract_params(config))
-    names = [(jax.tree_util.keystr(path), x.size) for path, x in found if path[-1].key == 'weight']
+    leaves = jax.tree_util.tree_leaves_with_path(decoder.abstract_params(config))
+    names = [(jax.tree_util.keystr(path), x.size) for path, x in leaves if path[-1].key == 'weight']
     skipped = ('norm',) if config.tie_word_embeddings else ('norm', 'embed_tokens')
     matrices = sum(size for name, size in names if not any(word in name for word in skipped))
     heads = config.num_attention_heads * config.head_dim
@@ -160,6 +160,6 @@ def peer(shape: Shape, repeats: int, flops: float) -> dict:
                           capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f'{script.name}: {done.stderr.strip().splitlines()[-1:]}')
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    return {'torch_update_s': found['update_s'], 'torch_gflops': flops / found['update_s'] / 1e9,
-            'torch_matmul_gflops': found['matmul_gflops'], 'torch_version': found['version']}
+    reply = json.loads(done.stdout.strip().splitlines()[-1])
+    return {'torch_update_s': reply['update_s'], 'torch_gflops': flops / reply['update_s'] / 1e9,
+            'torch_matmul_gflops': reply['matmul_gflops'], 'torch_version': reply['version']}

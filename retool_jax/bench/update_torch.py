@@ -45,9 +45,9 @@ def main(shape: dict) -> None:
     def logprobs(part):
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=tokens[part]).logits[:, :-1].float()
-        found = torch.log_softmax(logits, -1)
-        entropy = -(found.exp() * found).sum(-1).detach()
-        return found.gather(-1, tokens[part][:, 1:, None])[..., 0], entropy
+        logp = torch.log_softmax(logits, -1)
+        entropy = -(logp.exp() * logp).sum(-1).detach()
+        return logp.gather(-1, tokens[part][:, 1:, None])[..., 0], entropy
 
     parts = [slice(i, i + shape['micro_rows']) for i in range(0, rows, shape['micro_rows'])]
     with torch.no_grad():

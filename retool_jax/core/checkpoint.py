@@ -211,9 +211,9 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _key_impl(like: Any) -> Any:
-    found = []
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)  # takes abstract keys too
-    return found[0]
+    implementations = []
+    jax.eval_shape(lambda key: implementations.append(jax.random.key_impl(key)), like)  # takes abstract keys too
+    return implementations[0]
 
 
 def _compare(saved: dict, wanted: dict, where: Path) -> None:

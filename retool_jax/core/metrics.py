@@ -116,13 +116,13 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b'\n')
-    found = []
+    parsed = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is no whole line
         try:
-            found.append(json.loads(line))
+            parsed.append(json.loads(line))
         except ValueError:
             raise UserError(f'{path}:{number}: not a line of metrics: {line[:60]!r}') from None
-    return found
+    return parsed
 
 
 def _plain(value: Any) -> Any:

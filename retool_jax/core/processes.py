@@ -98,15 +98,15 @@ def gather(item: object) -> list:
 
 def first[T](work: Callable[[], T]) -> T:
     """What `work` returns, called by the process that leads alone; what it refuses, all processes refuse."""
-    found, refused = None, None
+    result, refused = None, None
     if leads():
         try:
-            found = work()
+            result = work()
         except (UserError, OSError) as error:
             if jax.process_count() == 1:
                 raise
             refused = explain(error) or str(error)
-    found, refused = gather((found, refused))[0]
+    result, refused = gather((result, refused))[0]
     if refused is not None:
         raise UserError(refused)
-    return found
+    return result

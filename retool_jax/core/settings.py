@@ -65,26 +65,26 @@ def words(kind: type) -> dict[str, str]:
     Raises:
       OSError: the source is not at hand.
     """
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if dataclasses.is_dataclass(base):
-            found |= _comments(textwrap.dedent(inspect.getsource(base)))
-    return {field.name: found.get(field.name, '') for field in dataclasses.fields(kind)}
+            comments |= _comments(textwrap.dedent(inspect.getsource(base)))
+    return {field.name: comments.get(field.name, '') for field in dataclasses.fields(kind)}
 
 
 def _comments(source: str) -> dict[str, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     said = {t.start[0]: (t.string.lstrip('# '), t.line.lstrip().startswith('#')) for t in tokens
             if t.type == tokenize.COMMENT}
-    found = {}
+    texts = {}
     for node in ast.parse(source).body[0].body:
         if not isinstance(node, ast.AnnAssign):
             continue
         first = node.lineno
         while said.get(first - 1, ('', False))[1]:
             first -= 1
-        found[node.target.id] = ' '.join(said[line][0] for line in range(first, node.end_lineno + 1) if line in said)
-    return found
+        texts[node.target.id] = ' '.join(said[line][0] for line in range(first, node.end_lineno + 1) if line in said)
+    return texts
 
 
 def to_json(config: Any) -> Any:
@@ -116,20 +116,20 @@ def differences(a: Any, b: Any, ignore: Sequence[str] = (),
     """
     now = renamed or {}
     a, b = {now.get(key, key): value for key, value in _leaves(to_json(a))}, dict(_leaves(to_json(b)))
-    found = {}
+    changed = {}
     for key in [*a, *(k for k in b if k not in a)]:
         if any(key == i or key.startswith(f'{i}.') for i in ignore):
             continue
         left, right = a.get(key, ABSENT), b.get(key, ABSENT)
         same = left == right and isinstance(left, bool) == isinstance(right, bool)
         if not same and not (left != left and right != right):  # NaN equals NaN here
-            found[key] = (left, right)
-    return found
+            changed[key] = (left, right)
+    return changed
 
 
-def describe(found: Mapping[str, tuple[Any, Any]]) -> str:
+def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Writes `differences` on one line: 'key: left, now right; …'."""
-    return '; '.join(f'{key}: {left!r}, now {right!r}' for key, (left, right) in found.items())
+    return '; '.join(f'{key}: {left!r}, now {right!r}' for key, (left, right) in changed.items())
 
 
 def _leaves(node: Any, prefix: str = ''):

@@ -79,11 +79,11 @@ def open_slice(name: str) -> Slice:
 
     describe = lambda name: list(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
     try:
-        found = describe(name)
+        devices = describe(name)
     except Exception as error:  # the compiler's own words, of many types
         raise UserError(f'--topology={name}: {" ".join(str(error).split())[:300]}') from None
     host = f'{match[1]}:2x2' + 'x1' * (match[2].count('x') - 1)
-    return Slice(name, chip, len(found), found, describe(host) if len(found) > chip.host == 4 else None)
+    return Slice(name, chip, len(devices), devices, describe(host) if len(devices) > chip.host == 4 else None)
 
 
 def compiler() -> pathlib.Path | None:

@@ -91,8 +91,8 @@ def beside_arguments(memory, held: bool) -> int:
 
 def needed(text: str) -> int:
     """Bytes that a program of a compiler's out-of-memory message would take; 0 where it names none."""
-    found = re.search(r'Used ([\d.]+)([KMG]) of', text)
-    return int(float(found[1]) * UNITS[found[2]]) if found else 0
+    match = re.search(r'Used ([\d.]+)([KMG]) of', text)
+    return int(float(match[1]) * UNITS[match[2]]) if match else 0
 
 
 def estimate(program: Program, temporaries: int, sent: dict[str, float]) -> Facts:

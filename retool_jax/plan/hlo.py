@@ -113,7 +113,7 @@ class Module:
 
     def collectives(self) -> list[Collective]:
         """Every collective, its repetitions counted; a step of an asynchronous one counts once."""
-        found = []
+        collectives = []
         for name, times in self.runs():
             seen = set()
             for inner, i in self._below(name):
@@ -128,8 +128,8 @@ class Module:
                 sides += [array_bytes(scope[o].shape) for o in i.operands if o in scope]
                 if kind == 'all-reduce' and inner.startswith('all-reduce-scatter'):
                     kind = 'reduce-scatter'
-                found.append(Collective(kind, int(max(sides)), group_size(i.rest), times))
-        return found
+                collectives.append(Collective(kind, int(max(sides)), group_size(i.rest), times))
+        return collectives
 
     def _below(self, name: str) -> Iterator[tuple[str, Instruction]]:
         """Instructions of a computation and of the fusions in it."""

@@ -36,28 +36,28 @@ class Phase:
 def buffers(run: Run) -> dict[str, int]:
     """Every large buffer of a run, bytes on one chip."""
     state, cache = run.state, run.sample_state.cache
-    found = {'policy': per_device(state.params['policy'])}
+    buffers = {'policy': per_device(state.params['policy'])}
     if 'critic' in state.params:
-        found['critic'] = per_device(state.params['critic'])
-    found['optimizer'] = per_device(state.opt_state)
+        buffers['critic'] = per_device(state.params['critic'])
+    buffers['optimizer'] = per_device(state.opt_state)
     if run.loss.needs_reference:
-        found['reference'] = found['policy']
-    found['gradients'] = per_device(state.params)
-    found['sampling weights'] = per_device(run.sampling_params)
-    found['KV cache'] = per_device((cache.k, cache.v))
-    found['slots'] = per_device(run.sample_state) - found['KV cache']  # logits, keys, lengths
+        buffers['reference'] = buffers['policy']
+    buffers['gradients'] = per_device(state.params)
+    buffers['sampling weights'] = per_device(run.sampling_params)
+    buffers['KV cache'] = per_device((cache.k, cache.v))
+    buffers['slots'] = per_device(run.sample_state) - buffers['KV cache']  # logits, keys, lengths
     batch, scores = run.micro
     # The step's batch is split over data × fsdp as its micro-batches are; twice as many rows in the worst case.
     rows = run.sizes.problems_per_step * run.sizes.samples
-    found['batch'] = per_device((batch, scores)) * math.ceil(rows / run.learner.forward.micro_rows)
-    return found
+    buffers['batch'] = per_device((batch, scores)) * math.ceil(rows / run.learner.forward.micro_rows)
+    return buffers
 
 
 def phases(run: Run, facts: Sequence[Facts]) -> list[Phase]:
     """The table of train/residency.py with sizes."""
     sizes, offload = buffers(run), run.sizes.offload
     waiting = {'critic', 'optimizer', 'reference'}
-    found = []
+    phases = []
     for name in PHASES:
         wanted = {'policy', *waiting} if not offload else {'policy', *ON_DEVICE[name]}
         wanted |= {'rollout': {'sampling weights', 'KV cache', 'slots'}, 'score': {'batch'},
@@ -65,8 +65,8 @@ def phases(run: Run, facts: Sequence[Facts]) -> list[Phase]:
         resident = {key: size for key, size in sizes.items() if key in wanted}
         worst = max((f for f in facts if f.phase == name), key=lambda f: f.temporaries)
         refused = tuple(f.name for f in facts if f.phase == name and f.refused)
-        found.append(Phase(name, resident, worst.temporaries, worst.name, refused))
-    return found
+        phases.append(Phase(name, resident, worst.temporaries, worst.name, refused))
+    return phases
 
 
 def policy_update(run: Run, facts: Sequence[Facts]) -> int:
@@ -86,26 +86,26 @@ def tokens_that_fit(run: Run, phase: Phase, hbm: int) -> int:
 
 def remedies(run: Run, phase: Phase, hbm: int) -> list[str]:
     """What to change where a phase does not fit, the cheapest first."""
-    settings, found = run.sampler.settings, []
+    settings, remedies = run.sampler.settings, []
     if not run.sizes.offload and phase.name != 'update':
-        found.append('ppo.offload=True (critic and optimizer wait on the host)')
+        remedies.append('ppo.offload=True (critic and optimizer wait on the host)')
     if phase.name == 'rollout':
         rows = tokens_that_fit(run, phase, hbm) // settings.slots
         if phase.refused:  # what such a program needs is the compiler's guess
             rows = min(rows, settings.rows // 2)
         if rows >= 1:
-            found.append(f'sampler.rows={rows} (now {settings.rows})')
+            remedies.append(f'sampler.rows={rows} (now {settings.rows})')
         else:
-            found.append(f'mesh.tensor={2 * run.mesh.shape["tensor"]} (weights over more chips), or a smaller '
+            remedies.append(f'mesh.tensor={2 * run.mesh.shape["tensor"]} (weights over more chips), or a smaller '
                          f'sampler.slots (now {settings.slots})')
-        return found
+        return remedies
     forward = run.learner.forward
     if forward.remat != 'full':
-        found.append('forward.remat=full')
+        remedies.append('forward.remat=full')
     if forward.micro_rows > run.mesh.shape['data'] * run.mesh.shape['fsdp']:
-        found.append('forward.micro_rows=0 (one row for each device of data × fsdp)')
+        remedies.append('forward.micro_rows=0 (one row for each device of data × fsdp)')
     if phase.name == 'update' and run.sizes.critic == 'backbone':
-        found.append('ppo.critic=head (no second backbone)')
-    found.append(f'mesh.tensor={2 * run.mesh.shape["tensor"]} (rows over more chips), a smaller forward.row_width, '
+        remedies.append('ppo.critic=head (no second backbone)')
+    remedies.append(f'mesh.tensor={2 * run.mesh.shape["tensor"]} (rows over more chips), a smaller forward.row_width, '
                  'or a larger slice')
-    return found
+    return remedies

@@ -42,23 +42,23 @@ class Chosen:
 
 def spread(parts: Sequence[Part], limit: int) -> list[Part]:
     """At most `limit` training parts of each kind, evenly over the run with both ends, and all others."""
-    found: list[Part] = []
+    chosen: list[Part] = []
     for _, same in groupby(sorted(parts), key=lambda p: (p.kind, p.training)):
         same = list(same)
         if same[0].training and len(same) > limit:
             same = [same[round(i * (len(same) - 1) / (limit - 1))] for i in range(limit)]
-        found += same
-    return found
+        chosen += same
+    return chosen
 
 
 def quotas(counts: Sequence[int], limit: int) -> list[int]:
     """How many of each part's episodes to take: all where they fit into `limit`, else an even share."""
-    found, left = [0] * len(counts), limit
+    shares, left = [0] * len(counts), limit
     order = sorted(range(len(counts)), key=lambda i: counts[i])
     for done, i in enumerate(order):  # small parts leave room for the others
-        found[i] = min(counts[i], left // (len(order) - done))
-        left -= found[i]
-    return found
+        shares[i] = min(counts[i], left // (len(order) - done))
+        left -= shares[i]
+    return shares
 
 
 def choose(part: Part, transcripts: Sequence[Transcript], share: int) -> list[Chosen]:
@@ -99,11 +99,11 @@ def dump(value: Any) -> str:
 
 
 def _arrays(run: Run, chosen: Sequence[Chosen]) -> dict[tuple[Part, int], Arrays]:
-    found = {}
+    arrays = {}
     for part, same in groupby(sorted(chosen, key=lambda c: (c.part, c.number)), key=lambda c: c.part):
         numbers = [c.number for c in same]
-        found |= {(part, n): a for n, a in zip(numbers, run.arrays(part, numbers))}
-    return found
+        arrays |= {(part, n): a for n, a in zip(numbers, run.arrays(part, numbers))}
+    return arrays
 
 
 def _index(run: Run, shown: Sequence[Chosen], ids: Sequence[int]) -> dict[str, Any]:
@@ -157,10 +157,10 @@ def _body(transcript: Transcript, arrays: Arrays | None) -> dict[str, Any]:
 
 def _runs(column: np.ndarray) -> list[int]:
     """Run lengths: [value, count, value, count, …]."""
-    found: list[int] = []
+    runs: list[int] = []
     for value, same in groupby(column.tolist()):
-        found += [value, sum(1 for _ in same)]
-    return found
+        runs += [value, sum(1 for _ in same)]
+    return runs
 
 
 def _clip(text: str) -> str:

@@ -124,11 +124,11 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def _smooth(place: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """A centred running mean over a twentieth of the line."""
     reach = max(2, len(place) // 40)
-    found = []
+    smoothed = []
     for i, (x, _) in enumerate(place):
         near = place[max(0, i - reach):i + reach + 1]
-        found.append((x, sum(y for _, y in near) / len(near)))
-    return found
+        smoothed.append((x, sum(y for _, y in near) / len(near)))
+    return smoothed
 
 
 def _path(place: Sequence[tuple[float, float]]) -> str:

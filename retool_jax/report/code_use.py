@@ -92,16 +92,16 @@ def _purposes(uses: Uses, training: Mapping[str, Sequence[tuple[Part, CodeUse]]]
             for title, some in (('first steps', rows[:edge]), ('last steps', rows[-edge:])):
                 for _, use in some:
                     counts.setdefault(f'{labels.kind(kind)[0]}, {title}', collections.Counter()).update(use.purposes)
-    counts = {title: found for title, found in counts.items() if found}
+    counts = {title: tally for title, tally in counts.items() if tally}
     if not counts:
         return ''
-    seen = [p for p in PURPOSES if any(found[p] for found in counts.values())]
+    seen = [p for p in PURPOSES if any(tally[p] for tally in counts.values())]
     legend = ''.join(f'<span title="{escape(PURPOSES[p])}"><i class="swatch p-{p}"></i>{p}</span>' for p in seen)
     rows = []
-    for title, found in counts.items():
-        total = found.total()
-        parts = ''.join(f'<i class="p-{p}" style="width:{100 * found[p] / total:.3f}%" '
-                        f'title="{p}: {found[p]:,} ({100 * found[p] / total:.1f} %)"></i>' for p in seen if found[p])
+    for title, tally in counts.items():
+        total = tally.total()
+        parts = ''.join(f'<i class="p-{p}" style="width:{100 * tally[p] / total:.3f}%" '
+                        f'title="{p}: {tally[p]:,} ({100 * tally[p] / total:.1f} %)"></i>' for p in seen if tally[p])
         rows.append(f'<tr><th scope="row">{escape(title)}</th><td>{total:,}</td>'
                     f'<td class="bars"><div class="share">{parts}</div></td></tr>')
     rules = ''.join(f'<dt><i class="swatch p-{p}"></i>{p}</dt><dd>{escape(rule)}</dd>' for p, rule in PURPOSES.items())

@@ -57,11 +57,11 @@ def paint(episode: Episode, tokenizer: Tokenizer) -> Ink:
 
 def _split(text: str) -> Iterator[tuple[str, str]]:
     position = 0
-    for found in _MARKED.finditer(text):
-        if found.start() > position:
-            yield 'model', text[position:found.start()]
-        yield found.lastgroup, found[0]
-        position = found.end()
+    for match in _MARKED.finditer(text):
+        if match.start() > position:
+            yield 'model', text[position:match.start()]
+        yield match.lastgroup, match[0]
+        position = match.end()
     if position < len(text):
         yield 'model', text[position:]
 

@@ -135,9 +135,9 @@ class Run:
         path = self.directory / 'episodes' / f'{part.name}.npz'
         if not path.exists():
             return
-        with np.load(path, allow_pickle=False) as found:
-            offsets = found['offsets']
-            columns = [found[name] for name in ('tokens', 'acted', 'logprobs', 'versions')]
+        with np.load(path, allow_pickle=False) as stored:
+            offsets = stored['offsets']
+            columns = [stored[name] for name in ('tokens', 'acted', 'logprobs', 'versions')]
         for i in chosen:
             yield Arrays(*(column[offsets[i]:offsets[i + 1]] for column in columns))
 
@@ -158,10 +158,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding='utf-8'))
+        summary = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise UserError(f'{path}: not JSON ({error}): remove it or write it anew') from error
-    return found if isinstance(found, dict) else {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _point(line: dict[str, Any]) -> Point:

@@ -16,13 +16,13 @@ def score_blocks(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every scored model (or set, in an evaluation run) of a summary: {name: {'avg': …, 'ci': …, …}}."""
     if 'avg' in summary:
         return {'score': summary}
-    found = {name: block for name, block in summary.items() if isinstance(block, dict) and 'avg' in block}
-    if not found:
+    blocks = {name: block for name, block in summary.items() if isinstance(block, dict) and 'avg' in block}
+    if not blocks:
         for block in summary.values():
             if isinstance(block, dict):
-                found |= {name: b for name, b in block.items() if isinstance(b, dict) and 'avg' in b}
+                blocks |= {name: b for name, b in block.items() if isinstance(b, dict) and 'avg' in b}
     order = list(MODELS)
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in MODELS else len(order)))
+    return dict(sorted(blocks.items(), key=lambda item: order.index(item[0]) if item[0] in MODELS else len(order)))
 
 
 def tiles(summary: dict[str, Any]) -> str:

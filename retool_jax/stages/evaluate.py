@@ -144,32 +144,33 @@ def times(episodes: Sequence[Episode]) -> dict[str, float]:
     return {f'tools/seconds_p{p}': waits[(len(waits) - 1) * p // 100] for p in (50, 99)} if waits else {}
 
 
-def show(name: str, found: dict) -> None:
+def show(name: str, scores: dict) -> None:
     """Prints scores with intervals, what else is known of the episodes and calls, and each problem."""
-    percent, k = lambda x: f'{100 * x:.1f} %', found['k']
-    rows = [(title, percent(found[key]), ' – '.join(percent(x) for x in found[ci])) for title, key, ci in (
+    percent, k = lambda x: f'{100 * x:.1f} %', scores['k']
+    rows = [(title, percent(scores[key]), ' – '.join(percent(x) for x in scores[ci])) for title, key, ci in (
         (f'avg@{k}', 'avg', 'ci'), (f'pass@{k}', 'pass', 'pass_ci'), (f'maj@{k}', 'maj', 'maj_ci'),
         (f'avg@{k}, exact string', 'exact', 'exact_ci'), (f'avg@{k}, lenient rule', 'lenient', 'lenient_ci'))]
-    rows += [(f'pass@{j}', percent(value), '') for j, value in found['pass_at'].items() if int(j) != k]
-    console.table(f'{name}: {found["problems"]} problems × {k} samples', ('score', 'value', '95 % interval'), rows)
-    episodes = found['problems'] * k
+    rows += [(f'pass@{j}', percent(value), '') for j, value in scores['pass_at'].items() if int(j) != k]
+    console.table(f'{name}: {scores["problems"]} problems × {k} samples', ('score', 'value', '95 % interval'), rows)
+    episodes = scores['problems'] * k
     of_all = lambda counts: ', '.join(f'{n} {word}' for word, n in counts.items()) or '–'
     console.table('', (f'{episodes} episodes', ''), [
-        ('answered in form', percent(found['format'])), ('cut off at the budget (LENGTH)', percent(found['truncated'])),
-        ('void', percent(found['void'])), ('ended by', of_all(found['stops'])),
-        ('tokens written', f'{found["length"]:.0f}'), ('turns', f'{found["turns"]:.2f}'),
-        ('ran code', percent(found['code_ratio'])), ('calls', f'{found["calls"]:.2f}'),
-        ('calls that failed', percent(found['call_failures'])), ('verdicts of calls', of_all(found['verdicts']))])
-    if len(found['families']) > 1:
-        console.table('', ('family', f'avg@{k}'), [(f, percent(x)) for f, x in found['families'].items()])
-    if len(found['by_problem']) > LISTED:
-        print(f'The {len(found["by_problem"])} problems stand in summary.json and in the report.')
+        ('answered in form', percent(scores['format'])),
+        ('cut off at the budget (LENGTH)', percent(scores['truncated'])),
+        ('void', percent(scores['void'])), ('ended by', of_all(scores['stops'])),
+        ('tokens written', f'{scores["length"]:.0f}'), ('turns', f'{scores["turns"]:.2f}'),
+        ('ran code', percent(scores['code_ratio'])), ('calls', f'{scores["calls"]:.2f}'),
+        ('calls that failed', percent(scores['call_failures'])), ('verdicts of calls', of_all(scores['verdicts']))])
+    if len(scores['families']) > 1:
+        console.table('', ('family', f'avg@{k}'), [(f, percent(x)) for f, x in scores['families'].items()])
+    if len(scores['by_problem']) > LISTED:
+        print(f'The {len(scores["by_problem"])} problems stand in summary.json and in the report.')
         return
     shares = ('avg', 'maj', 'exact', 'lenient', 'code', 'truncated')
     columns = ('problem, %', f'avg@{k}', 'maj', 'exact', 'lenient', 'code', 'LENGTH', 'tokens', 'gold', 'answer')
     console.table('', columns, [
         (problem, *(f'{100 * r[key]:.0f}' for key in shares), f'{r["length"]:.0f}', _brief(r['gold']),
-         _brief(r['answer']) or '–') for problem, r in found['by_problem'].items()])
+         _brief(r['answer']) or '–') for problem, r in scores['by_problem'].items()])
 
 
 def _brief(text: str) -> str:

@@ -50,8 +50,8 @@ def is_no_answer(gold: str) -> bool:
 def last_integer(text: str) -> str | None:
     """The last integer of the last line that is not blank."""
     lines = text.rstrip().splitlines()
-    found = _INTEGER.findall(lines[-1]) if lines else []
-    return found[-1] if found else None
+    integers = _INTEGER.findall(lines[-1]) if lines else []
+    return integers[-1] if integers else None
 
 
 def normalise(answer: str) -> str:

@@ -113,9 +113,9 @@ def _result(turns: list[Turn], i: int) -> str | None:
         return None
     answered = any(t.role == 'assistant' for t in turns[:i])
     for wrapping in (re.compile(r'\s*<interpreter>\n?(.*?)\n?</interpreter>\s*', re.DOTALL), _RESPONSE, _OUTPUT):
-        found = wrapping.fullmatch(turn.text.strip())
-        if found and answered:
-            return found[1]
+        match = wrapping.fullmatch(turn.text.strip())
+        if match and answered:
+            return match[1]
     before = turns[i - 1]
     called = answered and (before.calls or before.text.rstrip().endswith('</code>') or _open(before.text))
     return turn.text if turn.role == 'tool' or called else None
@@ -137,7 +137,7 @@ def _read(messages: object, where: str, field: str) -> list[Turn]:
         if name == 'function_call':
             text, calls = '', [_code(text, where, field)]
         elif ROLES[name] == 'assistant':
-            calls = [_code(found, where, field) for found in _CALL.findall(text)] + calls
+            calls = [_code(call, where, field) for call in _CALL.findall(text)] + calls
             text = _CALL.sub('', text).rstrip() if calls else text
         turns.append(Turn(ROLES[name], text, tuple(calls)))
     return turns

@@ -56,9 +56,9 @@ def file_of(where: str, path: pathlib.Path) -> str:
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files of a set, by name; of a folder as it comes from the hub those below `data/`, or its one subfolder's."""
     entries = sorted(f for f in folder.iterdir() if not f.name.startswith('.'))
-    found = [f for f in entries if f.is_file() and kind_of(f) and f.name not in ABOUT]
-    if found:
-        return found
+    readable = [f for f in entries if f.is_file() and kind_of(f) and f.name not in ABOUT]
+    if readable:
+        return readable
     inner = [f for f in entries if f.is_dir() and any(kind_of(g) and g.is_file() for g in f.iterdir())]
     inner = [f for f in inner if f.name == 'data'] or inner
     if len(inner) == 1:

@@ -36,17 +36,17 @@ def join(rewritten: Sequence[tuple[Problem, str]], ids: set[str], golds: Iterabl
     for problem in golds:
         known.setdefault(_asked(problem.question), set()).add(problem.answer)
     sure = {question: answers.pop() for question, answers in known.items() if len(answers) == 1}
-    found, left = [], set()
+    joined, left = [], set()
     for problem, text in rewritten:
         if problem.id in ids and (gold := sure.get(_asked(problem.question))) is None:
             left.add(problem.id)
         elif problem.id in ids:
             problem = Problem(problem.id, problem.question, gold, problem.source, problem.family)
-        found.append((problem, text))
+        joined.append((problem, text))
     if ids and left == ids:
         raise UserError('golds: no question of this file is that of a trace without a gold answer of its own; name the '
                         'problem file that the traces were written for')
-    return found, left
+    return joined, left
 
 
 def _asked(question: str) -> str:

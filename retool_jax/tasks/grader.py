@@ -84,8 +84,8 @@ class Grader:
         box = answers.last_box(text)
         verdict = Verdict(False) if box is None else self.judge(box, gold)
         lenient = verdict.equal or any(
-            found is not None and self.equal(found, gold)
-            for found in (answers.last_box(whole) if whole is not text else None, answers.last_integer(whole))
+            given is not None and self.equal(given, gold)
+            for given in (answers.last_box(whole) if whole is not text else None, answers.last_integer(whole))
         )
         exact = box is not None and answers.normalise(box) == answers.normalise(gold)
         value = shape(verdict.equal, self.style, calls)

@@ -42,22 +42,22 @@ def read(text: str) -> sympy.Expr:
     if _DERIVATIVE.search(text):
         raise Unreadable('a derivative')
     parser = _Parser(text)
-    found = parser.sum()
+    expression = parser.sum()
     if parser.kind:
         raise Unreadable(f'{parser.text!r} is left over')
-    return found
+    return expression
 
 
 def _read_calculus(text: str) -> sympy.Expr:
     from latex2sympy2_extended import latex2sympy
 
     try:
-        found = latex2sympy(text, normalization_config=None).doit()
+        expression = latex2sympy(text, normalization_config=None).doit()
     except Exception as error:  # whatever its parser raises
         raise Unreadable(str(error)[:80]) from None
-    if not isinstance(found, sympy.Expr) or found.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit):
+    if not isinstance(expression, sympy.Expr) or expression.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit):
         raise Unreadable('no closed form')
-    return found
+    return expression
 
 
 class _Parser:

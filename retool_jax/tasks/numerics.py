@@ -92,10 +92,10 @@ def same(a: sympy.Expr, b: sympy.Expr, decimal: bool = False) -> bool:
 def _agree(a: sympy.Expr, b: sympy.Expr, working: int, digits: int) -> bool:
     """Whether values agree at all points where both are real, or at all where they have values if too few are."""
     with mpmath.workdps(working):
-        found = list(filter(None, (_at(a, b, point) for point in points(a, b))))
+        computed = list(filter(None, (_at(a, b, point) for point in points(a, b))))
         lost = mpmath.mpf(10) ** (15 - working)  # what cancellation may leave of a part that vanishes
-        real = [pair for pair in found if all(abs(mpmath.im(v)) <= lost * abs(v) for v in pair)]
-        pairs = real if len(real) >= 2 else found
+        real = [pair for pair in computed if all(abs(mpmath.im(v)) <= lost * abs(v) for v in pair)]
+        pairs = real if len(real) >= 2 else computed
         return bool(pairs) and all(
             near(x, y, digits) or (max(abs(x), abs(y)) < lost and sympy.simplify(a - b) == 0) for x, y in pairs)
 

@@ -110,7 +110,7 @@ def _matching(text: str) -> int:
 
 def _split(text: str, marks) -> tuple[list[str], list[str]]:
     """A text cut at marks that stand outside brackets, and the marks; a run '⟦ and ⟧' is the mark '⟦and⟧'."""
-    parts, found, depth, start = [], [], 0, 0
+    parts, separators, depth, start = [], [], 0, 0
     for match in _UNIT.finditer(text):
         unit = match[0]
         if unit in _OPEN:
@@ -121,10 +121,10 @@ def _split(text: str, marks) -> tuple[list[str], list[str]]:
             mark = '⟦' + unit[1:-1].strip(' ,').lower() + '⟧' if unit.startswith('⟦') else unit
             if mark in marks:
                 parts.append(text[start : match.start()])
-                found.append(mark)
+                separators.append(mark)
                 start = match.end()
     parts.append(text[start:])
-    return [p.strip() for p in parts], found
+    return [p.strip() for p in parts], separators
 
 
 def _read_form(text: str) -> Value | None:
@@ -210,8 +210,8 @@ def _read_relation(sides: list[str], signs: list[str], depth: int) -> Value:
 
 def _read_set(text: str, depth: int) -> sympy.Set:
     for marks in ((r'\cup',), (r'\setminus', r'\backslash'), (r'\cap',)):
-        parts, found = _split(text, marks)
-        if found:
+        parts, separators = _split(text, marks)
+        if separators:
             sets = [_read_set(part, depth + 1) for part in parts]
             if marks[0] == r'\setminus':
                 return sets[0] - sympy.Union(*sets[1:])
@@ -359,11 +359,11 @@ def _repeating(text: str) -> Number | None:
     whole, part, *blocks = match.groups()
     block = next(filter(None, blocks), '')
     if not block:
-        found = re.search(r'(\d+?)\1\1+$|(\d\d+)\2$', part)
-        if not found:
+        repetend = re.search(r'(\d+?)\1\1+$|(\d\d+)\2$', part)
+        if not repetend:
             return _plain(f'{whole}.{part}')
-        block = found[1] or found[2]
-        part = part[: found.start()]
+        block = repetend[1] or repetend[2]
+        part = part[: repetend.start()]
     sign, whole = (-1 if whole.startswith('-') else 1), whole.lstrip('+-') or '0'
     nines = (10 ** len(block) - 1) * 10 ** len(part)
     value = sympy.Rational(int(whole + part + block) - int(whole + part), nines)

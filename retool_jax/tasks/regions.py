@@ -43,13 +43,13 @@ def _of_relation(value: Relation) -> sympy.Set | None:
         return None
     real = sympy.Symbol('x', real=True)
     sides = [s.xreplace({symbols.copy().pop(): real}) for s in sides]
-    found = sympy.S.Reals
+    region = sympy.S.Reals
     for left, sign, right in zip(sides, value.signs, sides[1:]):
         solved = _solve(left, sign, right, real)
         if solved is None:
             return None
-        found = sympy.Intersection(found, solved)
-    return found
+        region = sympy.Intersection(region, solved)
+    return region
 
 
 def _solve(left: sympy.Expr, sign: str, right: sympy.Expr, symbol: sympy.Symbol) -> sympy.Set | None:
@@ -59,9 +59,9 @@ def _solve(left: sympy.Expr, sign: str, right: sympy.Expr, symbol: sympy.Symbol)
     try:
         if sign in ('=', '!='):
             roots = sympy.solveset(left - right, symbol, sympy.S.Reals)
-            found = roots if sign == '=' else sympy.S.Reals - roots
+            region = roots if sign == '=' else sympy.S.Reals - roots
         else:
-            found = sympy.solve_univariate_inequality(relation, symbol, relational=False)
+            region = sympy.solve_univariate_inequality(relation, symbol, relational=False)
     except Exception:  # whatever sympy raises at an inequality that it cannot solve
         return None
-    return None if found.has(sympy.ConditionSet) else found
+    return None if region.has(sympy.ConditionSet) else region

@@ -222,13 +222,13 @@ def _unpacked(value: object) -> object:
     """A list or a record that was written as JSON into a text; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ('[', '{'):
         try:
-            found = json.loads(value)
+            unpacked = json.loads(value)
         except (ValueError, RecursionError):
             return value
-        return found if isinstance(found, list | dict) else value
+        return unpacked if isinstance(unpacked, list | dict) else value
     return value
 
 
 def _nothing(wanted: tuple[str, ...], names: Mapping[str, str], where: str) -> UserError:
-    found = ', '.join(names.values())
-    return UserError(f'{where}: none of the fields {", ".join(wanted)} is there (found: {found})')
+    present = ', '.join(names.values())
+    return UserError(f'{where}: none of the fields {", ".join(wanted)} is there (found: {present})')

@@ -82,10 +82,10 @@ def names(sources: Sequence[Source]) -> list[str]:
     """What tells sources apart: of paths as many last parts as it takes, of a list its number."""
     paths = [pathlib.Path(s).absolute() if isinstance(s, str | pathlib.Path) else pathlib.Path(str(number))
              for number, s in enumerate(sources)]
-    depth, found = 0, {}
-    while len(set(found)) < len(set(paths)):
+    depth, named = 0, {}
+    while len(set(named)) < len(set(paths)):
         depth += 1
-        found = {'/'.join(path.parts[-depth:]): path for path in paths}
+        named = {'/'.join(path.parts[-depth:]): path for path in paths}
     return ['/'.join(path.parts[-depth:]) for path in paths]
 
 
@@ -99,9 +99,9 @@ def leave_out(datasets: Sequence[grain.MapDataset], fault: Callable[[Problem], s
     """The datasets without the problems in which `fault` finds something, and those with what it is."""
     kept, left = [], []
     for dataset in datasets:
-        found = [(problem, fault(problem)) for problem in once(dataset)]
-        left += [(problem, text) for problem, text in found if text]
-        indices = [i for i, (_, text) in enumerate(found) if not text]
+        verdicts = [(problem, fault(problem)) for problem in once(dataset)]
+        left += [(problem, text) for problem, text in verdicts if text]
+        indices = [i for i, (_, text) in enumerate(verdicts) if not text]
         kept.append(dataset if len(indices) == len(dataset) else
                     grain.MapDataset.source(indices).map(dataset.__getitem__))
     return kept, left

@@ -51,8 +51,8 @@ def winners(episodes: Sequence[Episode], equal: Equal) -> list[Episode]:
 def majority(episodes: Sequence[Episode], equal: Equal | None = None) -> float:
     """Whether the most frequent answer of one problem is right; ties share. `equal` as in `summarise`."""
     with _judging(equal) as equal:
-        found = winners(episodes, equal)
-    return sum(e.reward.correct for e in found) / max(len(found), 1)
+        most_frequent = winners(episodes, equal)
+    return sum(e.reward.correct for e in most_frequent) / max(len(most_frequent), 1)
 
 
 @contextlib.contextmanager
@@ -122,12 +122,14 @@ def summarise(episodes: Sequence[Episode], equal: Equal | None = None) -> dict:
 def _record(group: Sequence[Episode], equal: Equal) -> dict:
     """What is known of one problem: shares of its samples, the gold answer and the most frequent one."""
     share = lambda pick: float(np.mean([float(pick(e)) for e in group]))
-    found = winners(group, equal)
+    most_frequent = winners(group, equal)
     return {
-        'avg': share(lambda e: e.reward.correct), 'maj': sum(e.reward.correct for e in found) / max(len(found), 1),
+        'avg': share(lambda e: e.reward.correct),
+        'maj': sum(e.reward.correct for e in most_frequent) / max(len(most_frequent), 1),
         'exact': share(lambda e: e.reward.exact),
         'lenient': share(lambda e: e.reward.lenient), 'gold': group[0].problem.answer,
-        'answer': found[0].reward.answer[:LONGEST_ANSWER] if found else '', 'family': group[0].problem.family,
+        'answer': most_frequent[0].reward.answer[:LONGEST_ANSWER] if most_frequent else '',
+        'family': group[0].problem.family,
         'code': share(lambda e: any(c.code for c in e.calls)), 'calls': share(lambda e: len(e.calls)),
         'length': share(lambda e: e.acted_count), 'truncated': share(lambda e: e.stop == Stop.LENGTH),
     }
@@ -142,7 +144,7 @@ def _tally(values: Iterable) -> dict[str, int]:
     return {str(value): count for value, count in sorted(collections.Counter(values).items())}
 
 
-def as_metrics(name: str, found: dict) -> dict[str, float]:
+def as_metrics(name: str, scores: dict) -> dict[str, float]:
     """The scores of `summarise` under their names in metrics.jsonl."""
-    k = found['k']
-    return {f'val/{name}/{kind}@{k}': found[kind] for kind in ('avg', 'pass', 'maj')}
+    k = scores['k']
+    return {f'val/{name}/{kind}@{k}': scores[kind] for kind in ('avg', 'pass', 'maj')}
