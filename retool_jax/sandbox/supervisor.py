@@ -231,12 +231,13 @@ class Supervisor:
             self._break()
 
     def _run_short(self, error: OSError | None = None) -> None:
-        """A child could not be taken in. Without descriptors there are no more of them than now for the moment."""
+        """A child could not be taken in. Without descriptors no more than are alive are tried until the next second."""
         alive = self._alive()
-        if alive and (error is None or error.errno in (errno.EMFILE, errno.ENFILE)):
+        scarce = error is None or error.errno in (errno.EMFILE, errno.ENFILE)
+        if scarce:
             self.room = min(self.room, alive)
             print(f'sandbox: out of descriptors with {self.room} children', file=sys.stderr)
-        else:
+        if not (scarce and alive):
             self._complain(str(error or 'no descriptor is left (ulimit -n)'))
 
     def _alive(self) -> int:

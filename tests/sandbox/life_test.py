@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pathlib
+import random
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,9 +17,10 @@ import pytest
 
 from retool_jax.core.records import Verdict
 from retool_jax.sandbox import pool as pool_lib
+from retool_jax.sandbox.cgroups import start_time
 from retool_jax.sandbox.frames import pack
 from retool_jax.sandbox.job import Job
-from retool_jax.sandbox.pool import Pool, PoolFull
+from retool_jax.sandbox.pool import Pool, PoolFull, run_all
 from tests.sandbox.conftest import children_of
 from tests.sandbox.given import LIMITS, tiny
 
@@ -149,3 +155,156 @@ def test_cancelling_at_any_time_frees_the_window():
         [t.join() for t in threads]
         assert pool.submit('print(2)').result(60).stdout == '2\n'
         assert pool._sent == pool._bytes == pool.stats()['waiting'] == 0
+
+
+def _workers(pool: Pool) -> list[int]:
+    """Pids of nsjail and of the zygotes below it; a snippet that is killed itself is told so, not run again."""
+    with open(f'/proc/{pool._process.pid}/task/{pool._process.pid}/children') as file:
+        jails = [int(pid) for pid in file.read().split()]
+    zygotes = []
+    for pid in jails:
+        with contextlib.suppress(OSError), open(f'/proc/{pid}/task/{pid}/children') as file:
+            zygotes += [int(pid) for pid in file.read().split()]
+    return jails + zygotes
+
+
+def _survives_kills(count: int, seed: int) -> None:
+    rng = random.Random(seed)
+    with Pool(tiny(zygotes=2, retries=50, **LIMITS)) as pool:
+        futures = [
+            pool.submit(f'import time\ntime.sleep({rng.random() * 0.02})\nprint({i} ** 2)') for i in range(count)
+        ]
+        struck_at = 0  # snippets done when the last worker was killed
+        while (done := sum(f.done() for f in futures)) < count:
+            # Only a pool that answers again is struck again: one that is killed faster than it starts gives up.
+            if done > struck_at and (workers := _workers(pool)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(workers), signal.SIGKILL)
+                    struck_at = done
+            time.sleep(0.05 + rng.random() * 0.5 * (struck_at == done))
+        assert [f.result().stdout for f in futures] == [f'{i**2}\n' for i in range(count)]
+        stats = pool.stats()
+        assert stats['respawned'] > 0 and stats['verdicts'] == {'ok': count}
+
+
+def test_killed_workers_lose_no_snippet():
+    _survives_kills(150, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_workers_lose_none_of_2000_snippets():
+    _survives_kills(2000, seed=1)
+
+
+def test_a_killed_supervisor_is_replaced():
+    with Pool(tiny(zygotes=1, **LIMITS)) as pool:
+        first = pool._process.pid
+        futures = [pool.submit(f'import time\ntime.sleep(0.05)\nprint({i})') for i in range(20)]
+        time.sleep(0.2)
+        os.kill(first, signal.SIGKILL)
+        assert [f.result(120).stdout for f in futures] == [f'{i}\n' for i in range(20)]
+        assert pool._process.pid != first
+        assert not _alive_groups(first)
+
+
+def _alive_groups(pid: int) -> list[pathlib.Path]:
+    """Control groups of a supervisor that still exist."""
+    return [p for p in pathlib.Path('/sys/fs/cgroup').glob(f'**/retool_jax_{pid}_*')]
+
+
+TRAINER = """
+import os, sys, time
+from retool_jax.sandbox.pool import Pool
+from tests.sandbox.given import tiny
+pool = Pool(tiny()).start()
+futures = [pool.submit('import os\\nos.fork()\\nwhile True: pass') for _ in range(4)]
+time.sleep(1)
+print(pool._process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_nothing_survives_a_killed_trainer(number):
+    root = str(pathlib.Path(__file__).parents[2])
+    trainer = subprocess.Popen(
+        [sys.executable, '-c', TRAINER],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, 'PYTHONPATH': root},
+    )
+    with trainer, trainer.stdout:
+        supervisor = int(trainer.stdout.readline())
+        below = {pid: start_time(pid) for pid in [supervisor, *children_of(supervisor)]}
+        assert len(below) > 6
+        trainer.send_signal(number)
+        trainer.wait(30)
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid, born in below.items() if born and start_time(pid) == born]:
+        assert time.monotonic() < deadline, f'{len(alive)} processes survive'
+        time.sleep(0.05)
+    while groups := _alive_groups(supervisor):
+        assert time.monotonic() < deadline, groups
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_single_zygote_may_be_recycled_or_killed_again_and_again():
+    with Pool(tiny(zygotes=1, spares=4, recycle=6, **LIMITS)) as pool:
+        for _ in range(3):
+            recycled = pool.stats().get('recycled', 0)
+            while pool.stats().get('recycled', 0) == recycled:
+                assert [r.stdout for r in run_all(pool, ['print(1)', 'print(2)'])] == ['1\n', '2\n']
+        for i in range(4):
+            os.kill(_workers(pool)[0], signal.SIGKILL)
+            assert pool.submit(f'print({i})').result(60).stdout == f'{i}\n'
+
+
+def test_a_snippet_behind_thousands_of_cancelled_ones_waits_for_none_of_them():
+    count = 16000
+    with Pool(tiny(**SMALL | {'wall_s': 300.0})) as pool:
+        blocking = pool.submit('import time\ntime.sleep(300)')
+        futures = [pool.submit('print(1)') for _ in range(count)]
+        random.Random(0).shuffle(futures)
+        before = time.process_time(), _cpu_s(pool._process.pid)
+        assert all(future.cancel() for future in futures)
+        last = pool.submit('print(2)')
+        assert blocking.cancel() and last.result(60).stdout == '2\n'
+        # A walk through the queue for each of them would take 10⁸ steps. CPU time means the same on a busy machine.
+        assert time.process_time() - before[0] < 4.0 and _cpu_s(pool._process.pid) - before[1] < 1.0
+        assert pool.stats()['waiting'] == pool._sent == pool._bytes == 0
+
+
+def _cpu_s(pid: int) -> float:
+    with open(f'/proc/{pid}/stat') as file:
+        return sum(map(int, file.read().rpartition(')')[2].split()[11:13])) / os.sysconf('SC_CLK_TCK')
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='limits of another process')
+def test_descriptors_that_do_not_arrive_cost_no_snippet_and_no_worker(capfd):
+    """A message whose descriptors the kernel had to leave out (MSG_CTRUNC): the child is let go, all others go on."""
+    with Pool(tiny(**SMALL | {'spares': 4, 'concurrency': 4})) as pool:
+        assert [r.stdout for r in run_all(pool, ['print(1)'] * 16)] == ['1\n'] * 16  # their groups are made
+        supervisor = pool._process.pid
+        limits = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+        for more in range(5):  # a child holds five: a message is cut short at each of them once
+            few = max(_descriptors_at_rest(supervisor)) + 1 + more
+            resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (few, limits[1]))
+            results = run_all(pool, ['import time\ntime.sleep(0.1)\nprint(2)'] * 8)
+            resource.prlimit(supervisor, resource.RLIMIT_NOFILE, limits)
+            assert [r.stdout for r in results] == ['2\n'] * 8, more
+        assert pool._process.pid == supervisor and pool.stats()['respawned'] == 0
+    told = capfd.readouterr().err
+    assert 'out of descriptors' in told and 'Traceback' not in told
+
+
+def _descriptors_at_rest(supervisor: int) -> set[int]:
+    """Numbers in use when four spares wait beside their zygote and nsjail, and nothing is on its way."""
+    used, since = set(), time.monotonic()
+    while time.monotonic() - since < 0.5:
+        now = {int(name) for name in os.listdir(f'/proc/{supervisor}/fd')}
+        if now != used or len(children_of(supervisor)) != 6:
+            used, since = now, time.monotonic()
+        time.sleep(0.02)
+    return used

@@ -1,26 +1,20 @@
-"""The pool: state, concurrency, cancellation, determinism, and deaths of every part."""
+"""The pool: state, concurrency, cancellation, determinism."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import pathlib
-import random
 import resource
-import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
 from retool_jax.core.records import Verdict
-from retool_jax.sandbox.cgroups import start_time
 from retool_jax.sandbox.pool import Job, Pool, PoolFull, run_all
-from tests.sandbox.conftest import children_of
 from tests.sandbox.given import LIMITS, tiny
 
 SAME_EVERYWHERE = """
@@ -239,98 +233,6 @@ def test_preload_of_a_missing_module_ends_in_a_reason_and_not_in_a_hang():
         pass
 
 
-def _workers(pool: Pool) -> list[int]:
-    """Pids of nsjail and of the zygotes below it; a snippet that is killed itself is told so, not run again."""
-    with open(f'/proc/{pool._process.pid}/task/{pool._process.pid}/children') as file:
-        jails = [int(pid) for pid in file.read().split()]
-    zygotes = []
-    for pid in jails:
-        with contextlib.suppress(OSError), open(f'/proc/{pid}/task/{pid}/children') as file:
-            zygotes += [int(pid) for pid in file.read().split()]
-    return jails + zygotes
-
-
-def _survives_kills(count: int, seed: int) -> None:
-    rng = random.Random(seed)
-    with Pool(tiny(zygotes=2, retries=50, **LIMITS)) as pool:
-        futures = [
-            pool.submit(f'import time\ntime.sleep({rng.random() * 0.02})\nprint({i} ** 2)') for i in range(count)
-        ]
-        struck_at = 0  # snippets done when the last worker was killed
-        while (done := sum(f.done() for f in futures)) < count:
-            # Only a pool that answers again is struck again: one that is killed faster than it starts gives up.
-            if done > struck_at and (workers := _workers(pool)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(rng.choice(workers), signal.SIGKILL)
-                    struck_at = done
-            time.sleep(0.05 + rng.random() * 0.5 * (struck_at == done))
-        assert [f.result().stdout for f in futures] == [f'{i**2}\n' for i in range(count)]
-        stats = pool.stats()
-        assert stats['respawned'] > 0 and stats['verdicts'] == {'ok': count}
-
-
-def test_killed_workers_lose_no_snippet():
-    _survives_kills(150, seed=0)
-
-
-@pytest.mark.slow
-def test_killed_workers_lose_none_of_2000_snippets():
-    _survives_kills(2000, seed=1)
-
-
-def test_a_killed_supervisor_is_replaced():
-    with Pool(tiny(zygotes=1, **LIMITS)) as pool:
-        first = pool._process.pid
-        futures = [pool.submit(f'import time\ntime.sleep(0.05)\nprint({i})') for i in range(20)]
-        time.sleep(0.2)
-        os.kill(first, signal.SIGKILL)
-        assert [f.result(120).stdout for f in futures] == [f'{i}\n' for i in range(20)]
-        assert pool._process.pid != first
-        assert not _alive_groups(first)
-
-
-def _alive_groups(pid: int) -> list[pathlib.Path]:
-    """Control groups of a supervisor that still exist."""
-    return [p for p in pathlib.Path('/sys/fs/cgroup').glob(f'**/retool_jax_{pid}_*')]
-
-
-TRAINER = """
-import os, sys, time
-from retool_jax.sandbox.pool import Pool
-from tests.sandbox.given import tiny
-pool = Pool(tiny()).start()
-futures = [pool.submit('import os\\nos.fork()\\nwhile True: pass') for _ in range(4)]
-time.sleep(1)
-print(pool._process.pid, flush=True)
-time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize('number', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_nothing_survives_a_killed_trainer(number):
-    root = str(pathlib.Path(__file__).parents[2])
-    trainer = subprocess.Popen(
-        [sys.executable, '-c', TRAINER],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=root,
-        env={**os.environ, 'PYTHONPATH': root},
-    )
-    with trainer, trainer.stdout:
-        supervisor = int(trainer.stdout.readline())
-        below = {pid: start_time(pid) for pid in [supervisor, *children_of(supervisor)]}
-        assert len(below) > 6
-        trainer.send_signal(number)
-        trainer.wait(30)
-    deadline = time.monotonic() + 30
-    while alive := [pid for pid, born in below.items() if born and start_time(pid) == born]:
-        assert time.monotonic() < deadline, f'{len(alive)} processes survive'
-        time.sleep(0.05)
-    while groups := _alive_groups(supervisor):
-        assert time.monotonic() < deadline, groups
-        time.sleep(0.05)
-
-
 def test_the_training_process_gets_no_child_but_the_supervisor_and_keeps_light():
     code = (
         'import sys, os\nfrom retool_jax.sandbox.pool import Pool, SandboxSettings\n'
@@ -367,18 +269,6 @@ def test_results_cross_the_wire_as_they_are(pool):
     text = ''.join(map(chr, [*range(1, 300), 0x1F980, 0x4E2D]))
     result = pool.submit(f'import json\nprint(json.loads({json.dumps(json.dumps(text))}), end="")').result(60)
     assert result.stdout == text
-
-
-@pytest.mark.slow
-def test_a_single_zygote_may_be_recycled_or_killed_again_and_again():
-    with Pool(tiny(zygotes=1, spares=4, recycle=6, **LIMITS)) as pool:
-        for _ in range(3):
-            recycled = pool.stats().get('recycled', 0)
-            while pool.stats().get('recycled', 0) == recycled:
-                assert [r.stdout for r in run_all(pool, ['print(1)', 'print(2)'])] == ['1\n', '2\n']
-        for i in range(4):
-            os.kill(_workers(pool)[0], signal.SIGKILL)
-            assert pool.submit(f'print({i})').result(60).stdout == f'{i}\n'
 
 
 @pytest.mark.slow
