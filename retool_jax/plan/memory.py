@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from retool_jax.plan.facts import Facts
 from retool_jax.plan.programs import Run, name_of, per_device
-from retool_jax.train.learner import apart
+from retool_jax.train.learner import backbones
 from retool_jax.train.residency import ON_DEVICE
 
 PHASES = ('rollout', 'score', 'update')
@@ -71,9 +71,9 @@ def phases(run: Run, facts: Sequence[Facts]) -> list[Phase]:
 
 def policy_update(run: Run, facts: Sequence[Facts]) -> int:
     """Bytes of the policy's own update: its weights, moments and gradients, and the program's temporaries."""
-    part = next(part for part in apart(run.params) if 'policy' in part)
-    weights = per_device(part)
-    fact = next(f for f in facts if f.name == f'update {name_of(part)}')
+    params = next(params for params in backbones(run.params) if 'policy' in params)
+    weights = per_device(params)
+    fact = next(f for f in facts if f.name == f'update {name_of(params)}')
     return 4 * weights + fact.temporaries
 
 

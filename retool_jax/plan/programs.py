@@ -23,7 +23,7 @@ from retool_jax.rollout.sampler import Chunks, Sampler
 from retool_jax.rollout.sync import Sync, shardings
 from retool_jax.stages.config import Reinforcement
 from retool_jax.text import tags
-from retool_jax.train.learner import Learner, Scores, apart
+from retool_jax.train.learner import Learner, Scores, backbones
 from retool_jax.train.state import add_critic, init_state, make_optimizer
 
 Shapes = Any  # a tree of ShapeDtypeStructs with shardings
@@ -125,11 +125,11 @@ class Run:
             held=True)
         yield Program('sync ends', 'rollout', self.sync.ends, {'params': policy}, size, held=True)
         yield Program('apply', 'update', learner._apply, {'state': self.state, 'gradients': self.params}, size)
-        for part in apart(self.params):
-            name = name_of(part)
-            yield Program(f'score {name}', 'score', learner._score, {'params': part, 'micro': micro}, size)
+        for params in backbones(self.params):
+            name = name_of(params)
+            yield Program(f'score {name}', 'score', learner._score, {'params': params, 'micro': micro}, size)
             yield Program(f'update {name}', 'update', learner._ppo, {
-                'params': part, 'gradients': part, 'micro': micro, 'scores': scores,
+                'params': params, 'gradients': params, 'micro': micro, 'scores': scores,
                 'denominators': (number, number)}, size)
         yield from self._rollout_programs()
 
@@ -149,9 +149,9 @@ class Run:
             'bound': s.slots, 'truncate': False}, size, trips=s.quota)
 
 
-def name_of(part: Mapping[str, Shapes]) -> str:
+def name_of(params: Mapping[str, Shapes]) -> str:
     """'policy', 'critic', or both where they share a trunk."""
-    return ' and '.join(name for name in ('policy', 'critic') if name in part)
+    return ' and '.join(name for name in ('policy', 'critic') if name in params)
 
 
 def make_mesh(shape: Mapping[str, int], slice: Slice, count: int) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:

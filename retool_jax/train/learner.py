@@ -155,8 +155,8 @@ class Learner:
         """
         denominators = self._denominators(batch, *rows)
         gradients, merged = {}, {}
-        add, parts = (self._held, [state.params]) if held else (self._ppo, apart(state.params))
-        for params in parts:
+        add, models = (self._held, [state.params]) if held else (self._ppo, backbones(state.params))
+        for params in models:
             added, found = self._zeros({'critic': params['critic']} if held else params), []
             for micro, scored in self._micro((batch, scores), *rows):
                 added, metrics = add(params=params, gradients=added, micro=micro, scores=scored,
@@ -183,9 +183,9 @@ class Learner:
         return self._make_zeros[tuple(params)](params)
 
     def _scored(self, params: Params, micro: Batch) -> tuple[jax.Array, ...]:
-        """logprob, entropy and value, each from the part that has it; the others' are zeros."""
-        found = [self._score(params=part, micro=micro) for part in apart(params)]
-        return tuple(sum(xs[1:], xs[0]) for xs in zip(*found))
+        """logprob, entropy and value, each from the backbone that has it; the others' are zeros."""
+        scores = [self._score(params=model, micro=micro) for model in backbones(params)]
+        return tuple(sum(xs[1:], xs[0]) for xs in zip(*scores))
 
     def _micro(self, tree, start: int, stop: int) -> Iterator:
         for row in range(start, stop, self.forward.micro_rows):
@@ -287,11 +287,11 @@ class Learner:
         return TrainState(step=state.step + 1, params=state.params | moved, opt_state=opt_state), norms
 
 
-def apart(params: Params) -> list[Params]:
-    """The parts of {'policy', 'critic'} that share no weights: each is scored and differentiated by itself, so
-    that only one part's activations and collectives are there at a time."""
+def backbones(params: Params) -> list[Params]:
+    """{'policy', 'critic'} cut between models that share no weights, each scored and differentiated by itself: the
+    activations and collectives of one at a time. A critic that is a head on the policy stays with it."""
     if 'backbone' in params.get('critic', {}):
-        return [{name: part} for name, part in params.items()]
+        return [{name: weights} for name, weights in params.items()]
     return [params]
 
 
