@@ -14,7 +14,7 @@ from retool_jax.model import attention
 from retool_jax.model.config import ModelConfig
 from retool_jax.rollout.sampler import Assignment, Chunks, Sampler, SamplerSettings
 
-ROWS = 16  # of the comparison of cache sizes
+ROWS = 16  # in the comparison of cache sizes
 LIVE = 256
 
 
@@ -65,7 +65,7 @@ class Rows:
         return clock(lambda: self._extend(self.shape.chunk, length))
 
     def decode(self, length: int) -> float:
-        """Seconds of one quantum that ends at `length`, of the token."""
+        """Seconds per token of one quantum that ends at `length`."""
         before = length - self.shape.quota
         self._fill(before)
         jax.block_until_ready(self.state.logits_BV)

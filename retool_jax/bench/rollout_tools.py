@@ -21,10 +21,10 @@ from retool_jax.rollout.sampler import STOP_CODE, STOP_NONE, Sampler, SamplerSet
 from retool_jax.text import tags
 
 FED = 32  # tokens of a tool's output
-ROUNDS = 12, 6  # episodes per slot: of few slots, of many and behind a barrier
-DECODING = 5 / 8  # of the slots that have slow tools: half of them wait, give or take
+ROUNDS = 12, 6  # episodes per row: with few rows; with many, or behind a barrier
+DECODING = 5 / 8  # share of the rows with slow tools that decode: about half of them wait
 CALL, LAST = 'call', 'last'  # what a turn ends with
-NOISY = 3  # times as many rounds of few slots, whose rates differ by a fifth from one to the next
+NOISY = 3  # times as many rounds with few rows, whose rates differ by a fifth from one round to the next
 ANSWERED = ExecResult(Verdict.OK, '', '')
 
 
@@ -88,7 +88,7 @@ class Tool:
 
 class Barrier:
     """A turn of all rows, then all their tools at once, then the next: what a loop of batched generation and
-    batched tools does. Nobody goes on, and nobody's slot is given to another, before the longest turn has ended."""
+    batched tools does. No episode goes on, and no row is given to another, before the longest turn has ended."""
 
     def __init__(self, seconds: float, slots: int, episodes: int):
         self.seconds, self.slots, self.left = seconds, slots, episodes
@@ -119,7 +119,7 @@ class Case:
 
     def __init__(self, config: ModelConfig, shape, rows: int, decode_rows: int, mean: float):
         self.shape, self.rows, self.decode_rows = shape, rows, decode_rows
-        # Two states: a random share of the vocabulary ends the turn. Of a random model that is a fixed hazard.
+        # Two states: a random share of the vocabulary ends the turn. A random model then ends one at a fixed rate.
         ends = max(round(shape.vocab / mean), 1)
         table = np.zeros((2, shape.vocab), np.int32)
         table[:, np.random.default_rng(0).choice(shape.vocab, ends, replace=False)] = 1
@@ -154,7 +154,7 @@ def measure(config: ModelConfig, weights: Params, shape, repeats: int, say: Call
     say('pace of a row')
     first, last = shape.tool_rows[0], shape.tool_rows[-1]
     few = first // 2
-    # Tools are to take as long as all else of an episode takes where slots are few and tools instant.
+    # Tools take as long as the rest of an episode takes with few rows and instant tools.
     mean, held = shape.new / (shape.calls + 1), []
     probe = Case(config, shape, few, few, mean)
     for step in range(4):
@@ -164,7 +164,7 @@ def measure(config: ModelConfig, weights: Params, shape, repeats: int, say: Call
     instant = Case(config, shape, few, few, mean)
     slow = {rows: Case(config, shape, rows, round(rows * DECODING), mean) for rows in shape.tool_rows}
     count = lambda case: case.rows * ROUNDS[case.rows > first]
-    shares = []  # of the time that slots are held, spent on tools
+    shares = []  # of the time that rows are held, how much tools take
 
     def tools(case: Case, step: int) -> float:
         rate = case.run(weights, Tool(shape.tool_s), count(case), step)
@@ -196,7 +196,7 @@ def measure(config: ModelConfig, weights: Params, shape, repeats: int, say: Call
     pairs = {'tools_over_instant': (f'tools_{first}', f'instant_{few}')} | {
         f'tools_over_barrier_{rows}': (f'tools_{rows}', f'barrier_{rows}') for rows in (first, last)}
     for ratio, (name, other) in pairs.items():
-        # The machine changes within minutes: sides are compared within rounds. The other way stands beside it.
+        # A machine's speed changes within minutes: sides are compared within rounds, and by medians of all beside it.
         figures[ratio] = float(np.median(speeds[name] / speeds[other]))
         figures[f'{ratio}_of_medians'] = float(np.median(speeds[name]) / np.median(speeds[other]))
         figures[f'{ratio}_rounds'] = [round(float(r), 2) for r in speeds[name] / speeds[other]]

@@ -80,7 +80,7 @@ def model_config(shape: Shape) -> ModelConfig:
 
 
 def flops_per_token(config: ModelConfig, tokens: int) -> int:
-    """Of a forward and a backward pass, as the module's docstring counts."""
+    """Operations per token of a forward and a backward pass, as the module's docstring counts them."""
     leaves = jax.tree_util.tree_leaves_with_path(decoder.abstract_params(config))
     names = [(jax.tree_util.keystr(path), x.size) for path, x in leaves if path[-1].key == 'weight']
     skipped = ('norm',) if config.tie_word_embeddings else ('norm', 'embed_tokens')

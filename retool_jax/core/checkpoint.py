@@ -118,7 +118,7 @@ class Checkpoints:
         """
         self._require(step)
         wanted = _flatten(like_tree, abstract=True)
-        # Shapes alone: where the arrays lay may name devices of processes that this run does not have.
+        # The shardings of the save are left out: they may name devices of processes that this run does not have.
         shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         saved = _flatten(jax.tree.map(shape, self._orbax.checkpointables_metadata(step).metadata[_TREE]), abstract=True)
         _compare(saved, wanted, self.directory / str(step))
@@ -126,7 +126,7 @@ class Checkpoints:
         placed = {
             path: leaf if leaf.sharding is not None else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
             for path, leaf in wanted.items()
-        }  # orbax would take the devices of the run that saved
+        }  # without it orbax takes the devices of the run that saved
         loaded = self._orbax.load_checkpointables(step, {_TREE: _nest(placed), _META: None})
         return _unflatten(like_tree, _flatten(loaded[_TREE])), loaded[_META]
 
@@ -151,7 +151,7 @@ class Checkpoints:
 
 
 def _not_of_orbax(record) -> bool:
-    # Its threads log each failure with a traceback, several times; `wait` raises it once.
+    # Orbax's threads log a failure with a traceback, several times; `wait` raises it once.
     return f'{os.sep}orbax{os.sep}' not in record.pathname
 
 

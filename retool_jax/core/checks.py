@@ -26,8 +26,8 @@ class Rule:
 
 
 def check(settings: object, **rules: Rule) -> None:
-    """Holds each named field of a dataclass against its rule; of a tuple, each entry. None, where a field may be
-    absent, needs no rule.
+    """Tests each named field of a dataclass by its rule, a tuple entry by entry; None passes where a field may be
+    absent.
 
     Raises:
       UserError: the first field that breaks its rule, as NAME=VALUE and the rule's words; `settings.build` puts

@@ -31,7 +31,7 @@ TRACEBACK = 'RETOOL_TRACEBACK'  # environment variable: 1 prints the traceback o
 
 _OVERRIDE = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]+)(?:=(?P<value>.*))?$', re.DOTALL)
 _ASIDE = ('retool_jax', 'absl', 'ml_collections')  # modules whose flags --help leaves out
-# What the machine refuses because of what it was asked: files, disks and ports, not bugs.
+# Errors of the operating system that the user can mend: files, disks and ports.
 _OUTSIDE = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EISDIR,
     errno.ENOTDIR, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENAMETOOLONG,
@@ -174,7 +174,7 @@ def flatten(config: ConfigDict, prefix: str = '') -> dict[str, type]:
 def explain(error: BaseException) -> str | None:
     """Returns the one line for an error that the user can mend, None for one of ours.
 
-    Theirs are: a UserError, an OSError about files, disks and ports, and a library of an extra that is not
+    The user's are: a UserError, an OSError about files, disks and ports, and a library of an extra that is not
     installed. Any other error is a fault of ours and keeps its traceback.
     """
     if isinstance(error, UserError):

@@ -33,9 +33,10 @@ def write(
 
     Args:
       directory: the run's `episodes` folder, made where it is missing.
-      name: of the part, e.g. 'step_00012'.
+      name: the part's name, e.g. 'step_00012'.
       decode: ids to text, for the segments' texts.
-      step: that the part belongs to, by which `rewind` goes; default: the latest that asked for one of them.
+      step: training step written into the header; `rewind` deletes parts of later steps. Default: the largest
+        `episode.step`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def _read(path: Path) -> list[Episode]:
         raise UserError(f'{path}: schema {header.get("schema")!r}; this version reads {SCHEMA}')
     if header['episodes'] != len(lines):
         raise UserError(f'{path}: {len(lines)} episodes of {header["episodes"]}: the file was cut short')
-    # A file of our own: of a damaged one np.load would leave its own open.
+    # The file is opened here: np.load would leave a damaged one open.
     with open(path.with_suffix('.npz'), 'rb') as file, np.load(file, allow_pickle=False) as arrays:
         offsets = arrays['offsets'].tolist()
         columns = {key: arrays[key] for key in ('tokens', 'acted', 'logprobs', 'versions')}
@@ -148,7 +149,7 @@ def _join(rows: list[list[Any]], dtype: Any) -> np.ndarray:
 
 
 def _narrow(x: np.ndarray) -> np.ndarray:
-    narrow = x.astype(np.float32)  # what a sampler computed in f32 loses nothing
+    narrow = x.astype(np.float32)  # exact: a sampler computes them in f32
     return narrow if np.array_equal(narrow, x, equal_nan=True) else x
 
 

@@ -16,9 +16,9 @@ from retool_jax.core.cli import explain
 from retool_jax.core.errors import UserError
 
 PROCESSES = 'RETOOL_PROCESSES'  # environment variable: a number of processes, or 'auto' on TPU pods and under SLURM
-START_S = 1800  # until every process has started: hosts of a pod, or a loaded machine, are minutes apart
+START_S = 1800  # seconds for all processes to start: the hosts of a pod are minutes apart, as on a loaded machine
 SILENT_S = 300  # without a sign of life a process counts as dead, and the others end too
-PATIENCE_S = 7 * 24 * 3600  # `wait` waits for tools, validation, reports; who is dead is found by its silence
+PATIENCE_S = 7 * 24 * 3600  # seconds of `wait`: others may be at tools, validation or reports; silence tells a dead one
 SMALL = 4096  # bytes that go with the first all-gather of `gather`
 
 
@@ -56,9 +56,9 @@ def count() -> int:
 
 
 def wait() -> None:
-    """Returns when every process of the run has called it as often; alone at once.
+    """Blocks until every process of the run has called it as often; a process alone returns at once.
 
-    Not a collective of the devices, which give up after half a minute on CPU, and of which there may be none yet.
+    It is no collective of the devices: on CPU those give up after half a minute, and there may be no device yet.
     """
     if jax.process_count() == 1:
         return
@@ -77,7 +77,7 @@ def wait() -> None:
 
 
 def gather(item: object) -> list:
-    """What each process gives, in the order of the processes; every process must call it."""
+    """The `item` of every process, in the order of the processes; each has to make the call."""
     if jax.process_count() == 1:
         return [item]
     wait()
@@ -97,7 +97,7 @@ def gather(item: object) -> list:
 
 
 def first[T](work: Callable[[], T]) -> T:
-    """What `work` returns, called by the process that leads alone; what it refuses, all processes refuse."""
+    """Calls `work` in the process that leads; all return its result, or raise the user's error that it raised."""
     result, refused = None, None
     if leads():
         try:

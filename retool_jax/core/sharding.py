@@ -46,7 +46,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """A mesh over `AXES` whose sizes `fill` completes."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = fill(shape, len(devices))
-    # jax.make_mesh refuses an axis that takes a part of one of the torus: tensor=4 on v6e:8x8.
+    # jax.make_mesh refuses a mesh axis that is a part of an axis of the torus: tensor=4 on v6e:8x8.
     laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -86,7 +86,7 @@ def constrain(x: jax.Array, *axes: str | None, rules: Mapping[str, tuple[str, ..
 def gather(weight: jax.Array, dtype, *axes: str) -> jax.Array:
     """A weight as a training matmul reads it: in `dtype`, whole over fsdp; its gradient is summed and split again.
 
-    Said outright, because the partitioner otherwise turns each product into a ring of partial products that
+    It is stated here because the partitioner otherwise turns each product into a ring of partial products that
     reads and writes the activations once for every device of fsdp.
     """
     mesh = jax.sharding.get_abstract_mesh()

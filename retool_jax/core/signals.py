@@ -15,7 +15,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 def uninterrupted() -> Iterator[None]:
     """Finishes its block before a signal that arrived meanwhile takes effect, which it then does at once.
 
-    For what donates its arguments (an update: between the call and the assignment no state is whole) or
+    For code that donates its arguments (an update: between the call and the assignment no state is whole) or
     writes several files that belong together. Outside the main thread no signal arrives, so nothing is done.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -28,7 +28,7 @@ def uninterrupted() -> Iterator[None]:
             os.write(2, b'stopping as soon as this step is whole\n')
         seen.append(number)
 
-    # What a process ignores (a shell's background job: Ctrl-C) it goes on ignoring.
+    # A signal that the process ignores stays ignored: a shell's background job ignores Ctrl-C.
     heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in heard}
     try:

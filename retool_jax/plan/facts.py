@@ -19,12 +19,12 @@ UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """One program on one chip; bytes, but for what says otherwise."""
+    """One program on one chip; bytes, unless a field says otherwise."""
 
     name: str
     phase: str
     arguments: int
-    temporaries: int  # with results that are neither an argument's place nor a buffer of the phase
+    temporaries: int  # and of results that neither take an argument's place nor are a buffer of the phase
     flops: float  # of matmuls, a chip's share
     moved: float  # to and from the chip's memory
     sent: dict[str, float]  # to other chips, by kind of collective

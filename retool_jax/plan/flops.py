@@ -11,8 +11,8 @@ from jax.extend import core
 def count(jaxpr, trips: int = 1) -> float:
     """Multiply-adds × 2 of all matmuls, of all devices together.
 
-    trips: iterations of while loops, which have no length. Of a branch the costliest counts. Of a
-    kernel (`pallas_call`) its grid × its body; where the last two sizes of the grid are equal, they
+    trips: iterations of while loops, which have no length. A branch counts as its
+    costliest side, a kernel (`pallas_call`) as grid × body; where the last two sizes of the grid are equal, they
     are blocks of queries and keys of causal attention, and those above the diagonal are left out.
     """
     return _walk(jaxpr, trips, _matmul_flops)

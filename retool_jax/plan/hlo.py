@@ -16,11 +16,11 @@ from collections.abc import Iterator
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 's32': 4, 'u32': 4, 's64': 8, 'u64': 8,
          'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8, 'c64': 8, 'c128': 16}
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
-# What only names, regroups or waits for bytes that another instruction moves.
+# Instructions that only name, regroup or wait for bytes that another one moves.
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
         'partition-id', 'replica-id', 'iota', 'optimization-barrier', 'opt-barrier', 'domain', 'add-dependency'}
-SLICES = {'slice', 'dynamic-slice', 'gather'}  # of a large operand they read what they return
-UPDATES = {'dynamic-update-slice': 1, 'scatter': -1}  # in place: the operand that is written
+SLICES = {'slice', 'dynamic-slice', 'gather'}  # read only as much of a large operand as they return
+UPDATES = {'dynamic-update-slice': 1, 'scatter': -1}  # write in place; the index of the operand that is written
 
 _ARRAY = re.compile(r'\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\](\{[^{}]*\})?')
 _HEAD = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$')
@@ -39,7 +39,7 @@ class Instruction:
     root: bool
 
     def called(self) -> Iterator[str]:
-        """Computations that it runs once per execution (a loop's body apart)."""
+        """Computations that it runs once per execution (not a loop's body)."""
         for key in ('calls', 'to_apply', 'async_execution_thread'):
             yield from re.findall(rf'\b{key}=%?([\w.\-]+)', self.rest)
         for group in re.findall(r'\b(?:branch_computations|called_computations)=\{([^}]*)\}', self.rest):
@@ -143,8 +143,8 @@ class Module:
     def bytes_moved(self) -> float:
         """Bytes read from and written to a chip's main memory, whole loops counted.
 
-        Of each instruction its operands and its result; of slices what they return, of updates in
-        place what they write, of fusions the same of what is inside; nothing of what stays on chip.
+        An instruction counts with its operands and its result, a slice with what it returns, an update in
+        place with what it writes, a fusion with what is inside it; what stays on chip does not count.
         """
         total = 0.0
         for name, times in self.runs():

@@ -12,7 +12,7 @@ from retool_jax.train.learner import backbones
 from retool_jax.train.residency import ON_DEVICE
 
 PHASES = ('rollout', 'score', 'update')
-LIMIT = 0.9  # of a chip's memory: the runtime and fragmentation take their part
+LIMIT = 0.9  # share of a chip's memory that a run may fill: runtime and fragmentation take the rest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Run:
 
     @functools.cached_property
     def sample_state(self) -> Shapes:
-        """The engine's slots: KV cache, logits, the rest is small."""
+        """The state of the engine's rows: KV cache and logits; the rest is small."""
         state, _ = self.sampler.shardings(self.sampler_mesh)
         return _put(jax.eval_shape(self.sampler._empty), state)
 

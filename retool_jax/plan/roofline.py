@@ -14,11 +14,11 @@ from retool_jax.plan.facts import Facts
 class Assumptions:
     """What the published figures do not say. Every one is printed beside the result."""
 
-    matmul: float = 0.75  # of the bf16 peak that large matmuls and fused attention reach
-    memory: float = 0.80  # of the HBM's bandwidth
-    links: float = 0.80  # of the links along one axis of the torus; exchanges overlap with work
+    matmul: float = 0.75  # share of the bf16 peak that large matmuls and fused attention reach
+    memory: float = 0.80  # share of the HBM's bandwidth that a read of weights or KV reaches
+    links: float = 0.80  # share of the links' rate along one axis of the torus; exchanges overlap with work
     packing: float = 0.95  # share of a packed row that is no padding
-    occupancy: float = 0.70  # of slots that decode: rows wait for tools, the last episodes run alone
+    occupancy: float = 0.70  # share of rows that decode: others wait for tools, the last episodes run alone
     feeds: float = 8.0  # chunks fed per episode: prompt and tool outputs
     tokens: int  # mean length of an episode, prompt and tool output included
 

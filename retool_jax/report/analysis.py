@@ -14,13 +14,13 @@ from retool_jax.report.runs import Transcript
 
 # Verdicts of snippets that ran and failed through their own fault.
 FAILED = (Verdict.ERROR, Verdict.SIGNAL, Verdict.TIMEOUT, Verdict.OOM, Verdict.OUTPUT_LIMIT)
-ALIKE = 0.5  # from this share of common words on, a later snippet is a revision of an earlier one
+ALIKE = 0.5  # share of common words from which on a later snippet is a revision of an earlier one
 LONGEST_CODE = 20_000  # characters; beyond it a snippet is not parsed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CodeUse:
-    """The analysis of one set of answers. None where nothing was there to count."""
+    """The analysis of one set of answers. None where there was nothing to count."""
 
     answers: int
     correct: float  # share of right answers
@@ -167,7 +167,7 @@ def _parse(code: str) -> ast.Module | None:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of model-written code: invalid escapes and the like
+            warnings.simplefilter('ignore')  # code that a model wrote: invalid escapes and the like
             return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

@@ -23,7 +23,7 @@ MOST_OUTPUT = 4_000  # characters of stdout and of stderr kept beside the feedba
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much a report carries; what is over is left out and said so."""
+    """How much a report carries; it says how much beyond that is left out."""
 
     episodes: int = 2_000
     characters: int = 30_000_000  # of text, all episodes together

@@ -52,7 +52,7 @@ def _line(label: str, colour: str, rows: Sequence[tuple[Part, CodeUse]], pick: C
 
 
 def _of(kind: str, training: Mapping) -> str:
-    """Which model, where more than one of them writes code."""
+    """The model's name, where more than one of them writes code."""
     coding = [k for k, rows in training.items() if any(use.code_ratio for _, use in rows)]
     return f', {labels.kind(kind)[0]}' if len(coding) > 1 else ''
 

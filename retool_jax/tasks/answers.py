@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 _TOKEN = re.compile(r'\\boxed\s*\{|\\.|[{}]', re.DOTALL)  # `\{` and `\\` are one unit each
-# Without spaces. '' is what is left of '-', '...' and '[]'.
+# Words that say that there is no answer, without spaces; '' is what is left of '-', '...' and '[]'.
 _NO_ANSWER = frozenset((
     '', '?', '??', '???', 'proof', 'prove', 'seeproof', 'notfound', 'noanswer', 'noanswerfound', 'answernotfound',
     'n/a', 'none', 'null', 'nil', 'nan', 'unknown', 'missing', 'notavailable', 'notapplicable', 'unavailable', 'tbd',

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sympy
 
-BITS = 1_000_000  # of an integer, at most: 300,000 digits
-DEPTH = 60  # of nested expressions
+BITS = 1_000_000  # of the largest integer: 300,000 digits
+DEPTH = 60  # of the deepest expression
 FACTORIAL = 20_000  # 20,000! has 256,000 bits
 
 INVERSES = {'sin': 'asin', 'cos': 'acos', 'tan': 'atan', 'cot': 'acot', 'sec': 'asec', 'csc': 'acsc', 'sinh': 'asinh',

@@ -43,7 +43,7 @@ def is_chat(value: object) -> bool:
 
 
 def question(messages: object, where: str, field: str) -> str:
-    """What the user asks, once: turns that give a result back are not asked.
+    """The one question of the user; a user's turn that gives a tool's result back is none.
 
     Raises: UserError for a chat without a question, or with more than one, whose last would be without its context.
     """
@@ -92,7 +92,7 @@ def _split_waiting(text: str, waiting: int) -> tuple[str, str]:
 
 
 def _as_call(text: str, where: str, field: str) -> str:
-    """An answer whose last block of Python is what a result follows, with that block as a call."""
+    """The answer with its last block of Python, which a result follows, written as a call."""
     block = _BLOCK.search(text)
     if block is None:
         raise UserError(f'{where}: field {field!r} holds a result that no call precedes; write calls as '
@@ -107,7 +107,7 @@ def _open(text: str) -> bool:
 
 
 def _result(turns: list[Turn], i: int) -> str | None:
-    """What a turn gives back of a call, without its wrapping; None for a turn that does not."""
+    """The result that a turn gives back, without its wrapping; None for a turn that gives none."""
     turn = turns[i]
     if turn.role not in ('tool', 'user'):
         return None

@@ -13,7 +13,8 @@ from retool_jax.tasks import files, schemas
 def own(rewritten: Iterable[tuple[Problem, str]], path: str | pathlib.Path) -> set[str]:
     """Ids of the traces of a file whose gold answer is what the trace itself says last.
 
-    Judged by that, an answer is right whatever it is. A row counts whose fields hold no answer but its trace.
+    Such a gold answer verifies nothing: the trace is right by definition. They are the rows in which no field but the
+    trace holds an answer.
     """
     bare = set()
     for where, row in files.read_rows(pathlib.Path(path)):
@@ -27,9 +28,10 @@ def own(rewritten: Iterable[tuple[Problem, str]], path: str | pathlib.Path) -> s
 
 def join(rewritten: Sequence[tuple[Problem, str]], ids: set[str], golds: Iterable[Problem],
          ) -> tuple[list[tuple[Problem, str]], set[str]]:
-    """The traces, those named by `ids` with the answer that `golds` has for their question, and the ids of the rest.
+    """Gives the traces named by `ids` the answers that `golds` has for their questions.
 
-    Questions are one if they differ in spacing alone; one with two answers in `golds` has none.
+    Returns all traces, and those of `ids` that have no answer still. Questions that differ in spacing alone are one;
+    a question with two answers in `golds` has none.
     Raises: UserError where no question of `golds` is asked by any of these traces.
     """
     known: dict[str, set[str]] = {}

@@ -26,8 +26,8 @@ from retool_jax.core.records import Reward
 from retool_jax.tasks import answers
 
 STYLES = ('paper', 'verl')
-START_LIMIT_S = 120.0  # importing sympy on a loaded machine; after that the installation is broken
-HANG_S = 600.0  # without a reply, on any machine: the child's CPU time, which bounds an answer, does not pass
+START_LIMIT_S = 120.0  # for a child to import sympy on a loaded machine; a longer start is a broken installation
+HANG_S = 600.0  # without a reply a child hangs, on any machine: a limit on CPU time does not end one that uses none
 CACHE_SIZE = 100_000
 
 
@@ -113,7 +113,7 @@ class Grader:
         return self.judge(answer, gold).equal
 
     def judge(self, answer: str, gold: str) -> Verdict:
-        """`equal`, and whether the judge needed more time than it has. Such a verdict is given anew every time."""
+        """`equal`, and whether the judge ran out of time; such a verdict is not remembered."""
         at_sight = answers.equal_at_sight(answer, gold)
         if at_sight is not None:
             return Verdict(at_sight)
@@ -130,8 +130,8 @@ class Grader:
         return Verdict(self._cache[key])
 
     def parses(self, gold: str) -> bool:
-        """Whether a gold answer is one: mathematics, or a few words (what cannot be read equals only itself), and not
-        a word for having none. One that the judge was too late for may be readable."""
+        """Whether a gold answer can be judged: it is mathematics, or a few words (which equal only themselves), and no
+        word that stands for none. One for which the judge ran out of time counts as readable."""
         if answers.integer(gold) is not None:
             return True
         if answers.is_no_answer(gold):
@@ -143,7 +143,7 @@ class Grader:
         child = self._idle.get()
         try:
             reply = child.ask(answer, gold)
-            if 'died' in reply:  # of this answer, or of something that has nothing to do with it
+            if 'died' in reply:  # by this answer, or by something that has nothing to do with it
                 self.deaths += 1
                 reply = child.ask(answer, gold)
         finally:

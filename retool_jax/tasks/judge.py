@@ -19,7 +19,7 @@ import sys
 from retool_jax.tasks import equality, readings
 from retool_jax.tasks.values import Raw, Text
 
-WORDS = 12  # of a gold answer, at most: nothing equals a whole sentence
+WORDS = 12  # of the longest gold answer in words: nothing equals a whole sentence
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ import sympy
 
 from retool_jax.tasks.bounded import Unreadable
 
-RELATIVE = sympy.Rational(1, 10**6)  # of a decimal to the number that it stands for
-DOUBLE = sympy.Rational(1, 10**12)  # the same of a decimal with 15 digits or more: what a float has lost on its way
+RELATIVE = sympy.Rational(1, 10**6)  # how far a decimal may be from the number that it stands for
+DOUBLE = sympy.Rational(1, 10**12)  # the same with 15 digits or more: what a float has lost on its way
 ROUGH, FINE = 60, 1000  # digits
 # Values of the variables: both signs, below and above 1; numbers of no special form.
 POINTS = ('0.3718281', '1.9142135', '-0.6180339', '4.2360679', '-2.7182818', '0.8090169')
@@ -59,7 +59,7 @@ def evaluate(expr: sympy.Expr, point: dict) -> mpmath.mpf | mpmath.mpc:
 
 
 def points(*exprs: sympy.Expr) -> list[dict]:
-    """Where expressions are compared: a value of its own for every variable; one empty point without variables."""
+    """Points at which expressions are compared, each variable with a value of its own; one empty point without any."""
     symbols = sorted(set().union(*(e.free_symbols for e in exprs)), key=str)
     if not symbols:
         return [{}]

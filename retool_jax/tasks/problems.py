@@ -33,7 +33,7 @@ class Loaded:
     unreadable: tuple[str, ...] = ()  # what is wrong with each row that was left out for it
 
     def remarks(self, path: str | pathlib.Path) -> list[str]:
-        """What a person should hear of it, a line each."""
+        """Lines for people: which files were read together, and what was left out."""
         lines = _remarks(path, self.files, self.unreadable)
         if self.repeated or self.conflicting:
             lines.append(f'{path}: of {self.rows} rows {self.repeated} repeated ones are left out, and '
@@ -68,8 +68,8 @@ def read(path: str | pathlib.Path, limit: int | None = None) -> list[Problem]:
 def load(path: str | pathlib.Path, leave_out: bool = False) -> Loaded:
     """`read` with counts; with `leave_out` rows that cannot be read are left out and listed instead of refused.
 
-    Of DAPO-Math-17k's rows (its public file is one block repeated a hundred times) every question is
-    kept once, and none whose rows disagree about the answer. Other sets are never thinned.
+    The public file of DAPO-Math-17k is one block repeated a hundred times: each of its questions is kept once,
+    and dropped where its rows disagree about the answer. Other sets are never thinned.
     """
     path = pathlib.Path(path)
     problems: list[Problem] = []
@@ -131,8 +131,8 @@ def read_traces(path: str | pathlib.Path) -> list[tuple[Problem, str]]:
 
 
 def load_traces(path: str | pathlib.Path, leave_out: bool = False) -> tuple[list[tuple[Problem, str]], list[str]]:
-    """`read_traces`, and what a person should hear of it, a line each; `leave_out` leaves rows that cannot be read
-    out instead of refusing the file."""
+    """`read_traces`, and lines for people as `Loaded.remarks` has them; `leave_out` drops rows that cannot be read
+    instead of refusing the file."""
     path, ids = pathlib.Path(path), set()
     pairs, unreadable, counts = [], [], collections.Counter()
     for number, (where, row) in enumerate(read_rows(path)):

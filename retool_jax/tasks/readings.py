@@ -16,7 +16,7 @@ from retool_jax.tasks.notation import CURRENCY, RUN
 from retool_jax.tasks.regions import region_of
 from retool_jax.tasks.values import Form, Matrix, Number, Raw, Region, Relation, Sequence, Text, Value
 
-MOST = 200  # items of a list, at most; longer ones are no answer
+MOST = 200  # items of the longest list that is an answer
 
 _OPEN, _SHUT = {'(': ')', '[': ']', r'\{': r'\}', r'\langle': r'\rangle', '{': '}'}, (')', ']', r'\}', r'\rangle', '}')
 _UNIT = re.compile(r'\\(?:[a-zA-Z]+|.)|⟦[^⟦⟧]*⟧|[<>=!]=|.', re.DOTALL)
@@ -81,7 +81,7 @@ def _read(text: str, depth: int) -> Value:
 
 
 def _strip(text: str) -> str:
-    """Without a final stop and braces or quotes around the whole."""
+    """The text without a final stop, and without braces or quotes around the whole."""
     text = text.strip()
     while True:
         before = text
@@ -98,7 +98,7 @@ def _strip(text: str) -> str:
 
 
 def _matching(text: str) -> int:
-    """Where the bracket closes that opens a text; half-open intervals close with the other kind."""
+    """Where the bracket that opens a text is closed; half-open intervals are closed by the other kind."""
     depth, position = 0, 0
     for match in _UNIT.finditer(text):
         unit, position = match[0], match.start()
@@ -128,7 +128,7 @@ def _split(text: str, marks) -> tuple[list[str], list[str]]:
 
 
 def _read_form(text: str) -> Value | None:
-    """What a text is as a whole by its outer form: a choice, a number with commas, of a base, a time, a ratio."""
+    """The value of a text that is one by its outer form: a choice, a number with commas, of a base, a time, a ratio."""
     if ((match := _CHOICE.fullmatch(text)) and len(text) > 1) or text in ('e', 'i', 'E', 'I'):
         return Text(((text if match is None else match[1] or match[2]).casefold(),))
     if match := re.fullmatch(r'\\mathbb\s*\{([RZNQC])\}', text):
@@ -147,7 +147,7 @@ def _read_form(text: str) -> Value | None:
 
 
 def _join_thousands(text: str) -> str:
-    """Without the commas between groups of three digits; within brackets commas are always between values."""
+    """The text without commas between groups of three digits; within brackets every comma stands between values."""
     depths, depth = [], 0
     for char in text:
         depth += (char in '([{') - (char in ')]}')

@@ -10,7 +10,7 @@ _SIGNS = {'<': sympy.Lt, '<=': sympy.Le, '>': sympy.Gt, '>=': sympy.Ge, '!=': sy
 
 
 def region_of(value: Value) -> sympy.Set | None:
-    """The set of real numbers that a value is; None for one that is none."""
+    """A value as a set of real numbers; None for a value that is no such set."""
     if isinstance(value, Region):
         return value.points
     if isinstance(value, Sequence):

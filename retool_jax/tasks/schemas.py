@@ -14,7 +14,7 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
 from retool_jax.tasks import answers, chats
 
-# Looked up in this order, in any case; of several the first that is filled counts.
+# Names of fields, looked up in this order and in any case; the first one that is filled counts.
 QUESTION_FIELDS = ('problem', 'question', 'input', 'prompt', 'messages', 'conversations', 'query', 'instruction')
 ANSWER_FIELDS = (
     'answer', 'final_answer', 'expected_answer', 'correct_answer', 'ground_truth', 'reward_model.ground_truth',

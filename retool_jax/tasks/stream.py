@@ -79,7 +79,7 @@ def open_source(source: Source,
 
 
 def names(sources: Sequence[Source]) -> list[str]:
-    """What tells sources apart: of paths as many last parts as it takes, of a list its number."""
+    """A name for each source that no other has: the end of its path, as long as it takes, or the number of a list."""
     paths = [pathlib.Path(s).absolute() if isinstance(s, str | pathlib.Path) else pathlib.Path(str(number))
              for number, s in enumerate(sources)]
     depth, named = 0, {}
@@ -90,7 +90,7 @@ def names(sources: Sequence[Source]) -> list[str]:
 
 
 def once(dataset: grain.MapDataset) -> Iterator[Problem]:
-    """Every problem of a dataset, in order; its own iterator is twenty times slower, by its threads."""
+    """Every problem of a dataset, in order. grain's own iterator starts threads and is twenty times slower."""
     return (dataset[i] for i in range(len(dataset)))
 
 

@@ -57,7 +57,7 @@ _BEHIND = {'squared': 2, 'cubed': 3}
 
 
 def read(text: str) -> str | None:
-    """The name of a unit ('hour^-1 mile'), None where a part of the text is none."""
+    """The name of a unit ('hour^-1 mile'); None where a part of the text is no unit."""
     powers: dict[str, int] = {}
     sign, given, last, position = 1, 1, None, 0
     text = text.strip()
