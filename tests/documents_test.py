@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import pathlib
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -15,7 +15,7 @@ from absl import flags
 from retool_jax.core import cli
 from tests.launch import launcher
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 DOCUMENTS = ('README.md', 'docs/guide.md', 'docs/troubleshooting.md', 'docs/sandbox.md')
 VARIABLES = {'SIZE': 'qwen2_5_7b', 'MODEL': 'Qwen2.5-7B-Instruct'}
 TAKES_CONFIG = ('demo', 'cold_start', 'sft', 'ppo', 'evaluate', 'plan')
@@ -36,7 +36,7 @@ LAUNCHES = [(document, words) for document in DOCUMENTS for words in commands(do
 
 
 def test_there_are_commands_of_every_binary():
-    names = {pathlib.Path(next(w for w in words if w.startswith('launch/'))).stem for _, words in LAUNCHES}
+    names = {Path(next(w for w in words if w.startswith('launch/'))).stem for _, words in LAUNCHES}
     assert {*TAKES_CONFIG, 'sandbox_server'} <= names
 
 
@@ -131,7 +131,7 @@ def test_the_chain_of_the_readme_runs(tmp_path):
         'evaluate': ['samples=2', 'sampler.rows=8', f'problems={tmp_path}/sums.jsonl', f'run.dir={tmp_path}/evaluate'],
     }
     (tmp_path / 'sums.jsonl').write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n')
-    told = {pathlib.Path(words[1]).stem: words for document, words in LAUNCHES
+    told = {Path(words[1]).stem: words for document, words in LAUNCHES
             if document == 'README.md' and not {'--help', '--dry_run'} & set(words)}
     with launcher.start() as launch:
         for name, changes in small.items():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def measure(demo: ConfigDict, algorithms: Mapping[str, ConfigDict], seeds: Seque
     first step's compilation within; `all_steps`, `all_seconds` of the whole. Run folders stand below demo.run.dir.
     """
     results: dict[str, dict[str, dict]] = {name: {} for name in algorithms}
-    folder = pathlib.Path(demo.run.dir)
+    folder = Path(demo.run.dir)
     for seed in seeds:
         config = demo.copy_and_resolve_references()
         config.run.seed, config.run.dir = seed, str(folder / f'sft_{seed}')
@@ -44,7 +44,7 @@ def measure(demo: ConfigDict, algorithms: Mapping[str, ConfigDict], seeds: Seque
     return results
 
 
-def pace(directory: pathlib.Path, target: float) -> dict:
+def pace(directory: Path, target: float) -> dict:
     """How soon the rollouts of a run were right so often."""
     lines = [json.loads(line) for line in (directory / metrics.FILE).read_text().splitlines()]
     lines = [line for line in lines if line['phase'].startswith('ppo')]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import pathlib
 import random
 import sys
 import time
+from pathlib import Path
 
 
 class Numbers:
@@ -39,7 +39,7 @@ def main(directory: str, slots: int) -> None:
     from tunix.models.qwen2 import model as qwen2
     from tunix.models.qwen2 import params
 
-    raw = json.loads((pathlib.Path(directory) / 'config.json').read_text())
+    raw = json.loads((Path(directory) / 'config.json').read_text())
     config = qwen2.ModelConfig(
         num_layers=raw['num_hidden_layers'], vocab_size=raw['vocab_size'], embed_dim=raw['hidden_size'],
         hidden_dim=raw['intermediate_size'], num_heads=raw['num_attention_heads'], head_dim=raw['head_dim'],

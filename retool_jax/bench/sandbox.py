@@ -11,7 +11,6 @@ import dataclasses
 import http.client
 import json
 import os
-import pathlib
 import signal
 import socket
 import statistics
@@ -20,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from retool_jax.sandbox.pool import Pool
 from retool_jax.sandbox.settings import SandboxSettings
@@ -98,7 +98,7 @@ def _check(stdout: str, n: int) -> None:
 def _memory(pool: Pool) -> dict:
     """Private memory of an idle sealed child, and of a zygote (mean over each)."""
     private: dict[bool, list[float]] = {True: [], False: []}
-    for path in pathlib.Path('/proc').glob('[0-9]*'):
+    for path in Path('/proc').glob('[0-9]*'):
         with contextlib.suppress(OSError, ValueError, IndexError):
             words = (path / 'cmdline').read_text().split('\0')
             namespaces = next(line for line in (path / 'status').read_text().splitlines() if line.startswith('NSpid'))
@@ -121,7 +121,7 @@ def _bare_python(seconds: float) -> list[float]:
 
 def _over_http(clients: int, seconds: float) -> dict:
     """The server and its clients as processes of their own, all on the same cores."""
-    root = pathlib.Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]

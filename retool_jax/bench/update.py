@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from retool_jax.model.config import ModelConfig
 from retool_jax.train.learner import ForwardSettings, Learner, Scores
 from retool_jax.train.state import OptimizerSettings, init_state, make_optimizer
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 PEER = ROOT / '.baselines' / 'torch' / 'bin' / 'python'
 MATMUL = 2048  # width of the square matrices that the rate is measured with; four times as wide on accelerators
 
@@ -155,7 +155,7 @@ def update_seconds(config: ModelConfig, shape: Shape, repeats: int) -> tuple[flo
 
 def peer(shape: Shape, repeats: int, flops: float) -> dict:
     """The figures of bench/update_torch.py, run by the interpreter that `make baselines` made."""
-    script = pathlib.Path(__file__).with_name('update_torch.py')
+    script = Path(__file__).with_name('update_torch.py')
     done = subprocess.run([PEER, script, json.dumps(dataclasses.asdict(shape) | {'repeats': repeats})],
                           capture_output=True, text=True)
     if done.returncode:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pathlib
+from pathlib import Path
 
 from retool_jax.core.errors import UserError
 
@@ -10,7 +10,7 @@ from retool_jax.core.errors import UserError
 POINTERS = {b'version https://git-lfs': ('Git LFS', 'git lfs pull'), b'/annex/objects/': ('git-annex', 'git annex get')}
 
 
-def refuse(path: str | pathlib.Path) -> None:
+def refuse(path: str | Path) -> None:
     """Refuses a file in whose place a pointer lies; one that cannot be opened is left to its reader.
 
     Raises: UserError naming the file and the command that downloads it.

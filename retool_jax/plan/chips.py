@@ -10,15 +10,15 @@ import dataclasses
 import importlib.util
 import math
 import os
-import pathlib
 import re
+from pathlib import Path
 
 import jax
 
 from retool_jax.core.errors import UserError
 
 GB = 10**9
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,11 @@ def open_slice(name: str) -> Slice:
     return Slice(name, chip, len(devices), devices, describe(host) if len(devices) > chip.host == 4 else None)
 
 
-def compiler() -> pathlib.Path | None:
+def compiler() -> Path | None:
     """libtpu.so of the environment or of .baselines/plan; None without it."""
     given, spec = os.environ.get('TPU_LIBRARY_PATH'), importlib.util.find_spec('libtpu')
-    places = [given, spec and pathlib.Path(spec.origin).parent / 'libtpu.so', ROOT / '.baselines/plan/libtpu/libtpu.so']
-    return next((pathlib.Path(p) for p in places if p and pathlib.Path(p).is_file()), None)
+    places = [given, spec and Path(spec.origin).parent / 'libtpu.so', ROOT / '.baselines/plan/libtpu/libtpu.so']
+    return next((Path(p) for p in places if p and Path(p).is_file()), None)
 
 
 def prepare() -> None:

@@ -7,8 +7,8 @@ Nothing is downloaded: `path` names a file or folder in any form that `problems`
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import tensorflow_datasets as tfds
 
@@ -24,10 +24,10 @@ class _ProblemSet(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version('1.0.0')
     SPLIT = 'test'
     HOMEPAGE = ''
-    code_path = pathlib.Path(__file__)  # TFDS's own search for it needs a package that it does not install
+    code_path = Path(__file__)  # TFDS's own search for it needs a package that it does not install
     traces = False  # whether a row has a worked answer, field 'trace'
 
-    def __init__(self, *, path: str | pathlib.Path = '', **options):
+    def __init__(self, *, path: str | Path = '', **options):
         self.path = path
         super().__init__(file_format='array_record', **options)
 

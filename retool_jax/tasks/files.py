@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from retool_jax.core import pointers
 from retool_jax.core.errors import UserError
@@ -20,7 +20,7 @@ ABOUT = ('dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'featur
 Row = tuple[str, Mapping]  # where it stands ('file:line'), its fields
 
 
-def read_rows(path: pathlib.Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
     """Rows of a file, or of every file of a folder by name, with where each stands."""
     if path.is_dir():
         if all((path / name).is_file() for name in TFDS):
@@ -41,19 +41,19 @@ def read_rows(path: pathlib.Path) -> Iterator[Row]:
         yield where, row
 
 
-def kind_of(path: pathlib.Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """The ending that tells a file's format, also of a shard `….array_record-00000-of-00016`; None for any other."""
     name = re.sub(r'-\d{5}-of-\d{5}$', '', path.name)
     return next((suffix for suffix in _READERS if name.endswith(suffix)), None)
 
 
-def file_of(where: str, path: pathlib.Path) -> str:
+def file_of(where: str, path: Path) -> str:
     """The file of a row, by its path below `path`; of a TFDS folder the split."""
     place = re.sub(r':\d+$|: (?:record|row) \d+$| record \d+$', '', where)
     return place.removeprefix(str(path)).lstrip('/: ') or path.name
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+def _files(folder: Path) -> list[Path]:
     """The files of a set, by name; of a folder as it comes from the hub those below `data/`, or its one subfolder's."""
     entries = sorted(f for f in folder.iterdir() if not f.name.startswith('.'))
     readable = [f for f in entries if f.is_file() and kind_of(f) and f.name not in ABOUT]
@@ -68,14 +68,14 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     raise UserError(f'{folder}: no file in this folder ends in {", ".join(_READERS)}')
 
 
-def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f'{path}:{number}', _parse(line, f'{path}:{number}')
 
 
-def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     with _opened(path) as file:
         data = file.read()
     try:
@@ -96,7 +96,7 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
         yield where, row
 
 
-def _rows_in(content: object, path: pathlib.Path) -> list:
+def _rows_in(content: object, path: Path) -> list:
     """The rows of a JSON file: a list, one row alone, a table by columns, or the one list of rows in a record."""
     if isinstance(content, Mapping):
         names = {str(name).lower() for name in content}
@@ -117,7 +117,7 @@ def _rows_in(content: object, path: pathlib.Path) -> list:
     return content
 
 
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -133,7 +133,7 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
         raise UserError(f'{path}: not a parquet file that can be read: {_first_line(error)}') from None
 
 
-def _array_record_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
+def _array_record_rows(path: Path) -> Iterator[tuple[str, object]]:
     for number, record in enumerate(_array_records(path), start=1):
         where = f'{path}: record {number}'
         if not record.lstrip().startswith(b'{'):
@@ -141,7 +141,7 @@ def _array_record_rows(path: pathlib.Path) -> Iterator[tuple[str, object]]:
         yield where, _parse(record, where)
 
 
-def _array_records(path: pathlib.Path, batch: int = 1024) -> Iterator[bytes]:
+def _array_records(path: Path, batch: int = 1024) -> Iterator[bytes]:
     from array_record.python.array_record_module import ArrayRecordReader
 
     pointers.refuse(path)
@@ -163,7 +163,7 @@ _READERS = {
 }
 
 
-def _tfds_rows(path: pathlib.Path) -> Iterator[Row]:
+def _tfds_rows(path: Path) -> Iterator[Row]:
     """Rows of a folder that TFDS prepared, split by split, fields with text as str."""
     import tensorflow_datasets as tfds
 
@@ -185,7 +185,7 @@ def _plain(value):
     return _plain(value.tolist()) if hasattr(value, 'tolist') else value
 
 
-def _opened(path: pathlib.Path):
+def _opened(path: Path):
     pointers.refuse(path)
     try:
         return path.open('rb')

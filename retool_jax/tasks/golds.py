@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
 from retool_jax.tasks import files, schemas
 
 
-def own(rewritten: Iterable[tuple[Problem, str]], path: str | pathlib.Path) -> set[str]:
+def own(rewritten: Iterable[tuple[Problem, str]], path: str | Path) -> set[str]:
     """Ids of the traces of a file whose gold answer is what the trace itself says last.
 
     Such a gold answer verifies nothing: the trace is right by definition. They are the rows in which no field but the
     trace holds an answer.
     """
     bare = set()
-    for where, row in files.read_rows(pathlib.Path(path)):
+    for where, row in files.read_rows(Path(path)):
         try:
             if not schemas.has_gold(row):
                 bare.add(_asked(schemas.read_problem(row, where, '', '').question))

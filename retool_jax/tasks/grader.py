@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import pathlib
 import queue
 import select
 import signal
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from retool_jax.core.errors import UserError
@@ -193,7 +193,7 @@ class _Child:
             return {'died': True}
 
     def start(self) -> None:
-        root = str(pathlib.Path(__file__).parents[2])
+        root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get('PYTHONPATH')]))
         command = [sys.executable, '-m', 'retool_jax.tasks.judge']
         command += [str(self.memory_mb), str(self.time_limit_s)]

@@ -11,8 +11,8 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
@@ -32,7 +32,7 @@ class Loaded:
     files: dict[str, int]  # rows of each file, or of each split of a TFDS folder
     unreadable: tuple[str, ...] = ()  # what is wrong with each row that was left out for it
 
-    def remarks(self, path: str | pathlib.Path) -> list[str]:
+    def remarks(self, path: str | Path) -> list[str]:
         """Lines for people: which files were read together, and what was left out."""
         lines = _remarks(path, self.files, self.unreadable)
         if self.repeated or self.conflicting:
@@ -41,7 +41,7 @@ class Loaded:
         return lines
 
 
-def _remarks(path: str | pathlib.Path, files: Mapping[str, int], unreadable: Sequence[str]) -> list[str]:
+def _remarks(path: str | Path, files: Mapping[str, int], unreadable: Sequence[str]) -> list[str]:
     lines = []
     if len(files) > 1:
         parts = ', '.join(f'{name} ({count} rows)' for name, count in files.items())
@@ -52,7 +52,7 @@ def _remarks(path: str | pathlib.Path, files: Mapping[str, int], unreadable: Seq
     return lines
 
 
-def read(path: str | pathlib.Path, limit: int | None = None) -> list[Problem]:
+def read(path: str | Path, limit: int | None = None) -> list[Problem]:
     """Problems of a file, or of all files of a folder, in order; `load` tells what was left out as well.
 
     Reads .jsonl, .json, .parquet, .array_record and folders that TFDS prepared; `limit` keeps the first
@@ -65,13 +65,13 @@ def read(path: str | pathlib.Path, limit: int | None = None) -> list[Problem]:
     return loaded.problems[:limit]
 
 
-def load(path: str | pathlib.Path, leave_out: bool = False) -> Loaded:
+def load(path: str | Path, leave_out: bool = False) -> Loaded:
     """`read` with counts; with `leave_out` rows that cannot be read are left out and listed instead of refused.
 
     The public file of DAPO-Math-17k is one block repeated a hundred times: each of its questions is kept once,
     and dropped where its rows disagree about the answer. Other sets are never thinned.
     """
-    path = pathlib.Path(path)
+    path = Path(path)
     problems: list[Problem] = []
     seen: set[tuple[str, str]] = set()  # DAPO: question and answer as they stand in the file
     golds: dict[str, str] = {}  # DAPO: question → answer
@@ -123,17 +123,17 @@ def _unique(problem: Problem, ids: set[str], number: int) -> Problem:
     return problem if name == problem.id else dataclasses.replace(problem, id=name)
 
 
-def read_traces(path: str | pathlib.Path) -> list[tuple[Problem, str]]:
+def read_traces(path: str | Path) -> list[tuple[Problem, str]]:
     """Worked answers of a file: rows with a chat, whose turns are joined with their calls, or a problem with its
     `rewritten` (else `trace`, `response`, …) field. Raises: UserError for what is neither, and for a chat that cannot
     be joined whole."""
     return load_traces(path)[0]
 
 
-def load_traces(path: str | pathlib.Path, leave_out: bool = False) -> tuple[list[tuple[Problem, str]], list[str]]:
+def load_traces(path: str | Path, leave_out: bool = False) -> tuple[list[tuple[Problem, str]], list[str]]:
     """`read_traces`, and lines for people as `Loaded.remarks` has them; `leave_out` drops rows that cannot be read
     instead of refusing the file."""
-    path, ids = pathlib.Path(path), set()
+    path, ids = Path(path), set()
     pairs, unreadable, counts = [], [], collections.Counter()
     for number, (where, row) in enumerate(read_rows(path)):
         counts[file_of(where, path)] += 1
@@ -151,14 +151,14 @@ def load_traces(path: str | pathlib.Path, leave_out: bool = False) -> tuple[list
     return pairs, _remarks(path, counts, unreadable)
 
 
-def write_array_record(path: str | pathlib.Path, problems: Iterable[Problem]) -> int:
+def write_array_record(path: str | Path, problems: Iterable[Problem]) -> int:
     """Writes problems as JSON objects, one a record, for random access; the file appears whole or not.
 
     Returns how many were written. `read` and `tasks.stream` read it. Ids that stand there already get a number.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    path = pathlib.Path(path)
+    path = Path(path)
     if kind_of(path) != '.array_record':
         raise UserError(f'{path}: the name of an array_record file must end in .array_record')
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import grain
 
@@ -20,7 +20,7 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
 from retool_jax.tasks import problems
 
-Source = Sequence[Problem] | str | pathlib.Path
+Source = Sequence[Problem] | str | Path
 
 
 def stream(sources: Sequence[Source | grain.MapDataset], weights: Sequence[float] | None,
@@ -46,7 +46,7 @@ def stream(sources: Sequence[Source | grain.MapDataset], weights: Sequence[float
 
 
 def open_sources(sources: Sequence[Source | grain.MapDataset],
-                 read: Callable[[pathlib.Path], Sequence[Problem]] = problems.read) -> list[grain.MapDataset]:
+                 read: Callable[[Path], Sequence[Problem]] = problems.read) -> list[grain.MapDataset]:
     """Each source as a dataset of Problems, each once, in order, with ids that are unique over all of them.
 
     A source is a list of problems, or the path of anything that `read` reads; files written by
@@ -65,10 +65,10 @@ def open_sources(sources: Sequence[Source | grain.MapDataset],
 
 
 def open_source(source: Source,
-                read: Callable[[pathlib.Path], Sequence[Problem]] = problems.read) -> grain.MapDataset:
+                read: Callable[[Path], Sequence[Problem]] = problems.read) -> grain.MapDataset:
     """One source as a dataset of Problems, each once, in order."""
-    if isinstance(source, str | pathlib.Path):
-        path = pathlib.Path(source)
+    if isinstance(source, str | Path):
+        path = Path(source)
         if path.is_file() and path.name.endswith('.array_record') and _is_ours(path):
             records = grain.sources.ArrayRecordDataSource([str(path)])
             return grain.MapDataset.source(records).map(problems.decode_problem)
@@ -80,7 +80,7 @@ def open_source(source: Source,
 
 def names(sources: Sequence[Source]) -> list[str]:
     """A name for each source that no other has: the end of its path, as long as it takes, or the number of a list."""
-    paths = [pathlib.Path(s).absolute() if isinstance(s, str | pathlib.Path) else pathlib.Path(str(number))
+    paths = [Path(s).absolute() if isinstance(s, str | Path) else Path(str(number))
              for number, s in enumerate(sources)]
     depth, named = 0, {}
     while len(set(named)) < len(set(paths)):
@@ -135,7 +135,7 @@ def _qualify(name: str, problem: Problem) -> Problem:
     return dataclasses.replace(problem, id=f'{name}/{problem.id}')
 
 
-def _is_ours(path: pathlib.Path) -> bool:
+def _is_ours(path: Path) -> bool:
     """Whether the first record is a Problem of ours (other JSON records are read by schema, whole)."""
     try:
         records = grain.sources.ArrayRecordDataSource([str(path)])

@@ -1,7 +1,7 @@
 """Chats: one question, and an answer whose calls and results are joined or refused by name."""
 
 import json
-import pathlib
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +10,7 @@ from retool_jax.stages import cold_start
 from retool_jax.tasks import chats, problems
 from retool_jax.text.template import extract_snippet
 
-SHARED = pathlib.Path(__file__).parents[3] / 'shared/cases/turn2'
+SHARED = Path(__file__).parents[3] / 'shared/cases/turn2'
 ASK = {'role': 'user', 'content': 'How many?'}
 END = {'role': 'assistant', 'content': 'It is 12.\n<answer>\n\\boxed{12}\n</answer>'}
 SNIPPET = '<code>\n```python\nprint(3*4)\n```\n</code>'

@@ -2,7 +2,7 @@
 
 import collections
 import json
-import pathlib
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +10,8 @@ from retool_jax.tasks import problems
 from retool_jax.tasks.grader import Grader
 from tests.tasks import expressions
 
-TABLE = [json.loads(line) for line in (pathlib.Path(__file__).parent / 'answer_table.jsonl').read_text().splitlines()]
-SHARED = pathlib.Path(__file__).parents[3] / 'shared'
+TABLE = [json.loads(line) for line in (Path(__file__).parent / 'answer_table.jsonl').read_text().splitlines()]
+SHARED = Path(__file__).parents[3] / 'shared'
 GRADING = SHARED / 'cases/turn2/grading.jsonl'
 
 

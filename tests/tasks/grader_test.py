@@ -2,11 +2,11 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +14,7 @@ from retool_jax.tasks.grader import Grader, Verdict, shape
 
 from .answer_pairs import EQUAL, PAIRS, UNEQUAL
 
-MATH500 = pathlib.Path(__file__).parents[3] / 'shared/data/math500.jsonl'
+MATH500 = Path(__file__).parents[3] / 'shared/data/math500.jsonl'
 
 
 @pytest.fixture(scope='module')
@@ -36,7 +36,7 @@ def _text(answer):
 
 def _cpu_s(grader):
     """CPU seconds of the judge and of all workers that it has waited for."""
-    fields = pathlib.Path(f'/proc/{grader._children[0].process.pid}/stat').read_text().rpartition(')')[2].split()
+    fields = Path(f'/proc/{grader._children[0].process.pid}/stat').read_text().rpartition(')')[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf('SC_CLK_TCK')
 
 
@@ -85,8 +85,8 @@ def test_an_answer_that_needs_too_much_memory_is_wrong_and_the_judge_lives_on():
     with Grader(time_limit_s=60, memory_mb=256) as grader:
         assert not grader.equal(r'\sum_{k=1}^{9} 2^{300000000 k}', r'\sqrt{7}')  # 340 MB where it is let
         judge = grader._children[0].process.pid
-        worker = pathlib.Path(f'/proc/{judge}/task/{judge}/children').read_text().split()[0]
-        peak_kb = pathlib.Path(f'/proc/{worker}/status').read_text().split('VmPeak:')[1].split()[0]
+        worker = Path(f'/proc/{judge}/task/{judge}/children').read_text().split()[0]
+        peak_kb = Path(f'/proc/{worker}/status').read_text().split('VmPeak:')[1].split()[0]
         assert 100_000 < int(peak_kb) <= 256 * 1024
         assert grader.equal('0.25', r'\frac{1}{4}')
 
@@ -197,4 +197,4 @@ def test_neither_the_grader_nor_its_child_imports_heavy_libraries():
         'assert verify({"answer": r"\\sum_{k=1}^{3} k", "gold": "6"})["equal"]\n'
         'assert not {"jax", "transformers", "matplotlib", "torch"} & set(sys.modules)'
     )
-    subprocess.run([sys.executable, '-c', script], check=True, cwd=pathlib.Path(__file__).parents[2])
+    subprocess.run([sys.executable, '-c', script], check=True, cwd=Path(__file__).parents[2])

@@ -1,8 +1,8 @@
 """Readers: every schema and format, what is left out, and errors that name the place."""
 
-import pathlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +10,7 @@ from retool_jax.core.records import Problem
 from retool_jax.tasks import answers, arithmetic, problems
 from tests.tasks.rows import TEN, dapo, retool, write
 
-SHARED = pathlib.Path(__file__).parents[3] / 'shared/data'
+SHARED = Path(__file__).parents[3] / 'shared/data'
 
 
 def only(row):
@@ -197,4 +197,4 @@ def test_reading_problems_needs_neither_jax_nor_tfds():
         'import sys, retool_jax.tasks.problems, retool_jax.tasks.arithmetic, retool_jax.tasks.answers\n'
         'assert not {"jax", "grain", "tensorflow_datasets", "transformers", "matplotlib"} & set(sys.modules)'
     )
-    subprocess.run([sys.executable, '-c', script], check=True, cwd=pathlib.Path(__file__).parents[2])
+    subprocess.run([sys.executable, '-c', script], check=True, cwd=Path(__file__).parents[2])

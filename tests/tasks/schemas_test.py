@@ -1,8 +1,8 @@
 """Schemas of public sets: each row of the guide's table is read as it is meant."""
 
 import json
-import pathlib
 import re
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -12,7 +12,7 @@ from retool_jax.core.errors import UserError
 from retool_jax.tasks import answers, problems
 from retool_jax.tasks.schemas import read_problem
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / 'shared'
 QUESTION, CHAT = 'How many?', [{'role': 'system', 'content': 'Think.'}, {'role': 'user', 'content': 'How many?'}]
 WORKED = 'One box holds 4, so 3*4 = <<3*4=12>>12.\n#### 12'

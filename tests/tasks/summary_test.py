@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import pathlib
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def grader():
         yield opened
 
 
-MAJORITY = pathlib.Path(__file__).parents[3] / 'shared/cases/turn2/majority.jsonl'
+MAJORITY = Path(__file__).parents[3] / 'shared/cases/turn2/majority.jsonl'
 
 
 def vote(grader, gold, texts):
