@@ -15,7 +15,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from absl import flags
 
-from retool_jax.core import cli
+from retool_jax.core import cli, settings
 
 NAMES = ('ppo', 'grpo', 'dapo')
 ALGORITHMS = flags.DEFINE_list('algorithms', list(NAMES), 'Which to run.')
@@ -23,17 +23,19 @@ SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of the whole story, c
 TARGET = flags.DEFINE_float('target', 0.9, 'Share of right answers whose time is taken.', 0.0, 1.0)
 
 
-def main(config) -> None:
+def main(stage) -> None:
     from retool_jax.bench import algorithms
+    from retool_jax.stages.config import Reinforcement
 
     if unknown := set(ALGORITHMS.value) - set(NAMES):
         raise cli.UserError(f'--algorithms={",".join(sorted(unknown))}: choose of {", ".join(NAMES)}')
     if not all(seed.isdecimal() for seed in SEEDS.value):
         raise cli.UserError(f'--seeds={",".join(SEEDS.value)}: whole numbers, separated by commas')
-    blocks = {name: cli.load_config(f'configs/{name}.py:tiny') for name in ALGORITHMS.value}
+    stages = {name: settings.build(Reinforcement, cli.load_config(f'configs/{name}.py:tiny'))
+              for name in ALGORITHMS.value}
     say = lambda line: print(line, file=sys.stderr, flush=True)
-    print(json.dumps(algorithms.measure(config, blocks, [int(s) for s in SEEDS.value], TARGET.value, say)))
+    print(json.dumps(algorithms.measure(stage, stages, [int(s) for s in SEEDS.value], TARGET.value, say)))
 
 
 if __name__ == '__main__':
-    cli.run(main, default_config='configs/demo.py')
+    cli.run(main, 'retool_jax.stages.config:Demo', default_config='configs/demo.py')

@@ -7,18 +7,18 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 from retool_jax.core import cli
 
 
-def main(config):
+def main(stage):
     from retool_jax.report import pages
     from retool_jax.stages import demo
 
-    summary = demo.run(config)
-    report = pages.write(config.run.dir)
+    summary = demo.run(stage)
+    report = pages.write(stage.run.dir)
     demo.show(summary)
     print(f'report: {report}   model: {report.parent / "tool_rl"} (a Hugging Face directory)')
 
 
 def run() -> None:
-    cli.run(main, default_config='configs/demo.py')
+    cli.run(main, 'retool_jax.stages.config:Demo', default_config='configs/demo.py')
 
 
 if __name__ == '__main__':

@@ -23,11 +23,11 @@ TOKENS = flags.DEFINE_integer('tokens', 6144, 'Mean tokens of an episode (the pa
 JSON = flags.DEFINE_bool('json', False, 'Prints one JSON object instead of tables.')
 
 
-def main(config):
+def main(stage):
     from retool_jax.plan import chips, facts, guess, models, page, programs, roofline
 
-    model = models.sizes(config.model.path, config.model.name)
-    run = programs.Run(config, model, chips.open_slice(TOPOLOGY.value))
+    model = models.sizes(stage.model.path, stage.model.name)
+    run = programs.Run(stage, model, chips.open_slice(TOPOLOGY.value))
     todo, began = list(run.programs()), time.perf_counter()
     if run.slice.devices:
         with console.progress(f'{TOPOLOGY.value}: compiling', len(todo)) as advance:
@@ -41,7 +41,7 @@ def main(config):
 
 
 def run() -> None:
-    cli.run(main)
+    cli.run(main, 'retool_jax.stages.config:Reinforcement')
 
 
 if __name__ == '__main__':

@@ -8,21 +8,21 @@ DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Build and compile everything, tak
                             'nothing, print the memory.')
 
 
-def main(config):
+def main(stage):
     from retool_jax.core import processes
     from retool_jax.report import pages
     from retool_jax.stages import dry_run, ppo
 
     if DRY_RUN.value:
-        dry_run.run(config)
+        dry_run.run(stage)
         return
-    ppo.run(config)
+    ppo.run(stage)
     if processes.leads():
-        print(f'report: {pages.write(config.run.dir)}')
+        print(f'report: {pages.write(stage.run.dir)}')
 
 
 def run() -> None:
-    cli.run(main)
+    cli.run(main, 'retool_jax.stages.config:Reinforcement')
 
 
 if __name__ == '__main__':

@@ -10,10 +10,11 @@ import os
 import pathlib
 import tempfile
 
-from retool_jax.core import cli
+from retool_jax.core import cli, settings
 from retool_jax.report import ink
-from retool_jax.tasks import arithmetic
 from retool_jax.stages import parts
+from retool_jax.stages.config import Reinforcement
+from retool_jax.tasks import arithmetic
 from retool_jax.train import grading
 
 trained = cli.ROOT / 'runs/demo_tiny/tool_rl'
@@ -24,17 +25,19 @@ print('model:', pathlib.Path(MODEL).name if MODEL else 'untrained')
 print(problem.question, '→', problem.answer)
 
 # %% [markdown]
-# Ten lines. The engine feeds the prompt once for all samples, decodes until `</code>`, sends the snippet to the sandbox,
-# feeds what it printed, and goes on until the answer.
+# A dozen lines. The engine feeds the prompt once for all samples, decodes until `</code>`, sends the snippet to the
+# sandbox, feeds what it printed, and goes on until the answer.
 
 # %%
-config = cli.load_config(f'configs/evaluate.py:{SIZE}')
+config = cli.load_config(f'configs/ppo.py:{SIZE}')
 config.model.path, config.sampler.rows = MODEL, 4
-model = parts.open_model(config.model, pathlib.Path(tempfile.mkdtemp()))
-sampler = parts.make_sampler(model, config, tools=True)
-params = sampler.sync(parts.load_policy(config.model, model, 0, parts.make_mesh(config.mesh)))
-with parts.open_sandbox(config.sandbox) as pool, parts.open_grader(config.reward) as grader:
-    engine = parts.make_engine(model, sampler, config, config.sampling, True, pool, 0, parts.EVALUATION)
+stage = settings.build(Reinforcement, config)
+model = parts.open_model(stage.model, pathlib.Path(tempfile.mkdtemp()))
+sampler = parts.make_sampler(model, stage.sampler, stage.turns)
+params = sampler.sync(parts.load_policy(stage.model, model, 0, parts.make_mesh(stage.mesh)))
+with parts.open_sandbox(stage.sandbox) as pool, parts.open_grader(stage.reward) as grader:
+    engine = parts.make_engine(model, sampler, stage.turns, stage.feedback, stage.evaluate_sampling, pool, 0,
+                               parts.EVALUATION)
     episodes = grading.run(engine, params, 0, [problem], 4, model.template, model.tokenizer, grader)
 shown = next((e for e in episodes if any(call.code for call in e.calls)), episodes[0])
 ink.paint(shown, model.tokenizer)

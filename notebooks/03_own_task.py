@@ -11,11 +11,12 @@ import pathlib
 import random
 import tempfile
 
-from retool_jax.core import cli
+from retool_jax.core import cli, settings
 from retool_jax.core.records import Problem, Reward
 from retool_jax.report import ink
+from retool_jax.stages.config import Reinforcement
+from retool_jax.stages.parts import build, open_sandbox
 from retool_jax.tasks import answers
-from retool_jax.stages import parts as parts_stage, ppo as ppo_stage
 from retool_jax.train import ppo
 
 trained = cli.ROOT / 'runs/demo_tiny/tool_rl'
@@ -59,7 +60,7 @@ Nearness().grade(r'so \boxed{19}', '20')
 # %% [markdown]
 # ## Two steps
 #
-# `configs/ppo.py` holds every setting with its source; what differs is set here. `reinforce.build` makes model, optimizer
+# `configs/ppo.py` holds every setting with its source; what differs is set here. `parts.build` makes model, optimizer
 # and learner of it, a `source` makes the episodes of a step, and `ppo.train` is the loop.
 
 # %%
@@ -67,7 +68,8 @@ config = cli.load_config('configs/ppo.py:tiny')
 config.model.path = MODEL
 config.ppo.steps, config.ppo.problems_per_step, config.ppo.samples = 2, 4, 4
 config.sampler.rows, config.forward.unroll = 16, 1  # small programs compile sooner
-parts = ppo_stage.build(config, pathlib.Path(tempfile.mkdtemp()))
+stage = settings.build(Reinforcement, config)
+parts = build(stage, pathlib.Path(tempfile.mkdtemp()))
 results = []
 
 
@@ -77,9 +79,9 @@ def report(result):
         'rewards/mean', 'tools/code_ratio', 'actor/grad_norm', 'mismatch/logprob_abs_max')))
 
 
-with parts_stage.open_sandbox(config.sandbox) as pool:
+with open_sandbox(stage.sandbox) as pool:
     source = parts.source(parts.sampler(), pool, problems, Nearness())
-    ppo.train(parts.learner, parts.progress, parts.sizes, collect=source, seed=0, report=report)
+    ppo.train(parts.learner, parts.progress, stage.ppo, collect=source, seed=0, report=report)
 
 # %%
 ink.paint(results[-1].episodes[0], parts.model.tokenizer)

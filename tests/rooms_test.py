@@ -224,6 +224,29 @@ def test_a_cycle_of_files_is_seen_however_it_is_hidden(tmp_path, there, back):
     assert sorted(set(cycle(files_imported(tmp_path / 'retool_jax')))) == ['retool_jax.algo.a', 'retool_jax.algo.b']
 
 
+def test_training_knows_no_command_line_and_no_configuration_file():
+    found = [
+        f'{path.name}:{line} imports {name}'
+        for path, module, tree in sources(PACKAGE / 'train')
+        for line, name in imports(tree, f'retool_jax.{module}')
+        if name.startswith(('retool_jax.core.cli', 'retool_jax.sandbox', 'ml_collections'))
+    ]
+    assert found == []
+
+
+def test_below_the_door_nothing_takes_the_configuration_of_a_file():
+    door = {'retool_jax.core.cli', 'retool_jax.core.settings'}
+    named = {
+        module
+        for _, module, tree in sources(PACKAGE)
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Name) and node.id == 'ConfigDict')
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str) and 'ConfigDict' in node.value)
+        or (isinstance(node, ast.Attribute) and node.attr == 'ConfigDict')
+    }
+    assert named == door
+
+
 def test_configurations_import_nothing_but_ml_collections_and_their_base():
     found = []
     configs = sources(ROOT / 'configs')

@@ -1,6 +1,6 @@
 """The one door of every binary: flags in, one line and exit 2 out where the user is at fault.
 
-A launch file ends in `cli.run(main)`. Flags are absl's, the configuration is an ml_collections file:
+A launch file ends in `cli.run(main, STAGE)`. Flags are absl's, the configuration is an ml_collections file:
 `python launch/ppo.py --config=configs/ppo.py:tiny --config.ppo.clip=0.2`. Where the package is installed the same
 binary is `retool-ppo`, and `configs/` is part of it unless the current folder has its own.
 """
@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 import shlex
 import signal
@@ -20,10 +21,12 @@ import traceback
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_dict, config_flags
 
+from retool_jax.core import settings
 from retool_jax.core.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,14 +50,19 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised in the main thread; `except KeyboardInterrupt` takes it together with Ctrl-C."""
 
 
-def run(main: Callable[[ConfigDict], None], *, default_config: str | None = None) -> None:
-    """Parses the command line, calls `main(config)` and ends the process.
+def run(main: Callable[[Any], None], stage: str, *, default_config: str | None = None) -> None:
+    """Parses the command line, calls `main` with the stage that it describes and ends the process.
 
     Exit status: 0; 1 with a traceback for a fault of ours; 2 with one line for a fault of the user
-    (see `explain`); 130 and 143 with one line after Ctrl-C and SIGTERM. `default_config` is
-    'configs/NAME.py:ARG', used where --config is not given.
+    (see `explain`); 130 and 143 with one line after Ctrl-C and SIGTERM.
+
+    stage: the dataclass that the configuration becomes, 'package.module:Name', imported when it is needed.
+    default_config: 'configs/NAME.py:ARG', used where --config is not given.
     """
-    _run(lambda argv: main(parse_config(argv, default_config)), main)
+    def body(argv: list[str]) -> None:
+        config = parse_config(argv, default_config)
+        main(settings.build(pkgutil.resolve_name(stage), config))
+    _run(body, main, stage)
 
 
 def run_plain(main: Callable[[], None], bare: Sequence[str] = ()) -> None:
@@ -187,13 +195,13 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _run(body: Callable[[list[str]], None], main: Callable) -> None:
+def _run(body: Callable[[list[str]], None], main: Callable, stage: str | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stop)
     try:
         if any(a in ('-h', '--help', '--helpfull') for a in sys.argv[1:]):
-            _help(main)
+            _help(main, stage)
             sys.exit(0)
         logging.use_absl_handler()
         body(sys.argv)
@@ -288,7 +296,7 @@ def _check_key(config: ConfigDict, keys: dict[str, type], key: str) -> None:
     raise UserError(f'unknown config key {key!r}{nearest(key, keys)}')
 
 
-def _help(main: Callable) -> None:
+def _help(main: Callable, stage: str | None) -> None:
     module = sys.modules[main.__module__]
     print((module.__doc__ or '').strip() + '\n')
     for name, own in sorted(flags.FLAGS.flags_by_module_dict().items()):
@@ -297,7 +305,7 @@ def _help(main: Callable) -> None:
                 print(f'  --{flag.name}={flag.default}\n      {flag.help}')
     _, given = _take_config(sys.argv)
     if given is None:
-        if list(inspect.signature(main).parameters):
+        if stage is not None:
             print(f'  --config=PATH:ARG, one of: {_known_configs()} (with --help it lists its keys)')
         return
     config = load_config(given)

@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
-from ml_collections import ConfigDict
 
-from retool_jax.core import settings, sharding
+from retool_jax.core import sharding as sharding
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.model import attention, decoder
 from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Slice
 from retool_jax.rollout.sampler import Chunks, Sampler
 from retool_jax.rollout.sync import Sync, shardings
+from retool_jax.stages import parts
 from retool_jax.stages.config import Reinforcement
 from retool_jax.text import tags
-from retool_jax.train.learner import Learner, Scores, backbones
-from retool_jax.train.state import add_critic, init_state, make_optimizer
+from retool_jax.train.learner import Scores, backbones
+from retool_jax.train.state import add_critic, init_state
 
 Shapes = Any  # a tree of ShapeDtypeStructs with shardings
 
@@ -45,21 +45,15 @@ class Program:
 class Run:
     """Everything of a run that has a shape: model, sizes, meshes, learner, sampler, buffers."""
 
-    def __init__(self, config: ConfigDict, model: ModelConfig, slice: Slice):
-        """config: of configs/ppo.py. Raises: UserError naming the key, or what does not divide."""
-        stage = settings.build(Reinforcement, config)
+    def __init__(self, stage: Reinforcement, model: ModelConfig, slice: Slice):
+        """Raises: UserError naming the key, or what does not divide."""
         self.model, self.slice, self.sizes, self.turns = model, slice, stage.ppo, stage.turns
-        self.mesh = make_mesh(config.mesh.to_dict(), slice, slice.count)
-        updates = self.sizes.minibatches * self.sizes.epochs
-        optimizer = make_optimizer(stage.optimizer, self.sizes.steps * updates,
-                                   stage.critic_optimizer if self.sizes.critic != 'none' else None,
-                                   critic_warmup_steps=self.sizes.critic_warmup_steps * updates)
+        self.mesh = make_mesh(dataclasses.asdict(stage.mesh), slice, slice.count)
         forward = stage.forward
         forward = dataclasses.replace(
             forward, attention=attention.resolve(forward.attention, forward.row_width, slice.chip.platform))
         self.loss = stage.loss
-        self.learner = Learner(model, forward, optimizer, self.mesh, loss=self.loss,
-                               advantage=stage.advantage)
+        self.learner = parts.make_learner(dataclasses.replace(stage, forward=forward), model, self.mesh)
         # Engines are local to as many devices as hold the sampling weights, the tensor axis; where it is longer than a
         # host's devices, all hosts step one engine together (rollout/hosts.py).
         tensor = self.mesh.shape['tensor']
@@ -78,15 +72,15 @@ class Run:
         shapes = jax.eval_shape(lambda p: add_critic(model, p, self.sizes.critic), decoder.abstract_params(model))
         words = _like(shapes, whole)
         self.params = _put(shapes, sharding.shardings(self.mesh, words, rules))
-        self.state = self._train_state(optimizer)
+        self.state = self._train_state()
         self.sampling_params = _put(
             jax.eval_shape(lambda p: decoder.to_sampling(model, p, jnp.dtype(sampler.dtype)),
                            decoder.abstract_params(model)),
             shardings(model, self.sampler_mesh, sharding.SAMPLE_RULES))
 
-    def _train_state(self, optimizer) -> TrainState:
+    def _train_state(self) -> TrainState:
         """Parameters and moments; a moment lies as its parameter does."""
-        shapes = jax.eval_shape(lambda p: init_state(p, optimizer), self.params)
+        shapes = jax.eval_shape(lambda p: init_state(p, self.learner.optimizer), self.params)
         known = {_words(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)}
         whole = jax.NamedSharding(self.mesh, jax.P())
 

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 import retool_jax
 from retool_jax.core.records import ExecResult, Fault, Verdict
-from retool_jax.sandbox import frames
+from retool_jax.sandbox import cgroups, frames
 from retool_jax.sandbox.job import Job
 from retool_jax.sandbox.settings import SandboxSettings
 
@@ -61,7 +61,8 @@ class Pool:
     """A sandbox on this machine. `with Pool(settings) as pool: pool.submit(code).result()`."""
 
     def __init__(self, settings: SandboxSettings):
-        self.settings = settings
+        self.settings = settings = dataclasses.replace(
+            settings, concurrency=settings.concurrency or 2 * cgroups.cores())
         self.missing: tuple[str, ...] = ()  # control groups that could not be had: what is not enforced
         self.capped = ''  # why fewer snippets run at once than `concurrency` says
         self._waiting: dict[int, _Call] = {}

@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any
 
 from retool_jax.core.checks import MANY, Rule, above, check, one_of, within
-from retool_jax.sandbox import cgroups
 
 PATHS = ('warm', 'cold')
 MOST = {'cpu_s': 1e6, 'wall_s': 1e6, 'memory_mb': 2.0**24}  # 12 days, 16 TiB: more is a slip, and overflows somewhere
@@ -52,8 +51,6 @@ class SandboxSettings:
               packages=_PACKAGE, retries=within(0, 1000), queue=within(1, MANY),
               **{name: above(0, most) for name, most in MOST.items()},
               **dict.fromkeys(('scratch_mb', 'queue_mb'), above(0, MOST['memory_mb'])))
-        if not self.concurrency:
-            object.__setattr__(self, 'concurrency', 2 * cgroups.cores())
 
     def fields(self) -> dict[str, Any]:
         """The values by name, without what a subclass adds."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from retool_jax.core import console, episode_files
 from retool_jax.core.checks import MANY
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, ExecResult, Problem, Stop, Verdict
@@ -21,7 +23,11 @@ from retool_jax.rollout.sampler import STOP_CODE, STOP_EOS
 from retool_jax.rollout.turns import Feed, Rules, Run, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render
 from retool_jax.sandbox.pool import Pool
-from retool_jax.tasks import answers, arithmetic
+from retool_jax.stages import folder, parts
+from retool_jax.stages.config import ColdStart, Mix
+from retool_jax.stages.intake import Intake
+from retool_jax.tasks import answers, arithmetic, golds
+from retool_jax.tasks import problems as problem_files
 from retool_jax.text import tags
 from retool_jax.text.template import (
     Template,
@@ -49,29 +55,6 @@ _TAG = re.compile(r'</?(?:code|interpreter|answer)>')
 _CONCLUSION = re.compile(r'<answer>\s*\\boxed\{.*\}\s*</answer>\s*\Z', re.DOTALL)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mix:
-    """Shares of trace kinds ('mental', 'code', 'repair') in easy families and in those that need the tool."""
-
-    easy: Mapping[str, float]
-    needy: Mapping[str, float]
-
-    def __post_init__(self):
-        for name in ('easy', 'needy'):
-            shares = getattr(self, name)
-            for kind, share in shares.items():
-                if kind not in arithmetic.TRACE_KINDS:
-                    raise UserError(f'{name}.{kind}: no such kind of trace; use {", ".join(arithmetic.TRACE_KINDS)}')
-                if not 0 <= share <= 1:
-                    raise UserError(f'{name}.{kind}={share} must lie in [0, 1]')
-            if not abs(sum(shares.values()) - 1) <= 1e-6:
-                listed = ', '.join(f'mix.{name}.{kind}={share}' for kind, share in shares.items())
-                raise UserError(f'{listed.removeprefix("mix.")}: the shares must add up to 1')
-
-
-TEXT_ONLY = Mix(easy={'mental': 1.0}, needy={'mental': 1.0})
-
-
 @dataclasses.dataclass(frozen=True)
 class Draft:
     """A trace before its snippets are run: the policy's turns, all but the last ending in `</code>`."""
@@ -79,6 +62,40 @@ class Draft:
     problem: Problem
     turns: tuple[str, ...]
     printed: tuple[str | None, ...]  # what each snippet is said to have printed; None where nothing is said
+
+
+def run(stage: ColdStart) -> None:
+    """Writes the traces that hold to `episodes/`, and what was kept and dropped to summary.json."""
+    leave_out = stage.reward.unreadable == 'leave_out'
+    rewritten, remarks = problem_files.load_traces(stage.traces, leave_out) if stage.traces else (None, [])
+    for line in remarks:
+        console.say(line)
+    own = golds.own(rewritten, stage.traces) if rewritten else set()
+    if stage.golds:
+        rewritten, own = golds.join(rewritten, own, problem_files.read(stage.golds))
+    with parts.open_grader(stage.reward) as grader:
+        if rewritten:
+            rewritten = Intake(stage.reward.unreadable, grader.parses).worked(rewritten)
+        with folder.claimed(stage) as directory, parts.open_sandbox(stage.sandbox) as pool:
+            model = parts.open_model(stage.model, directory)
+            console.banner(model=model, sandbox=pool, run=directory)
+            if rewritten is not None:
+                made, counts = verify(rewritten, pool, stage.feedback, model.template, model.tokenizer,
+                                      grader.equal, stage.max_tokens)
+            else:
+                drawn = arithmetic.problems('train', stage.problems, stage.run.seed)
+                made, counts = build(drawn, stage.mix, pool, stage.feedback, model.template, model.tokenizer,
+                                     stage.run.seed, stage.max_tokens)
+            if not made:
+                raise UserError(f'no trace was kept: {counts}')
+            episode_files.write(directory / 'episodes', 'cold_start', made, model.tokenizer.decode)
+            unverified = sum(episode.problem.id in own for episode in made)
+            verified = {'verified': len(made) - unverified, 'own': unverified}
+            (directory / 'summary.json').write_text(json.dumps({'counts': counts, 'answers': verified}, indent=2))
+    console.table('traces', ('', 'number', 'share'), shares(counts))
+    if own:
+        console.say(f'answers: {len(made) - unverified} of {len(made)} traces kept were verified; {unverified} have no '
+                    'gold answer but their own last box, which verifies nothing: --config.golds=FILE names one')
 
 
 def build(
@@ -103,7 +120,7 @@ def build(
         shares = mix.easy if arithmetic.BY_NAME[problem.family].mental else mix.needy
         kind = rng.choices(list(shares), list(shares.values()))[0]
         drafts.append(draft(problem, arithmetic.trace(problem, kind, seed)))
-    return run(drafts, pool, feedback, template, tokenizer, answers.equal_at_sight, max_tokens, progress)
+    return make(drafts, pool, feedback, template, tokenizer, answers.equal_at_sight, max_tokens, progress)
 
 
 def verify(
@@ -122,7 +139,7 @@ def verify(
     what its snippets do not print is dropped as 'execution', since its words follow from the claim.
     """
     drafts = [read_draft(problem, text) for problem, text in rewritten]
-    return run(drafts, pool, feedback, template, tokenizer, equal, max_tokens, progress)
+    return make(drafts, pool, feedback, template, tokenizer, equal, max_tokens, progress)
 
 
 def shares(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
@@ -166,7 +183,7 @@ def misformed(draft: Draft) -> bool:
     return _TAG.findall(last) != ['<answer>', '</answer>'] or not _CONCLUSION.search(last)
 
 
-def run(
+def make(
     drafts: Sequence[Draft],
     pool: Pool | None,
     feedback: FeedbackSettings,

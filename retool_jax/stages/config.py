@@ -7,6 +7,7 @@ built or written. The names and the defaults of the keys are those of configs/ba
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.checks import MANY, Rule, above, check, filled, local_path, one_of, within
@@ -18,9 +19,7 @@ from retool_jax.rollout.turns import Budgets
 from retool_jax.sandbox.feedback import FeedbackSettings
 from retool_jax.sandbox.settings import SandboxSettings
 from retool_jax.stages.alarms import WatchSettings
-from retool_jax.stages.cold_start import Mix
-from retool_jax.stages.intake import UNREADABLE
-from retool_jax.tasks import grader
+from retool_jax.tasks import arithmetic, grader
 from retool_jax.text import template
 from retool_jax.train import ppo
 from retool_jax.train.learner import ForwardSettings
@@ -29,6 +28,7 @@ from retool_jax.train.sft import SFTSettings
 from retool_jax.train.state import OptimizerSettings
 
 PROBLEMS = 10**7  # of the embedded task, which are made in memory
+UNREADABLE = ('refuse', 'leave_out')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,6 +155,26 @@ class ValidationSettings:
 
     def __post_init__(self):
         check(self, problems=local_path(), limit=within(1, MANY), every=within(1, MANY), samples=within(1, 2**16))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Shares of trace kinds ('mental', 'code', 'repair') in easy families and in those that need the tool."""
+
+    easy: Mapping[str, float]
+    needy: Mapping[str, float]
+
+    def __post_init__(self):
+        for name in ('easy', 'needy'):
+            shares = getattr(self, name)
+            for kind, share in shares.items():
+                if kind not in arithmetic.TRACE_KINDS:
+                    raise UserError(f'{name}.{kind}: no such kind of trace; use {", ".join(arithmetic.TRACE_KINDS)}')
+                if not 0 <= share <= 1:
+                    raise UserError(f'{name}.{kind}={share} must lie in [0, 1]')
+            if not abs(sum(shares.values()) - 1) <= 1e-6:
+                listed = ', '.join(f'mix.{name}.{kind}={share}' for kind, share in shares.items())
+                raise UserError(f'{listed.removeprefix("mix.")}: the shares must add up to 1')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

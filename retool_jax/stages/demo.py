@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import random
@@ -18,9 +19,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from retool_jax.core import console, episode_files, settings
+from retool_jax.core import console, episode_files
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.metrics import Metrics
 from retool_jax.core.pytrees import Params
@@ -28,51 +28,50 @@ from retool_jax.core.records import Episode
 from retool_jax.model import hf
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.requests import Executor
+from retool_jax.rollout.sampler import Sampler
 from retool_jax.stages import cold_start, folder, parts
-from retool_jax.stages.config import Demo
+from retool_jax.stages.config import Demo, Mix
 from retool_jax.tasks import arithmetic
 from retool_jax.tasks.grader import Grader
 from retool_jax.tasks.summary import summarise
 from retool_jax.train import grading, ppo, sft, sources
-from retool_jax.train.learner import Learner
 from retool_jax.train.sft import SFTSettings
-from retool_jax.train.state import add_critic, init_state, make_optimizer
+from retool_jax.train.state import init_state
 
 HELD_OUT = 'new_operands'  # the headline set; the others are scored apart
 APART = ('new_wording', 'larger_range')
+TEXT_ONLY = Mix(easy={'mental': 1.0}, needy={'mental': 1.0})
 
 
 class Story:
     """One run of the recipe: what both models share."""
 
-    def __init__(self, config: ConfigDict, directory: pathlib.Path, executor: Executor, grader: Grader,
-                 writer: Metrics):
-        self.config, self.executor, self.grader, self.writer = config, executor, grader, writer
-        self.stage = stage = settings.build(Demo, config)
+    def __init__(self, stage: Demo, directory: pathlib.Path, executor: Executor, grader: Grader, writer: Metrics):
+        self.stage, self.executor, self.grader, self.writer = stage, executor, grader, writer
         self.recipe, self.ppo, self.forward, self.feedback = stage.recipe, stage.ppo, stage.forward, stage.feedback
         self.directory = directory
-        self.seed = config.run.seed
-        self.mesh = parts.make_mesh(config.mesh)
-        self.model = parts.open_model(config.model, directory)
+        self.seed = stage.run.seed
+        self.mesh = parts.make_mesh(stage.mesh)
+        self.models = {tools: parts.open_model(dataclasses.replace(stage.model, tools=tools), directory)
+                       for tools in (True, False)}
+        self.model = self.models[True]  # of tokens and templates, which are the same
         self.clock = 0  # metrics lines written
 
     def engine(self, tools: bool, training: bool) -> Engine:
-        sampler = self.samplers[tools]
-        block = self.config.train_sampling if training else self.config.evaluate_sampling
-        return parts.make_engine(self.model, sampler, self.config, block, tools, self.executor if tools else None,
-                                    self.seed, parts.TRAINING if training else parts.EVALUATION)
+        sampling = self.stage.train_sampling if training else self.stage.evaluate_sampling
+        return parts.make_engine(self.models[tools], self.samplers[tools], self.stage.turns, self.feedback, sampling,
+                                 self.executor if tools else None, self.seed,
+                                 parts.TRAINING if training else parts.EVALUATION)
 
-    @property
-    def samplers(self):
+    @functools.cached_property
+    def samplers(self) -> dict[bool, Sampler]:
         """One compiled sampler per kind of model."""
-        if not hasattr(self, '_samplers'):
-            self._samplers = {tools: parts.make_sampler(self.model, self.config, tools)
-                              for tools in (True, False)}
-        return self._samplers
+        return {tools: parts.make_sampler(model, self.stage.sampler, self.stage.turns)
+                for tools, model in self.models.items()}
 
     def random_model(self) -> Params:
         """What everything starts from."""
-        return parts.load_policy(self.config.model, self.model, self.seed, self.mesh)
+        return parts.load_policy(self.stage.model, self.model, self.seed, self.mesh)
 
     def log(self, name: str, step: int, metrics: dict[str, float]) -> None:
         self.writer.write(self.clock, {'phase': name, 'phase_step': step} | metrics)
@@ -84,19 +83,19 @@ class Story:
             mix = self.stage.mix
             problems = arithmetic.problems('train', self.recipe.problems_seen, self.seed)
         else:
-            mix, rng = cold_start.TEXT_ONLY, random.Random(f'text-only/{self.seed}')
+            mix, rng = TEXT_ONLY, random.Random(f'text-only/{self.seed}')
             problems = [p for p in arithmetic.problems('train', 2 * self.recipe.problems_seen, self.seed)
                         if arithmetic.BY_NAME[p.family].mental or rng.random() < self.recipe.text_needy]
         made, counts = cold_start.build(
             problems, mix, self.executor if tools else None, self.feedback, self.model.template,
-            self.model.tokenizer, self.seed, max_tokens=min(self.config.turns.max_tokens, self.forward.row_width))
+            self.model.tokenizer, self.seed, max_tokens=min(self.stage.turns.max_tokens, self.forward.row_width))
         console.say(f'cold start ({_kind(tools)}): ' + ', '.join(f'{n} {reason}' for reason, n in counts.items()))
         return made
 
     def sft(self, tools: bool, traces: Sequence[Episode], params: Params) -> Params:
         """Supervised fine-tuning from `params`."""
-        optimizer = make_optimizer(self.stage.sft_optimizer, self.recipe.sft_steps)
-        learner = Learner(self.model.config, self.forward, optimizer, self.mesh)
+        learner = parts.make_tuner(self.forward, self.stage.sft_optimizer, self.recipe.sft_steps, self.model.config,
+                                   self.mesh)
         sizes = SFTSettings(steps=self.recipe.sft_steps, epochs=0, batch_tokens=self.recipe.sft_batch_tokens,
                             evaluation_share=0.0)
         with console.progress(f'SFT ({_kind(tools)})', sizes.steps) as advance:
@@ -104,7 +103,7 @@ class Story:
                 self.log(f'sft_{_kind(tools)}', step, metrics)
                 advance(f'loss {metrics["sft/loss"]:.3f}')
             # Both models start from `params`, and a step gives its state's memory to the next.
-            state = init_state({'policy': jax.tree.map(jnp.copy, params)}, optimizer)
+            state = init_state({'policy': jax.tree.map(jnp.copy, params)}, learner.optimizer)
             # Digits of long mental arithmetic look random to such a model and drown what it can learn, to
             # copy operands: it starts with traces that need nothing else.
             easiest = [trace for trace in traces if trace.calls or _mental(trace)]
@@ -115,14 +114,7 @@ class Story:
 
     def reinforce(self, tools: bool, params: Params) -> Params:
         """PPO from `params`."""
-        tree = add_critic(self.model.config, params, self.ppo.critic)
-        updates = self.ppo.minibatches * self.ppo.epochs
-        optimizer = make_optimizer(self.stage.optimizer, self.ppo.steps * updates,
-                                   self.stage.critic_optimizer if 'critic' in tree else None,
-                                   self.ppo.critic_warmup_steps * updates)
-        learner = Learner(self.model.config, self.forward, optimizer, self.mesh,
-                          loss=self.stage.loss, advantage=self.stage.advantage,
-                          temperature=self.config.train_sampling.temperature)
+        learner = parts.make_learner(self.stage, self.model.config, self.mesh)
         asked = self.ppo.problems_per_step * max(self.ppo.dynamic_rounds, 1)
         stream = arithmetic.problems('train', asked * self.ppo.steps, seed=self.seed + 1_000_003)
         with console.progress(f'PPO ({_kind(tools)})', self.ppo.steps) as advance:
@@ -134,7 +126,7 @@ class Story:
                 advance(f'correct {m["rewards/correct"]:.2f} code {m["tools/code_ratio"]:.2f}')
             collect = sources.sampled(self.engine(tools, training=True), self.ppo, stream, self.model.template,
                                        self.model.tokenizer, self.grader)
-            state = ppo.train(learner, ppo.Progress(init_state(tree, optimizer)), self.ppo, collect=collect,
+            state = ppo.train(learner, parts.begin(learner, self.ppo.critic, params), self.ppo, collect=collect,
                               seed=self.seed, report=report)
         return state.params['policy']
 
@@ -163,26 +155,25 @@ def needy_code_ratio(episodes: Sequence[Episode]) -> float:
 
 
 @contextlib.contextmanager
-def opened(config: ConfigDict) -> Iterator[Story]:
+def opened(stage: Demo) -> Iterator[Story]:
     """The story of a run's folder, with sandbox, grader and log; what an earlier telling left there is deleted."""
-    settings.build(Demo, config)
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(folder.claimed(config))
+        directory = stack.enter_context(folder.claimed(stage))
         for old in ('model', 'tool_rl', 'checkpoints', 'episodes'):
             shutil.rmtree(directory / old, ignore_errors=True)
-        pool = stack.enter_context(parts.open_sandbox(config.sandbox))
-        grader = stack.enter_context(parts.open_grader(config.reward))
+        pool = stack.enter_context(parts.open_sandbox(stage.sandbox))
+        grader = stack.enter_context(parts.open_grader(stage.reward))
         writer = stack.enter_context(Metrics(directory))
         writer.rewind(None)
-        story = Story(config, directory, pool, grader, writer)
+        story = Story(stage, directory, pool, grader, writer)
         console.banner(model=story.model, mesh=dict(story.mesh.shape), sandbox=pool, run=directory)
         yield story
 
 
-def run(config: ConfigDict) -> dict:
+def run(stage: Demo) -> dict:
     """The whole story; returns what summary.json holds."""
     began = time.perf_counter()
-    with opened(config) as story:
+    with opened(stage) as story:
         # One random model; two cold starts from it.
         base = story.random_model()
         scores = {'base': story.score('base', True, base, apart=False)}

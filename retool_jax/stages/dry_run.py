@@ -12,16 +12,16 @@ import time
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from retool_jax.core import console, processes
 from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.model import decoder
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.stages import folder
-from retool_jax.stages import parts as parts_stage
-from retool_jax.stages import ppo as ppo_stage
+from retool_jax.stages.config import Reinforcement, require_path
 from retool_jax.stages.intake import Intake, tell_overlong
+from retool_jax.stages.parts import Parts, build, open_grader
+from retool_jax.stages.ppo import open_datasets, open_stream, open_validation
 from retool_jax.train import ppo
 
 GIB = 2.0**30
@@ -39,28 +39,28 @@ class FakeTools:
         return 'fake: every snippet prints 42'
 
 
-def run(config: ConfigDict) -> dict[str, float]:
-    """Takes one step as `reinforce.run` would, without a sandbox, and prints the step and its memory in GiB.
+def run(stage: Reinforcement) -> dict[str, float]:
+    """Takes one step as `stages.ppo.run` would, without a sandbox, and prints the step and its memory in GiB.
 
     Raises: those of the configuration, as in a real run; out of memory as the device reports it.
     """
-    ppo_stage.read(config)
+    require_path(stage.model)
     processes.join()
-    with (parts_stage.open_grader(config.reward) as grader, tempfile.TemporaryDirectory() as place, folder.stoppable()):
-        intake = Intake(config.reward.unreadable, grader.parses)
-        sources, held_out = ppo_stage.open_sources(config, intake), ppo_stage.open_validation(config.validation, intake)
-        parts = ppo_stage.build(config, pathlib.Path(place))
-        stream = ppo_stage.open_stream(config, sources, intake, parts.model)
-        tell_overlong(held_out, parts.model, config.turns.max_tokens)
+    with (open_grader(stage.reward) as grader, tempfile.TemporaryDirectory() as place, folder.stoppable()):
+        intake = Intake(stage.reward.unreadable, grader.parses)
+        datasets, held_out = open_datasets(stage, intake), open_validation(stage.validation, intake)
+        parts = build(stage, pathlib.Path(place))
+        problems = open_stream(stage, datasets, intake, parts.model)
+        tell_overlong(held_out, parts.model, stage.turns.max_tokens)
         console.banner(model=parts.model, mesh=dict(parts.mesh.shape), sandbox=FakeTools(),
                            run='none: a dry run')
         sampler = parts.sampler()
         table = memory(parts, sampler)
-        source = parts.source(sampler, FakeTools() if config.model.tools else None, stream, grader)
+        source = parts.source(sampler, FakeTools() if stage.model.tools else None, problems, grader)
         results, began = [], time.perf_counter()
         # A step in which the policy is held compiles less than the run needs.
-        once = dataclasses.replace(parts.sizes, steps=1, critic_warmup_steps=0)
-        ppo.train(parts.learner, parts.progress, once, collect=source, seed=config.run.seed,
+        once = dataclasses.replace(stage.ppo, steps=1, critic_warmup_steps=0)
+        ppo.train(parts.learner, parts.progress, once, collect=source, seed=stage.run.seed,
                   residency=parts.residency, report=results.append)
         seconds = time.perf_counter() - began
     table |= peaks()
@@ -75,7 +75,7 @@ def run(config: ConfigDict) -> dict[str, float]:
     return table
 
 
-def memory(parts: ppo_stage.Parts, sampler: Sampler) -> dict[str, float]:
+def memory(parts: Parts, sampler: Sampler) -> dict[str, float]:
     """Bytes of the large buffers, over all devices; which of them are there at once: train/residency.py."""
     params = parts.progress.state.params
     to_sampling = functools.partial(decoder.to_sampling, parts.model.config,

@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-from ml_collections import ConfigDict
 
-from retool_jax.core import console, episode_files, processes, settings
+from retool_jax.core import console, episode_files, processes
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
 from retool_jax.core.pytrees import Params
@@ -21,11 +20,9 @@ from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
-from retool_jax.stages import folder
-from retool_jax.stages import parts as parts_stage
+from retool_jax.stages import folder, parts
 from retool_jax.stages.config import Evaluation
 from retool_jax.stages.intake import Intake, tell_overlong
-from retool_jax.stages.ppo import open_guarded, open_journal
 from retool_jax.tasks import summary
 from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template
@@ -37,32 +34,31 @@ UNFINISHED = 'unfinished'  # below episodes/: parts of an evaluation that is not
 KEEP_S = 60.0  # finished episodes wait no longer than this before they are on disk
 
 
-def run(config: ConfigDict) -> dict:
-    """Scores the model on `config.problems`; returns what summary.json holds."""
-    settings.build(Evaluation, config)
+def run(stage: Evaluation) -> dict:
+    """Scores the model on `stage.problems`; returns what summary.json holds."""
     processes.join()
-    name, tools = pathlib.Path(config.problems).stem, config.model.tools
+    name = pathlib.Path(stage.problems).stem
     with contextlib.ExitStack() as stack:
-        grader = stack.enter_context(parts_stage.open_grader(config.reward))
-        intake = Intake(config.reward.unreadable, grader.parses)
-        problems = intake.read(config.problems, config.limit)
-        mesh = parts_stage.make_mesh(config.mesh)
-        directory = stack.enter_context(folder.claimed(config))
+        grader = stack.enter_context(parts.open_grader(stage.reward))
+        intake = Intake(stage.reward.unreadable, grader.parses)
+        problems = intake.read(stage.problems, stage.limit)
+        mesh = parts.make_mesh(stage.mesh)
+        directory = stack.enter_context(folder.claimed(stage))
         stack.enter_context(folder.stoppable())
-        model = parts_stage.open_model(config.model, directory)
-        parts_stage.check_context(model, config.turns.max_tokens, 'turns.max_tokens')
-        tell_overlong(problems, model, config.turns.max_tokens)
+        model = parts.open_model(stage.model, directory)
+        parts.check_context(model, stage.turns.max_tokens, 'turns.max_tokens')
+        tell_overlong(problems, model, stage.turns.max_tokens)
         intake.write(directory)
-        sampler = parts_stage.make_sampler(model, config, tools, mesh)
-        params = parts_stage.load_policy(config.model, model, config.run.seed, mesh)
-        pool = stack.enter_context(open_guarded(config.sandbox, tools))
-        engine = parts_stage.make_engine(model, sampler, config, config.sampling, tools, pool, config.run.seed,
-                                      parts_stage.EVALUATION)
-        journal = stack.enter_context(contextlib.closing(open_journal(directory)))
+        sampler = parts.make_sampler(model, stage.sampler, stage.turns, mesh)
+        params = parts.load_policy(stage.model, model, stage.run.seed, mesh)
+        pool = stack.enter_context(parts.open_guarded(stage.sandbox, stage.model.tools))
+        engine = parts.make_engine(model, sampler, stage.turns, stage.feedback, stage.sampling, pool, stage.run.seed,
+                                   parts.EVALUATION)
+        journal = stack.enter_context(contextlib.closing(folder.open_journal(directory)))
         console.banner(model=model, mesh=dict(mesh.shape), sandbox=pool or 'none',
-                        problems=f'{len(problems)} of {name} × {config.samples} samples', run=directory)
-        advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * config.samples))
-        episodes = run_kept(engine, sampler.sync(params), problems, config.samples, directory / 'episodes',
+                        problems=f'{len(problems)} of {name} × {stage.samples} samples', run=directory)
+        advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * stage.samples))
+        episodes = run_kept(engine, sampler.sync(params), problems, stage.samples, directory / 'episodes',
                             f'val_{name}', model.template, model.tokenizer, grader, journal, advance)
         found = {name: summary.summarise(episodes, grader.equal)}
     if faults := found[name]['stops'].get(Stop.FAULT, 0):
@@ -94,8 +90,8 @@ def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], sample
     asked = dict(zip(order, requests))
     unfinished = directory / UNFINISHED
     folder_of = directory if name in episode_files.names(directory) else unfinished
-    parts = [name] if folder_of == directory else episode_files.names(unfinished)
-    found = {(e.problem.id, e.sample): e for part in parts for e in episode_files.read(folder_of, part)}
+    names = [name] if folder_of == directory else episode_files.names(unfinished)
+    found = {(e.problem.id, e.sample): e for part in names for e in episode_files.read(folder_of, part)}
     if any(key not in asked or asked[key].problem != e.problem for key, e in found.items()):
         raise UserError(f'{folder_of} holds other problems than those asked for: the problem file has changed; '
                         'choose another run.dir')

@@ -8,13 +8,16 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
-from ml_collections import ConfigDict
+import jax
 
 from retool_jax.core import episode_files, processes, settings
 from retool_jax.core.cli import command
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
+from retool_jax.rollout.journal import Journal
+from retool_jax.stages.config import RunSettings
 from retool_jax.stages.owner import NAME, Owner
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -24,20 +27,27 @@ DATA = 'data.json'
 RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints')
 
 
+class Stage(Protocol):
+    """A dataclass of stages/config.py: what a run reads."""
+
+    @property
+    def run(self) -> RunSettings: ...
+
+
 @contextlib.contextmanager
-def claimed(config: ConfigDict, free: Sequence[str] = ()) -> Iterator[pathlib.Path]:
+def claimed(stage: Stage, free: Sequence[str] = ()) -> Iterator[pathlib.Path]:
     """Makes `run.dir` with its config.json, or goes on in one that the same configuration made; owned for a block.
 
     A run that ends in an error or a stop before its first result leaves no trace. free: keys or blocks that may differ
     from last time. Raises: UserError naming the keys that differ, or the run that owns the folder. Of a run's
     processes one asks, owns and writes, and the others end as it does.
     """
-    directory = pathlib.Path(config.run.dir)
+    directory = pathlib.Path(stage.run.dir)
     there = directory.is_dir()
     fresh = not there or not any(path.name != NAME for path in directory.iterdir())
     owners: list[Owner] = []
     try:
-        processes.first(lambda: _claim(config, free, owners))
+        processes.first(lambda: _claim(stage, free, owners))
         yield directory
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
@@ -54,15 +64,15 @@ def claimed(config: ConfigDict, free: Sequence[str] = ()) -> Iterator[pathlib.Pa
             owner.close()
 
 
-def _claim(config: ConfigDict, free: Sequence[str], owners: list[Owner]) -> None:
-    directory = pathlib.Path(config.run.dir)
+def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
+    directory = pathlib.Path(stage.run.dir)
     file = directory / 'config.json'
     if file.exists():
         try:
             before = json.loads(file.read_text())
         except ValueError:
             raise UserError(f'run.dir={str(directory)!r}: config.json is damaged; choose another folder') from None
-        found = settings.differences(before, config, ignore=('run.dir', *RETIRED, *free), renamed=RENAMED)
+        found = settings.differences(before, stage, ignore=('run.dir', *RETIRED, *free), renamed=RENAMED)
         # A run that was refused before its first result left a configuration that binds nobody.
         if found and has_results(directory):
             raise UserError(f'run.dir={str(directory)!r} holds a run of another configuration '
@@ -75,7 +85,7 @@ def _claim(config: ConfigDict, free: Sequence[str], owners: list[Owner]) -> None
     directory.mkdir(parents=True, exist_ok=True)
     owners.append(Owner(directory))
     new = directory / 'config.json.new'  # a run killed here must not damage what it goes on from
-    new.write_text(json.dumps(settings.to_json(config), indent=2))
+    new.write_text(json.dumps(settings.to_json(stage), indent=2))
     new.replace(file)
 
 
@@ -96,6 +106,12 @@ def _bind(directory: pathlib.Path, found: Mapping[str, Mapping[str, int | str]])
                 raise UserError(f'{name} is not what the run in {str(directory)!r} began with ({before[name]["count"]} '
                                 f'entries then, {now["count"]} now, or others); put it back, or choose another run.dir')
     file.write_text(json.dumps(found, indent=2))
+
+
+def open_journal(directory: pathlib.Path) -> Journal:
+    """The tool results of a run: each process writes its own file, and reads those of all."""
+    name = 'journal.jsonl' if processes.leads() else f'journal_{jax.process_index()}.jsonl'
+    return Journal(directory / name, others=sorted(directory.glob('journal*.jsonl')))
 
 
 def has_results(directory: pathlib.Path) -> bool:

@@ -17,7 +17,6 @@ from retool_jax.tasks import problems as problem_files
 from retool_jax.tasks import stream
 from retool_jax.text.template import prompt_ids
 
-UNREADABLE = ('refuse', 'leave_out')
 FILE = 'left_out.jsonl'  # in a run's folder
 NAMED = 3  # problems that a line names; all stand in FILE
 

@@ -1,4 +1,4 @@
-"""From configuration blocks to the parts of a run: model, rules, engine, executor."""
+"""From settings to the parts of a run: model, learner, sampler, engine, sandbox, grader."""
 
 from __future__ import annotations
 
@@ -11,26 +11,41 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from retool_jax.core import console, processes, settings, sharding
+from retool_jax.core import console, processes, sharding
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import decoder, hf
+from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine
+from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.library import Model, load_model
 from retool_jax.rollout.requests import Executor, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 from retool_jax.rollout.turns import Budgets, Rules, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render
+from retool_jax.sandbox.guard import Guard
 from retool_jax.sandbox.pool import Pool
-from retool_jax.sandbox.settings import SandboxSettings
 from retool_jax.stages import embedded
+from retool_jax.stages.config import (
+    MeshSettings,
+    ModelSettings,
+    RewardSettings,
+    Rollouts,
+    SandboxBlock,
+    require_path,
+)
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import tags
 from retool_jax.text.tokenizer import Tokenizer
+from retool_jax.train import sources
+from retool_jax.train.learner import ForwardSettings, Learner
+from retool_jax.train.ppo import Progress
+from retool_jax.train.residency import Residency
+from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
 
 if TYPE_CHECKING:
     from retool_jax.sandbox.http.client import Remote
@@ -39,19 +54,20 @@ type Sandbox = Pool | Remote
 
 # Purposes: streams of randomness that must never meet under one seed.
 TRAINING, EVALUATION = 1, 2
+STALL_S = 60.0  # beyond all retries of a call, after which a silent sandbox is given up
+REMOTE_S = 900.0  # beyond the HTTP client's own patience with servers that are gone
 
 
-def open_model(config: ConfigDict, directory: pathlib.Path) -> Model:
-    """The model that block `model` names; without a path the embedded one, written below `directory`."""
-    if config.path is None:
-        if config.template != 'tiny':
-            raise UserError('model.path is missing; give a Hugging Face model directory')
+def open_model(settings: ModelSettings, directory: pathlib.Path) -> Model:
+    """The model that the settings name; without a path the embedded one, written below `directory`."""
+    require_path(settings)
+    if settings.path is None:
         if processes.leads():
             embedded.write_model(directory / 'model')
         processes.wait()
         if not (directory / 'model' / 'config.json').exists():  # a directory of this machine alone
             embedded.write_model(directory / 'model')
-    return load_model(config.path or directory / 'model', config.template, config.tools, config.instruction)
+    return load_model(settings.path or directory / 'model', settings.template, settings.tools, settings.instruction)
 
 
 def check_context(model: Model, tokens: int, key: str) -> None:
@@ -66,25 +82,27 @@ def check_context(model: Model, tokens: int, key: str) -> None:
                         f'"factor": {factor}.0, "original_max_position_embeddings": {trained}}}')
 
 
-def load_policy(config: ConfigDict, model: Model, seed: int, mesh: jax.sharding.Mesh) -> Params:
+def load_policy(settings: ModelSettings, model: Model, seed: int, mesh: jax.sharding.Mesh) -> Params:
     """f32 weights in the training layout: those of `model.path`, or random ones from `seed` without a path."""
     sizes = model.config
     rules = decoder.fit_rules(sizes, mesh, sharding.TRAIN_RULES)
     shardings = sharding.shardings(mesh, decoder.logical_axes(sizes), rules)
-    if config.path is None:
+    if settings.path is None:
         key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))  # plain numbers lie on no device
         return jax.jit(lambda data: embedded.init(sizes, jax.random.wrap_key_data(data)),
                        out_shardings=shardings)(key_data)
     with console.progress('loading weights', sum(len(leaf.names) for leaf in hf.leaves(sizes))) as advance:
-        return hf.load(config.path, sizes, shardings, progress=lambda done, total: advance())
+        return hf.load(settings.path, sizes, shardings, progress=lambda done, total: advance())
 
 
-def make_sampler(model: Model, config: ConfigDict, tools: bool, mesh: jax.sharding.Mesh | None = None) -> Sampler:
-    """The compiled half of rollout, from blocks `sampler` and (for `</answer>`) `turns`; over `mesh` where it has
-    more than one device. Of several processes each has its own, over its part of `mesh`, unless the weights need
-    the devices of more than one."""
-    sizes = settings.build(SamplerSettings, config.sampler, 'sampler')
-    table = make_table(model, tools, config.turns.on_answer)
+def make_sampler(model: Model, sizes: SamplerSettings, turns: Budgets,
+                 mesh: jax.sharding.Mesh | None = None) -> Sampler:
+    """The compiled half of rollout, over `mesh` where it has more than one device.
+
+    Of several processes each has its own, over its part of `mesh`, unless the weights need the devices of more than
+    one.
+    """
+    table = make_table(model, turns.on_answer)
     build = lambda on: Sampler(model.config, sizes, table.next_state, table.stops, model.tokenizer.eos_ids, on)
     if mesh is None or mesh.size == 1:
         return build(None)
@@ -103,40 +121,101 @@ def _table(tokenizer: Tokenizer, width: int, tools: bool, answer_ends: bool) -> 
     return table if stops else dataclasses.replace(table, stops=np.zeros_like(table.stops))
 
 
-def make_table(model: Model, tools: bool, on_answer: str) -> tags.TagTable:
+def make_table(model: Model, on_answer: str) -> tags.TagTable:
     """The tag automaton: `</code>` where there are tools, `</answer>` where it ends the episode."""
-    return _table(model.tokenizer, model.config.vocab_size, tools, on_answer == 'end')
+    return _table(model.tokenizer, model.config.vocab_size, model.template.tools, on_answer == 'end')
 
 
-def make_engine(model: Model, sampler: Sampler, config: ConfigDict, sampling: ConfigDict, tools: bool,
-                executor: Executor | None, seed: int, purpose: int) -> Engine:
-    """The engine of one purpose; engines may share a sampler. Of several processes all call it alike."""
-    turns = TurnSettings(tools=tools, **dataclasses.asdict(settings.build(Budgets, config.turns, 'turns')))
-    feedback = settings.build(FeedbackSettings, config.feedback, 'feedback')
-    rules = Rules(turns, model.tokenizer, make_table(model, tools, turns.on_answer),
+def make_engine(model: Model, sampler: Sampler, turns: Budgets, feedback: FeedbackSettings,
+                sampling: SamplingSettings, executor: Executor | None, seed: int, purpose: int) -> Engine:
+    """The engine of one purpose (TRAINING, EVALUATION). Engines may share a sampler.
+
+    With several processes, each must make this call with the same arguments.
+    """
+    budgets = TurnSettings(tools=model.template.tools, **dataclasses.asdict(turns))
+    rules = Rules(budgets, model.tokenizer, make_table(model, turns.on_answer),
                   lambda result: render(result, feedback))
-    draws = settings.build(SamplingSettings, sampling, 'sampling')
     if sampler.table.is_fully_addressable:
         kind = Engine if jax.process_count() == 1 else hosts.Apart
-        return kind(sampler, rules, draws, executor, seed, purpose)
-    return Engine(sampler, rules, draws, executor, seed, purpose, link=hosts.Lockstep())
+        return kind(sampler, rules, sampling, executor, seed, purpose)
+    return Engine(sampler, rules, sampling, executor, seed, purpose, link=hosts.Lockstep())
 
 
-def make_sandbox(config: ConfigDict) -> Sandbox:
-    """A sandbox from block `sandbox`, not started: this machine's pool, or the servers at `addresses`."""
-    if not config.addresses:
-        return Pool(settings.build(SandboxSettings, {k: v for k, v in config.items() if k != 'addresses'}, 'sandbox'))
+def make_tuner(forward: ForwardSettings, optimizer: OptimizerSettings, steps: int, config: ModelConfig,
+               mesh: jax.sharding.Mesh) -> Learner:
+    """The learner of `steps` supervised steps."""
+    return Learner(config, forward, make_optimizer(optimizer, steps), mesh)
+
+
+def make_learner(stage: Rollouts, config: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Learner:
+    """The learner of an RL stage: policy and critic with an optimizer each, loss and advantage."""
+    sizes = stage.ppo
+    updates = sizes.minibatches * sizes.epochs
+    optimizer = make_optimizer(stage.optimizer, sizes.steps * updates,
+                               stage.critic_optimizer if sizes.critic != 'none' else None,
+                               sizes.critic_warmup_steps * updates)
+    return Learner(config, stage.forward, optimizer, mesh, loss=stage.loss, advantage=stage.advantage,
+                   temperature=stage.train_sampling.temperature)
+
+
+def begin(learner: Learner, critic: str, policy: Params) -> Progress:
+    """Step 0 of an RL stage: `policy` with its critic (PPOSettings.critic) and fresh moments."""
+    return Progress(init_state(add_critic(learner.config, policy, critic), learner.optimizer))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What an RL stage is made of before anything runs."""
+
+    stage: Rollouts
+    model: Model
+    mesh: jax.sharding.Mesh
+    learner: Learner
+    progress: Progress
+    residency: Residency
+
+    def sampler(self) -> Sampler:
+        return make_sampler(self.model, self.stage.sampler, self.stage.turns, self.mesh)
+
+    def engine(self, sampler: Sampler, executor: Executor | None, sampling: SamplingSettings, purpose: int) -> Engine:
+        return make_engine(self.model, sampler, self.stage.turns, self.stage.feedback, sampling, executor,
+                           self.stage.run.seed, purpose)
+
+    def source(self, sampler: Sampler, executor: Executor | None, stream: sources.Problems, grader: Grader,
+               journal: Journal | None = None) -> sources.Source:
+        """Rollouts with the current weights."""
+        engine = self.engine(sampler, executor, self.stage.train_sampling, TRAINING)
+        return sources.sampled(engine, self.stage.ppo, stream, self.model.template, self.model.tokenizer, grader,
+                               journal)
+
+
+def build(stage: Rollouts, directory: pathlib.Path) -> Parts:
+    """Model, learner and first state; the embedded model's files are written below `directory`."""
+    mesh = make_mesh(stage.mesh)
+    model = open_model(stage.model, directory)
+    check_context(model, stage.turns.max_tokens, 'turns.max_tokens')
+    policy = load_policy(stage.model, model, stage.run.seed, mesh)
+    reference = jax.tree.map(jnp.copy, policy) if stage.loss.needs_reference else None
+    learner = make_learner(stage, model.config, mesh)
+    return Parts(stage, model, mesh, learner, begin(learner, stage.ppo.critic, policy),
+                 Residency(stage.ppo.offload, reference))
+
+
+def make_sandbox(sandbox: SandboxBlock) -> Sandbox:
+    """A sandbox, not started: this machine's pool, or the servers at `addresses`."""
+    if not sandbox.addresses:
+        return Pool(sandbox)
     from retool_jax.sandbox.http.client import Remote, RemoteSettings  # of the extra `server`
 
     return Remote(RemoteSettings(  # the token comes from where config.json cannot hold it
-        addresses=tuple(config.addresses), token=os.environ.get('RETOOL_SANDBOX_TOKEN', ''), cpu_s=config.cpu_s,
-        wall_s=config.wall_s, memory_mb=config.memory_mb, queue=config.queue))
+        addresses=sandbox.addresses, token=os.environ.get('RETOOL_SANDBOX_TOKEN', ''), cpu_s=sandbox.cpu_s,
+        wall_s=sandbox.wall_s, memory_mb=sandbox.memory_mb, queue=sandbox.queue))
 
 
 @contextlib.contextmanager
-def open_sandbox(config: ConfigDict) -> Iterator[Sandbox]:
+def open_sandbox(settings: SandboxBlock) -> Iterator[Sandbox]:
     """`make_sandbox`, started; UserError with the reason where it cannot be had."""
-    sandbox = make_sandbox(config)
+    sandbox = make_sandbox(settings)
     try:
         sandbox.start()
     except RuntimeError as error:
@@ -147,22 +226,30 @@ def open_sandbox(config: ConfigDict) -> Iterator[Sandbox]:
         sandbox.close()
 
 
-def open_executor(config: ConfigDict, tools: bool) -> contextlib.AbstractContextManager[Sandbox | None]:
-    """`open_sandbox`, or nothing for a model without tools."""
-    return open_sandbox(config) if tools else contextlib.nullcontext()
+@contextlib.contextmanager
+def open_guarded(settings: SandboxBlock, tools: bool) -> Iterator[Guard | None]:
+    """A sandbox behind a guard that renews it, or None for a run without tools."""
+    if not tools:
+        yield None
+        return
+    with open_sandbox(settings) as sandbox:
+        # Servers elsewhere are waited for by their client, which knows which of them are alive.
+        stall_s = (1 + settings.retries) * settings.wall_s + STALL_S + (REMOTE_S if settings.addresses else 0.0)
+        with Guard(sandbox, lambda: make_sandbox(settings), stall_s=stall_s) as guard:
+            yield guard
 
 
 @contextlib.contextmanager
-def open_grader(config: ConfigDict) -> Iterator[Grader]:
-    """A grader from block `reward`."""
-    grader = Grader(style=config.style, time_limit_s=config.time_limit_s, memory_mb=config.memory_mb,
-                    workers=config.workers)
+def open_grader(reward: RewardSettings) -> Iterator[Grader]:
+    """A grader, closed behind the block."""
+    grader = Grader(style=reward.style, time_limit_s=reward.time_limit_s, memory_mb=reward.memory_mb,
+                    workers=reward.workers)
     try:
         yield grader
     finally:
         grader.close()
 
 
-def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
-    """The training mesh from block `mesh`, over the devices of all processes of the run."""
-    return sharding.make_mesh(config.to_dict())
+def make_mesh(mesh: MeshSettings) -> jax.sharding.Mesh:
+    """The training mesh, over the devices of all processes of the run."""
+    return sharding.make_mesh(dataclasses.asdict(mesh))

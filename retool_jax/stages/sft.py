@@ -9,9 +9,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from retool_jax.core import console, episode_files, processes, settings
+from retool_jax.core import console, episode_files, processes
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
@@ -24,19 +23,17 @@ from retool_jax.stages.config import FineTuning
 from retool_jax.stages.intake import Intake
 from retool_jax.tasks.grader import Grader
 from retool_jax.train import sft
-from retool_jax.train.learner import Learner
-from retool_jax.train.state import init_state, make_optimizer
+from retool_jax.train.state import init_state
 
 
-def run(config: ConfigDict) -> None:
+def run(stage: FineTuning) -> None:
     """Trains to the last step, or goes on where the folder's last checkpoint stands.
 
     `final/` is the last state; with a held-out share, the one of those saved whose loss on it was lowest.
     """
-    stage = settings.build(FineTuning, config)
     processes.join()
     sizes, saving, forward = stage.sft, stage.checkpoints, stage.forward
-    everything = read_traces(config.traces, forward.row_width)
+    everything = read_traces(stage.traces, forward.row_width)
     with Grader() as grader:
         intake = Intake(stage.unreadable, grader.parses, 'unreadable')
         everything = [trace for _, trace in intake.worked([(trace.problem, trace) for trace in everything])]
@@ -44,19 +41,20 @@ def run(config: ConfigDict) -> None:
     if not traces or (sizes.evaluation_share and not held_out):
         raise UserError(f'sft.evaluation_share={sizes.evaluation_share} holds out {len(held_out)} of '
                         f'{len(everything)} traces; choose a share that leaves some on both sides, or 0')
-    sizes = sft.settle(sizes, traces, config.run.seed)
-    mesh = parts.make_mesh(config.mesh)
-    optimizer = make_optimizer(stage.optimizer, sizes.steps)
+    sizes = sft.settle(sizes, traces, stage.run.seed)
+    mesh = parts.make_mesh(stage.mesh)
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(folder.claimed(config, free=('checkpoints',)))
+        directory = stack.enter_context(folder.claimed(stage, free=('checkpoints',)))
         stack.enter_context(folder.stoppable())
-        model = parts.open_model(config.model, directory)
-        check_ids(everything, model, config.traces)
+        model = parts.open_model(stage.model, directory)
+        check_ids(everything, model, stage.traces)
         parts.check_context(model, max(len(trace.tokens) for trace in everything), 'the longest trace')
-        folder.bind(directory, {f'traces={config.traces!r}': {'count': len(everything),
+        folder.bind(directory, {f'traces={stage.traces!r}': {'count': len(everything),
                                                               'sha256': fingerprint(everything)}})
-        learner = Learner(model.config, forward, optimizer, mesh)
-        state = init_state({'policy': parts.load_policy(config.model, model, config.run.seed, mesh)}, optimizer)
+        learner = parts.make_tuner(forward, stage.optimizer, sizes.steps, model.config, mesh)
+        tree = {'policy': parts.load_policy(stage.model, model, stage.run.seed, mesh)}
+        state = init_state(tree, learner.optimizer)
+        del tree  # the first step takes its memory
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
         writer = stack.enter_context(Metrics(directory, processes.leads()))
         console.banner(model=model, mesh=dict(mesh.shape), traces=len(traces), held_out=len(held_out),
@@ -76,7 +74,7 @@ def run(config: ConfigDict) -> None:
             score = {'score': -metrics[sft.HELD_OUT]} if sft.HELD_OUT in metrics else {}
             checkpoints.save(step, state, {'step': step} | score)
 
-        state = sft.train(learner, state, traces, sizes, config.run.seed, log, save, saving.every, held_out)
+        state = sft.train(learner, state, traces, sizes, stage.run.seed, log, save, saving.every, held_out)
         best = checkpoints.best()
         if best is not None:
             console.say(f'best: step {best}, held-out loss {-checkpoints.meta(best)["score"]:.4f}')
@@ -86,8 +84,8 @@ def run(config: ConfigDict) -> None:
                 state, _ = checkpoints.restore(best, like)
     export = directory / 'final'
     if not export.exists():
-        hf.save(export, model.config, state.params['policy'], jnp.dtype(config.forward.dtype),
-                config.model.path or directory / 'model')
+        hf.save(export, model.config, state.params['policy'], jnp.dtype(forward.dtype),
+                stage.model.path or directory / 'model')
     console.say(f'model: {export} (a Hugging Face directory)')
 
 

@@ -28,7 +28,7 @@ def get_config(arg='tiny'):
 
 BINARY = """
 '''Tries the door.'''
-import sys, time
+import dataclasses, sys, time
 from absl import flags
 from retool_jax.core import cli
 from retool_jax.core.errors import UserError
@@ -37,7 +37,20 @@ from retool_jax.core.records import Episode
 ACTS = ['show', 'bug', 'words', 'int', 'mistake', 'missing', 'wait', 'collect']
 FLAG = flags.DEFINE_enum('act', 'show', ACTS, 'what to do')
 
-def main(config):
+@dataclasses.dataclass(frozen=True)
+class PPO:
+    clip: float  # of the ratio
+    gamma: float
+    whiten: bool
+    sizes: tuple[int, ...]
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    steps: int  # of the whole run
+    problems: str | None
+    ppo: PPO
+
+def main(stage):
     if FLAG.value == 'bug':
         raise KeyError('a fault of ours')
     if FLAG.value == 'int':
@@ -58,10 +71,10 @@ def main(config):
     if FLAG.value == 'wait':
         print('ready', flush=True)
         time.sleep(60)
-    print(config.steps, config.problems, config.ppo.clip, config.ppo.whiten, config.ppo.sizes)
+    print(stage.steps, stage.problems, stage.ppo.clip, stage.ppo.whiten, stage.ppo.sizes)
 
 if __name__ == '__main__':
-    cli.run(main, default_config='DEFAULT')
+    cli.run(main, f'{__name__}:Stage', default_config='DEFAULT')
 """
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from retool_jax.core import cli, settings
-from retool_jax.stages import config as config_stage
+from retool_jax.stages.config import Evaluation
 from tests.launch import launcher, mistakes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def test_the_authors_evaluation_is_a_preset(arg, size):
     config.problems = 'aime24.jsonl'
     if size != 'tiny':
         config.model.path = 'model'
-    stage = settings.build(config_stage.Evaluation, config)
+    stage = settings.build(Evaluation, config)
     turns = stage.turns
     assert turns.max_tokens == stage.sampler.slots == 2 * turns.max_turn_tokens  # two whole segments at least
     assert min(turns.max_turns, turns.max_calls) >= turns.max_tokens and turns.on_answer == 'eos'

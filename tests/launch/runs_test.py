@@ -13,9 +13,10 @@ import time
 
 import pytest
 
-from retool_jax.core import cli, episode_files, metrics
+from retool_jax.core import cli, episode_files, metrics, settings
 from retool_jax.core.records import Episode, Problem, Stop
 from retool_jax.stages import evaluate, sft
+from retool_jax.stages.config import FineTuning
 from retool_jax.text import template
 from retool_jax.text.tokenizer import load_tokenizer
 from tests.launch import launcher, mistakes
@@ -59,6 +60,10 @@ def sft_flags(files, run, **changes):
     changes = {'traces': files / 'traces', 'model.path': files / 'model', 'run.dir': run, 'sft.batch_tokens': 150,
                'sft.steps': 12, 'checkpoints.every': 4, 'forward.micro_rows': 8} | changes
     return ['--config=configs/sft.py:tiny', *(f'--config.{key}={value}' for key, value in changes.items())]
+
+
+def tuning(files, run, **changes):
+    return settings.build(FineTuning, cli.parse_config(['x', *sft_flags(files, run, **changes)]))
 
 
 def command(name, flags):
@@ -129,7 +134,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_model(files, tmp_path, monkey
                 signal.raise_signal(signal.SIGINT)
         with monkeypatch.context() as patch:
             patch.setattr(metrics.Metrics, 'write', stopping)
-            sft.run(cli.parse_config(['x', *sft_flags(files, tmp_path / name)]))
+            sft.run(tuning(files, tmp_path / name))
         lines = [{k: v for k, v in line.items() if k != 'time'} for line in metrics.read(tmp_path / name)]
         return lines, (tmp_path / name / 'final' / 'model.safetensors').read_bytes()
 
@@ -140,7 +145,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_model(files, tmp_path, monkey
             run('stopped', stop_at)
     assert run('stopped') == whole
     with pytest.raises(cli.UserError, match=r'optimizer.lr: 0.003, now 1.0\); choose another folder'):
-        sft.run(cli.parse_config(['x', *sft_flags(files, tmp_path / 'stopped', **{'optimizer.lr': 1.0})]))
+        sft.run(tuning(files, tmp_path / 'stopped', **{'optimizer.lr': 1.0}))
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from retool_jax.core import cli
+from retool_jax.core import cli, settings
 from retool_jax.plan import chips, facts, guess, memory, models, page, roofline
 from retool_jax.plan.facts import Facts
 from retool_jax.plan.programs import Program, Run, per_device
 from retool_jax.plan.roofline import Assumptions, Sizes
+from retool_jax.stages.config import Reinforcement
 from retool_jax.train.residency import ON_DEVICE
 
 PUBLISHED = {  # parameters, from the models' pages
@@ -39,8 +40,8 @@ def test_a_name_without_published_sizes_is_refused():
 
 
 def make_run(*overrides: str, topology: str = 'h100:8') -> Run:
-    config = cli.parse_config(['plan', '--config=configs/ppo.py:tiny', *overrides])
-    return Run(config, models.sizes(None, 'tiny'), chips.open_slice(topology))
+    stage = settings.build(Reinforcement, cli.parse_config(['plan', '--config=configs/ppo.py:tiny', *overrides]))
+    return Run(stage, models.sizes(None, 'tiny'), chips.open_slice(topology))
 
 
 @functools.cache

@@ -226,7 +226,7 @@ def test_cores_follow_the_quotas_of_control_groups(tmp_path, monkeypatch):
     (below.parent / 'cpu.cfs_quota_us').write_text('250000')
     (below.parent / 'cpu.cfs_period_us').write_text('100000')
     (below / 'cpu.cfs_quota_us').write_text('-1')
-    assert cgroups.cores() == 3 and tiny().concurrency == 6
+    assert cgroups.cores() == 3 and Pool(tiny()).settings.concurrency == 6
     monkeypatch.setattr(cgroups, '_mounts', lambda: [(str(tmp_path), '/', set(), 'cgroup2')])
     (below / 'cpu.max').write_text('max 100000')
     (below.parent / 'cpu.max').write_text('50000 100000')

@@ -8,7 +8,8 @@ from retool_jax.core.records import ExecResult, Problem, Stop, Verdict
 from retool_jax.sandbox.feedback import FeedbackSettings, render
 from retool_jax.sandbox.pool import Pool
 from retool_jax.stages import cold_start
-from retool_jax.stages.cold_start import Mix
+from retool_jax.stages.config import Mix
+from retool_jax.stages.demo import TEXT_ONLY
 from retool_jax.tasks import answers, arithmetic
 from retool_jax.text.template import make_template, prompt_ids, wrap_answer, wrap_feedback, wrap_snippet
 from tests.fakes import FakePool, byte_tokenizer
@@ -114,7 +115,7 @@ def test_equal_snippets_run_once():
 
 def test_a_mental_mix_needs_no_pool_and_a_coding_one_says_so():
     problems = arithmetic.problems('train', 24, 0)
-    episodes, counts = cold_start.build(problems, cold_start.TEXT_ONLY, None, FEEDBACK, TINY, TOKENIZER, 0)
+    episodes, counts = cold_start.build(problems, TEXT_ONLY, None, FEEDBACK, TINY, TOKENIZER, 0)
     assert counts['kept'] == 24 and not any(e.calls for e in episodes)
     with pytest.raises(ValueError, match='give a sandbox pool'):
         cold_start.build(problems, MIX, None, FEEDBACK, TINY, TOKENIZER, 0)

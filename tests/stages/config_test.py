@@ -11,16 +11,16 @@ from ml_collections import ConfigDict
 
 from retool_jax.core import cli, settings
 from retool_jax.core.errors import UserError
-from retool_jax.stages import config as config_stage
+from retool_jax.stages.config import ColdStart, Demo, Evaluation, FineTuning, Reinforcement, require_path
 
 STAGES = {
-    'configs/cold_start.py:tiny': config_stage.ColdStart,
-    'configs/sft.py:tiny': config_stage.FineTuning,
-    'configs/ppo.py:tiny': config_stage.Reinforcement,
-    'configs/grpo.py:tiny': config_stage.Reinforcement,
-    'configs/dapo.py:tiny': config_stage.Reinforcement,
-    'configs/evaluate.py:tiny': config_stage.Evaluation,
-    'configs/demo.py': config_stage.Demo,
+    'configs/cold_start.py:tiny': ColdStart,
+    'configs/sft.py:tiny': FineTuning,
+    'configs/ppo.py:tiny': Reinforcement,
+    'configs/grpo.py:tiny': Reinforcement,
+    'configs/dapo.py:tiny': Reinforcement,
+    'configs/evaluate.py:tiny': Evaluation,
+    'configs/demo.py': Demo,
 }
 # What is refused by each key of a type; the patterns are the keys that take it nevertheless.
 BAD = {
@@ -134,7 +134,7 @@ def test_blocks_that_contradict_each_other_are_refused(changes, words):
         with config.unlocked(), config[block].ignore_type():
             config[block][name] = value
     with pytest.raises(UserError, match=words):
-        settings.build(config_stage.Reinforcement, config)
+        settings.build(Reinforcement, config)
 
 
 @pytest.mark.parametrize('shares, words', [
@@ -145,21 +145,19 @@ def test_shares_of_traces_are_shares_of_a_whole(shares, words):
     config = load('configs/cold_start.py:tiny')
     with config.unlocked(), pytest.raises(UserError, match=words):
         config.mix.easy.update(shares)
-        settings.build(config_stage.ColdStart, config)
+        settings.build(ColdStart, config)
 
 
 @pytest.mark.parametrize('name, words', [
     ('ppo', 'model.path'), ('sft', 'config.traces'), ('evaluate', 'config.problems'), ('cold_start', 'model.path')])
 def test_what_must_be_given_is_asked_for(name, words):
-    from retool_jax.stages import ppo
-
     config = cli.load_config(f'configs/{name}.py:qwen2_5_7b')
     with pytest.raises(UserError, match=words):
-        ppo.read(config) if name == 'ppo' else settings.build(STAGES[f'configs/{name}.py:tiny'], config)
+        require_path(settings.build(STAGES[f'configs/{name}.py:tiny'], config).model)
 
 
 def test_a_plan_needs_no_files_of_the_model():
-    settings.build(config_stage.Reinforcement, cli.load_config('configs/ppo.py:qwen2_5_32b'))
+    settings.build(Reinforcement, cli.load_config('configs/ppo.py:qwen2_5_32b'))
 
 
 def test_messages_name_no_key_that_is_not_there():
@@ -178,5 +176,5 @@ def test_messages_name_no_key_that_is_not_there():
 
 
 def test_what_may_be_absent_stays_absent():
-    stage = settings.build(config_stage.Reinforcement, cli.load_config('configs/ppo.py:tiny'))
+    stage = settings.build(Reinforcement, cli.load_config('configs/ppo.py:tiny'))
     assert stage.model.path is stage.halves.episodes is stage.validation.problems is None

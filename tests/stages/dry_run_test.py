@@ -20,9 +20,9 @@ def folder(tmp_path_factory):
 
 def test_one_step_on_fake_tools_prints_its_memory_and_writes_nothing(folder, capsys):
     before = sorted(folder.rglob('*'))
-    config = killable.make_config_of(folder, 'dry', **{'ppo.offload': True, 'loss.kl_coef': 0.1})
+    stage = killable.make_stage(folder, 'dry', **{'ppo.offload': True, 'loss.kl_coef': 0.1})
     with killable.tiny_world(folder, 'dry'):
-        found = dry_run.run(config)
+        found = dry_run.run(stage)
     assert sorted(path for path in folder.rglob('*') if path.name != 'dry.answered') == before
     policy = found['policy, f32']
     assert found['reference policy'] == policy == found['sampling weights']  # f32 here too

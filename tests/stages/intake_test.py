@@ -1,5 +1,6 @@
 """Intake: what is left out is said and listed, what is refused is named, and data are not replaced under a run."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -100,19 +101,19 @@ def test_an_evaluation_says_which_problems_count_as_wrong_for_their_length(capsy
 def test_a_run_leaves_long_questions_out_and_refuses_data_replaced_under_it(tmp_path, capsys):
     folder = tmp_path / 'world'
     killable.make_model(folder)
-    config = killable.make_config_of(folder, 'run', **{
+    stage = killable.make_stage(folder, 'run', **{
         'model.tools': False, 'ppo.steps': 1, 'forward.micro_rows': 0, 'sampler.rows': 8})
     file = folder / 'problems.jsonl'
     before = file.read_text()
     file.write_text(before + json.dumps({'id': 'long-one', 'problem': '2 + ' * 200 + '2', 'answer': '402'}) + '\n')
-    ppo.run(config)
+    ppo.run(stage)
     assert "1 of 21 problems are left out: 'long-one'" in capsys.readouterr().err
     (entry,) = map(json.loads, (folder / 'run' / intake.FILE).read_text().splitlines())
     assert entry['id'] == 'long-one'
-    config.ppo.steps = 2
+    stage = dataclasses.replace(stage, ppo=dataclasses.replace(stage.ppo, steps=2))
     file.write_text(before.replace('Q3?', 'Q33?'))
     with pytest.raises(UserError, match=r"data\.sources='.*problems\.jsonl' is not what .* began with \(21 .* 20 now"):
-        ppo.run(config)
+        ppo.run(stage)
 
 
 def test_episodes_beyond_the_positions_of_the_model_are_refused_with_the_keys_of_yarn():

@@ -1,16 +1,18 @@
 """From configuration blocks to parts: which model is opened, and at which tags it stops."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict, config_dict
 
 from configs import base
 from retool_jax.core import settings, sharding
+from retool_jax.model import decoder
 from retool_jax.model.config import load_config
 from retool_jax.rollout.library import Model
-from retool_jax.rollout.sampler import SamplerSettings
 from retool_jax.stages import embedded, parts
+from retool_jax.stages.config import MeshSettings, ModelSettings, Reinforcement, SandboxBlock
 from retool_jax.text import tags
 from retool_jax.text.template import make_template
 from tests import fakes
@@ -21,10 +23,8 @@ BYTES = Model(make_config(vocab_size=300), fakes.byte_tokenizer(), make_template
 
 
 def model_block(path=None, template='tiny', tools=True, instruction=None):
-    block = ConfigDict({'path': config_dict.placeholder(str), 'template': template, 'tools': tools,
-                        'instruction': config_dict.placeholder(str)})
-    block.path, block.instruction = path and str(path), instruction and str(instruction)
-    return block
+    return ModelSettings(path=path and str(path), name='tiny', template=template, tools=tools,
+                         instruction=instruction and str(instruction))
 
 
 @pytest.fixture(scope='module')
@@ -91,14 +91,15 @@ def test_a_tokenizer_wider_than_the_logits_is_refused(tmp_path):
     (True, 'end', {8: tags.CODE, 19: tags.ANSWER}), (True, 'eos', {8: tags.CODE}),
     (False, 'end', {19: tags.ANSWER}), (False, 'eos', {})])
 def test_the_table_stops_where_tools_and_answers_do(tools, on_answer, expected):
-    table = parts.make_table(BYTES, tools, on_answer)
+    model = dataclasses.replace(BYTES, template=make_template('tiny', tools))
+    table = parts.make_table(model, on_answer)
     assert stops_of(table, 'x</code>, </answer>') == expected
     assert table.next_state.shape[1] == 300  # as wide as the logits
-    assert parts.make_table(BYTES, tools, on_answer) is table
+    assert parts.make_table(model, on_answer) is table
 
 
 def test_the_mesh_takes_all_devices():
-    mesh = parts.make_mesh(ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 2}))
+    mesh = parts.make_mesh(MeshSettings(data=1, fsdp=-1, tensor=2))
     assert dict(mesh.shape) == {'data': 1, 'fsdp': len(jax.devices()) // 2, 'tensor': 2}
 
 
@@ -115,37 +116,51 @@ def test_random_weights_follow_their_seed_alone_and_lie_on_the_mesh():
 
 def test_engines_share_a_sampler_and_differ_in_their_randomness(written):
     model, _ = written
-    config = ConfigDict({'sampler': base.sampler('tiny'), 'turns': base.turns('tiny'),
-                         'feedback': base.feedback('tiny'), 'sampling': base.sampling(training=True)})
-    sampler = parts.make_sampler(model, config, True)
-    assert sampler.settings == settings.build(SamplerSettings, config.sampler)
-    make = lambda tools, purpose: parts.make_engine(
-        model, sampler, config, config.sampling, tools, fakes.FakePool({}) if tools else None, 0, purpose)
-    training, evaluation = make(True, parts.TRAINING), make(False, parts.EVALUATION)
+    text_only = dataclasses.replace(model, template=make_template('tiny', tools=False))
+    stage = settings.build(Reinforcement, base.reinforcement('tiny', 'ppo'))
+    sampler = parts.make_sampler(model, stage.sampler, stage.turns)
+    assert sampler.settings == stage.sampler
+    make = lambda model, purpose, executor=None: parts.make_engine(
+        model, sampler, stage.turns, stage.feedback, stage.train_sampling, executor, 0, purpose)
+    training, evaluation = make(model, parts.TRAINING, fakes.FakePool({})), make(text_only, parts.EVALUATION)
     assert training.sampler is evaluation.sampler is sampler
     assert not (training.key_data == evaluation.key_data).all()
     assert (training.rules.settings.tools, evaluation.rules.settings.tools) == (True, False)
     with pytest.raises(ValueError, match='needs an executor'):
-        parts.make_engine(model, sampler, config, config.sampling, True, None, 0, parts.TRAINING)
+        make(model, parts.TRAINING)
 
 
 def test_a_model_without_tools_has_no_sandbox_and_a_grader_is_closed_behind_it():
-    with parts.open_executor(ConfigDict({}), tools=False) as pool:
-        assert pool is None
-    with parts.open_grader(base.reward()) as grader:
+    stage = settings.build(Reinforcement, base.reinforcement('tiny', 'ppo'))
+    with parts.open_guarded(stage.sandbox, tools=False) as sandbox:
+        assert sandbox is None
+    with parts.open_grader(stage.reward) as grader:
         assert grader.grade('<answer>\\boxed{7}</answer>', '7').correct
 
 
+def test_a_critic_has_its_own_optimizer_and_its_first_state_is_the_policy_with_a_head():
+    stage = settings.build(Reinforcement, base.reinforcement('tiny', 'ppo'))
+    sizes = make_config(vocab_size=300)
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+    policy = decoder.init(sizes, jax.random.key(0))
+    learner = parts.make_learner(stage, sizes, mesh)
+    begun = parts.begin(learner, stage.ppo.critic, policy)
+    assert begun.done == 0 and begun.state.params['policy'] is policy
+    assert begun.state.params.keys() == begun.state.opt_state.keys() == {'policy', 'critic'}
+    assert (learner.loss, learner.advantage, learner.temperature) == (stage.loss, stage.advantage, 1.0)
+
+
 def test_a_sandbox_with_addresses_runs_snippets_there(monkeypatch):
-    config = base.sandbox('tiny')
     server = Server(token='letmein')
     try:
-        config.addresses = (server.address,)
+        block = base.sandbox('tiny')
+        block.addresses = (server.address,)
+        sizes = settings.build(SandboxBlock, block)
         monkeypatch.setenv('RETOOL_SANDBOX_TOKEN', 'letmein')
-        with parts.open_sandbox(config) as sandbox:
+        with parts.open_sandbox(sizes) as sandbox:
             assert sandbox.submit('print(6 * 7)').result().stdout == '42\n' and server.address in str(sandbox)
         monkeypatch.setenv('RETOOL_SANDBOX_TOKEN', 'wrong')
         with pytest.raises(ValueError, match='sandbox: no server can be used: .*token'):
-            parts.open_sandbox(config).__enter__()
+            parts.open_sandbox(sizes).__enter__()
     finally:
         server.stop()

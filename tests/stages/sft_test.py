@@ -5,17 +5,16 @@ from unittest import mock
 
 import pytest
 
-from retool_jax.core import cli, episode_files, metrics
+from retool_jax.core import cli, episode_files, metrics, settings
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem, Stop
 from retool_jax.model import hf
 from retool_jax.model.config import load_config
-from retool_jax.stages import parts
-from retool_jax.stages import sft as sft_stage
+from retool_jax.stages import parts, sft
+from retool_jax.stages.config import FineTuning
 from retool_jax.text import template
 from retool_jax.text.tokenizer import load_tokenizer
-from retool_jax.train import sft
 from retool_jax.train.learner import Learner
 from tests.train import killable, small
 
@@ -54,9 +53,9 @@ def run(folder, name, stop_at=None, **values):
         if step == stop_at:
             signal.raise_signal(signal.SIGINT)
     with (mock.patch.object(metrics.Metrics, 'write', stopping),
-          mock.patch.object(parts, 'make_mesh', lambda config: small.one_device())):
-        sft_stage.run(cli.parse_config(['sft', '--config=configs/sft.py:tiny',
-                                       *(f'--config.{key}={value}' for key, value in values.items())]))
+          mock.patch.object(parts, 'make_mesh', lambda sizes: small.one_device())):
+        sft.run(settings.build(FineTuning, cli.parse_config(['sft', '--config=configs/sft.py:tiny', *(
+            f'--config.{key}={value}' for key, value in values.items())])))
     lines = [{k: v for k, v in line.items() if k != 'time'} for line in metrics.read(folder / name)]
     return lines, (folder / name / 'final' / 'model.safetensors').read_bytes()
 

@@ -11,9 +11,9 @@ from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import cli, episode_files, metrics, settings
 from retool_jax.core.records import Reward
 from retool_jax.report import pages
-from retool_jax.stages import config as config_stage
-from retool_jax.stages import ppo
+from retool_jax.stages import parts, ppo
 from retool_jax.stages.alarms import WatchSettings
+from retool_jax.stages.config import CheckpointSettings, HalvesSettings, Reinforcement
 from retool_jax.train import grading
 from retool_jax.train.ppo import PPOSettings
 from retool_jax.train.state import OptimizerSettings
@@ -40,23 +40,23 @@ def some_answers_are_right(monkeypatch):
 
 
 def run(folder, name, algorithm='ppo', **values):
-    config = killable.make_config_of(folder, name, algorithm, **{'ppo.steps': 2, 'checkpoints.every': 2} | values)
+    stage = killable.make_stage(folder, name, algorithm, **{'ppo.steps': 2, 'checkpoints.every': 2} | values)
     with killable.tiny_world(folder, name):
-        ppo.run(config)
+        ppo.run(stage)
     lines = metrics.read(folder / name)
     assert [line['step'] for line in lines] == [0, 1] and (folder / name / 'final').is_dir()
     assert all(np.isfinite(x) for line in lines for x in line.values() if isinstance(x, float))
     assert any(line['actor/grad_norm'] > 0 for line in lines)
     assert all(abs(line['mismatch/logprob_abs_max']) < 1e-4 for line in lines)
-    return lines, config
+    return lines, stage
 
 
 def test_grpo_takes_groups_without_a_critic(folder):
-    lines, config = run(folder, 'grpo', 'grpo', **{'ppo.samples': 4})
-    assert not any(name.startswith('critic/') for name in lines[0]) and config.advantage.kind == 'grpo'
+    lines, stage = run(folder, 'grpo', 'grpo', **{'ppo.samples': 4})
+    assert not any(name.startswith('critic/') for name in lines[0]) and stage.advantage.kind == 'grpo'
     episodes = episode_files.read(folder / 'grpo' / 'episodes', 'train_00000')
     assert len(episodes) == 12 and {e.sample for e in episodes} == {0, 1, 2, 3}
-    summary = ppo.summarise(config, folder / 'grpo')
+    summary = ppo.summarise(stage, folder / 'grpo')
     assert summary['steps'] == 2 and summary['correct']['first'] == lines[0]['rewards/correct']
     assert pages.write(folder / 'grpo').stat().st_size > 5000
 
@@ -79,11 +79,11 @@ def test_every_size_of_every_algorithm_agrees_with_itself(name):
         assert config.run.dir == f'runs/{name}_{arg}'
         block = lambda kind, key: settings.build(kind, config[key], key)  # noqa: B023
         sizes, advantage = block(PPOSettings, 'ppo'), block(AdvantageSettings, 'advantage')
-        settings.build(config_stage.Reinforcement, config)
+        settings.build(Reinforcement, config)
         assert advantage.needs_groups == (sizes.samples > 1 and sizes.critic == 'none')
         assert sizes.problems_per_step * sizes.samples % sizes.minibatches == 0
-        for kind, key in ((LossSettings, 'loss'), (WatchSettings, 'watch'), (config_stage.HalvesSettings, 'halves'),
-                          (config_stage.CheckpointSettings, 'checkpoints'), (OptimizerSettings, 'optimizer')):
+        for kind, key in ((LossSettings, 'loss'), (WatchSettings, 'watch'), (HalvesSettings, 'halves'),
+                          (CheckpointSettings, 'checkpoints'), (OptimizerSettings, 'optimizer')):
             block(kind, key)
     assert f'python launch/ppo.py --config=configs/{name}.py:tiny' in (cli.ROOT / f'configs/{name}.py').read_text()
 
@@ -141,9 +141,9 @@ VARIANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize('name', VARIANTS)
 def test_every_algorithm_is_a_choice_of_values(folder, name):
-    lines, config = run(folder, name.replace(' ', '_').replace(',', ''), **NO_CRITIC | {'ppo.samples': 4} |
+    lines, stage = run(folder, name.replace(' ', '_').replace(',', ''), **NO_CRITIC | {'ppo.samples': 4} |
                         VARIANTS[name])
-    assert ('actor/kl' in lines[0]) == (config.loss.kl_coef > 0)
+    assert ('actor/kl' in lines[0]) == (stage.loss.kl_coef > 0)
 
 
 @pytest.mark.slow
@@ -158,10 +158,10 @@ def test_a_critic_with_a_backbone_warms_up_and_waits_on_the_host(folder):
 def test_a_warm_up_that_is_broken_off_goes_on_as_the_whole_one(folder):
     def run_to(name, *ends):
         for end in ends:  # ppo.steps may change between two starts
-            config = killable.make_config_of(folder, name, **{
+            stage = killable.make_stage(folder, name, **{
                 'ppo.steps': end, 'checkpoints.every': 1, 'ppo.critic_warmup_steps': 2})
             with killable.tiny_world(folder, name):
-                ppo.run(config)
+                ppo.run(stage)
             if end < ends[-1]:
                 shutil.rmtree(folder / name / 'final')
         lines = metrics.read(folder / name)
@@ -174,20 +174,20 @@ def test_a_warm_up_that_is_broken_off_goes_on_as_the_whole_one(folder):
 
 def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
     flags = {'ppo.steps': 2, 'checkpoints.every': 2}
-    config = killable.make_config_of(folder, 'rolls', **flags, **{'halves.train': False})
+    stage = killable.make_stage(folder, 'rolls', **flags, **{'halves.train': False})
     with killable.tiny_world(folder, 'rolls'):
-        ppo.run(config)
-    parts = episode_files.names(folder / 'rolls' / 'episodes')
-    assert parts == ['train_00000', 'train_00001'] and not (folder / 'rolls' / 'final').exists()
+        ppo.run(stage)
+    assert episode_files.names(folder / 'rolls' / 'episodes') == ['train_00000', 'train_00001']
+    assert not (folder / 'rolls' / 'final').exists()
     assert [line['phase'] for line in metrics.read(folder / 'rolls')] == ['rollout'] * 2
     with killable.tiny_world(folder, 'rolls'):  # nothing is left to do
-        ppo.run(config)
+        ppo.run(stage)
     assert len(metrics.read(folder / 'rolls')) == 2
 
-    config = killable.make_config_of(folder, 'trained', **flags, **{'halves.episodes': folder / 'rolls' / 'episodes'})
+    stage = killable.make_stage(folder, 'trained', **flags, **{'halves.episodes': folder / 'rolls' / 'episodes'})
     with killable.tiny_world(folder, 'trained'), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo.assembly, 'make_sampler', lambda *args: pytest.fail('a sampler was made'))
-        ppo.run(config)
+        patch.setattr(parts, 'make_sampler', lambda *args: pytest.fail('a sampler was made'))
+        ppo.run(stage)
     lines = metrics.read(folder / 'trained')
     assert [line['phase'] for line in lines] == ['ppo'] * 2 and lines[0]['actor/grad_norm'] > 0
     assert lines[0]['mismatch/logprob_abs_max'] < 1e-4 < lines[1]['mismatch/logprob_abs_max']  # off-policy by a step
@@ -209,7 +209,6 @@ def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
     ({'halves.episodes': '/nowhere'}, "halves.episodes='/nowhere' holds no training episodes"),
 ])
 def test_contradictions_are_refused_before_anything_is_written(folder, values, words):
-    config = killable.make_config_of(folder, 'refused', **values)
     with killable.tiny_world(folder, 'refused'), pytest.raises(ValueError, match=words) as refused:
-        ppo.run(config)
+        ppo.run(killable.make_stage(folder, 'refused', **values))
     assert cli.explain(refused.value) and not (folder / 'refused').exists()

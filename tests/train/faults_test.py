@@ -52,12 +52,12 @@ def folder(tmp_path_factory):
 
 def run(folder, name, share, accidents, **values):
     """Two steps; returns (episodes of the first, metrics, guard)."""
-    config = killable.make_config_of(folder, name, **{'ppo.steps': 2, 'ppo.problems_per_step': 12,
+    stage = killable.make_stage(folder, name, **{'ppo.steps': 2, 'ppo.problems_per_step': 12,
                                                       'watch.faults': 'warn', 'watch.failures': 'ignore'} | values)
     first = Faulty(Pool(SMALL), share, accidents)
     with first.pool, Guard(first, lambda: Faulty(Pool(SMALL), share, {}), stall_s=4) as guard:
         with killable.tiny_world(folder, name, executor=guard):
-            ppo.run(config)
+            ppo.run(stage)
         return episode_files.read(folder / name / 'episodes', 'train_00000'), metrics.read(folder / name), guard
 
 
@@ -97,7 +97,7 @@ def test_a_sandbox_that_only_fails_stops_the_run_by_name(folder):
 
 
 def test_a_pool_that_breaks_and_cannot_be_replaced_rings_with_its_reason(folder):
-    config = killable.make_config_of(folder, 'broken', **{'ppo.steps': 1, 'ppo.problems_per_step': 12,
+    stage = killable.make_stage(folder, 'broken', **{'ppo.steps': 1, 'ppo.problems_per_step': 12,
                                                           'watch.faults': 'stop', 'watch.failures': 'ignore'})
     with Pool(SMALL) as pool, Guard(pool, lambda: Pool(UNSTARTABLE), stall_s=60) as guard:
         assert guard.submit('print(1)').result(60).stdout == '1\n'
@@ -105,6 +105,6 @@ def test_a_pool_that_breaks_and_cannot_be_replaced_rings_with_its_reason(folder)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pool._process.pid, signal.SIGKILL)
         with pytest.raises(UserError, match='step 0: faults'), killable.tiny_world(folder, 'broken', executor=guard):
-            ppo.run(config)
+            ppo.run(stage)
     calls = [c for e in episode_files.read(folder / 'broken' / 'alarms', 'faults_00000') for c in e.calls]
     assert calls and {c.verdict for c in calls} == {Verdict.SANDBOX_ERROR}

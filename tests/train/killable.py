@@ -19,13 +19,15 @@ from unittest import mock
 
 import jax
 
-from retool_jax.core import cli
+from retool_jax.core import cli, settings
 from retool_jax.core.metrics import Metrics
 from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import load_config
 from retool_jax.rollout.journal import Journal
+from retool_jax.stages import folder as folders
 from retool_jax.stages import parts, ppo
+from retool_jax.stages.config import Reinforcement
 from retool_jax.text import tags, template
 from retool_jax.text.tokenizer import train_bpe
 from tests.model.sizes import make_config
@@ -53,12 +55,13 @@ def make_model(folder: pathlib.Path) -> None:
     (folder / 'problems.jsonl').write_text(''.join(lines))
 
 
-def make_config_of(folder: pathlib.Path, name: str, algorithm: str = 'ppo', **values):
-    """The configuration of run `name` below `folder`, `algorithm` being a file of configs/."""
+def make_stage(folder: pathlib.Path, name: str, algorithm: str = 'ppo', **values):
+    """The stage of run `name` below `folder`, `algorithm` being a file of configs/."""
     values = VALUES | values | {'model.path': folder / 'model', 'run.dir': folder / name}
     flags = [f'--config.{key}={value}' for key, value in values.items()]
     sources = f"--config.data.sources=('{folder / 'problems.jsonl'}',)"
-    return cli.parse_config(['ppo', f'--config=configs/{algorithm}.py:tiny', sources, *flags])
+    return settings.build(
+        Reinforcement, cli.parse_config(['ppo', f'--config=configs/{algorithm}.py:tiny', sources, *flags]))
 
 
 class HonestTool:
@@ -121,15 +124,15 @@ def tiny_world(folder: pathlib.Path, name: str, journal: bool = True, moment=lam
         write(self, step, metrics)
         moment('after metrics')
 
-    def table(model, tools, on_answer):
+    def table(model, on_answer):
         stops = dict.fromkeys('abcdefghij', tags.CODE) | {'z': tags.ANSWER}  # often enough without training
         return tags.build_table(model.tokenizer.token_bytes, 264, stops)
 
     patches = [
-        mock.patch.object(ppo, 'Journal', Noted),
+        mock.patch.object(folders, 'Journal', Noted),
         mock.patch.object(ppo, 'open_guarded', lambda *_: contextlib.nullcontext(executor or tool)),
         mock.patch.object(parts, 'make_table', table),
-        mock.patch.object(parts, 'make_mesh', lambda config: small.one_device()),
+        mock.patch.object(parts, 'make_mesh', lambda sizes: small.one_device()),
         mock.patch.object(template, 'extract_snippet', lambda text: template.Snippet(text, 0)),
         mock.patch.object(Metrics, 'write', write_metrics),
         mock.patch.object(os, 'replace', around(os.replace, 'rename')),
@@ -181,10 +184,10 @@ def main() -> None:
             threading.Thread(target=strike, daemon=True).start()
         return moments(what)
 
-    def body(config) -> None:
+    def body(stage) -> None:
         with tiny_world(given.folder, given.name, not given.no_journal, moment):
-            ppo.run(config)
-    cli._run(lambda argv: body(make_config_of(given.folder, given.name, **{'ppo.quanta': given.quanta})), body)
+            ppo.run(stage)
+    cli._run(lambda argv: body(make_stage(given.folder, given.name, **{'ppo.quanta': given.quanta})), body)
 
 
 if __name__ == '__main__':

@@ -77,7 +77,7 @@ def finish(folder, name, quanta, moments=lambda what: False, journal=True):
         export(parts, directory)
     export = ppo.export
     with mock.patch.object(ppo, 'export', keep), killable.tiny_world(folder, name, journal, moments):
-        ppo.run(killable.make_config_of(folder, name, **{'ppo.quanta': quanta}))
+        ppo.run(killable.make_stage(folder, name, **{'ppo.quanta': quanta}))
     clocks = ('time', 'rollout/', 'tools/wait')
     lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in metrics.read(folder / name)]
     (state, carried), = left
