@@ -16,6 +16,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 import types
@@ -31,6 +32,8 @@ from retool_jax.core.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACEBACK = 'RETOOL_TRACEBACK'  # environment variable: 1 prints the traceback of a user's error too
+
+HELP_WIDTH = 100  # characters of a line
 
 _OVERRIDE = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]+)(?:=(?P<value>.*))?$', re.DOTALL)
 _ASIDE = ('retool_jax', 'absl', 'ml_collections')  # modules whose flags --help leaves out
@@ -303,14 +306,18 @@ def _help(main: Callable, stage: str | None) -> None:
         if name.split('.')[0] not in _ASIDE or name == main.__module__:
             for flag in sorted(own, key=lambda f: f.name):
                 print(f'  --{flag.name}={flag.default}\n      {flag.help}')
+    if stage is None:
+        return
+    keys = settings.keys(pkgutil.resolve_name(stage))
     _, given = _take_config(sys.argv)
     if given is None:
-        if stage is not None:
-            print(f'  --config=PATH:ARG, one of: {_known_configs()} (with --help it lists its keys)')
+        print(f'  --config=PATH:ARG\n      One of: {_known_configs()}; with --help it gives its values.')
+        for key, (kind, words) in keys.items():
+            _explain_key(f'{key}=…', kind, words)
         return
     config = load_config(given)
     print(f'  --config={given}')
-    for key, kind in flatten(config).items():
+    for key in flatten(config):
         holder, _, leaf = key.rpartition('.')
         block = config
         for part in filter(None, holder.split('.')):
@@ -319,4 +326,12 @@ def _help(main: Callable, stage: str | None) -> None:
             value = repr(block[leaf])
         except config_dict.RequiredValueError:
             value = '(must be given)'
-        print(f'  --config.{key}={value}  ({kind.__name__})')
+        # A table's words stand beside the table: mix.easy has those of mix.easy.code.
+        own = block.get_type(leaf).__name__, keys.get(holder, ('', ''))[1]
+        _explain_key(f'{key}={value}', *keys.get(key, own))
+
+
+def _explain_key(flag: str, kind: str, words: str) -> None:
+    print(f'  --config.{flag}  ({kind})')
+    if words:
+        print(textwrap.fill(words, HELP_WIDTH, initial_indent=' ' * 6, subsequent_indent=' ' * 6))

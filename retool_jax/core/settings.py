@@ -72,6 +72,16 @@ def words(kind: type) -> dict[str, str]:
     return {field.name: comments.get(field.name, '') for field in dataclasses.fields(kind)}
 
 
+def keys(kind: type, name: str = '') -> dict[str, tuple[str, str]]:
+    """{dotted key: (type, `words`)} of every field of a dataclass, those of nested dataclasses in their place."""
+    hints, said = typing.get_type_hints(kind), words(kind)
+    found: dict[str, tuple[str, str]] = {}
+    for field in dataclasses.fields(kind):
+        key, hint = _join(name, field.name), hints[field.name]
+        found |= keys(hint, key) if dataclasses.is_dataclass(hint) else {key: (_name(hint), said[field.name])}
+    return found
+
+
 def _comments(source: str) -> dict[str, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     said = {t.start[0]: (t.string.lstrip('# '), t.line.lstrip().startswith('#')) for t in tokens

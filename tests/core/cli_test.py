@@ -168,7 +168,15 @@ def test_a_stopped_process_says_so_in_one_line(door, number, status, act):
 def test_help_lists_every_key_with_its_default(door):
     code, out, _ = door('--help', '--config=configs/some.py:large')
     assert code == 0
-    for text in ('Tries the door.', '--act=show', '--config.steps=1000  (int)', '--config.ppo.clip=0.2  (float)'):
+    for text in ('Tries the door.', '--act=show', '--config.steps=1000  (int)\n      of the whole run\n',
+                 '--config.ppo.clip=0.2  (float)\n      of the ratio\n', '--config.problems=None  (str | None)\n'):
+        assert text in out
+
+
+def test_help_without_a_configuration_explains_every_key_that_the_binary_reads(door):
+    code, out, _ = door('--help')
+    assert code == 0
+    for text in ('--config=PATH:ARG', '--config.steps=…  (int)\n      of the whole run\n', '--config.ppo.sizes=…'):
         assert text in out
 
 

@@ -75,6 +75,15 @@ def test_the_file_as_it_is_holds(spec):
 
 
 @pytest.mark.parametrize('spec', STAGES)
+def test_every_key_is_explained_beside_its_field(spec):
+    explained = settings.keys(STAGES[spec])
+    assert not [key for key, (_, words) in explained.items() if len(words.split()) < 2]
+    whole = {key for key, _ in keys(spec)}
+    assert {key for key in whole if key not in explained} <= {key for key in whole if key.startswith('mix.')}
+    assert {key.rpartition('.')[0] for key in whole if key not in explained} <= explained.keys()
+
+
+@pytest.mark.parametrize('spec', STAGES)
 def test_every_key_refuses_what_it_cannot_mean_and_is_named(spec):
     stage, missed = STAGES[spec], []
     for key, kind in keys(spec):
