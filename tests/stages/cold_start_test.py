@@ -13,6 +13,7 @@ from retool_jax.stages.demo import TEXT_ONLY
 from retool_jax.tasks import answers, arithmetic
 from retool_jax.text.template import make_template, prompt_ids, wrap_answer, wrap_feedback, wrap_snippet
 from tests.fakes import FakePool, byte_tokenizer
+from tests.sandbox.given import tiny
 
 TOKENIZER = byte_tokenizer()
 TINY = make_template('tiny')
@@ -22,7 +23,7 @@ MIX = Mix(easy={'code': 0.4, 'mental': 0.5, 'repair': 0.1}, needy={'code': 0.5, 
 
 @pytest.fixture(scope='module')
 def pool():
-    pool = Pool()
+    pool = Pool(tiny())
     try:
         pool.start()
     except RuntimeError as error:
