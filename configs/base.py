@@ -3,8 +3,8 @@
 What a key means, its unit, which values it may have and what the paper or a recipe sets stand beside the field of the
 block's dataclass, and in `--help`; here is a comment only where a value departs from its source, or has none there.
 Sources: P the ReTool paper (arXiv 2504.11536), O its authors' evaluation code, R public reproductions (verl's recipe),
-H this project's choice. Letters speak of the real sizes; every
-number of `tiny` is H, and so is a line without a letter, which is of the machine and not of the algorithm.
+H this project's choice. Letters speak of the real sizes: every number of `tiny` is H, and so is a key without a letter,
+which is of the machine and not of the algorithm.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -53,7 +53,7 @@ class Shape:
     chunk: int = 64
     tool_s: float = 1.0  # latency of a tool; an episode takes as long to write as its tools to answer
     calls: int = 1  # of tools in an episode, on average: one, and what is written is about `new` tokens
-    tool_rows: tuple[int, ...] = (8, 32, 64)  # slots with slow tools
+    tool_rows: tuple[int, ...] = (8, 32, 64)  # rows whose tools are slow
     long: int = 4096  # tokens before a tool's output
     dtype: str = 'float32'
 

@@ -1,4 +1,4 @@
-"""Rollout with slow tools: slots that go on while others wait, against instant tools and against a barrier per turn."""
+"""Rollout with slow tools: rows that go on while others wait, against instant tools and against a barrier per turn."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Script:
     """Turn rules for a random model, with those parts of turns.Rules that an engine uses: a turn that the table
     ends is a call or, once in `calls` + 1 times, the episode's last (its problem decides); outputs are the same ids.
 
-    barrier: an episode's last turn is announced to the executor too, and keeps its slot until that answers.
+    barrier: an episode's last turn is announced to the executor too, and keeps its row until that answers.
     """
 
     def __init__(self, turn_tokens: int, max_tokens: int, calls: int, barrier: bool = False):
@@ -90,8 +90,8 @@ class Barrier:
     """A turn of all rows, then all their tools at once, then the next: what a loop of batched generation and
     batched tools does. No episode goes on, and no row is given to another, before the longest turn has ended."""
 
-    def __init__(self, seconds: float, slots: int, episodes: int):
-        self.seconds, self.slots, self.left = seconds, slots, episodes
+    def __init__(self, seconds: float, rows: int, episodes: int):
+        self.seconds, self.rows, self.left = seconds, rows, episodes
         self.waiting: list[tuple[str, concurrent.futures.Future[ExecResult]]] = []
 
     def submit(self, code: str) -> concurrent.futures.Future[ExecResult]:
@@ -105,7 +105,7 @@ class Barrier:
         self._release()
 
     def _release(self) -> None:
-        if not self.waiting or len(self.waiting) < min(self.slots, self.left):
+        if not self.waiting or len(self.waiting) < min(self.rows, self.left):
             return
         waiting, self.waiting = self.waiting, []
         seconds = self.seconds if any(code == CALL for code, _ in waiting) else 0.0
@@ -115,7 +115,7 @@ class Barrier:
 
 
 class Case:
-    """An engine of so many slots whose turns end at random after `mean` tokens on average."""
+    """An engine of so many rows whose turns end at random after `mean` tokens on average."""
 
     def __init__(self, config: ModelConfig, shape, rows: int, decode_rows: int, mean: float):
         self.shape, self.rows, self.decode_rows = shape, rows, decode_rows

@@ -36,7 +36,7 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampleState:
-    """Everything the sampler carries between calls; rows are slots of the engine."""
+    """Everything the sampler carries between calls; B are the rows of the engine."""
 
     cache: KVCache
     logits_BV: jax.Array  # f32, for the token after the cached ones

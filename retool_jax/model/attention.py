@@ -92,8 +92,8 @@ def cached(q_BCNH: Float[Array, 'B C N H'], k_BKSH: KV, v_BKSH: KV,
     The cache already holds the queries' own keys; slots beyond are masked, so stale KV is harmless.
     """
     b, c, n, h = q_BCNH.shape
-    k, k_scale = _apart(k_BKSH)
-    v, v_scale = _apart(v_BKSH)
+    k, k_scale = _unpack(k_BKSH)
+    v, v_scale = _unpack(v_BKSH)
     kv_heads, slots = k.shape[1:3]
     q = q_BCNH.reshape(b, c, kv_heads, n // kv_heads, h).transpose(0, 2, 1, 3, 4)
     q = q.reshape(b, kv_heads, c * (n // kv_heads), h)  # one matmul a KV head: [C·G, H] × [H, S]
@@ -110,6 +110,6 @@ def cached(q_BCNH: Float[Array, 'B C N H'], k_BKSH: KV, v_BKSH: KV,
     return out.reshape(b, c, n, h)
 
 
-def _apart(kv_BKSH: KV) -> tuple[jax.Array, jax.Array | None]:
-    """Numbers and, of 8 bits, their scales: these multiply scores and weights, not the numbers of every slot."""
+def _unpack(kv_BKSH: KV) -> tuple[jax.Array, jax.Array | None]:
+    """A cache's numbers and, where these are int8, their scales, which multiply scores and weights later."""
     return (kv_BKSH.values, kv_BKSH.scale) if isinstance(kv_BKSH, Int8KV) else (kv_BKSH, None)

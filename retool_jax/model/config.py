@@ -27,8 +27,11 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's context extension as Hugging Face's `rope_scaling` states it: of a context's worth of positions,
-    pairs that turn fewer than `low_freq_factor` times are slowed by `factor`, those above `high_freq_factor` kept."""
+    """Llama 3.1's context extension as Hugging Face's `rope_scaling` states it.
+
+    Pairs that turn fewer than `low_freq_factor` times in the original context are slowed by `factor`, those that turn
+    more than `high_freq_factor` times are kept.
+    """
 
     factor: float
     low_freq_factor: float
@@ -86,7 +89,7 @@ class ModelConfig:
 
 
 def from_hf(raw: dict, where: str = 'config.json') -> ModelConfig:
-    """Reads a Hugging Face config dict. Errors: UserError naming what is not supported."""
+    """Reads a Hugging Face config dict. Raises: UserError naming what is not supported."""
     by_type = {kind: name for name, kind in ARCHITECTURES.items()}
     names = raw.get('architectures') or [by_type.get(raw.get('model_type', ''), raw.get('model_type', 'none'))]
     if names[0] not in ARCHITECTURES:

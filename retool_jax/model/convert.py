@@ -20,7 +20,7 @@ def to_orbax(source: str | os.PathLike, target: str | os.PathLike, dtype=jnp.flo
              progress: hf.Progress | None = None) -> None:
     """Stores the weights of a Hugging Face directory as step 0 below `target`, at params.policy.
 
-    Errors: UserError where `target` holds something, and those of `hf.load`.
+    Raises: UserError where `target` holds something, and those of `hf.load`.
     """
     hf.refuse_existing(target)  # before anything is read
     config = model_config.load_config(source)
@@ -34,7 +34,7 @@ def to_hf(source: str | os.PathLike, target: str | os.PathLike, like: str | os.P
     """Exports the policy of a checkpoint; config.json and tokenizer are those of the directory `like`.
 
     step: None is the newest. part: the dotted place of the weights in the checkpoint; nothing else of
-    it is read. Errors: UserError naming what is missing, extra or of another shape.
+    it is read. Raises: UserError naming what is missing, extra or of another shape.
     """
     hf.refuse_existing(target)  # before anything is read
     if not pathlib.Path(source).is_dir():
@@ -54,7 +54,7 @@ def from_gguf(file: gguf.File, target: str | os.PathLike, dtype=None, progress: 
     """Writes a GGUF file as a Hugging Face directory: weights in `dtype`, configuration, tokenizer and chat template.
 
     dtype: None is bfloat16 for matrices stored as such, else float32, in which every number of the file is exact.
-    Memory: 64 MiB of numbers, and the header. Errors: UserError naming what is missing or not supported, before
+    Memory: 64 MiB of numbers, and the header. Raises: UserError naming what is missing or not supported, before
     anything is written.
     """
     hf.refuse_existing(target)

@@ -99,7 +99,7 @@ def fit_rules(config: ModelConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, 
               ) -> dict[str, tuple[str, ...]]:
     """The rules by which this model lies on this mesh: KV heads that do not divide are replicated.
 
-    Errors: UserError naming the size of config.json that does not divide, and the mesh axes.
+    Raises: UserError naming the size of config.json that does not divide, and the mesh axes.
     """
     sizes = {'embed': 'hidden_size', 'heads': 'num_attention_heads', 'kv_heads': 'num_key_value_heads',
              'mlp': 'intermediate_size', 'vocab': 'vocab_size'}

@@ -109,7 +109,7 @@ def leaves(config: ModelConfig) -> list[Leaf]:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor home in which file."""
+    """Where a tensor lies, in which file."""
 
     file: pathlib.Path
     offset: int
@@ -124,7 +124,7 @@ def load(directory: str | os.PathLike, config: ModelConfig, shardings=None, dtyp
     shardings: a tree like the parameters (`core.sharding.shardings`), None for the default device. Every
     process reads its own parts alone. Peak host memory: the largest tensor + 64 MiB.
 
-    Errors: UserError naming a missing or truncated file, a field of config.json that differs, or
+    Raises: UserError naming a missing or truncated file, a field of config.json that differs, or
     the tensors that are missing, extra or of another shape.
     """
     directory = pathlib.Path(directory)
@@ -200,7 +200,7 @@ def _put(tensor: Tensor, shape: list[int], sharding, dtype: np.dtype) -> jax.Arr
 
 
 def read_headers(directory: pathlib.Path) -> dict[str, Tensor]:
-    """{name: where it home} of every tensor below a directory; the data stay on disk."""
+    """{name: where it lies} of every tensor below a directory; the data stay on disk."""
     if (directory / SINGLE).is_file():
         return _read_header(directory / SINGLE)
     if not (directory / INDEX).is_file():
@@ -282,7 +282,7 @@ def save(directory: str | os.PathLike, config: ModelConfig, params: Params, dtyp
     It appears under its name when it is complete. tokenizer_dir: where the tokenizer's files and the
     ids of its special tokens are copied from. Files hold at most `file_bytes`, or one tensor.
 
-    Errors: UserError where something is in the way, or there is no tokenizer.
+    Raises: UserError where something is in the way, or there is no tokenizer.
     """
     write(directory, config, lambda leaf, i: [_fetch(params, leaf, i, dtype)], dtype, tokenizer_dir,
           file_bytes=file_bytes, progress=progress)

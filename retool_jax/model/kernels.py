@@ -26,7 +26,7 @@ def splash(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_B
            segment_ids_BT: Int[Array, 'B T'], interpret: bool = False) -> Float[Array, 'B T N H']:
     """Causal attention within segments by JAX's TPU kernel, each device its own rows and heads.
 
-    interpret: runs the kernel's program on any platform, for tests. Errors: UserError for a length
+    interpret: runs the kernel's program on any platform, for tests. Raises: UserError for a length
     that is no multiple of 128.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
@@ -56,7 +56,7 @@ def cudnn(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_BT
 
     The kernel knows lengths, not segments: forward.row_segments must be 1, a row's second episode comes
     out as NaN. What stands at padding is 0. implementation: 'xla' for tests.
-    Errors: UserError in float32, which the kernel does not have.
+    Raises: UserError in float32, which the kernel does not have.
     """
     if implementation == 'cudnn' and q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(f'forward.attention: cudnn has no {q_BTNH.dtype.name} kernel; set forward.dtype=bfloat16')

@@ -58,8 +58,8 @@ class Projection(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; what is attended to is the caller's (`attend`), so one module serves
-    full forward and KV cache."""
+    """Grouped-query attention. The caller passes the function that attends, so that one module serves the full
+    forward pass and the KV cache."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, n, k, h = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
@@ -129,7 +129,7 @@ def rope_table(config: ModelConfig, positions_BT: Int[Array, 'B T'],
 def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Radians per position of each rotary pair, f32 [H/2], and the factor on cos and sin.
 
-    A constant made on the host, rounded as the original rounds it: at position 32,768 one unit in the
+    Both are made on the host and rounded as the original rounds them: at position 32,768 one unit in the
     last place is 0.002 rad, and an accelerator's power function is off by more.
     """
     exponent = np.arange(0, config.head_dim, 2) / config.head_dim
@@ -144,8 +144,8 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def _slow(scaling: Llama3Scaling, inv_freq: np.ndarray) -> np.ndarray:
-    """Llama 3.1: pairs that turn seldom in the original context are slowed by `factor`, fast ones kept, between them a
-    ramp over the number of turns."""
+    """Llama 3.1: pairs that turn seldom in the original context are slowed by `factor`, those that turn often are kept;
+    a ramp over the number of turns lies between."""
     turns = scaling.original_max_position_embeddings / (2 * math.pi / inv_freq)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0, 1)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens without a [B, T, V] array: a piece of a row, a piece of the vocabulary."""
+"""Log-probabilities of given tokens without a [B, T, V] array: chunks of positions meet chunks of the vocabulary."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ def token_logprobs(params: Params, hidden_BTD: Float[Array, 'B T D'], tokens_BT:
 
 def _rows(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, *, temperature: float, chunk: int,
           vocab_chunk: int, over: str | None) -> tuple[jax.Array, jax.Array]:
-    """One device's rows against its part of the vocabulary; `over` is the mesh axis of the other parts."""
+    """Scores one device's rows against its part of the vocabulary; over: the mesh axis that splits the vocabulary."""
     b, t, _ = x_BTD.shape
     if over is not None:
         target_BT = target_BT - jax.lax.axis_index(over) * w_DV.shape[1]
-        # Another device's token may not hit what a piece is filled up with.
+        # Tokens of another device's part become −1: their ids here could hit the zeros that fill the last chunk up.
         target_BT = jnp.where(target_BT < w_DV.shape[1], target_BT, -1)
     w_PDV, filled = _pieces(w_DV, vocab_chunk)
     split = lambda x: jnp.moveaxis(x.reshape(b, t // chunk, chunk, *x.shape[2:]), 1, 0)
     x_CBTD, target_CBT = split(x_BTD), split(target_BT)
 
-    # The vocabulary outside, the row inside: a piece's gradient is whole when the next piece begins.
+    # The outer loop is over the vocabulary: the gradient of a chunk's weights is whole before the next chunk begins.
     def piece(found, w, first):
-        w = w.astype(jnp.float32)  # in which the pieces of a row add up to its gradient
+        w = w.astype(jnp.float32)  # the dtype in which gradients of a row's chunks add up
         @jax.checkpoint
         def one(_, xs):
             x, target, found = xs
@@ -83,11 +83,11 @@ def _rows(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, *, temperatur
 
 
 def _pieces(w_DV: jax.Array, vocab_chunk: int) -> tuple[jax.Array, bool]:
-    """The output matrix as [pieces, D, width], and whether the last piece is filled up with zeros."""
+    """The output matrix as [chunks, D, width], and whether zeros fill the last chunk up."""
     d, v = w_DV.shape
     if v <= vocab_chunk:
         return w_DV[None], False
-    # Whole vectors of an accelerator; without a rest where the width need not shrink to less than a quarter.
+    # Widths are multiples of 128. One that divides V is preferred, unless it were below vocab_chunk ÷ 4.
     widths = [w for w in range(vocab_chunk // LANES * LANES, vocab_chunk // 4, -LANES) if v % w == 0]
     count = -(-v // vocab_chunk)
     even = -(-v // count)  # rounded up, as below
@@ -98,7 +98,10 @@ def _pieces(w_DV: jax.Array, vocab_chunk: int) -> tuple[jax.Array, bool]:
 
 
 def _sums(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
-    """Of a piece of the vocabulary: peak, Σ exp(z − peak), Σ exp(z − peak)·(z − peak), and z[target] or 0."""
+    """Partial sums of the softmax over one vocabulary chunk: (peak, Σe, Σe·(z − peak), z[target] or 0).
+
+    peak is the largest z of the chunk, e = exp(z − peak).
+    """
     peak = jax.lax.stop_gradient(logits.max(axis=-1))
     z = logits - peak[..., None]
     e = jnp.exp(z)
@@ -108,7 +111,7 @@ def _sums(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _join(a: tuple[jax.Array, ...] | None, b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """The sums of two pieces together."""
+    """The partial sums of two chunks together."""
     if a is None:
         return b
     peak = jnp.maximum(a[0], b[0])
@@ -117,14 +120,14 @@ def _join(a: tuple[jax.Array, ...] | None, b: tuple[jax.Array, ...]) -> tuple[ja
 
 
 def _rebase(sums: tuple[jax.Array, ...], peak: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The second and third sum about another peak."""
+    """The second and third sum relative to a larger peak."""
     shift = sums[0] - peak
     scale = jnp.exp(shift)
     return scale * sums[1], scale * (sums[2] + jnp.where(scale > 0, shift, 0.0) * sums[1])
 
 
 def _over_devices(sums: tuple[jax.Array, ...], axis: str) -> tuple[jax.Array, ...]:
-    """The sums of every device's part of the vocabulary together."""
+    """The partial sums of all devices' parts of the vocabulary together."""
     peak = jax.lax.pmax(sums[0], axis)
     total, mean = _rebase(sums, peak)
     return peak, *(jax.lax.psum(x, axis) for x in (total, mean, sums[3]))

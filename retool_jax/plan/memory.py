@@ -45,7 +45,7 @@ def buffers(run: Run) -> dict[str, int]:
     buffers['gradients'] = per_device(state.params)
     buffers['sampling weights'] = per_device(run.sampling_params)
     buffers['KV cache'] = per_device((cache.k, cache.v))
-    buffers['slots'] = per_device(run.sample_state) - buffers['KV cache']  # logits, keys, lengths
+    buffers['rows'] = per_device(run.sample_state) - buffers['KV cache']  # logits, keys, lengths
     batch, scores = run.micro
     # The step's batch is split over data × fsdp as its micro-batches are; twice as many rows in the worst case.
     rows = run.sizes.problems_per_step * run.sizes.samples
@@ -60,7 +60,7 @@ def phases(run: Run, facts: Sequence[Facts]) -> list[Phase]:
     phases = []
     for name in PHASES:
         wanted = {'policy', *waiting} if not offload else {'policy', *ON_DEVICE[name]}
-        wanted |= {'rollout': {'sampling weights', 'KV cache', 'slots'}, 'score': {'batch'},
+        wanted |= {'rollout': {'sampling weights', 'KV cache', 'rows'}, 'score': {'batch'},
                    'update': {'batch', 'gradients'}}[name]
         resident = {key: size for key, size in sizes.items() if key in wanted}
         worst = max((f for f in facts if f.phase == name), key=lambda f: f.temporaries)

@@ -27,8 +27,8 @@ class Engine:
 
     def __init__(self, sampler: Sampler, rules: turns.Rules, sampling: SamplingSettings,
                  executor: Executor | None, seed: int, purpose: int, link: Link | None = None):
-        """`purpose` separates the randomness of training, evaluation, … under one seed. `link`: the sampler's mesh
-        spans several processes, all of which make the same calls with the same requests."""
+        """purpose: separates the randomness of training, evaluation, … under one seed. link: needed where the sampler's
+        mesh spans several processes; all of them must make the same calls with the same requests."""
         if rules.settings.tools and executor is None:
             raise ValueError('an engine with tools needs an executor')
         if rules.settings.max_tokens > sampler.settings.slots:
@@ -53,8 +53,8 @@ class Engine:
         """Makes all requested episodes with `params` (sampling layout), in the order of the requests.
 
         quanta: decode calls that each episode may take part in; what is then unfinished comes back with stop None,
-        to be taken up by `Request.resume` under later weights. Counted per episode, so that where one is cut depends
-        on no latency; a tool that runs is waited for. `finished` hears of every episode that ends.
+        to be taken up by `Request.resume` under later weights. They are counted per episode, so that where one is cut
+        depends on no latency; a tool that runs is waited for. finished: is called with every episode that ends.
         """
         done: dict[int, Episode] = {}
         for index, episode in self.stream(params, version, requests, step, journal=journal, quanta=quanta):

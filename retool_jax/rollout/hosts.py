@@ -2,7 +2,7 @@
 
 A model that fits the devices of one process is sampled by an engine per process, with no collective while tools
 answer; finished episodes are gathered at the end. A larger one is sampled on a mesh over all processes: every
-process runs the same loop over the same slots, each runs the tools of its own rows, and one small all-gather
+process runs the same loop over the same rows, each runs the tools of its own rows, and one small all-gather
 per pass makes the answers known to all at the same point of the loop. Which of the two follows from the mesh: whether
 its tensor axis fits into a process.
 
@@ -68,7 +68,7 @@ def part(requests: Sequence[Request], process: int, count: int) -> list[Request]
 
 
 def total(parts: Sequence[RolloutStats]) -> RolloutStats:
-    """What engines that ran side by side did together: counts add up, of times the longest counts."""
+    """The statistics of engines that ran side by side: counts add up, a time is that of the slowest."""
     found = RolloutStats()
     for field in dataclasses.fields(RolloutStats):
         values = [getattr(stats, field.name) for stats in parts]
@@ -84,10 +84,10 @@ def spans(mesh: jax.sharding.Mesh) -> bool:
 
 
 def engines_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    """The devices of `mesh` in another order: the tensor axis as long, and inside a process; rows over the rest.
+    """The mesh of all engines: the devices of `mesh`, the tensor axis as long but inside a process, rows over the rest.
 
     On a torus the training mesh's axes run along the torus, through several hosts.
-    Errors: ValueError where the tensor axis spans processes; such a model is sampled in lockstep.
+    Raises: ValueError where the tensor axis spans processes; such a model is sampled in lockstep.
     """
     if spans(mesh):
         raise ValueError(f'mesh: tensor={mesh.shape["tensor"]} spans processes; sample on the whole mesh')
@@ -102,7 +102,7 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
 
 def make_sync(config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> Callable[[Params], Params]:
     """`Sampler.sync` from the training layout on `mesh` to the sampling layout on each process's `local_mesh`."""
-    # Split as in training until the devices change places.
+    # The cast weights stay split as in training; `device_put` then moves them to the engines' order of devices.
     cast = sync.Sync(config, dtype, mesh, sharding.TRAIN_RULES)
     spread, own = (sync.shardings(config, on, sharding.SAMPLE_RULES)
                    for on in (engines_mesh(mesh), local_mesh(mesh)))
@@ -110,7 +110,7 @@ def make_sync(config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> Calla
 
 
 def localise(tree: Params, shardings) -> Params:
-    """Weights that lie on `engines_mesh`, whole in every process, as arrays of its own part; no copy."""
+    """Weights on `engines_mesh`, of which every process holds a whole copy, as arrays on its own devices; no copy."""
     def one(x: jax.Array, home: jax.sharding.Sharding) -> jax.Array:
         held = {shard.device: shard.data for shard in x.addressable_shards}
         return jax.make_array_from_single_device_arrays(

@@ -20,7 +20,7 @@ def call_key(episode: Episode, code: str) -> str:
 class Journal:
     """An append-only JSONL file of results; a torn last line (killed run) is cut off on opening.
 
-    others: files of a run's other processes, which are read too: the next start may deal episodes out otherwise.
+    others: the files of the run's other processes, which are read too: a restart may deal episodes out otherwise.
     """
 
     def __init__(self, path: str | pathlib.Path, others: Iterable[pathlib.Path] = ()):
@@ -35,7 +35,7 @@ class Journal:
         self._file.seek(whole)
 
     def _read(self, path: pathlib.Path) -> int:
-        """Takes in the whole lines of a file; how many bytes they are."""
+        """Reads the whole lines of a file into `results`; returns their length in bytes."""
         whole = 0
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
             if not line.endswith(b'\n'):

@@ -24,6 +24,8 @@ from retool_jax.text import tags
 from retool_jax.text.template import Template, make_template, prompt_ids, read_instruction
 from retool_jax.text.tokenizer import Tokenizer, load_tokenizer
 
+FEEDBACK = FeedbackSettings(style='paper', max_chars=400, max_frames=6)
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -80,12 +82,13 @@ class Engine(engine.Engine):
     """
 
     def __init__(self, model: Model, executor: Executor | None = None, *, rows: int = 16, decode_rows: int = 0,
-                 max_tokens: int = 2048, max_calls: int = 7, temperature: float = 1.0, top_p: float = 1.0,
-                 top_k: int = 0, min_p: float = 0.0, cache_dtype: str | None = None, style: str = 'paper',
-                 max_chars: int = 400, seed: int = 0):
-        """rows: episodes in flight. decode_rows: how many of them decode at a time, where tools are slow; 0: all.
-        max_tokens: of an episode, prompt included. executor: sandbox.pool.Pool or a remote client; None samples text
-        alone. cache_dtype: 'bfloat16' or 'int8' for a smaller KV cache. style, max_chars: of what a snippet printed."""
+                 max_tokens: int = 2048, max_calls: int = 7, cache_dtype: str | None = None,
+                 feedback: FeedbackSettings = FEEDBACK, seed: int = 0, **sampling: float):
+        """executor: sandbox.pool.Pool or a remote client; None samples text alone. rows: episodes at a time.
+        decode_rows: how many of them decode at a time, where tools are slow; 0: all. max_tokens: of an episode, prompt
+        included. cache_dtype: 'bfloat16' or 'int8' for a smaller KV cache. feedback: how a snippet's output is shown.
+        sampling: fields of SamplingSettings, such as temperature=0.6, top_p=0.95; otherwise temperature 1, nothing cut
+        off."""
         self.model = model
         chunk = min(256, max_tokens)
         dtype = str(model.params['norm']['weight'].dtype)
@@ -96,10 +99,9 @@ class Engine(engine.Engine):
                                  tags.TAGS if tools else {'</answer>': tags.ANSWER})
         turns = TurnSettings(tools=tools, max_tokens=max_tokens, max_turn_tokens=max_tokens, max_turns=max_calls + 1,
                              max_calls=max_calls, on_cap='answer', on_answer='end')
-        shown = FeedbackSettings(style=style, max_chars=max_chars, max_frames=6)
         super().__init__(Sampler(model.config, sizes, table.next_state, table.stops, model.tokenizer.eos_ids),
-                         Rules(turns, model.tokenizer, table, lambda result: render(result, shown)),
-                         SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
+                         Rules(turns, model.tokenizer, table, lambda result: render(result, feedback)),
+                         SamplingSettings(**{'temperature': 1.0, 'top_p': 1.0, 'top_k': 0, 'min_p': 0.0, **sampling}),
                          executor, seed, purpose=0)
         self.keeps_cache = True
 

@@ -18,10 +18,10 @@ from retool_jax.model import kv_cache
 
 
 def choose(live: Sequence[int], rows: int, count: int, ways: int) -> np.ndarray:
-    """Which of `rows` take part in a decode call of `count`: int32 [count], out of range where nobody does.
+    """Row numbers that take part in a decode call of `count` of the `rows`: int32 [count], padded out of range.
 
-    The first of `live`, as far as there is room in the shard of each (`ways` of them, of consecutive rows).
-    Where all rows take part, each has its own place.
+    Rows are taken in the order of `live`, at most count ÷ ways from each shard, a block of rows ÷ ways rows. Where all
+    rows take part, row r is the call's r-th.
     """
     row_R = np.full(count, rows, np.int32)
     if count == rows:
@@ -37,7 +37,7 @@ def choose(live: Sequence[int], rows: int, count: int, ways: int) -> np.ndarray:
 
 
 def take(state: SampleState, row_R: jax.Array | None, bound: int, ways: int) -> SampleState:
-    """Rows `row_R` with their first `bound` slots, not live where out of range; None: all rows, in order."""
+    """Copies rows `row_R` (None: all, in order) and their first `bound` slots; a row out of range is not live."""
     if row_R is None:
         read = lambda kv: kv_cache.read(kv, bound)
         return dataclasses.replace(state, cache=KVCache(
@@ -57,7 +57,8 @@ def take(state: SampleState, row_R: jax.Array | None, bound: int, ways: int) -> 
 
 def put(state: SampleState, part: SampleState, row_R: jax.Array | None, start_R: jax.Array, quota: int,
         ways: int) -> SampleState:
-    """The state with what `take` took of it, changed: of the cache, up to `quota` slots from `start_R` on."""
+    """The state with `part`, which `take` took and a call changed, put back: of its cache the slots from `start_R` on,
+    at most `quota` a row."""
     slots = kv_cache.slots(state.cache)
     if row_R is None and kv_cache.slots(part.cache) == slots:
         return part
@@ -87,5 +88,5 @@ def _joined(tree):
 
 
 def _local(row_R: jax.Array, rows: int, ways: int) -> jax.Array:
-    """Row numbers within each shard, [ways, R ÷ ways]; what was out of range stays so."""
+    """Row numbers counted within each shard, [ways, R ÷ ways]; one out of range stays out of range."""
     return row_R.reshape(ways, -1) - (jnp.arange(ways) * (rows // ways))[:, None]

@@ -1,6 +1,6 @@
 """The jitted half of rollout: extend rows by given tokens, decode rows until they stop.
 
-A row is a slot of the KV cache. `extend` feeds it a prompt or a tool's output: the same call.
+A row holds one episode. `extend` feeds it a prompt or a tool's output: the same call.
 `decode` samples for a fixed number of rows, all or some, and freezes each at EOS, `</code>`,
 `</answer>` or the end of its allowance; a frozen row keeps its cache and logits bit for bit. What
 a row writes may depend on that number (sums round by it), never on who the other rows are. Shapes
@@ -108,8 +108,8 @@ class Sampler:
         self.chooses = self.decode_rows < settings.rows
         self.ways = mesh.shape['data'] * mesh.shape['fsdp'] if mesh is not None else 1
         state, whole = self.shardings(mesh) if mesh is not None else (None, None)
-        # A mesh may span processes, where an array must say where it lies; an abstract one holds nothing, nor
-        # does one of chips that are compiled for from afar (plan/).
+        # On a mesh over several processes an array must say where it lies. An abstract mesh holds no arrays, nor
+        # do the chips that plan/ compiles for from afar.
         real = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == jax.default_backend()
         hold = lambda x: jax.device_put(np.asarray(x, np.int32), whole if real else None)
         self.table = hold(next_state)
@@ -129,7 +129,7 @@ class Sampler:
     def shardings(self, mesh: jax.sharding.Mesh):
         """Shardings of the state and of what every device holds whole.
 
-        Errors: UserError where a size of the model or `rows` does not divide over the mesh.
+        Raises: UserError where a size of the model or `rows` does not divide over the mesh.
         """
         rules = decoder.fit_rules(self.config, mesh, sharding.SAMPLE_RULES)
         for name, size in (('rows', self.settings.rows), ('decode_rows', self.decode_rows)):
@@ -194,8 +194,8 @@ class Sampler:
         return self._assign(state=state, key_data=key_data, assignment=assignment)
 
     def extend(self, params: Params, state: SampleState, chunks: Chunks, longest: int) -> tuple[SampleState, jax.Array]:
-        """Feeds chunks; `longest` is the largest row length after it. Also returns how many tokens went in,
-        which is ready when the call is done (the state itself may be given away by then)."""
+        """Feeds chunks; `longest` is the largest row length after it. Also returns how many tokens went in: that array
+        is ready when the call is done, when the state itself may have been given away."""
         return self._extend(params=params, state=state, chunks=chunks, bound=self.bound(longest))
 
     def fork(self, state: SampleState, source_R: np.ndarray, target_R: np.ndarray, length: int,
@@ -205,7 +205,7 @@ class Sampler:
                           logits_RV=logits_RV, allowance_R=allowance_R, bound=self.bound(length))
 
     def choose(self, live: Sequence[int]) -> np.ndarray:
-        """Rows of the next decode call, int32 [decode_rows], out of range where nobody is: the first of `live`."""
+        """Rows of the next decode call, int32 [decode_rows]: the first of `live`, padded with numbers out of range."""
         return rows.choose(live, self.settings.rows, self.decode_rows, self.ways)
 
     def decode(self, params: Params, state: SampleState, row_R: np.ndarray, longest: int,
@@ -255,7 +255,7 @@ class Sampler:
         out = Decoded(tokens_BQ=jnp.zeros((b, quota), jnp.int32), logprob_BQ=jnp.zeros((b, quota), jnp.float32),
                       count_B=jnp.zeros(b, jnp.int32), stop_B=state.stop_B)
 
-        # Of all steps at once: the generator is many small operations.
+        # Uniforms of all `quota` steps are drawn here: the generator is many small operations, too dear once per step.
         u_BQ = sampling.uniforms(state.key_B, start_B[:, None] + jnp.arange(quota))
 
         def unfinished(carry):

@@ -21,8 +21,8 @@ class RolloutStats:
     extend_s: float = 0.0  # the device takes in prompts and tool outputs
     tools_blocked_s: float = 0.0  # no row could decode: everything waited for a tool
     total_s: float = 0.0
-    row_steps: int = 0  # rows of all decode calls, and of these the live ones
-    live_steps: int = 0
+    row_steps: int = 0  # rows of all decode calls added up
+    live_steps: int = 0  # of these the rows that were live
     tool_wall_s: list[float] = dataclasses.field(default_factory=list)  # in the sandbox, one per call
     tool_wait_s: list[float] = dataclasses.field(default_factory=list)  # from `</code>` to the engine's notice
 

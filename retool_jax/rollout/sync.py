@@ -23,7 +23,7 @@ class Sync:
 
     def __init__(self, config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh | None = None,
                  rules: Mapping[str, tuple[str, ...]] = sharding.SAMPLE_RULES):
-        """rules: how the result lies on `mesh`; None leaves everything where the weights are."""
+        """mesh, rules: where the result lies, and how; without a mesh it stays where the weights are."""
         self.layers = range(config.num_hidden_layers)
         layer = ends = None
         if mesh is not None:
@@ -39,6 +39,6 @@ class Sync:
 def shardings(config: ModelConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]]) -> Params:
     """Where each of the sampling weights lies on `mesh`.
 
-    Errors: UserError where a size of the model does not divide over the mesh.
+    Raises: UserError where a size of the model does not divide over the mesh.
     """
     return sharding.shardings(mesh, decoder.sampling_axes(config), decoder.fit_rules(config, mesh, rules))

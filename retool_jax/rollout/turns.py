@@ -55,7 +55,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Appends ids that the policy did not write (already in the episode), then samples."""
+    """Feeds ids that the policy did not write and the episode holds already, then goes on sampling."""
 
     ids: list[int]
     allowance: int

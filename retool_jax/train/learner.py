@@ -305,7 +305,7 @@ def _merge(found: list) -> dict[str, jax.Array]:
 def mean_metrics(step: int, steps: list[dict[str, jax.Array]]) -> dict[str, float]:
     """Fetches the metrics of several optimizer steps: their mean; the maximum for names ending in _max.
 
-    Errors: UserError naming `step` where a loss or a gradient is not finite; nothing of it must be saved.
+    Raises: UserError naming `step` where a loss or a gradient is not finite; nothing of it must be saved.
     """
     host = jax.device_get(steps)
     reduce = lambda name: np.max if name.endswith('_max') else np.mean

@@ -14,7 +14,7 @@ from retool_jax.core.records import Episode
 def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
     """Deals episodes out to rows, longest first: lists of episode indices whose lengths add up to at most `width`.
 
-    The same lengths give the same rows in every process. Errors: UserError for an episode that is
+    The same lengths give the same rows in every process. Raises: UserError for an episode that is
     longer than a row.
     """
     rows: list[list[int]] = []

@@ -56,7 +56,7 @@ class PPOSettings(RolloutSettings):
 def check(sizes: PPOSettings, advantage: AdvantageSettings, loss: LossSettings, sampling: SamplingSettings) -> None:
     """Refuses blocks of an update that contradict each other: the one check of everything that trains by RL.
 
-    Errors: UserError naming the keys and the remedy.
+    Raises: UserError naming the keys and the remedy.
     """
     if advantage.needs_values == (sizes.critic == 'none'):
         remedy = 'head or backbone' if advantage.needs_values else 'none'
@@ -88,7 +88,7 @@ class Progress:
 
     @property
     def oldest(self) -> int:
-        """The first step whose tool results going on from here may ask the journal for."""
+        """The oldest step whose tool results a resume from here may still read; the journal may drop what is older."""
         return min([self.done, *(e.step for e in self.carried)])
 
 
@@ -122,7 +122,7 @@ class _Pending:
 
 
 class _Clock(threading.Thread):
-    """Seconds from `began` until an array is there, taken by a thread so that the host need not wait."""
+    """A thread that measures the seconds from `began` until an array is ready, so that the host does not wait."""
 
     def __init__(self, began: float, awaited):
         super().__init__(daemon=True)
@@ -144,8 +144,8 @@ def train(learner: Learner, progress: Progress, settings: PPOSettings, *, collec
           spoiled: Callable[[int, Sequence[Episode]], None] = lambda step, episodes: None) -> TrainState:
     """Steps progress.done … settings.steps − 1; `progress` is moved on after each.
 
-    `report(result)` is called one step late, so that the host waits for no device but where it needs tokens;
-    for a step after which `due(steps done)` holds, for the last one and on Ctrl-C at once, so that `progress` is
+    `report(result)` is called one step late, so that the host waits for the device only where it needs tokens. It is
+    called at once for a step after which `due(steps done)` holds, for the last one and on Ctrl-C: `progress` is then
     what the reported step left behind. `spoiled(step, episodes)` is called before a loss that is not finite
     ends the run.
     """
@@ -170,7 +170,7 @@ def train(learner: Learner, progress: Progress, settings: PPOSettings, *, collec
             progress.state = residency.enter('rollout', progress.state)
             collected = collect(progress.state.params['policy'], step, progress.cursor, progress.carried)
             flush()
-            # The state is given to the update and comes back changed: there is no whole one in between.
+            # The update gives the state's buffers to the device: there is no whole state until it returns.
             with uninterrupted():
                 late = update(learner, progress, settings, collected.episodes, seed, step, residency)
                 progress.done, progress.cursor, progress.carried = step + 1, collected.cursor, collected.carried
@@ -212,8 +212,8 @@ def make_batch(episodes: Sequence[Episode], settings: PPOSettings, forward: Forw
                step: int) -> tuple[Batch, list[tuple[int, int]]]:
     """The global batch and the rows of each mini-batch: episodes are dealt at random, then packed.
 
-    Every process makes the same one from the same episodes. A group is `samples` samples of a problem that were
-    asked for together: a problem that the step holds twice has two.
+    Every process makes the same batch from the same episodes. A group is `samples` samples of a problem that were
+    asked for together; a problem that the step holds twice has two groups.
     """
     groups, number = [], {}
     for episode in episodes:

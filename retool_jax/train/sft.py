@@ -45,7 +45,10 @@ def hold_out(episodes: Sequence[Episode], share: float) -> tuple[list[Episode], 
 
 
 def deal(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[tuple[list[int], int]]:
-    """The episodes of step 0, 1, …, and how many passes are over then: epochs, each shuffled anew, end to end."""
+    """Yields (indices of its episodes, passes that are over after it) for step 0, 1, ….
+
+    Each pass is shuffled anew; the next begins in the step in which one ends.
+    """
     order: list[int] = []
     epoch = 0
     while True:
@@ -84,7 +87,7 @@ def batches(episodes: Sequence[Episode], settings: SFTSettings, forward: Forward
 
 
 def packed(episodes: Sequence[Episode], forward: ForwardSettings) -> Batch:
-    """Episodes in rows, as the learner takes them."""
+    """Episodes packed into rows of the learner's shape."""
     return pack(episodes, width=forward.row_width, rows=forward.micro_rows, segments=forward.row_segments)
 
 
@@ -125,7 +128,8 @@ def train(learner: Learner, state: TrainState, episodes: Sequence[Episode], sett
                         save(step + 1, state, metrics)
     except KeyboardInterrupt:
         done = late[-1][0] + 1 if late else 0
-        # To be measured, a step is made again; of several processes each hears of the stop at another point.
+        # Nothing is saved where resume does better from the last checkpoint: with several processes Ctrl-C reaches
+        # them at different steps, so there is no common state; a step whose held-out loss is due is made again.
         if save is not None and late and jax.process_count() == 1 and (measured is None or not due(done)):
             while late:
                 metrics = flush({})

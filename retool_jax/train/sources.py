@@ -144,8 +144,8 @@ def copied(episode: Episode) -> Episode:
 
 
 def number(requests: Sequence[Request], seen: collections.Counter) -> list[Request]:
-    """Numbers the samples of a problem through where a step holds it more than once, or its copies would be
-    equal and share their journal. `seen` counts the requests of earlier rounds and is added to."""
+    """Numbers the samples of each problem on, over all copies of it in a step: copies with equal numbers would be
+    sampled alike and share their journal's entries. seen: requests of earlier rounds per problem, added to here."""
     found = []
     for request in requests:
         found.append(dataclasses.replace(request, sample=seen[request.problem.id]))
@@ -154,7 +154,8 @@ def number(requests: Sequence[Request], seen: collections.Counter) -> list[Reque
 
 
 def differs(group: Sequence[Episode], drop_void: bool) -> bool:
-    """Whether a group holds right and wrong answers; those of episodes that leave the baseline do not count.
+    """True if a group holds right and wrong answers, not counting episodes outside the baseline (faults; with
+    `drop_void` void ones).
 
     Correctness is compared, not the reward: reward.style=verl lifts a wrong answer by its calls, and groups that are
     wrong throughout would pass for groups that say something.
@@ -181,7 +182,7 @@ def shape_overlong(episodes: Sequence[Episode], buffer: int, budget: int) -> Non
 
 
 def describe(episodes: Sequence[Episode]) -> dict[str, float]:
-    """What the episodes of a step say of themselves."""
+    """Metrics of a step's episodes, by name."""
     mean = lambda pick: float(np.mean([float(pick(e)) for e in episodes]))
     calls = [call for e in episodes for call in e.calls]
     share = lambda *verdicts: float(np.mean([c.verdict in verdicts for c in calls])) if calls else 0.0
@@ -223,7 +224,7 @@ def part_names(directory: str) -> list[str]:
 def dumped(directory: str, vocab_size: int, width: int | None = None) -> Source:
     """The source that reads: step i takes part i of an episodes/ folder, beginning again behind the last.
 
-    Rewards are those of the run that wrote them, its shaping included. Errors: UserError for episodes that are not
+    Rewards are those of the run that wrote them, its shaping included. Raises: UserError for episodes that are not
     graded, of another tokenizer, or longer than `width`, the tokens of a row.
     """
     names = part_names(directory)

@@ -31,7 +31,7 @@ def test_sides_are_measured_in_turns_and_compared_by_medians():
 
 
 def test_a_barrier_answers_when_all_rows_in_flight_have_asked():
-    tool = rollout_tools.Barrier(0.0, slots=2, episodes=3)
+    tool = rollout_tools.Barrier(0.0, rows=2, episodes=3)
     first = tool.submit(rollout_tools.CALL)
     assert not first.done()
     second = tool.submit(rollout_tools.LAST)

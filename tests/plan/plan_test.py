@@ -75,7 +75,7 @@ def test_a_phase_holds_what_the_residency_table_says():
     run, found = estimated()
     phases = {p.name: p for p in memory.phases(run, found)}
     assert set(phases) == set(ON_DEVICE) == set(memory.PHASES)
-    assert set(phases['rollout'].resident) == {'policy', 'sampling weights', 'KV cache', 'slots'}
+    assert set(phases['rollout'].resident) == {'policy', 'sampling weights', 'KV cache', 'rows'}
     assert set(phases['score'].resident) == {'policy', 'critic', 'batch'}
     assert set(phases['update'].resident) == {'policy', 'critic', 'optimizer', 'gradients', 'batch'}
     whole = dataclasses.replace(run.sizes, offload=False)

@@ -11,6 +11,7 @@ from retool_jax.core.cli import ROOT
 from retool_jax.model import hf
 from retool_jax.model.config import load_config
 from retool_jax.rollout import Engine, open_model
+from retool_jax.rollout.requests import SamplingSettings
 from retool_jax.stages import embedded
 from tests.fakes import FakePool
 
@@ -36,6 +37,15 @@ def test_questions_become_episodes_in_a_few_lines(directory):
     again = engine.ask(['What is 7 * 8?'], samples=3)
     assert [e.tokens for e in again] == [e.tokens for e in episodes[3:]]  # same question, step and sample
     assert [e.tokens for e in engine.ask(['What is 7 * 8?'], samples=3, step=1)] != [e.tokens for e in again]
+
+
+def test_tokens_are_drawn_as_the_caller_says(directory):
+    model = open_model(directory, 'tiny', tools=False)
+    greedy = Engine(model, rows=4, max_tokens=64, temperature=0.0)
+    assert len({model.text(e) for e in greedy.ask(['What is 2 + 3?'], samples=4)}) == 1
+    assert greedy.sampling == SamplingSettings(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+    with pytest.raises(TypeError, match='topp'):
+        Engine(model, rows=4, max_tokens=64, topp=0.9)
 
 
 def test_a_name_that_is_not_there_is_refused_as_usual():
