@@ -255,7 +255,8 @@ def test_the_tokenizer_goes_along(saved, tmp_path):
 WATCH = """
 import os, re, sys
 import jax, jax.numpy as jnp
-from retool_jax.model import config as model_config, hf
+from retool_jax.model import hf
+from retool_jax.model.config import load_config
 config = load_config(sys.argv[1])
 jax.block_until_ready(jnp.zeros(3) + 1)
 memory = lambda field: int(re.search(field + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024

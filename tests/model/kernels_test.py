@@ -99,9 +99,9 @@ COMPILE = """
 from retool_jax.plan import chips
 devices = chips.open_slice('v5p:2x2x1').devices
 import jax, jax.numpy as jnp
-from retool_jax.core import mesh as meshes
+from retool_jax.core import sharding
 from retool_jax.model import kernels
-mesh = meshes.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 2}, devices)
+mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 2}, devices)
 rows = jax.NamedSharding(mesh, jax.P(('data', 'fsdp')))
 shape = lambda *s, t=jnp.bfloat16: jax.ShapeDtypeStruct(s, t, sharding=rows)
 def loss(q, k, v, s):
