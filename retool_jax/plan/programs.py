@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from retool_jax.core import sharding as sharding
+from retool_jax.core import sharding
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.model import attention, decoder
 from retool_jax.model.config import ModelConfig

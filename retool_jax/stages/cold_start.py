@@ -26,8 +26,7 @@ from retool_jax.sandbox.pool import Pool
 from retool_jax.stages import folder, parts
 from retool_jax.stages.config import ColdStart, Mix
 from retool_jax.stages.intake import Intake
-from retool_jax.tasks import answers, arithmetic, golds
-from retool_jax.tasks import problems as problem_files
+from retool_jax.tasks import answers, arithmetic, golds, problems
 from retool_jax.text import tags
 from retool_jax.text.template import (
     Template,
@@ -67,12 +66,12 @@ class Draft:
 def run(stage: ColdStart) -> None:
     """Writes the traces that hold to `episodes/`, and what was kept and dropped to summary.json."""
     leave_out = stage.reward.unreadable == 'leave_out'
-    rewritten, remarks = problem_files.load_traces(stage.traces, leave_out) if stage.traces else (None, [])
+    rewritten, remarks = problems.load_traces(stage.traces, leave_out) if stage.traces else (None, [])
     for line in remarks:
         console.say(line)
     own = golds.own(rewritten, stage.traces) if rewritten else set()
     if stage.golds:
-        rewritten, own = golds.join(rewritten, own, problem_files.read(stage.golds))
+        rewritten, own = golds.join(rewritten, own, problems.read(stage.golds))
     with parts.open_grader(stage.reward) as grader:
         if rewritten:
             rewritten = Intake(stage.reward.unreadable, grader.parses).worked(rewritten)
@@ -99,7 +98,7 @@ def run(stage: ColdStart) -> None:
 
 
 def build(
-    problems: Sequence[Problem],
+    asked: Sequence[Problem],
     mix: Mix,
     pool: Pool | None,
     feedback: FeedbackSettings,
@@ -116,7 +115,7 @@ def build(
     """
     rng = random.Random(f'cold start/{seed}')
     drafts = []
-    for problem in problems:
+    for problem in asked:
         shares = mix.easy if arithmetic.BY_NAME[problem.family].mental else mix.needy
         kind = rng.choices(list(shares), list(shares.values()))[0]
         drafts.append(draft(problem, arithmetic.trace(problem, kind, seed)))

@@ -13,8 +13,7 @@ from retool_jax.core import console, processes
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
 from retool_jax.rollout.library import Model
-from retool_jax.tasks import problems as problem_files
-from retool_jax.tasks import stream
+from retool_jax.tasks import problems, stream
 from retool_jax.text.template import prompt_ids
 
 FILE = 'left_out.jsonl'  # in a run's folder
@@ -37,7 +36,7 @@ class Intake:
 
         Raises: UserError, naming the row or the problem, for what cannot be read and is not left out.
         """
-        loaded = problem_files.load(path, leave_out=self.leaves_out)
+        loaded = problems.load(path, leave_out=self.leaves_out)
         for line in loaded.remarks(path):
             console.say(line)
         self.left += [('', text) for text in loaded.unreadable]
@@ -103,11 +102,11 @@ def overlong(problem: Problem, model: Model, max_tokens: int) -> str:
     return '' if count < max_tokens else f'a prompt of {count} tokens leaves no room in turns.max_tokens={max_tokens}'
 
 
-def tell_overlong(problems: Sequence[Problem], model: Model, max_tokens: int) -> None:
+def tell_overlong(asked: Sequence[Problem], model: Model, max_tokens: int) -> None:
     """Says which problems of an evaluation count as wrong because no answer fits behind their prompt."""
-    found = [(problem.id, text) for problem in problems if (text := overlong(problem, model, max_tokens))]
+    found = [(problem.id, text) for problem in asked if (text := overlong(problem, model, max_tokens))]
     if found:
-        console.say(f'warning: {len(found)} of {len(problems)} problems count as wrong: {describe(found)}')
+        console.say(f'warning: {len(found)} of {len(asked)} problems count as wrong: {describe(found)}')
 
 
 def describe(left: Sequence[tuple[str, str]]) -> str:

@@ -6,12 +6,12 @@ import pytest
 from retool_jax.algo import tallies
 from retool_jax.algo.correction import correction
 from tests.algo import slow
-from tests.algo.settings_test import loss_settings as choose
+from tests.algo.settings_test import loss_settings
 
 SETTINGS = {
-    'none': choose(),
-    'token': choose(correction='token', correction_cap=1.2),
-    'sequence': choose(correction='sequence', correction_cap=1.05, correction_low=0.9, correction_high=1.2),
+    'none': loss_settings(),
+    'token': loss_settings(correction='token', correction_cap=1.2),
+    'sequence': loss_settings(correction='sequence', correction_cap=1.05, correction_low=0.9, correction_high=1.2),
 }
 
 
@@ -40,7 +40,7 @@ def test_metrics_report_the_gap_what_was_truncated_and_what_was_rejected():
     sampler = np.float32([[-1.0, 0.5, 9.0], [-1.0, -1.0, 7.0]])
     acted = np.array([[True, True, False], [True, True, False]])
     rows = np.ones((2, 3), np.int32)
-    token = choose(correction='token', correction_cap=2.0)
+    token = loss_settings(correction='token', correction_cap=2.0)
     _, metrics = correction(token, old, sampler, acted, rows, 1)
     found = {name: float(x) for name, x in tallies.results(metrics).items()}
     assert found['mismatch/logprob_abs_max'] == 1
@@ -49,7 +49,7 @@ def test_metrics_report_the_gap_what_was_truncated_and_what_was_rejected():
     assert found['mismatch/truncated'] == 1 / 4
     assert found['mismatch/rejected'] == 0
     assert found['mismatch/weight'] == pytest.approx((2 + np.exp(-0.5) + 1 + 1) / 4)
-    sequence = choose(correction='sequence', correction_low=0.99, correction_high=1.01, correction_cap=2.0)
+    sequence = loss_settings(correction='sequence', correction_low=0.99, correction_high=1.01, correction_cap=2.0)
     weight, metrics = correction(sequence, old, sampler, acted, rows, 1)
     np.testing.assert_array_equal(weight, [[0, 0, 0], [1, 1, 0]])
     assert float(tallies.results(metrics)['mismatch/rejected']) == 1 / 2
@@ -67,7 +67,7 @@ def test_equal_policies_have_weight_one_exactly(kind):
 def test_an_absurd_gap_is_held():
     one = np.ones((1, 1), np.int32)
     for kind in ('token', 'sequence'):
-        settings = choose(correction=kind, correction_cap=1e9, correction_low=0.0, correction_high=1e9)
+        settings = loss_settings(correction=kind, correction_cap=1e9, correction_low=0.0, correction_high=1e9)
         for gap, expected in ((1e5, np.exp(20.0)), (-1e5, np.exp(-20.0))):
             weight, _ = correction(settings, np.float32([[gap]]), np.float32([[0]]), one > 0, one, 1)
             assert float(weight[0, 0]) == pytest.approx(expected, rel=1e-5)

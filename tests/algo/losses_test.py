@@ -10,23 +10,23 @@ import pytest
 
 from retool_jax.algo import losses, segments, tallies
 from tests.algo import slow
-from tests.algo.settings_test import loss_settings as choose
+from tests.algo.settings_test import loss_settings
 
 EVERYTHING = dict(entropy_coef=0.01, kl_coef=0.3)
 CASES = {
-    'ppo': choose(),
-    'ppo, clip-higher, dual clip, token correction, k1': choose(
+    'ppo': loss_settings(),
+    'ppo, clip-higher, dual clip, token correction, k1': loss_settings(
         clip_high=0.28, dual_clip=1.3, correction='token', correction_cap=1.1, kl_kind='k1', **EVERYTHING
     ),
-    'ppo, GRPO means, sequence correction, k3': choose(
+    'ppo, GRPO means, sequence correction, k3': loss_settings(
         aggregation='seq-mean-token-mean', correction='sequence', correction_low=0.8, correction_high=1.25,
         correction_cap=1.1, **EVERYTHING,
     ),
-    'ppo, Dr. GRPO means, KL in the reward': choose(
+    'ppo, Dr. GRPO means, KL in the reward': loss_settings(
         aggregation='seq-mean-token-sum', aggregation_constant=16.0, kl_in='reward', **EVERYTHING
     ),
-    'gspo': choose(kind='gspo', aggregation='seq-mean-token-mean', clip_low=0.1, clip_high=0.15),
-    'cispo, k2': choose(kind='cispo', clip_low=1.0, clip_high=0.3, kl_kind='k2', **EVERYTHING),
+    'gspo': loss_settings(kind='gspo', aggregation='seq-mean-token-mean', clip_low=0.1, clip_high=0.15),
+    'cispo, k2': loss_settings(kind='cispo', clip_low=1.0, clip_high=0.3, kl_kind='k2', **EVERYTHING),
 }
 case = pytest.mark.parametrize('settings', CASES.values(), ids=CASES)
 
@@ -136,7 +136,7 @@ def test_what_stands_at_tokens_outside_the_update_changes_nothing_and_gets_no_gr
 
 @pytest.mark.parametrize('kind', ['ppo', 'gspo', 'cispo'])
 def test_before_any_update_the_ratio_is_one_and_nothing_is_clipped(kind):
-    settings = choose(kind=kind, aggregation='seq-mean-token-mean', clip_low=0.01, clip_high=0.01)
+    settings = loss_settings(kind=kind, aggregation='seq-mean-token-mean', clip_low=0.01, clip_high=0.01)
     layout = slow.arrangements(slow.tales(13))['packed']
     layout.arrays['old'] = layout.arrays['logprob']
     _, metrics, (gradient, _) = run(settings, layout)
@@ -168,7 +168,7 @@ def per_token(settings, ratio, advantage):
 
 @pytest.mark.parametrize('kind', ['ppo', 'gspo'])
 def test_the_clip_is_pessimistic_and_the_dual_clip_bounds_bad_surprises(kind):
-    settings = choose(kind=kind, clip_high=0.3, dual_clip=3.0, aggregation='seq-mean-token-mean')
+    settings = loss_settings(kind=kind, clip_high=0.3, dual_clip=3.0, aggregation='seq-mean-token-mean')
     ratio, advantage = [1.1, 1.5, 0.5, 1.5, 0.5, 9.0], [1, 1, 1, -1, -1, -2]
     loss, metrics = per_token(settings, ratio, advantage)
     np.testing.assert_allclose(loss, [-1.1, -1.3, -0.5, 1.5, 0.8, 6.0], rtol=1e-5)
@@ -176,19 +176,19 @@ def test_the_clip_is_pessimistic_and_the_dual_clip_bounds_bad_surprises(kind):
     assert metrics['actor/pg_clipfrac_dual'] == pytest.approx(1 / 6)
     assert metrics['actor/ratio_max'] == pytest.approx(9, rel=1e-5)
     assert metrics['actor/ppo_kl'] == pytest.approx(-np.log(ratio).mean(), rel=1e-5)
-    unbounded, _ = per_token(choose(kind=kind, aggregation='seq-mean-token-mean'), ratio, advantage)
+    unbounded, _ = per_token(loss_settings(kind=kind, aggregation='seq-mean-token-mean'), ratio, advantage)
     assert float(unbounded[-1]) == pytest.approx(18, rel=1e-5)
 
 
 def test_cispo_counts_ratios_outside_its_range_as_clipped():
-    settings = choose(kind='cispo', clip_low=1.0, clip_high=0.5)
+    settings = loss_settings(kind='cispo', clip_low=1.0, clip_high=0.5)
     _, metrics = per_token(settings, [0.01, 1.0, 1.4, 1.6], [1, 1, 1, -1])
     assert metrics['actor/pg_clipfrac'] == pytest.approx(1 / 4)
 
 
 @pytest.mark.parametrize('kind', ['ppo', 'gspo', 'cispo'])
 def test_the_loss_of_a_masked_token_is_zero_even_where_everything_there_is_nan(kind):
-    settings = choose(kind=kind, dual_clip=3.0, aggregation='seq-mean-token-mean')
+    settings = loss_settings(kind=kind, dual_clip=3.0, aggregation='seq-mean-token-mean')
     mask = np.array([[True, False, True]])
     x = np.where(mask, np.float32(-0.5), np.nan)
     loss, _ = losses.policy_loss(settings, x, 2 * x, x, mask, segments.whole_rows(mask), 1)
@@ -197,7 +197,7 @@ def test_the_loss_of_a_masked_token_is_zero_even_where_everything_there_is_nan(k
 
 def test_absurd_log_ratios_stay_finite():
     for kind in ('ppo', 'gspo', 'cispo'):
-        settings = choose(kind=kind, aggregation='seq-mean-token-mean')
+        settings = loss_settings(kind=kind, aggregation='seq-mean-token-mean')
         mask = np.ones((2, 1), bool)
         loss, found = losses.policy_loss(
             settings, np.float32([[-1e5], [0]]), np.float32([[0], [-1e5]]), -np.ones((2, 1), np.float32),
@@ -208,7 +208,7 @@ def test_absurd_log_ratios_stay_finite():
 
 
 def test_rejected_tokens_stay_in_the_denominator():
-    settings = choose(correction='sequence', correction_low=0.9, correction_high=1.1, correction_cap=2.0)
+    settings = loss_settings(correction='sequence', correction_low=0.9, correction_high=1.1, correction_cap=2.0)
     layout = slow.arrangements(slow.tales(14))['plain']
     layout.arrays['old'] = layout.arrays['sampler'] = layout.arrays['logprob']
     layout.arrays['update'][:] = layout.arrays['baseline'][:] = True
@@ -260,17 +260,17 @@ def test_kl_equals_the_slow_reference_and_is_zero_between_equals(kind):
 def test_kl_in_the_reward_is_taken_off_acted_tokens_only():
     reward, old, reference = np.random.default_rng(2).normal(size=(3, 2, 4)).astype(np.float32)
     acted = np.array([[0, 1, 1, 0], [1, 0, 0, 1]], bool)
-    settings = choose(kl_in='reward', kl_coef=0.5, kl_kind='k1')
+    settings = loss_settings(kl_in='reward', kl_coef=0.5, kl_kind='k1')
     found = losses.reward_less_kl(settings, reward, old, reference, acted)
     np.testing.assert_allclose(found, np.where(acted, reward - 0.5 * (old - reference), reward), rtol=1e-6)
-    for settings in (choose(kl_in='loss', kl_coef=0.5), choose(kl_in='reward', kl_coef=0.0)):
+    for settings in (loss_settings(kl_in='loss', kl_coef=0.5), loss_settings(kl_in='reward', kl_coef=0.0)):
         np.testing.assert_array_equal(losses.reward_less_kl(settings, reward, old, reference, acted), reward)
 
 
 def test_kl_in_the_reward_stays_out_of_the_loss_but_is_reported():
     layout = slow.arrangements(slow.tales(15))['plain']
-    bare, _, (gradient, _) = run(choose(), layout)
-    loss, metrics, (same, _) = run(choose(kl_in='reward', kl_coef=9.0), layout)
+    bare, _, (gradient, _) = run(loss_settings(), layout)
+    loss, metrics, (same, _) = run(loss_settings(kl_in='reward', kl_coef=9.0), layout)
     assert float(loss) == float(bare)
     np.testing.assert_array_equal(gradient, same)
     assert 'actor/kl' in metrics
@@ -280,7 +280,7 @@ def test_a_kl_penalty_without_a_reference_is_refused():
     one = jnp.ones((1, 1))
     with pytest.raises(ValueError, match=r'loss.kl_coef=0.5 needs reference_logprob_BT'):
         losses.actor_loss(
-            choose(kl_coef=0.5), logprob_BT=one, entropy_BT=one, old_logprob_BT=one, sampler_logprob_BT=one,
+            loss_settings(kl_coef=0.5), logprob_BT=one, entropy_BT=one, old_logprob_BT=one, sampler_logprob_BT=one,
             advantage_BT=one, mask_BT=one > 0, segment_ids_BT=one.astype(int), num_segments=1,
             denominator=1.0,
         )
@@ -288,7 +288,7 @@ def test_a_kl_penalty_without_a_reference_is_refused():
 
 @pytest.mark.parametrize('value_clip', [None, 0.2, 1.0])
 def test_the_critic_loss_equals_the_slow_reference_in_every_arrangement_and_any_split(value_clip):
-    settings = choose(value_clip=value_clip, value_coef=0.7)
+    settings = loss_settings(value_clip=value_clip, value_coef=0.7)
     episodes = slow.tales(16)
     expected = slow.critic_loss(settings, episodes)
     first = None

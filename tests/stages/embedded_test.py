@@ -39,7 +39,8 @@ def files(directory):
 
 
 def test_the_files_are_the_same_in_every_process(directory, tmp_path):
-    code = 'import pathlib, sys; from retool_jax.stages import embedded; embedded.write_model(pathlib.Path(sys.argv[1]))'
+    code = ('import sys; from pathlib import Path; from retool_jax.stages import embedded; '
+            'embedded.write_model(Path(sys.argv[1]))')
     root = pathlib.Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, '-c', code, str(tmp_path)], check=True, cwd=root,
                    env=os.environ | {'PYTHONHASHSEED': '1'})

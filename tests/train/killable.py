@@ -25,7 +25,6 @@ from retool_jax.core.records import ExecResult, Verdict
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import load_config
 from retool_jax.rollout.journal import Journal
-from retool_jax.stages import folder as folders
 from retool_jax.stages import parts, ppo
 from retool_jax.stages.config import Reinforcement
 from retool_jax.text import tags, template
@@ -129,7 +128,7 @@ def tiny_world(folder: pathlib.Path, name: str, journal: bool = True, moment=lam
         return tags.build_table(model.tokenizer.token_bytes, 264, stops)
 
     patches = [
-        mock.patch.object(folders, 'Journal', Noted),
+        mock.patch('retool_jax.stages.folder.Journal', Noted),
         mock.patch.object(ppo, 'open_guarded', lambda *_: contextlib.nullcontext(executor or tool)),
         mock.patch.object(parts, 'make_table', table),
         mock.patch.object(parts, 'make_mesh', lambda sizes: small.one_device()),

@@ -12,7 +12,7 @@ import pytest
 
 from retool_jax.core import console, episode_files, processes
 from retool_jax.core.records import ExecResult, Verdict
-from retool_jax.stages import folder as folders
+from retool_jax.stages.folder import open_journal
 from tests import several
 from tests.fakes import byte_tokenizer
 from tests.train import small
@@ -84,18 +84,18 @@ def test_what_the_one_that_leads_refuses_is_refused():
 
 def test_a_process_that_does_not_lead_says_nothing_and_has_a_journal_of_its_own(monkeypatch, tmp_path, capsys):
     result = lambda text: ExecResult(Verdict.OK, text, '')
-    with contextlib.closing(folders.open_journal(tmp_path)) as journal:
+    with contextlib.closing(open_journal(tmp_path)) as journal:
         journal.put('0/p/0/1/a', result('of the first'))
     monkeypatch.setattr(jax, 'process_index', lambda: 1)
     console.say('hello')
     console.banner(model='tiny')
     with console.progress('RL', 3) as advance:
         advance('text', n=2)
-    with contextlib.closing(folders.open_journal(tmp_path)) as journal:
+    with contextlib.closing(open_journal(tmp_path)) as journal:
         assert journal.get('0/p/0/1/a').stdout == 'of the first'
         journal.put('0/q/0/1/b', result('of the second'))
     assert capsys.readouterr() == ('', '')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['journal.jsonl', 'journal_1.jsonl']
     monkeypatch.undo()
-    with contextlib.closing(folders.open_journal(tmp_path)) as journal:  # a later run of one process
+    with contextlib.closing(open_journal(tmp_path)) as journal:  # a later run of one process
         assert journal.get('0/q/0/1/b').stdout == 'of the second'
