@@ -105,6 +105,14 @@ def names(path):
                          for inner in node.body if isinstance(inner, ast.FunctionDef)}
 
 
+@pytest.mark.parametrize('document', [*DOCUMENTS, 'docs/scaling.md', 'docs/grading.md', 'docs/benchmarks.md'])
+def test_a_module_or_function_that_is_named_in_prose_is_there(document):
+    rooms = '|'.join(path.name for path in (ROOT / 'retool_jax').iterdir() if path.is_dir())
+    for module, name in re.findall(rf'`((?:{rooms})/\w+)\.(\w+)`', (ROOT / document).read_text()):
+        path = ROOT / 'retool_jax' / f'{module}.py'
+        assert path.is_file() and (name == 'py' or name in names(path)), f'{module}.{name}'
+
+
 @pytest.mark.parametrize('title', ["An episode's way", 'To change one thing'])
 def test_the_functions_that_the_readme_names_are_where_it_says(title):
     pairs = []
