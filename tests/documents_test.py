@@ -149,6 +149,12 @@ def test_the_chain_of_the_readme_runs(tmp_path):
         assert (tmp_path / name / 'report.html').is_file()
 
 
+def test_a_snippet_runs_as_the_sandboxs_page_has_it():
+    block = re.search(r'^```python\n(.*?)^```', (ROOT / 'docs/sandbox.md').read_text(), re.DOTALL | re.MULTILINE)[1]
+    done = subprocess.run([sys.executable, '-c', block], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f'ok {2**100}\n', done.stderr
+
+
 @pytest.mark.slow
 def test_the_doctor_and_the_report_run_as_told(tmp_path):
     done = subprocess.run([sys.executable, '-m', 'retool_jax.sandbox.doctor'], cwd=ROOT, capture_output=True, text=True)
