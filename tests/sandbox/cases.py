@@ -49,6 +49,9 @@ def denied(name: str, *calls: str, quick: bool = False) -> Case:
 RESOURCES = [
     Case('fork_bomb_swallowing_errors', 'import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n'
          '        pass', TIMEOUT, quick=True),
+    # What refused forks leave is charged until the kernel tidies up: 110 MiB as a rule, up to 250 on a busy machine.
+    Case('fork_bomb_with_sessions', 'import os\nwhile True:\n    try:\n        if os.fork() == 0:\n'
+         '            os.setsid()\n    except OSError:\n        pass', TIMEOUT, limits={'memory_mb': 1024}),
     Case('bare_fork_loop', 'import os\nwhile True:\n    os.fork()', ERROR),
     Case('ten_thousand_threads', 'import threading\ne = threading.Event()\nfor _ in range(10000):\n'
          '    threading.Thread(target=e.wait, daemon=True).start()', ERROR, err="can't start new thread"),
