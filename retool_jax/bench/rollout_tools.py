@@ -159,7 +159,7 @@ def measure(config: ModelConfig, weights: Params, shape, repeats: int, say: Call
     probe = Case(config, shape, few, few, mean)
     for step in range(4):
         probe.run(weights, Tool(0.0), ROUNDS[0] * few, step)
-        held.append(few * probe.seconds / max(probe.answers, 1))  # seconds of a slot for every call
+        held.append(few * probe.seconds / max(probe.answers, 1))  # seconds of a row for every call
     mean = max(mean * shape.tool_s / float(np.median(held[1:])), 4.0)  # the first compiles
     instant = Case(config, shape, few, few, mean)
     slow = {rows: Case(config, shape, rows, round(rows * DECODING), mean) for rows in shape.tool_rows}

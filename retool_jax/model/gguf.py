@@ -48,7 +48,7 @@ class File:
 def read(path: str | os.PathLike) -> File:
     """Reads the header of a GGUF file.
 
-    Raises UserError for a file that is missing, broken, one of several parts, or whose numbers the library cannot read.
+    Raises: UserError for a file that is missing, broken, one of several parts, or of numbers the library cannot read.
     """
     path = pathlib.Path(path)
     library = _library(path)
@@ -77,7 +77,7 @@ def read(path: str | os.PathLike) -> File:
 
 
 def load_config(file: File) -> ModelConfig:
-    """The configuration that the header states. Raises UserError naming what is missing or not supported."""
+    """The configuration that the header states. Raises: UserError naming what is missing or not supported."""
     kind = file.metadata.get('general.architecture')
     if kind not in KINDS:
         raise UserError(f'{file.path}: architecture {kind} is not supported; supported are {", ".join(KINDS)}')
@@ -135,7 +135,7 @@ def _llama3(file: File, config: ModelConfig) -> Llama3Scaling | None:
 
 
 def fetcher(file: File, config: ModelConfig, dtype) -> Callable[[hf.Leaf, int | None], Iterator[np.ndarray]]:
-    """What `hf.write` asks for tensors. Raises UserError naming tensors that are missing, extra or of another shape."""
+    """What `hf.write` asks for tensors. Raises: UserError naming tensors missing, extra or of another shape."""
     library = _library(file.path)
     names = library.get_tensor_name_map(
         next(arch for arch, name in library.MODEL_ARCH_NAMES.items() if name == config.model_type),

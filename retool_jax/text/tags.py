@@ -49,7 +49,7 @@ def build_table(token_bytes: Sequence[bytes], width: int, tags: Mapping[str, int
     """Lifts the automaton of `tags` (string → stop number) to tokens.
 
     `width` is V, the model's vocabulary; ids without bytes (special, padding) lead to START. Tags left
-    out are not looked for: a text-only rollout passes `</answer>` alone. Raises ValueError if V is
+    out are not looked for: a text-only rollout passes `</answer>` alone. Raises: ValueError if V is
     smaller than the tokenizer, or if one tag could hide another.
     """
     if width < len(token_bytes):
@@ -93,7 +93,7 @@ def build_table(token_bytes: Sequence[bytes], width: int, tags: Mapping[str, int
 def overshoot(table: TagTable, token_bytes: Sequence[bytes], ids: Sequence[int]) -> bytes:
     """Bytes of the last id that lie after the tag it completes; `ids` are what the model wrote since START.
 
-    Raises ValueError if the last id completes no tag.
+    Raises: ValueError if the last id completes no tag.
     """
     state = int(table.prefix[table.walk(ids[:-1])])
     last = token_bytes[ids[-1]] if ids and ids[-1] < len(token_bytes) else b''

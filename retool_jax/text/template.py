@@ -123,7 +123,7 @@ def make_template(
 
     instruction: what the user turn says, as `read_instruction` gives it; None: 'paper', and 'tiny' the bare question.
 
-    Raises UserError for any other name, and where the chat template's rendering of a prompt has other ids.
+    Raises: UserError for any other name, and where the chat template's rendering of a prompt has other ids.
     """
     if name not in NAMES:
         raise UserError(f'template {name!r} is not known; use one of {", ".join(NAMES)}')
@@ -163,7 +163,7 @@ def read_instruction(path: str | pathlib.Path, tools: bool = True) -> str:
 def prompt_ids(template: Template, tokenizer: Tokenizer, question: str) -> list[int]:
     """Ids of the whole prompt; chat tokens come from the template alone, the question stays plain text.
 
-    Raises UserError if the tokenizer lacks one of the template's special tokens.
+    Raises: UserError if the tokenizer lacks one of the template's special tokens.
     """
     before, after = (_cut(template, tokenizer, text) for text in (template.before, template.after))
     ids: list[int] = []

@@ -103,7 +103,7 @@ class Tokenizer:
 def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     """Loads `tokenizer.json`, else a SentencePiece `tokenizer.model`, and checks it.
 
-    Raises UserError, one line, if files are missing or unreadable, if no id ends a turn, or if
+    Raises: UserError, one line, if files are missing or unreadable, if no id ends a turn, or if
     encoding loses bytes of the text.
     """
     directory = pathlib.Path(directory)
@@ -155,7 +155,7 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) ->
     """Trains a byte-complete, digit-splitting byte-level BPE of at most `size` ids and saves it in HF's form.
 
     The same texts give the same files. All 256 bytes and three special tokens are in it, so `size`
-    is at least 259; small corpora may give fewer ids. Raises ValueError if `size` is too small.
+    is at least 259; small corpora may give fewer ids. Raises: ValueError if `size` is too small.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -37,7 +37,7 @@ def save(metadata: Mapping[str, object], directory: pathlib.Path, where: str) ->
 
     metadata: a GGUF file's keys and values. where: the file, for messages.
 
-    Raises UserError for a vocabulary of another kind, a pre-tokenizer that is not known by name, or a tokenizer that
+    Raises: UserError for a vocabulary of another kind, a pre-tokenizer that is not known by name, or a tokenizer that
     loses bytes of the text.
     """
     get = lambda key, default=None: metadata.get(f'tokenizer.ggml.{key}', default)

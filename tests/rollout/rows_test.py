@@ -81,8 +81,8 @@ def test_what_is_taken_is_put_back_and_nothing_else_is_touched(cache, bound):
 
 
 @pytest.mark.parametrize('cache', ['float32', 'int8'])
-def test_more_slots_than_decode_rows_write_what_as_many_slots_write(params, cache):
-    """Bit for bit: four rows decode at a time, of four slots or of eight, in any order and under any latencies."""
+def test_more_rows_than_decode_rows_write_what_as_many_rows_write(params, cache):
+    """Bit for bit: four rows decode at a time, of four or of eight, in any order and under any latencies."""
     few = make_sampler(dataclasses.replace(SIZES, rows=4, cache_dtype=cache))
     many = make_sampler(dataclasses.replace(SOME, cache_dtype=cache))
     reference, _ = engine_test.run(few, params)

@@ -49,7 +49,7 @@ def test_an_empty_run_divides_by_nothing():
     assert set(RolloutStats().summary().values()) == {0.0}
 
 
-def test_the_timeline_opens_in_a_trace_viewer_and_a_slot_does_one_thing_at_a_time(flown, tmp_path):
+def test_the_timeline_opens_in_a_trace_viewer_and_a_row_does_one_thing_at_a_time(flown, tmp_path):
     engine, _ = flown
     engine.timeline.save(tmp_path / 'trace.json')
     events = json.loads((tmp_path / 'trace.json').read_text())['traceEvents']
