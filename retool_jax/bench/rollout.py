@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import pathlib
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.requests import Request, SamplingSettings
 from retool_jax.rollout.sampler import Sampler, SamplerSettings
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 PEERS = {'transformers': ('torch', 'rollout_torch.py'), 'tunix': ('tunix', 'rollout_tunix.py')}
 
 
@@ -71,8 +71,8 @@ def measure(shape: Shape, repeats: int, parts: Sequence[str], say: Callable[[str
 
     if 'peers' in parts:
         with tempfile.TemporaryDirectory() as folder:
-            hf.save(pathlib.Path(folder) / 'model', config, params, jnp.dtype(shape.dtype))
-            with open_peers(pathlib.Path(folder) / 'model', shape.slots, say) as peers:
+            hf.save(Path(folder) / 'model', config, params, jnp.dtype(shape.dtype))
+            with open_peers(Path(folder) / 'model', shape.slots, say) as peers:
                 keep(against_peers(config, weights, shape, repeats, peers, say))
                 if 'tunix' in peers:
                     keep(against_new_budgets(config, weights, shape, repeats, peers['tunix'], say))
@@ -93,7 +93,7 @@ def model_config(shape: Shape) -> ModelConfig:
 class Peer:
     """A child process that answers one line of JSON with one line of JSON."""
 
-    def __init__(self, interpreter: pathlib.Path, script: pathlib.Path, *arguments: str):
+    def __init__(self, interpreter: Path, script: Path, *arguments: str):
         self.child = subprocess.Popen([interpreter, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                       stderr=subprocess.PIPE, text=True)
         self.version = self._read()['version']
@@ -125,7 +125,7 @@ class Peer:
 
 
 @contextlib.contextmanager
-def open_peers(directory: pathlib.Path, slots: int, say: Callable[[str], None]) -> Iterator[dict[str, Peer]]:
+def open_peers(directory: Path, slots: int, say: Callable[[str], None]) -> Iterator[dict[str, Peer]]:
     """The peers that are installed, with the weights of `directory` loaded."""
     with contextlib.ExitStack() as stack:
         peers = {}
@@ -134,7 +134,7 @@ def open_peers(directory: pathlib.Path, slots: int, say: Callable[[str], None]) 
             if not interpreter.exists():
                 say(f'{name} is not here: make baselines')
                 continue
-            peers[name] = Peer(interpreter, pathlib.Path(__file__).with_name(script), str(directory), str(slots))
+            peers[name] = Peer(interpreter, Path(__file__).with_name(script), str(directory), str(slots))
             stack.callback(peers[name].close)
         yield peers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
+from pathlib import Path
 
 from retool_jax.core import pointers
 from retool_jax.core.errors import UserError
@@ -186,9 +186,9 @@ def to_hf(config: ModelConfig) -> dict:
                   'rope_scaling': None if scaling is None else rope, 'use_sliding_window': False}
 
 
-def load_config(directory: str | pathlib.Path) -> ModelConfig:
+def load_config(directory: str | Path) -> ModelConfig:
     """Reads `directory/config.json`."""
-    path = pathlib.Path(directory) / 'config.json'
+    path = Path(directory) / 'config.json'
     if not path.is_file():
         raise UserError(f'model.path: {directory} holds no config.json; '
                         'give a Hugging Face model directory')

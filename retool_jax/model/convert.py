@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def to_hf(source: str | os.PathLike, target: str | os.PathLike, like: str | os.P
     it is read. Raises: UserError naming what is missing, extra or of another shape.
     """
     hf.refuse_existing(target)  # before anything is read
-    if not pathlib.Path(source).is_dir():
+    if not Path(source).is_dir():
         raise UserError(f'checkpoint {str(source)!r} is no directory')
     config = model_config.load_config(like)
     with Checkpoints(source, keep_last=1) as checkpoints:
@@ -45,7 +45,7 @@ def to_hf(source: str | os.PathLike, target: str | os.PathLike, like: str | os.P
         if not steps or step not in (None, *steps):
             raise UserError(f'{source}: no checkpoint of step {"any" if step is None else step}; '
                             f'there are: {", ".join(map(str, steps)) or "none"}')
-    params = _read(pathlib.Path(source).absolute() / str(steps[-1] if step is None else step), part.split('.'),
+    params = _read(Path(source).absolute() / str(steps[-1] if step is None else step), part.split('.'),
                    decoder.abstract_params(config))
     hf.save(target, config, params, dtype, tokenizer_dir=like, progress=progress)
 
@@ -64,11 +64,11 @@ def from_gguf(file: gguf.File, target: str | os.PathLike, dtype=None, progress: 
         dtype = jnp.bfloat16 if matrices == {'BF16'} else jnp.float32
     fetch = gguf.fetcher(file, config, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        vocabulary.save(file.metadata, pathlib.Path(folder), str(file.path))
+        vocabulary.save(file.metadata, Path(folder), str(file.path))
         hf.write(target, config, fetch, dtype, folder, progress=progress)
 
 
-def _read(directory: pathlib.Path, part: list[str], wanted):
+def _read(directory: Path, part: list[str], wanted):
     """One subtree of a checkpoint on the default device, in the dtypes it was stored with."""
     from orbax.checkpoint import v1 as ocp
 

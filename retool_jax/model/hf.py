@@ -13,10 +13,10 @@ import json
 import math
 import mmap
 import os
-import pathlib
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ def leaves(config: ModelConfig) -> list[Leaf]:
 class Tensor:
     """Where a tensor lies, in which file."""
 
-    file: pathlib.Path
+    file: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
@@ -127,7 +127,7 @@ def load(directory: str | os.PathLike, config: ModelConfig, shardings=None, dtyp
     Raises: UserError naming a missing or truncated file, a field of config.json that differs, or
     the tensors that are missing, extra or of another shape.
     """
-    directory = pathlib.Path(directory)
+    directory = Path(directory)
     _compare_configs(load_config(directory), config, directory)
     tensors = read_headers(directory)
     wanted = leaves(config)
@@ -199,7 +199,7 @@ def _put(tensor: Tensor, shape: list[int], sharding, dtype: np.dtype) -> jax.Arr
     return jax.make_array_from_single_device_arrays(tuple(shape), sharding, arrays)
 
 
-def read_headers(directory: pathlib.Path) -> dict[str, Tensor]:
+def read_headers(directory: Path) -> dict[str, Tensor]:
     """{name: where it lies} of every tensor below a directory; the data stay on disk."""
     if (directory / SINGLE).is_file():
         return _read_header(directory / SINGLE)
@@ -214,7 +214,7 @@ def read_headers(directory: pathlib.Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_index(file: pathlib.Path) -> dict[str, str]:
+def _read_index(file: Path) -> dict[str, str]:
     """{tensor: file} of an index."""
     pointers.refuse(file)
     try:
@@ -226,7 +226,7 @@ def _read_index(file: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
+def _read_header(file: Path) -> dict[str, Tensor]:
     pointers.refuse(file)
     size = file.stat().st_size
     with file.open('rb') as f:
@@ -248,7 +248,7 @@ def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _compare_configs(found: ModelConfig, config: ModelConfig, directory: pathlib.Path) -> None:
+def _compare_configs(found: ModelConfig, config: ModelConfig, directory: Path) -> None:
     for field in dataclasses.fields(ModelConfig):
         theirs, ours = getattr(found, field.name), getattr(config, field.name)
         if theirs != ours and field.name not in FREE_FIELDS:
@@ -257,7 +257,7 @@ def _compare_configs(found: ModelConfig, config: ModelConfig, directory: pathlib
 
 
 def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: ModelConfig,
-                     directory: pathlib.Path) -> None:
+                     directory: Path) -> None:
     shapes = {name: leaf.theirs for leaf in wanted for name in leaf.names}
     extra = {name for name in tensors if name not in shapes and not name.endswith('.rotary_emb.inv_freq')}
     if config.tie_word_embeddings:
@@ -293,7 +293,7 @@ def write(directory: str | os.PathLike, config: ModelConfig, fetch: Callable[[Le
           progress: Progress | None = None) -> None:
     """`save` from any source: `fetch(leaf, layer)` gives a tensor as the checkpoint has it, in `dtype`, in one or
     more parts along its first axis."""
-    directory, name = pathlib.Path(directory).absolute(), jnp.dtype(dtype).name
+    directory, name = Path(directory).absolute(), jnp.dtype(dtype).name
     kinds = {jnp.dtype(kind).name: code for code, kind in DTYPES.items()}
     if name not in kinds:
         raise UserError(f'dtype {name} is not supported; choose {", ".join(kinds)}')
@@ -339,16 +339,16 @@ def refuse_existing(directory: str | os.PathLike) -> None:
     """Raises UserError where writing would touch what is there."""
     if STORE.match(os.fspath(directory)):
         raise UserError(f'{directory} {NO_STORE}')
-    path = pathlib.Path(directory)
+    path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f'{path} already exists and is never overwritten; give another directory')
 
 
-def _tokenizer(directory: str | os.PathLike | None) -> tuple[list[pathlib.Path], dict]:
+def _tokenizer(directory: str | os.PathLike | None) -> tuple[list[Path], dict]:
     """The tokenizer's files, and the special ids of the config.json beside them."""
     if directory is None:
         return [], {}
-    directory = pathlib.Path(directory)
+    directory = Path(directory)
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not {'tokenizer.json', 'tokenizer.model', 'vocab.json'} & {file.name for file in files}:
         raise UserError(f'{directory} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)')

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Iterable
+from pathlib import Path
 
 from retool_jax.core.records import Episode, ExecResult, Verdict
 
@@ -23,8 +23,8 @@ class Journal:
     others: the files of the run's other processes, which are read too: a restart may deal episodes out otherwise.
     """
 
-    def __init__(self, path: str | pathlib.Path, others: Iterable[pathlib.Path] = ()):
-        self.path = pathlib.Path(path)
+    def __init__(self, path: str | Path, others: Iterable[Path] = ()):
+        self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.results: dict[str, ExecResult] = {}
         for other in others:
@@ -34,7 +34,7 @@ class Journal:
         self._file.truncate(whole)
         self._file.seek(whole)
 
-    def _read(self, path: pathlib.Path) -> int:
+    def _read(self, path: Path) -> int:
         """Reads the whole lines of a file into `results`; returns their length in bytes."""
         whole = 0
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():

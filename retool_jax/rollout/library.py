@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class Model:
         return self.tokenizer.decode(episode.tokens[episode.prompt_length:])
 
 
-def load_model(directory: str | pathlib.Path, family: str, tools: bool, instruction: str | None = None) -> Model:
+def load_model(directory: str | Path, family: str, tools: bool, instruction: str | None = None) -> Model:
     """Reads config.json and the tokenizer of a Hugging Face model directory, but no weights.
 
     family: names the template (text.template). instruction: what the model is asked, by name or file; None: the
@@ -53,8 +53,8 @@ def load_model(directory: str | pathlib.Path, family: str, tools: bool, instruct
     Raises:
       UserError: a file is missing, a size is not supported, or the tokenizer has more ids than the model logits.
     """
-    if not pathlib.Path(directory).is_dir():
-        aside = '; launch/convert.py makes one of a GGUF file' if pathlib.Path(directory).is_file() else ''
+    if not Path(directory).is_dir():
+        aside = '; launch/convert.py makes one of a GGUF file' if Path(directory).is_file() else ''
         raise UserError(f'model.path={str(directory)!r} is no directory; give a Hugging Face model directory{aside}')
     config, tokenizer = load_config(directory), load_tokenizer(directory)
     if tokenizer.size > config.vocab_size:
@@ -64,7 +64,7 @@ def load_model(directory: str | pathlib.Path, family: str, tools: bool, instruct
     return Model(config, tokenizer, make_template(family, tools, tokenizer, asked))
 
 
-def open_model(directory: str | pathlib.Path, family: str, dtype: str = 'float32', *, tools: bool = True) -> Model:
+def open_model(directory: str | Path, family: str, dtype: str = 'float32', *, tools: bool = True) -> Model:
     """`load_model` with its weights, cast to `dtype`."""
     model = load_model(directory, family, tools)
     cast = jax.jit(functools.partial(decoder.to_sampling, model.config, dtype=jnp.dtype(dtype)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
+from pathlib import Path
 
 import numpy as np
 
@@ -71,9 +71,9 @@ class Timeline:
         """A point of a stacked curve."""
         self.events.append({'name': name, 'ph': 'C', 'pid': 0, 'ts': at_s * 1e6, 'args': values})
 
-    def save(self, path: str | pathlib.Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the trace as JSON."""
         lanes = sorted({e['tid'] for e in self.events if 'tid' in e})
         names = [{'name': 'thread_name', 'ph': 'M', 'pid': 0, 'tid': lane,
                   'args': {'name': f'row {lane - 1}' if lane else 'device'}} for lane in lanes]
-        pathlib.Path(path).write_text(json.dumps({'traceEvents': names + self.events, 'displayTimeUnit': 'ms'}))
+        Path(path).write_text(json.dumps({'traceEvents': names + self.events, 'displayTimeUnit': 'ms'}))

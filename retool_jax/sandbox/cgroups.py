@@ -15,10 +15,10 @@ import contextlib
 import fcntl
 import math
 import os
-import pathlib
 import re
 import signal
 import time
+from pathlib import Path
 
 _PREFIX = 'retool_jax'
 _V1 = ('memory', 'pids', 'cpuacct')
@@ -30,7 +30,7 @@ _LEFT_BYTES = 4 << 20
 def start_time(pid: int) -> str | None:
     """The kernel's start time of a process; with the pid it names a process for good. None if gone."""
     try:
-        return pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
     except (OSError, IndexError):
         return None
 
@@ -38,7 +38,7 @@ def start_time(pid: int) -> str | None:
 def _mounts() -> list[tuple[str, str, set[str], str]]:
     """(mount point, root within the hierarchy, options, type) of the mounted control groups."""
     found = []
-    for line in pathlib.Path('/proc/self/mountinfo').read_text().splitlines():
+    for line in Path('/proc/self/mountinfo').read_text().splitlines():
         left, _, right = line.partition(' - ')
         kind, _, options = right.split(' ', 2)
         if kind in ('cgroup', 'cgroup2'):
@@ -47,15 +47,15 @@ def _mounts() -> list[tuple[str, str, set[str], str]]:
     return found
 
 
-def _bases(mount: str, root: str, own: str) -> list[pathlib.Path]:
+def _bases(mount: str, root: str, own: str) -> list[Path]:
     """Where a tree may be made: the process's own group first, the mount point last."""
     relative = os.path.relpath(own, root) if root != '/' and own.startswith(root) else own.lstrip('/')
-    return [pathlib.Path(mount, relative), pathlib.Path(mount)]
+    return [Path(mount, relative), Path(mount)]
 
 
 def _own_groups() -> dict[str, str]:
     groups = {}
-    for line in pathlib.Path('/proc/self/cgroup').read_text().splitlines():
+    for line in Path('/proc/self/cgroup').read_text().splitlines():
         _, names, path = line.split(':', 2)
         for name in names.split(','):
             groups[name] = path
@@ -73,13 +73,13 @@ def cores() -> int:
             if kind == 'cgroup2' or 'cpu' in options:
                 at = _bases(mount, root, own.get('' if kind == 'cgroup2' else 'cpu', '/'))[0]
                 for group in [at, *at.parents]:
-                    if group == pathlib.Path(mount).parent:
+                    if group == Path(mount).parent:
                         break
                     found = min(found, _quota(group))
     return max(1, math.ceil(found))
 
 
-def _quota(group: pathlib.Path) -> float:
+def _quota(group: Path) -> float:
     """The cores that one group allows; infinite where it sets no limit."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: 'max'
         quota, period = map(int, (group / 'cpu.max').read_text().split())
@@ -97,8 +97,8 @@ class Groups:
         # A pid means something within its namespace alone.
         namespace = os.stat('/proc/self/ns/pid').st_ino
         self.name = f'{_PREFIX}_{os.getpid()}_ns{namespace}_{start_time(os.getpid())}'
-        self._locks: dict[pathlib.Path, int] = {}  # one for each tree: the sign of life
-        self.roots: dict[str, pathlib.Path] = {}  # controller → this supervisor's directory
+        self._locks: dict[Path, int] = {}  # one for each tree: the sign of life
+        self.roots: dict[str, Path] = {}  # controller → this supervisor's directory
         self.version = 0
         own = _own_groups()
         mounts = _mounts()
@@ -117,14 +117,14 @@ class Groups:
         self._free: list[Lease] = []
         self._made = 0
 
-    def _adopt(self, controller: str, bases: list[pathlib.Path]) -> None:
+    def _adopt(self, controller: str, bases: list[Path]) -> None:
         for base in bases:
             _sweep(base)
             with contextlib.suppress(OSError):
                 self.roots[controller] = self._make(base)
                 return
 
-    def _adopt_v2(self, bases: list[pathlib.Path], move: bool) -> bool:
+    def _adopt_v2(self, bases: list[Path], move: bool) -> bool:
         for base in bases:
             _sweep(base)
             with contextlib.suppress(OSError):
@@ -139,7 +139,7 @@ class Groups:
                 return True
         return False
 
-    def _make(self, base: pathlib.Path) -> pathlib.Path:
+    def _make(self, base: Path) -> Path:
         """This supervisor's directory below `base`, locked for as long as it lives.
 
         Raises:
@@ -188,7 +188,7 @@ class Groups:
 class Lease:
     """One snippet's limits and counters. Without groups every counter reads 0."""
 
-    def __init__(self, roots: dict[str, pathlib.Path], version: int, name: str):
+    def __init__(self, roots: dict[str, Path], version: int, name: str):
         self.version = version
         self._files: dict[str, int] = {}
         self._procs: list[int] = []
@@ -200,7 +200,7 @@ class Lease:
             self.close()
             raise
 
-    def _open(self, paths: dict[str, pathlib.Path]) -> None:
+    def _open(self, paths: dict[str, Path]) -> None:
         version = self.version
         for path in self._paths:
             path.mkdir(exist_ok=True)
@@ -312,7 +312,7 @@ class Lease:
             os.pwrite(self._files[key], str(value).encode(), 0)
 
 
-def _delegate(base: pathlib.Path, move: bool) -> None:
+def _delegate(base: Path, move: bool) -> None:
     """Turns the controllers on below `base`; with `move` its own processes go to a leaf first.
 
     v2 allows processes only in leaves: needed at a container's root and in a user's scope, nowhere else.
@@ -326,12 +326,12 @@ def _delegate(base: pathlib.Path, move: bool) -> None:
     (base / 'cgroup.subtree_control').write_text('+memory +pids')
 
 
-def _pids(group: pathlib.Path) -> list[int]:
+def _pids(group: Path) -> list[int]:
     """The group's processes that this pid namespace knows: version 2 calls all others 0, which to kill() is us."""
     return [int(pid) for pid in (group / 'cgroup.procs').read_text().split() if int(pid) > 0]
 
 
-def _sweep(base: pathlib.Path) -> None:
+def _sweep(base: Path) -> None:
     """Removes the trees of supervisors that no longer live: those that nobody holds a lock on."""
     with contextlib.suppress(OSError):
         for path in base.glob(f'{_PREFIX}_*_ns*_*'):
@@ -344,12 +344,12 @@ def _sweep(base: pathlib.Path) -> None:
                     os.close(lock)
 
 
-def _remove(root: pathlib.Path) -> None:
+def _remove(root: Path) -> None:
     """Kills what is in a tree, by the kernel's own means where there are (version 2), and removes it."""
     for attempt in range(50):
         with contextlib.suppress(OSError), open(root / 'cgroup.kill', 'r+') as file:
             file.write('1')
-        groups = sorted((pathlib.Path(d) for d, _, _ in os.walk(root)), reverse=True)
+        groups = sorted((Path(d) for d, _, _ in os.walk(root)), reverse=True)
         for group in groups:
             with contextlib.suppress(OSError):
                 for pid in _pids(group):

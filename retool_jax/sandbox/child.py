@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import pathlib
 import re
 import signal
 import socket
@@ -21,6 +20,7 @@ import struct
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from retool_jax.core.records import Fault, Verdict
 from retool_jax.sandbox.cgroups import Lease
@@ -129,7 +129,7 @@ class Child:
                 return
             self.lease.place(self._pid)
             with contextlib.suppress(OSError):  # the machine's memory runs out: rather a snippet than a worker
-                pathlib.Path(f'/proc/{self._pid}/oom_score_adj').write_text('1000')
+                Path(f'/proc/{self._pid}/oom_score_adj').write_text('1000')
         except OSError:
             self.kill(None)
             return

@@ -10,12 +10,12 @@ import argparse
 import ctypes
 import dataclasses
 import os
-import pathlib
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from retool_jax.core.records import Verdict
 from retool_jax.sandbox import canary, guest
@@ -107,7 +107,7 @@ def _groups() -> Iterator[Finding]:
 
 def _read(path: str) -> str:
     try:
-        return pathlib.Path(path).read_text().strip()
+        return Path(path).read_text().strip()
     except OSError:
         return ''
 

@@ -18,7 +18,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import pathlib
 import platform
 import re
 import shutil
@@ -28,11 +27,12 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from retool_jax.core.errors import UserError
 
 _FORMAT = 4  # raise when the layout below changes
-_INSIDE = pathlib.Path(__file__).parent / 'inside'  # the files that run inside the jail
+_INSIDE = Path(__file__).parent / 'inside'  # the files that run inside the jail
 _STDLIB_LEFT_OUT = frozenset({
     'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'tkinter', 'turtledemo', 'ensurepip',
     'lib2to3', 'pydoc_data', '__pycache__'})
@@ -40,7 +40,7 @@ _FRESH_S = 86400.0  # a root that was used within it is taken as it is: ageing t
 _UNUSED_S = 30 * 86400.0  # and one that was not used for so long is removed
 # What snippets can import where nobody says: as in configs/base.py, which this room may not import.
 PACKAGES = ('numpy', 'scipy', 'sympy')
-_held: dict[pathlib.Path, int] = {}
+_held: dict[Path, int] = {}
 DEVICES = ('null', 'zero', 'full', 'random', 'urandom')
 
 
@@ -48,17 +48,17 @@ DEVICES = ('null', 'zero', 'full', 'random', 'urandom')
 class Guest:
     """Where the guest lives on the host: its root directory and the directory of the runner's files."""
 
-    root: pathlib.Path
-    code: pathlib.Path
+    root: Path
+    code: Path
 
 
-def home() -> pathlib.Path:
+def home() -> Path:
     """Directory that holds guest roots: RETOOL_GUEST_ROOT, or a world-readable place outside any home."""
     if override := os.environ.get('RETOOL_GUEST_ROOT'):
-        return pathlib.Path(override)
+        return Path(override)
     if os.geteuid() == 0:
-        return pathlib.Path('/var/cache/retool_jax')
-    return pathlib.Path(f'/var/tmp/retool_jax-{os.geteuid()}')
+        return Path('/var/cache/retool_jax')
+    return Path(f'/var/tmp/retool_jax-{os.geteuid()}')
 
 
 def closure(packages: tuple[str, ...]) -> dict[str, str]:
@@ -99,7 +99,7 @@ def ensure(packages: tuple[str, ...], progress: Callable[[str], None] | None = N
         with _lock(root.with_name(f'.{root.name}.lock')):
             if not _is_whole(root):
                 shutil.rmtree(root, ignore_errors=True)
-                temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{root.name}.', dir=root.parent))
+                temporary = Path(tempfile.mkdtemp(prefix=f'.{root.name}.', dir=root.parent))
                 try:
                     _build(temporary, packages, progress or (lambda line: None))
                     os.rename(temporary, root)
@@ -112,7 +112,7 @@ def ensure(packages: tuple[str, ...], progress: Callable[[str], None] | None = N
     return Guest(root, code)
 
 
-def _hold(directory: pathlib.Path) -> None:
+def _hold(directory: Path) -> None:
     """Says that this process uses a directory, for as long as it lives: neither `_prune` nor the system's ageing of
     /var/tmp (systemd-tmpfiles) touches one that is locked."""
     if directory not in _held:
@@ -120,7 +120,7 @@ def _hold(directory: pathlib.Path) -> None:
         fcntl.flock(_held[directory], fcntl.LOCK_SH)
 
 
-def _is_whole(root: pathlib.Path) -> bool:
+def _is_whole(root: Path) -> bool:
     """Whether a root may be used as it is; ageing removes file by file, so one of days is asked for all of them."""
     try:
         count, size = map(int, (root / 'complete').read_text().split())
@@ -137,7 +137,7 @@ def _is_whole(root: pathlib.Path) -> bool:
     return True
 
 
-def _prune(place: pathlib.Path) -> None:
+def _prune(place: Path) -> None:
     """Removes roots that nobody uses or has used for long, and what builders that died have left half built."""
     for path in place.iterdir():
         name = path.name.lstrip('.').partition('.')[0]
@@ -155,7 +155,7 @@ def _prune(place: pathlib.Path) -> None:
                     os.close(descriptor)
 
 
-def _make_public(path: pathlib.Path) -> None:
+def _make_public(path: Path) -> None:
     """Creates `path` and makes sure that the jail's users can walk to it."""
     path.mkdir(mode=0o755, parents=True, exist_ok=True)
     if path.stat().st_uid == os.geteuid():
@@ -167,20 +167,20 @@ def _make_public(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: pathlib.Path, wait: bool = True):
+def _lock(path: Path, wait: bool = True):
     with open(path, 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
-def _ensure_code(base: pathlib.Path) -> pathlib.Path:
+def _ensure_code(base: Path) -> Path:
     """Copies the runner's files to a directory named after their content."""
     texts = {file.name: file.read_bytes() for file in sorted(_INSIDE.glob('[a-z]*.py'))}
     digest = hashlib.sha256(b'\0'.join(texts.values())).hexdigest()[:16]
     target = base / 'runner' / digest
     if not target.exists():
         _make_public(target.parent)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{digest}.', dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f'.{digest}.', dir=target.parent))
         for name, text in texts.items():
             (temporary / name).write_bytes(text)
             (temporary / name).chmod(0o644)
@@ -192,7 +192,7 @@ def _ensure_code(base: pathlib.Path) -> pathlib.Path:
     return target
 
 
-def _build(root: pathlib.Path, packages: tuple[str, ...], progress: Callable[[str], None]) -> None:
+def _build(root: Path, packages: tuple[str, ...], progress: Callable[[str], None]) -> None:
     python = root / 'python'
     version = f'python{sys.version_info.major}.{sys.version_info.minor}'
     library = python / 'lib' / version
@@ -200,9 +200,9 @@ def _build(root: pathlib.Path, packages: tuple[str, ...], progress: Callable[[st
     (python / 'bin').mkdir(parents=True)
     shutil.copy2(os.path.realpath(sys._base_executable), python / 'bin' / 'python3')
     (python / 'bin' / 'python').symlink_to('python3')
-    stdlib = pathlib.Path(sysconfig.get_path('stdlib'))
+    stdlib = Path(sysconfig.get_path('stdlib'))
     shutil.copytree(stdlib, library, ignore=_left_out_of_stdlib, symlinks=False)
-    dynload = pathlib.Path(sysconfig.get_config_var('DESTSHARED') or stdlib / 'lib-dynload')
+    dynload = Path(sysconfig.get_config_var('DESTSHARED') or stdlib / 'lib-dynload')
     if not (library / 'lib-dynload').exists() and dynload.exists():
         shutil.copytree(dynload, library / 'lib-dynload')
     for path in library.glob('_sysconfigdata*.py'):  # it names where the host's interpreter was built and lies
@@ -245,7 +245,7 @@ def _left_out_of_stdlib(directory: str, names: list[str]) -> list[str]:
     return [n for n in names if n in _STDLIB_LEFT_OUT or n.startswith(('config-', '_tkinter', '_test', '_xxtest'))]
 
 
-def _copy_distribution(name: str, target: pathlib.Path) -> None:
+def _copy_distribution(name: str, target: Path) -> None:
     distribution = importlib.metadata.distribution(name)
     if not distribution.files:
         raise UserError(f'sandbox.packages: {name!r} has no list of files (an editable install?); install its wheel')
@@ -259,7 +259,7 @@ def _copy_distribution(name: str, target: pathlib.Path) -> None:
         shutil.copy2(file.locate(), destination)
 
 
-def _copy_libraries(root: pathlib.Path, python: pathlib.Path) -> None:
+def _copy_libraries(root: Path, python: Path) -> None:
     """Copies the closure of shared libraries that `ldd` names and that the tree does not hold."""
     objects = [str(p) for p in python.rglob('*.so*') if p.is_file()]
     environment = {**os.environ, 'LD_LIBRARY_PATH': os.path.join(sys.base_prefix, 'lib')}
@@ -278,7 +278,7 @@ def _copy_libraries(root: pathlib.Path, python: pathlib.Path) -> None:
         shutil.copy2(os.path.realpath(loader), destination)
     for path in needed:
         destination = python / 'lib' / os.path.basename(path)
-        inside = pathlib.Path(path).is_relative_to(root)
+        inside = Path(path).is_relative_to(root)
         if not inside and not destination.exists() and os.path.exists(path):
             shutil.copy2(os.path.realpath(path), destination)
 

@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import math
 import os
-import pathlib
 import platform
 import socket
 import subprocess
@@ -23,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import retool_jax
 from retool_jax.core.records import ExecResult, Fault, Verdict
@@ -220,7 +220,7 @@ class Pool:
 
     async def _serve_once(self) -> None:
         ours, theirs = socket.socketpair()
-        root = str(pathlib.Path(retool_jax.__file__).resolve().parent.parent)
+        root = str(Path(retool_jax.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get('PYTHONPATH')]))
         self._process = subprocess.Popen(
             [sys.executable, '-m', 'retool_jax.sandbox.supervisor', str(theirs.fileno())], pass_fds=[theirs.fileno()],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import pathlib
 import resource
 import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def run(stage: Reinforcement) -> dict[str, float]:
     with (open_grader(stage.reward) as grader, tempfile.TemporaryDirectory() as place, folder.stoppable()):
         intake = Intake(stage.reward.unreadable, grader.parses)
         datasets, held_out = open_datasets(stage, intake), open_validation(stage.validation, intake)
-        parts = build(stage, pathlib.Path(place))
+        parts = build(stage, Path(place))
         problems = open_stream(stage, datasets, intake, parts.model)
         tell_overlong(held_out, parts.model, stage.turns.max_tokens)
         console.banner(model=parts.model, mesh=dict(parts.mesh.shape), sandbox=FakeTools(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import random
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ PREVIOUS_HEADS, PREVIOUS_PAIRS, PREVIOUS_GAIN = 1, 3, 5.0  # heads, rotary pairs
 EMBED_GAIN, VALUE_GAIN, MATCH_GAIN = 3.0, 0.5, 1.0  # of the embedding and the orthogonal matrices in `init`
 
 
-def write_model(directory: pathlib.Path) -> None:
+def write_model(directory: Path) -> None:
     """Writes config.json and the tokenizer of the embedded model, always the same; there are no weights."""
     rng = random.Random('corpus')
     corpus = ['user\n', 'assistant\n', *map(wrap_feedback, ERRORS)] * (CORPUS // 10)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import jax
@@ -35,14 +35,14 @@ class Stage(Protocol):
 
 
 @contextlib.contextmanager
-def claimed(stage: Stage, free: Sequence[str] = ()) -> Iterator[pathlib.Path]:
+def claimed(stage: Stage, free: Sequence[str] = ()) -> Iterator[Path]:
     """Makes `run.dir` with its config.json, or goes on in one that the same configuration made; owned for a block.
 
     A run that ends in an error or a stop before its first result leaves no trace. free: keys or blocks that may differ
     from last time. Raises: UserError naming the keys that differ, or the run that owns the folder. Of a run's
     processes one asks, owns and writes, and the others end as it does.
     """
-    directory = pathlib.Path(stage.run.dir)
+    directory = Path(stage.run.dir)
     there = directory.is_dir()
     fresh = not there or not any(path.name != NAME for path in directory.iterdir())
     owners: list[Owner] = []
@@ -65,7 +65,7 @@ def claimed(stage: Stage, free: Sequence[str] = ()) -> Iterator[pathlib.Path]:
 
 
 def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
-    directory = pathlib.Path(stage.run.dir)
+    directory = Path(stage.run.dir)
     file = directory / 'config.json'
     if file.exists():
         try:
@@ -89,7 +89,7 @@ def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
     new.replace(file)
 
 
-def bind(directory: pathlib.Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
+def bind(directory: Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
     """Holds a run to the data that it began with: {name: {'count': …, 'sha256': …}}, kept in data.json.
 
     Raises: UserError where results stand in the folder and the data of one name are others now.
@@ -97,7 +97,7 @@ def bind(directory: pathlib.Path, found: Mapping[str, Mapping[str, int | str]]) 
     processes.first(lambda: _bind(directory, found))
 
 
-def _bind(directory: pathlib.Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
+def _bind(directory: Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
     file = directory / DATA
     if file.exists() and has_results(directory):
         before = json.loads(file.read_text())
@@ -108,13 +108,13 @@ def _bind(directory: pathlib.Path, found: Mapping[str, Mapping[str, int | str]])
     file.write_text(json.dumps(found, indent=2))
 
 
-def open_journal(directory: pathlib.Path) -> Journal:
+def open_journal(directory: Path) -> Journal:
     """The tool results of a run: each process writes its own file, and reads those of all."""
     name = 'journal.jsonl' if processes.leads() else f'journal_{jax.process_index()}.jsonl'
     return Journal(directory / name, others=sorted(directory.glob('journal*.jsonl')))
 
 
-def has_results(directory: pathlib.Path) -> bool:
+def has_results(directory: Path) -> bool:
     """Whether a run has left anything in its folder that is worth going on with."""
     paths = [directory / name for name in RESULTS]
     return any(any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size for path in paths)
@@ -129,7 +129,7 @@ def stoppable() -> Iterator[None]:
         raise type(stop)(f'stopped; the same command goes on from the last checkpoint:\n{command()}') from stop
 
 
-def rewind(directory: pathlib.Path, step: int, writer: Metrics) -> None:
+def rewind(directory: Path, step: int, writer: Metrics) -> None:
     """Cuts metrics, TensorBoard and episodes back to the steps before `step`, which is run next.
 
     Of a run's processes one cuts, once all have read what they go on from.

@@ -6,10 +6,10 @@ import contextlib
 import fcntl
 import json
 import os
-import pathlib
 import socket
 import tempfile
 import threading
+from pathlib import Path
 
 from retool_jax.core.errors import UserError
 
@@ -28,7 +28,7 @@ class Owner:
       UserError: another run holds the folder; its host and process are named.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: Path):
         self.path = directory / NAME
         self._descriptor = _take(self.path)
         self._over = threading.Event()
@@ -49,7 +49,7 @@ class Owner:
                 os.utime(self._descriptor)
 
 
-def _take(path: pathlib.Path) -> int:
+def _take(path: Path) -> int:
     """A descriptor of the file, which names this process and is locked where it can be."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -73,7 +73,7 @@ def _take(path: pathlib.Path) -> int:
         os.close(descriptor)
 
 
-def _held(descriptor: int, path: pathlib.Path) -> str | None:
+def _held(descriptor: int, path: Path) -> str | None:
     """Why the folder cannot be taken, if so; else the lock is held, where there are locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,10 +102,10 @@ def _held(descriptor: int, path: pathlib.Path) -> str | None:
 def _started(pid: object) -> str | None:
     """When a process of this host was started, in the kernel's ticks; '' where that is not told; None: no such one."""
     try:
-        stat = pathlib.Path(f'/proc/{pid}/stat').read_text()
+        stat = Path(f'/proc/{pid}/stat').read_text()
         return stat.rpartition(')')[2].split()[19]
     except (OSError, IndexError):
-        if pathlib.Path('/proc/self/stat').exists():
+        if Path('/proc/self/stat').exists():
             return None
     try:
         os.kill(int(str(pid)), 0)
@@ -116,7 +116,7 @@ def _started(pid: object) -> str | None:
     return ''
 
 
-def _age(descriptor: int, path: pathlib.Path) -> float:
+def _age(descriptor: int, path: Path) -> float:
     """Seconds since the last heartbeat by the file system's own clock; hosts may disagree about the time."""
     with tempfile.TemporaryFile(dir=path.parent) as now:
         return os.fstat(now.fileno()).st_mtime - os.fstat(descriptor).st_mtime

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pathlib
+from pathlib import Path
 
 from retool_jax.core.errors import UserError
 from retool_jax.text.tokenizer import Tokenizer
@@ -54,9 +54,9 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, str]], generate: bool)
                         f'({str(error).splitlines()[0]}); name a template with model.template') from None
 
 
-def _source(directory: pathlib.Path | None) -> tuple[str, dict[str, str]]:
+def _source(directory: Path | None) -> tuple[str, dict[str, str]]:
     """The template, and the special tokens that it may name."""
-    directory = directory or pathlib.Path()
+    directory = directory or Path()
     path, own = directory / 'tokenizer_config.json', directory / 'chat_template.jinja'
     config = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
     source = own.read_text(encoding='utf-8') if own.is_file() else config.get('chat_template')

@@ -1,10 +1,10 @@
 """Every configuration builds and every mistake through a real binary is one line, exit status 2, nothing written."""
 
 import os
-import pathlib
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +12,7 @@ from retool_jax.core import cli, settings
 from retool_jax.stages.config import Evaluation
 from tests.launch import launcher, mistakes
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ('cold_start', 'sft', 'ppo', 'evaluate')
 ARGS = ('tiny', 'qwen2_5_0_5b', 'qwen2_5_1_5b', 'qwen2_5_7b', 'qwen2_5_14b', 'qwen2_5_32b', 'r1_distill_qwen_32b',
         'qwen3_0_6b', 'qwen3_4b', 'qwen3_8b', 'qwen3_32b')

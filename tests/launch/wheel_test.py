@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -12,11 +11,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
-UV = pathlib.Path(sys.prefix) / 'bin' / 'uv'
+ROOT = Path(__file__).parents[2]
+UV = Path(sys.prefix) / 'bin' / 'uv'
 SCRIPTS = ('cold-start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan', 'doctor', 'report', 'sandbox')
 SMALL = ['--config.sandbox.zygotes=1', '--config.sampler.rows=8', '--config.run.seed=1']
 STEP = ['--config.ppo.steps=1', '--config.ppo.problems_per_step=8', '--config.ppo.samples=2',
@@ -26,7 +26,7 @@ STEP = ['--config.ppo.steps=1', '--config.ppo.problems_per_step=8', '--config.pp
 def interpreter(version: str) -> str:
     """The path of a CPython of that version: of this test, on PATH, or pyenv's."""
     places = [sys.executable, shutil.which(f'python{version}') or '']
-    places += map(str, (pathlib.Path(os.environ.get('PYENV_ROOT', pathlib.Path.home() / '.pyenv')) / 'versions').glob(
+    places += map(str, (Path(os.environ.get('PYENV_ROOT', Path.home() / '.pyenv')) / 'versions').glob(
         f'{version}.*/bin/python3'))
     for place in filter(None, places):
         found = subprocess.run([place, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])'], text=True,

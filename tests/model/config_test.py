@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-import pathlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -105,7 +105,7 @@ def test_llama3_scaling_slows_what_turns_seldom_as_transformers_does():
 
 
 GOOD = raw('Qwen2', 100, 32, 48, 2, 4, 2)
-SHARED = pathlib.Path(__file__).parents[3] / 'shared/cases/turn2/model_configs.jsonl'
+SHARED = Path(__file__).parents[3] / 'shared/cases/turn2/model_configs.jsonl'
 YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 8192}
 FIVE = {'rope_theta': 5e6}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import pathlib
+from pathlib import Path
 
 import gguf
 import jax
@@ -44,7 +44,7 @@ def random_blocks(shape: tuple[int, int], kind: Kind, seed: int) -> np.ndarray:
     return blocks.reshape(shape[0], -1)
 
 
-def write(path: pathlib.Path, config: ModelConfig, vocab: dict, kinds: tuple[Kind, ...] = (Kind.F32,), *, seed: int = 0,
+def write(path: Path, config: ModelConfig, vocab: dict, kinds: tuple[Kind, ...] = (Kind.F32,), *, seed: int = 0,
           change=None) -> dict[str, np.ndarray]:
     """Writes a model whose matrices are stored as `kinds` in turn; returns what was stored, {Hugging Face name: array}.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import pathlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def golden(model, seed: int) -> dict[str, np.ndarray]:
 
 def main() -> None:
     flags = argparse.ArgumentParser()
-    flags.add_argument('directory', type=pathlib.Path)
+    flags.add_argument('directory', type=Path)
     flags.add_argument('--seed', type=int, default=0)
     flags.add_argument('--random', type=int, default=0, help='so many random shapes of each family instead')
     flags.add_argument('--scale', type=int, default=1, help='multiplies widths and heads')

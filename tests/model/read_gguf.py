@@ -8,8 +8,8 @@ writes OUT/golden.npz (tests/model/make_fixtures.py) and OUT/ids.json. Needs not
 from __future__ import annotations
 
 import json
-import pathlib
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -20,7 +20,7 @@ from tokenizers import pre_tokenizers
 
 
 def main() -> None:
-    path, out, strings = (pathlib.Path(argument) for argument in sys.argv[1:])
+    path, out, strings = (Path(argument) for argument in sys.argv[1:])
     torch.set_num_threads(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32).eval()

@@ -11,10 +11,10 @@ and both times. Writes DIRECTORY/<work>_<process>.pkl.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import pickle
 import random
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -89,7 +89,7 @@ def main(work: str, decode_rows: str, directory: str) -> None:
         found.append((episodes, len(engine.executor.codes), engine.stats.episodes))
     long = processes.gather('x' * (10_000 * (1 + jax.process_index())))  # beyond what goes with the first all-gather
     assert [len(x) for x in long] == [10_000 * (1 + i) for i in range(jax.process_count())]
-    with open(pathlib.Path(directory) / f'{work}_{jax.process_index()}.pkl', 'wb') as file:
+    with open(Path(directory) / f'{work}_{jax.process_index()}.pkl', 'wb') as file:
         pickle.dump(found, file)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import platform
 import time
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +35,7 @@ def pools():
 def children_of(pid: int) -> list[int]:
     """All descendants of a process, by the kernel's table."""
     parents = {}
-    for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    for path in Path('/proc').glob('[0-9]*/stat'):
         try:
             fields = path.read_text().rpartition(')')[2].split()
             parents[int(path.parent.name)] = int(fields[1])
@@ -71,7 +71,7 @@ class Census:
             'processes': len(descendants),
             'descriptors': len(os.listdir(f'/proc/{self.pid}/fd')),
             'jail descriptors': sum(_descriptors(pid) for pid in descendants),
-            'mounts': len(pathlib.Path('/proc/self/mountinfo').read_text().splitlines()),
+            'mounts': len(Path('/proc/self/mountinfo').read_text().splitlines()),
         }
 
     def settle(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +19,7 @@ OLD = 40 * 86400
 @pytest.fixture
 def base(monkeypatch):
     """A home of guest roots, with a build that takes no time."""
-    place = pathlib.Path(tempfile.mkdtemp(prefix='retool_jax-test-', dir='/var/tmp'))
+    place = Path(tempfile.mkdtemp(prefix='retool_jax-test-', dir='/var/tmp'))
     place.chmod(0o755)
     monkeypatch.setenv('RETOOL_GUEST_ROOT', str(place))
     built = []
@@ -36,7 +36,7 @@ def base(monkeypatch):
     shutil.rmtree(place)
 
 
-def _age(root: pathlib.Path, seconds: float) -> None:
+def _age(root: Path, seconds: float) -> None:
     for path in [root / 'complete', root / 'python' / 'a']:
         at = path.stat().st_mtime - seconds
         os.utime(path, (at, at))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import random
 import resource
 import signal
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -207,9 +207,9 @@ def test_a_killed_supervisor_is_replaced():
         assert not _alive_groups(first)
 
 
-def _alive_groups(pid: int) -> list[pathlib.Path]:
+def _alive_groups(pid: int) -> list[Path]:
     """Control groups of a supervisor that still exist."""
-    return [p for p in pathlib.Path('/sys/fs/cgroup').glob(f'**/retool_jax_{pid}_*')]
+    return [p for p in Path('/sys/fs/cgroup').glob(f'**/retool_jax_{pid}_*')]
 
 
 TRAINER = """
@@ -226,7 +226,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_nothing_survives_a_killed_trainer(number):
-    root = str(pathlib.Path(__file__).parents[2])
+    root = str(Path(__file__).parents[2])
     trainer = subprocess.Popen(
         [sys.executable, '-c', TRAINER],
         stdout=subprocess.PIPE,

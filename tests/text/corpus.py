@@ -1,11 +1,11 @@
 """What the text tests share: traces to train small tokenizers on, and where the real one lies."""
 
 import io
-import pathlib
+from pathlib import Path
 
 import sentencepiece
 
-QWEN = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/qwen2_5_tokenizer'
+QWEN = Path(__file__).resolve().parents[3] / 'shared/data/qwen2_5_tokenizer'
 TRACES = [
     f'What is {a} * {b}?\n<code>\n```python\nprint({a} * {b})\n```\n</code>\n<interpreter>\n{a * b}\n'
     f'</interpreter>\n\n<answer>\n\\boxed{{{a * b}}}\n</answer>'
@@ -20,7 +20,7 @@ EXACT = {
 }
 
 
-def train_sentencepiece(directory: pathlib.Path, control: tuple[str, ...] = (), **settings) -> pathlib.Path:
+def train_sentencepiece(directory: Path, control: tuple[str, ...] = (), **settings) -> Path:
     """A small SentencePiece model trained on the traces and saved as tokenizer.model."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

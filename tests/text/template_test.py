@@ -1,8 +1,8 @@
 """Prompts, snippets, feedback and final text."""
 
 import json
-import pathlib
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +13,7 @@ from retool_jax.text.tokenizer import load_tokenizer, train_bpe
 from tests import fakes
 from tests.text.corpus import EXACT, QWEN, TRACES, train_sentencepiece
 
-SHARED = pathlib.Path(__file__).parents[3] / 'shared/cases/turn2/snippets.jsonl'
+SHARED = Path(__file__).parents[3] / 'shared/cases/turn2/snippets.jsonl'
 FAMILIES = ('tiny', 'qwen2_5', 'qwen3', 'r1_distill')
 R1_NAMES = [
     '<｜begin▁of▁sentence｜>',

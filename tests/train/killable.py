@@ -11,10 +11,10 @@ import argparse
 import concurrent.futures
 import contextlib
 import os
-import pathlib
 import signal
 import threading
 import time
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -43,7 +43,7 @@ VALUES = {
 }  # fmt: skip
 
 
-def make_model(folder: pathlib.Path) -> None:
+def make_model(folder: Path) -> None:
     """A random model with a tokenizer, and the problems, below `folder`."""
     folder.mkdir(parents=True)
     train_bpe(['a b c'], 264, folder / 'source')
@@ -54,7 +54,7 @@ def make_model(folder: pathlib.Path) -> None:
     (folder / 'problems.jsonl').write_text(''.join(lines))
 
 
-def make_stage(folder: pathlib.Path, name: str, algorithm: str = 'ppo', **values):
+def make_stage(folder: Path, name: str, algorithm: str = 'ppo', **values):
     """The stage of run `name` below `folder`, `algorithm` being a file of configs/."""
     values = VALUES | values | {'model.path': folder / 'model', 'run.dir': folder / name}
     flags = [f'--config.{key}={value}' for key, value in values.items()]
@@ -66,7 +66,7 @@ def make_stage(folder: pathlib.Path, name: str, algorithm: str = 'ppo', **values
 class HonestTool:
     """Answers a call by who asks; otherwise once its answer has been acted upon in an earlier life (`ledger`)."""
 
-    def __init__(self, ledger: pathlib.Path):
+    def __init__(self, ledger: Path):
         self.ledger, self.key = ledger, ''
         self.earlier = set(ledger.read_text().splitlines()) if ledger.exists() else set()
 
@@ -82,7 +82,7 @@ class HonestTool:
 
 
 @contextlib.contextmanager
-def tiny_world(folder: pathlib.Path, name: str, journal: bool = True, moment=lambda what: None, executor=None):
+def tiny_world(folder: Path, name: str, journal: bool = True, moment=lambda what: None, executor=None):
     """Everything of a run that is not under test, replaced; `moment` is called at every point where to be killed.
 
     journal False: results are written, and never read. executor: instead of the honest tool.
@@ -166,7 +166,7 @@ class Moments:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument('folder', type=pathlib.Path)
+    parser.add_argument('folder', type=Path)
     parser.add_argument('name')
     parser.add_argument('--at')  # a moment, as in 'before rename:2'
     parser.add_argument('--after', type=float)  # seconds from the first moment on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pathlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from tests.fakes import byte_tokenizer
 from tests.train import small
 
 
-def run(count: int, work: str, directory: pathlib.Path, name: str) -> list[list[np.ndarray]]:
+def run(count: int, work: str, directory: Path, name: str) -> list[list[np.ndarray]]:
     """The worker in so many processes; what each saw at the end."""
     several.run(count, ['tests.train.worker', work, str(directory), name])
     loaded = [np.load(directory / f'{name}_{i}.npz') for i in range(count)]

@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import os
-import pathlib
 import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -30,7 +30,7 @@ from tests.train.killable import STEPS
 class World:
     """A folder with a model and problems, what the undisturbed run left there, and the moments it passed."""
 
-    folder: pathlib.Path
+    folder: Path
     quanta: int
     whole: tuple
     log: list[str]

@@ -8,8 +8,8 @@ has them. Run by processes_test.py.
 
 from __future__ import annotations
 
-import pathlib
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ def whole(tree):
     return [np.asarray(multihost_utils.process_allgather(x, tiled=True)) for x in jax.tree.leaves(tree)]
 
 
-def update(directory: pathlib.Path, mesh) -> list[np.ndarray]:
+def update(directory: Path, mesh) -> list[np.ndarray]:
     """A supervised step and two PPO steps; saves the last state."""
     episodes = episode_files.read(directory / 'episodes')
     optimizer = optax.adamw(small.LR, weight_decay=0.01)
@@ -73,7 +73,7 @@ def update(directory: pathlib.Path, mesh) -> list[np.ndarray]:
     return whole((sft.params, state.params, state.opt_state))
 
 
-def restore(directory: pathlib.Path, mesh) -> list[np.ndarray]:
+def restore(directory: Path, mesh) -> list[np.ndarray]:
     """The saved parameters and moments, on this run's processes."""
     state = start_state(mesh, optax.adamw(small.LR, weight_decay=0.01), 'backbone')
     with Checkpoints(directory / 'run' / 'checkpoints', keep_last=1) as checkpoints:
@@ -86,8 +86,8 @@ def main(work: str, directory: str, name: str) -> None:
     processes.join()
     mesh = sharding.make_mesh(MESH)
     assert mesh.size == 8
-    leaves = {'update': update, 'restore': restore}[work](pathlib.Path(directory), mesh)
-    np.savez(pathlib.Path(directory) / f'{name}_{jax.process_index()}.npz', *leaves)
+    leaves = {'update': update, 'restore': restore}[work](Path(directory), mesh)
+    np.savez(Path(directory) / f'{name}_{jax.process_index()}.npz', *leaves)
 
 
 if __name__ == '__main__':

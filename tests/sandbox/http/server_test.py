@@ -8,11 +8,11 @@ import contextlib
 import http.client
 import json
 import os
-import pathlib
 import random
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -301,7 +301,7 @@ def _supervisors(pid: int) -> list[int]:
     found = []
     for child in children_of(pid):
         with contextlib.suppress(OSError):
-            if b'sandbox.supervisor' in pathlib.Path(f'/proc/{child}/cmdline').read_bytes():
+            if b'sandbox.supervisor' in Path(f'/proc/{child}/cmdline').read_bytes():
                 found.append(child)
     return found
 

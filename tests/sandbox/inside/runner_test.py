@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pathlib
+from pathlib import Path
 
 import pytest
 
@@ -77,7 +77,7 @@ def test_a_snippet_ends_as_the_interpreter_would_end_it(path, pools):
 
 @pytest.mark.parametrize('path', ['warm', 'cold'])
 def test_a_snippet_may_call_its_own_files_what_the_jails_are_called(path, pools):
-    names = [file.stem for file in pathlib.Path(inside.__path__[0]).glob('[a-z]*.py')]
+    names = [file.stem for file in Path(inside.__path__[0]).glob('[a-z]*.py')]
     code = f'import {", ".join(names)}\nprint({", ".join(f"{name}.mine" for name in names)})'
     files = {f'{name}.py': f'mine = {i}'.encode() for i, name in enumerate(names)}
     result = pools(path).submit_job(Job(code=code, files=files)).result(120).result
