@@ -116,7 +116,7 @@ def _index(run: Run, shown: Sequence[Chosen], ids: Sequence[int]) -> dict[str, A
              t.length, t.turns, int(t.void)] for c in shown for t in [c.transcript]]
     return {
         'rows': rows,
-        'parts': [{'name': p.name, 'kind': p.kind, 'step': p.step, 'label': labels.part(p)} for p in parts],
+        'parts': [{'name': p.name, 'kind': p.kind, 'step': p.step, 'label': labels.title(p)} for p in parts],
         'problems': [[p.id, p.question, p.answer, p.family, p.source] for p in problems],
         'vocabulary': _spellings(run, ids),
     }

@@ -62,7 +62,7 @@ def _evaluations(uses: Uses) -> str:
     for part, use in sorted(uses.items(), key=lambda item: labels.order(item[0])):
         if not part.training:
             cells = ''.join(f'<td>{_value(pick(use), unit)}</td>' for _, _, pick, unit in METRICS)
-            rows.append(f'<tr><th scope="row">{escape(labels.part(part))}</th><td>{use.answers:,}</td>{cells}'
+            rows.append(f'<tr><th scope="row">{escape(labels.title(part))}</th><td>{use.answers:,}</td>{cells}'
                         f'<td>{use.failures:,}</td></tr>')
     if not rows:
         return ''

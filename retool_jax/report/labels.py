@@ -53,7 +53,7 @@ def order(part: Part) -> tuple:
     return 1, models.index(name) if name else len(models), f'{place}{data}', 0
 
 
-def part(part: Part) -> str:
+def title(part: Part) -> str:
     """Title of the kind of a part, without its step."""
     if part.training:
         if part.kind == 'step':  # the only model of its run
