@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import resource
 import socket
 import subprocess
 import sys
@@ -317,11 +316,12 @@ def test_it_ends_with_slow_clients_of_every_kind(echo):
 
 
 def test_the_cap_stays_below_the_descriptors_that_there_are():
-    code = ('from retool_jax.sandbox.http.listener import Listener, Patience\n'
+    code = ('import resource\n'
+            'resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))\n'
+            'from retool_jax.sandbox.http.listener import Listener, Patience\n'
             'print(Listener(None, Patience()).config.http.keywords)')  # fmt: skip
     done = subprocess.run(
-        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200)))  # fmt: skip
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT)})
     assert 'connections=104' in done.stdout, done.stdout + done.stderr
 
 
