@@ -3,11 +3,18 @@
 import os
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import jupytext
 import nbformat
+import numpy as np
 import pytest
 
+from retool_jax.train.learner import Learner
+from retool_jax.train.pack import join
+from retool_jax.train.state import init_state
 from tests.report.synthesis import run_folder
+from tests.train import small
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / 'notebooks').glob('*.py'))
@@ -18,8 +25,8 @@ def sources(notebook):
     return [(cell.cell_type, cell.source.strip()) for cell in notebook.cells]
 
 
-def test_there_are_three():
-    assert NAMES == ['01_rollout', '02_read_a_run', '03_own_task']
+def test_there_are_four():
+    assert NAMES == ['00_one_step', '01_rollout', '02_read_a_run', '03_own_task']
 
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=NAMES)
@@ -52,3 +59,30 @@ def test_a_run_is_read_by_its_script(tmp_path, monkeypatch, capsys):
     exec(compile(script.read_text(), str(script), 'exec'), {'__name__': 'notebook'})
     shown = capsys.readouterr().out
     assert 'files, the last:' in shown and 'failing snippets' in shown
+
+
+def test_one_step_fits_on_a_page():
+    assert len((ROOT / 'notebooks' / '00_one_step.py').read_text().splitlines()) <= 80
+
+
+@pytest.mark.slow
+def test_the_gradient_of_one_step_is_the_learner_s(monkeypatch, tmp_path):
+    monkeypatch.setenv('RETOOL_MODEL', str(tmp_path / 'none'))  # random weights
+    page, script = {'__name__': 'notebook'}, ROOT / 'notebooks' / '00_one_step.py'
+    exec(compile(script.read_text(), str(script), 'exec'), page)
+
+    forward = small.make_forward(row_width=200, row_segments=8, micro_rows=1, logprob_chunk=200, vocab_chunk=640)
+    learner = Learner(page['model'].config, forward, small.recording(), small.one_device(),
+                      loss=small.make_loss(dual_clip=None, correction='none', entropy_coef=0.0),
+                      advantage=small.make_advantage(lam=1.0, whiten=False))
+    tree = {'policy': page['policy'], 'critic': {'head': {'weight': jnp.zeros((page['model'].config.hidden_size, 1)),
+                                                          'bias': jnp.zeros(1)}}}
+    rows = len(page['batch'].tokens_BT)
+    batch = learner.put(join([jax.device_get(page['batch'])])[0])
+    scores = learner.score(tree, batch, rows, None, num_groups=32)
+    state, _ = learner.ppo_step(init_state(tree, learner.optimizer), batch, scores, (0, rows))
+    learned, shown = small.gradient(state), jax.device_get(page['gradient'])
+    far = lambda a, b: np.sqrt(sum(np.sum((x - y) ** 2) for x, y in zip(a, b)) / sum(np.sum(y**2) for y in b))
+    leaves = jax.tree.leaves
+    assert far(leaves(shown['policy']), leaves(learned['policy'])) < 1e-5
+    assert far([shown['critic']], [learned['critic']['head']['weight'][:, 0]]) < 1e-5
