@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +40,7 @@ class Tensor:
 class File:
     """A GGUF file's header; the data stay on disk."""
 
-    path: pathlib.Path
+    path: Path
     metadata: Mapping[str, object]
     tensors: Mapping[str, Tensor]
 
@@ -50,7 +50,7 @@ def read(path: str | os.PathLike) -> File:
 
     Raises: UserError for a file that is missing, broken, one of several parts, or of numbers the library cannot read.
     """
-    path = pathlib.Path(path)
+    path = Path(path)
     library = _library(path)
     if not path.is_file():
         raise UserError(f'{path} is no file; give a GGUF file')
@@ -178,7 +178,7 @@ def _values(file: File, name: str, dtype, order: np.ndarray | None = None) -> It
         yield values.reshape(-1, *tensor.shape[1:])
 
 
-def _library(path: pathlib.Path):
+def _library(path: Path):
     try:
         import gguf
     except ImportError:

@@ -7,9 +7,9 @@ same ids.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import re
 import textwrap
+from pathlib import Path
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode
@@ -140,7 +140,7 @@ def make_template(
     return made
 
 
-def read_instruction(path: str | pathlib.Path, tools: bool = True) -> str:
+def read_instruction(path: str | Path, tools: bool = True) -> str:
     """The words for `make_template`: those of a name ('paper', 'short'), or of a file, without its last line's end.
 
     Raises: UserError naming the file where it cannot be read.
@@ -149,7 +149,7 @@ def read_instruction(path: str | pathlib.Path, tools: bool = True) -> str:
         return INSTRUCTIONS[path][0 if tools else 1]
     named = f'model.instruction={str(path)!r}'
     try:
-        text = pathlib.Path(path).read_text(encoding='utf-8-sig')
+        text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as error:
         raise UserError(f'{named} is not UTF-8 (byte {error.start}): save it as UTF-8') from None
     except OSError as error:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from retool_jax.core import pointers
 from retool_jax.core.errors import UserError
@@ -56,7 +56,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...]  # every id that ends a turn; the first is the family's own
     pad_id: int
     encode_text: Callable[[str], list[int]]  # plain text to ids, no special ids
-    directory: pathlib.Path | None = None  # where it was loaded from
+    directory: Path | None = None  # where it was loaded from
 
     @property
     def size(self) -> int:
@@ -100,13 +100,13 @@ class Tokenizer:
         return {i: name.encode() for name, i in self.special_ids.items()}
 
 
-def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
+def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Loads `tokenizer.json`, else a SentencePiece `tokenizer.model`, and checks it.
 
     Raises: UserError, one line, if files are missing or unreadable, if no id ends a turn, or if
     encoding loses bytes of the text.
     """
-    directory = pathlib.Path(directory)
+    directory = Path(directory)
     config = _read_json(directory / 'tokenizer_config.json')
     if (directory / 'tokenizer.json').is_file():
         token_bytes, special_ids, encode_text = _open_huggingface(directory / 'tokenizer.json')
@@ -151,7 +151,7 @@ def check_exact(tokenizer: Tokenizer, remedy: str = 'use a byte-exact tokenizer'
             )
 
 
-def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) -> Tokenizer:
+def train_bpe(texts: Iterable[str], size: int, directory: str | Path) -> Tokenizer:
     """Trains a byte-complete, digit-splitting byte-level BPE of at most `size` ids and saves it in HF's form.
 
     The same texts give the same files. All 256 bytes and three special tokens are in it, so `size`
@@ -184,7 +184,7 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) ->
     )
     bpe.train_from_iterator(texts, trainer)
 
-    directory = pathlib.Path(directory)
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / 'tokenizer.json').write_text(bpe.to_str(pretty=True))  # its own `save` hides the system's errors
     config = {
@@ -205,7 +205,7 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | pathlib.Path) ->
     return load_tokenizer(directory)
 
 
-def _open_huggingface(path: pathlib.Path):
+def _open_huggingface(path: Path):
     import tokenizers  # imported here: light children import this package without it
 
     pointers.refuse(path)
@@ -268,7 +268,7 @@ def _without_prefix(part: dict | None) -> dict | None:
     return part | {key: value for key, value in off.items() if key in part}
 
 
-def _open_sentencepiece(path: pathlib.Path):
+def _open_sentencepiece(path: Path):
     import sentencepiece
 
     pointers.refuse(path)
@@ -313,7 +313,7 @@ def _keep_block(
     return encode
 
 
-def _find_eos(directory: pathlib.Path, config: dict, special_ids: Mapping[str, int]) -> tuple[int, ...]:
+def _find_eos(directory: Path, config: dict, special_ids: Mapping[str, int]) -> tuple[int, ...]:
     names = (_content(config.get('eos_token')), *TURN_ENDS)
     found = [special_ids[name] for name in names if name in special_ids]
     generation = _read_json(directory / 'generation_config.json').get('eos_token_id')
@@ -328,7 +328,7 @@ def _content(token) -> str:
     return (token.get('content', '') if isinstance(token, dict) else token) or ''
 
 
-def _read_json(path: pathlib.Path) -> dict:
+def _read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     pointers.refuse(path)

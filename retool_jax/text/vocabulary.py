@@ -7,8 +7,8 @@ gives a score to every piece and cuts nothing.
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Mapping
+from pathlib import Path
 
 from retool_jax.core.errors import UserError
 from retool_jax.text.tokenizer import load_tokenizer
@@ -32,7 +32,7 @@ PRE_TOKENIZERS = {
 WHOLE_WORDS = ('llama-bpe', 'llama3', 'llama-v3')  # a word that is a token is not merged
 
 
-def save(metadata: Mapping[str, object], directory: pathlib.Path, where: str) -> None:
+def save(metadata: Mapping[str, object], directory: Path, where: str) -> None:
     """Writes tokenizer.json, tokenizer_config.json, generation_config.json and a config.json with the special ids.
 
     metadata: a GGUF file's keys and values. where: the file, for messages.

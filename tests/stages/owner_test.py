@@ -5,11 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import pathlib
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -18,11 +18,12 @@ from retool_jax.core.errors import UserError
 from retool_jax.stages import folder, owner
 from retool_jax.stages.owner import Owner
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 HOLD = """
-import pathlib, sys, time
+import sys, time
+from pathlib import Path
 from retool_jax.stages.owner import Owner
-held = Owner(pathlib.Path(sys.argv[1]))
+held = Owner(Path(sys.argv[1]))
 print('held', flush=True)
 time.sleep(600)
 """
