@@ -8,26 +8,16 @@ killed and started anew from here.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import json
-import os
 import queue
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Reward
 from retool_jax.tasks import answers
+from retool_jax.tasks.child import Child
 
 STYLES = ('paper', 'verl')
-START_LIMIT_S = 120.0  # for a child to import sympy on a loaded machine; a longer start is a broken installation
-HANG_S = 600.0  # without a reply a child hangs, on any machine: a limit on CPU time does not end one that uses none
 CACHE_SIZE = 100_000
 
 
@@ -64,8 +54,8 @@ class Grader:
         self.style, self.time_limit_s, self.max_length = style, time_limit_s, max_length
         self.timeouts = self.deaths = 0  # answers that were late, and judges that died
         self._workers = workers
-        self._children = [_Child(memory_mb, time_limit_s) for _ in range(workers)]
-        self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
+        self._children = [Child('retool_jax.tasks.judge', memory_mb, time_limit_s) for _ in range(workers)]
+        self._idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
         for child in self._children:
             self._idle.put(child)
         self._cache: dict[tuple[str, str], bool] = {}
@@ -142,10 +132,10 @@ class Grader:
     def _ask(self, answer: str, gold: str) -> dict:
         child = self._idle.get()
         try:
-            reply = child.ask(answer, gold)
+            reply = child.ask({'answer': answer, 'gold': gold})
             if 'died' in reply:  # by this answer, or by something that has nothing to do with it
                 self.deaths += 1
-                reply = child.ask(answer, gold)
+                reply = child.ask({'answer': answer, 'gold': gold})
         finally:
             self._idle.put(child)
         self.timeouts += 'late' in reply
@@ -168,86 +158,3 @@ def shape(correct: bool, style: str, calls: int = 0) -> float:
     if correct:
         return 1.0
     return -1.0 if style == 'paper' else min(-0.6, -1.0 + 0.1 * calls)
-
-
-class _Child:
-    """One judge process."""
-
-    def __init__(self, memory_mb: int, time_limit_s: float):
-        self.memory_mb, self.time_limit_s = memory_mb, time_limit_s
-        self.process: subprocess.Popen | None = None
-        self.buffer, self.ready = b'', False
-
-    def ask(self, answer: str, gold: str) -> dict:
-        """The judge's reply; {'died': True} where it had to be replaced."""
-        if self.process is None:
-            self.start()
-        self.await_ready()
-        try:
-            deadline = time.monotonic() + HANG_S
-            self.send((json.dumps({'answer': answer, 'gold': gold}) + '\n').encode(), deadline)
-            return self.receive(deadline)
-        except (TimeoutError, EOFError):
-            self.kill()
-            self.start()  # its imports run while the caller goes on
-            return {'died': True}
-
-    def start(self) -> None:
-        root = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get('PYTHONPATH')]))
-        command = [sys.executable, '-m', 'retool_jax.tasks.judge']
-        command += [str(self.memory_mb), str(self.time_limit_s)]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, 'PYTHONPATH': path, 'OPENBLAS_NUM_THREADS': '1'},
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C is the trainer's; and the whole group can be killed
-        )
-        os.set_blocking(self.process.stdin.fileno(), False)
-        self.buffer, self.ready = b'', False
-
-    def await_ready(self) -> None:
-        if self.ready:
-            return
-        try:
-            self.receive(time.monotonic() + START_LIMIT_S)
-        except (TimeoutError, EOFError) as e:
-            self.kill()
-            raise RuntimeError(
-                'the grading process does not start: run `python -m retool_jax.tasks.judge 1024 5` to see why'
-            ) from e
-        self.ready = True
-
-    def send(self, data: bytes, deadline: float) -> None:
-        fd = self.process.stdin.fileno()
-        while data:
-            if not select.select([], [fd], [], max(0.0, deadline - time.monotonic()))[1]:
-                raise TimeoutError
-            try:
-                data = data[os.write(fd, data) :]
-            except BrokenPipeError as e:
-                raise EOFError from e
-
-    def receive(self, deadline: float) -> dict:
-        fd = self.process.stdout.fileno()
-        while b'\n' not in self.buffer:
-            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError
-            chunk = os.read(fd, 65536)
-            if not chunk:
-                raise EOFError
-            self.buffer += chunk
-        line, _, self.buffer = self.buffer.partition(b'\n')
-        return json.loads(line)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # the process and its worker
-            self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
-            self.process = None
