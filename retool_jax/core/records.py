@@ -19,6 +19,7 @@ class Problem:
     answer: str  # gold answer, bare (no \boxed)
     source: str  # data set and split, e.g. 'arithmetic/new_operands'
     family: str  # kind of problem within the source; '' where there is none
+    judge: str = ''  # who judges answers: '' mathematics, 'text' equal words, else a generator's verifier (tasks.gym)
 
 
 class Verdict(enum.StrEnum):

@@ -111,7 +111,8 @@ class RewardSettings:
 class DataSettings:
     """Problems that are trained on."""
 
-    sources: tuple[str, ...]  # problem files or folders that are trained on; none: the embedded task
+    # problem files or folders that are trained on, or generators (reasoning_gym:NAME?…); none: the embedded task
+    sources: tuple[str, ...]
     # of the sources, each above 0: how often a problem comes from each; none: every problem equally often
     weights: tuple[float, ...]
 
@@ -148,7 +149,8 @@ class HalvesSettings:
 class ValidationSettings:
     """Scores while a policy learns."""
 
-    problems: str | None  # a problem file that is never trained on; None: no validation
+    # a problem file that is never trained on, or a generator, whose held-out problems it is; None: no validation
+    problems: str | None
     limit: int | None  # the first problems of it only, at least 1; None: all
     every: int  # steps from one validation to the next, at least 1; the last step is always followed by one
     samples: int  # answers per problem, 1 to 65,536. P 32
@@ -252,7 +254,7 @@ class Evaluation:
     """launch/evaluate.py."""
 
     run: RunSettings
-    problems: str | None  # the problem file that is scored
+    problems: str | None  # the problem file that is scored, or a generator, whose held-out problems it is
     limit: int | None  # the first problems of it only, at least 1; None: all
     samples: int  # answers per problem, 1 to 65,536. P 32
     model: ModelSettings

@@ -23,7 +23,7 @@ from retool_jax.rollout.journal import Journal
 from retool_jax.stages import folder, parts
 from retool_jax.stages.config import Evaluation
 from retool_jax.stages.intake import Intake, tell_overlong
-from retool_jax.tasks import summary
+from retool_jax.tasks import stream, summary
 from retool_jax.tasks.grader import Grader
 from retool_jax.text.template import Template
 from retool_jax.text.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ KEEP_S = 60.0  # finished episodes wait no longer than this before they are on d
 def run(stage: Evaluation) -> dict:
     """Scores the model on `stage.problems`; returns what summary.json holds."""
     processes.join()
-    name = pathlib.Path(stage.problems).stem
+    name = stream.title(stage.problems)
     with contextlib.ExitStack() as stack:
         grader = stack.enter_context(parts.open_grader(stage.reward))
         intake = Intake(stage.reward.unreadable, grader.parses)

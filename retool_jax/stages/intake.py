@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 
 import grain
@@ -13,7 +12,8 @@ from retool_jax.core import console, processes
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
 from retool_jax.rollout.library import Model
-from retool_jax.tasks import problems, stream
+from retool_jax.tasks import gym, problems, stream
+from retool_jax.tasks.child import Child
 from retool_jax.text.template import prompt_ids
 
 FILE = 'left_out.jsonl'  # in a run's folder
@@ -31,11 +31,14 @@ class Intake:
         self.parses = functools.cache(parses)
         self.left: list[tuple[str, str]] = []  # a problem's id, or the place of a row, and why
 
-    def read(self, path: str | pathlib.Path, limit: int | None = None) -> list[Problem]:
-        """The first `limit` problems of a file or a folder whose gold answers can be read.
+    def read(self, path: str | Path, limit: int | None = None) -> list[Problem]:
+        """The first `limit` problems of a file or a folder whose gold answers can be read; of a generator's the
+        held-out ones.
 
         Raises: UserError, naming the row or the problem, for what cannot be read and is not left out.
         """
+        if gym.named(path):
+            return self._drawn(path, gym.EVALUATION, limit)
         loaded = problems.load(path, leave_out=self.leaves_out)
         for line in loaded.remarks(path):
             console.say(line)
@@ -45,7 +48,10 @@ class Intake:
 
     def open(self, sources: Sequence[stream.Source]) -> list[grain.MapDataset]:
         """The sources of a stream (`data.open_sources`), without unreadable gold answers."""
-        return self._sifted(stream.open_sources(sources, self.read), self._gold_fault)
+        with gym.maker() as child:
+            training = lambda path: (self._drawn(path, gym.TRAINING, child=child) if gym.named(path) else
+                                     self.read(path))
+            return self._sifted(stream.open_sources(sources, training), self._gold_fault)
 
     def worked[T](self, pairs: Sequence[tuple[Problem, T]]) -> list[tuple[Problem, T]]:
         """Worked answers, those of problems whose gold answers can be read."""
@@ -66,11 +72,19 @@ class Intake:
         """
         return self._sifted(datasets, lambda problem: overlong(problem, model, max_tokens))
 
-    def write(self, directory: pathlib.Path) -> None:
+    def write(self, directory: Path) -> None:
         """Lists what is left out in the run's folder, a line each."""
         if processes.leads() and self.left:
             lines = [json.dumps({'id': name, 'why': why}, ensure_ascii=False) + '\n' for name, why in self.left]
             (directory / FILE).write_text(''.join(lines))
+
+    def _drawn(self, source: str | Path, split: str, limit: int | None = None,
+               child: Child | None = None) -> list[Problem]:
+        """Problems of a generator."""
+        drawn = gym.read(source, split, limit, child)
+        for line in drawn.remarks:
+            console.say(line)
+        return drawn.problems
 
     def _sifted(self, datasets: Sequence[grain.MapDataset],
                 fault: Callable[[Problem], str]) -> list[grain.MapDataset]:
@@ -84,7 +98,7 @@ class Intake:
         return kept
 
     def _gold_fault(self, problem: Problem) -> str:
-        if self.parses(problem.answer):
+        if problem.judge or self.parses(problem.answer):
             return ''
         text = f'answer {problem.answer[:80]!r} cannot be read as mathematics'
         if not self.leaves_out:

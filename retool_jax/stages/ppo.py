@@ -87,7 +87,7 @@ def go_on(stage: Reinforcement, directory: pathlib.Path, grader: Grader, intake:
             keep('episodes', f'val_{step:05d}', made)
             found = summary.summarise(made, grader.equal)
             score.update({'score': found['avg']})
-            return summary.as_metrics(pathlib.Path(validation.problems).stem, found)
+            return summary.as_metrics(stream.title(validation.problems), found)
 
         def save(wait: bool = False) -> None:
             there = checkpoints.steps()
@@ -197,7 +197,7 @@ def summarise(stage: Reinforcement, directory: pathlib.Path) -> dict:
     lines, found = metrics.read(directory), {}
     part = f'val_{stage.ppo.steps - 1:05d}'
     if stage.validation.problems and part in episode_files.names(directory / 'episodes'):
-        name = pathlib.Path(stage.validation.problems).stem
+        name = stream.title(stage.validation.problems)
         found[name] = summary.summarise(episode_files.read(directory / 'episodes', part))
     return found | {'steps': len(lines), 'seed': stage.run.seed,
                     'seconds': sum(line.get('time/step_s', line['time/rollout_s']) for line in lines),

@@ -5,7 +5,9 @@ Anything beyond that (fractions, sets, radicals, words…) is for `grader`'s chi
 
 from __future__ import annotations
 
+import json
 import re
+from fractions import Fraction
 
 _TOKEN = re.compile(r'\\boxed\s*\{|\\.|[{}]', re.DOTALL)  # `\{` and `\\` are one unit each
 # Words that say that there is no answer, without spaces; '' is what is left of '-', '...' and '[]'.
@@ -20,6 +22,10 @@ _NO_SPACE = re.compile(r'(?<!\\)\\!\s*')
 _SPACING = re.compile(r'(?:(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~|\s)+')
 _GROUPS = re.compile(r'(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d|,\d)')  # 1 000 is 1000, and 3 4 is not 34
 _COMMAS = re.compile(r'[+-]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?')
+_FRACTION = re.compile(r'\\[dt]?frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}')
+_WORDS = re.compile(r'\\(?:text[a-z]*|mbox|mathrm|mathbf)\s*\{([^{}]*)\}')
+_ESCAPED = re.compile(r'\\([\\{}_%#&$])')
+_DECIMAL = re.compile(r'-?[0-9]{1,400}(?:\.[0-9]{1,400})?')
 _DELIMITERS = (('$$', '$$'), ('$', '$'), (r'\(', r'\)'), (r'\[', r'\]'))
 
 
@@ -84,6 +90,53 @@ def integer(answer: str) -> str | None:
     # Digits stay a string: int() refuses more than 4,300 of them.
     digits = answer.lstrip('+-').lstrip('0') or '0'
     return '-' + digits if answer[0] == '-' and digits != '0' else digits
+
+
+def plain(answer: str) -> str:
+    r"""An answer that is a text, without its typesetting: `\text{…}`, outer dollar signs, `\{`, `\\` for a new line,
+    and `\frac{a}{b}`, which is a/b."""
+    answer = answer.strip()
+    for left, right in _DELIMITERS:
+        if len(answer) > len(left + right) and answer.startswith(left) and answer.endswith(right):
+            answer = answer[len(left) : -len(right)].strip()
+    answer = _FRACTION.sub(r'\1/\2', answer)
+    answer = _WORDS.sub(r'\1', answer)
+    return _ESCAPED.sub(lambda m: '\n' if m[1] == '\\' else m[1], answer)
+
+
+def same_text(answer: str, gold: str) -> bool:
+    """Whether two answers are the same text: letters of either case, blanks that separate no words, a final full
+    stop and typesetting aside; lists and records of JSON are compared as values, their numbers as numbers."""
+    try:
+        return _values(plain(answer)) == _values(plain(gold))
+    except (ValueError, RecursionError):
+        return _squeezed(plain(answer)) == _squeezed(plain(gold))
+
+
+def _squeezed(text: str) -> str:
+    lines = (re.sub(r'\s*([][(){},:;])\s*', r'\1', ' '.join(line.split())) for line in text.strip().splitlines())
+    return '\n'.join(line for line in lines if line).removesuffix('.').casefold()
+
+
+def _values(text: str) -> object:
+    """A list or a record of JSON, or of Python's spelling, to compare; ValueError for any other text."""
+    if not text.strip().startswith(('[', '{')):
+        raise ValueError('neither a list nor a record')
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = json.loads(text.replace("'", '"'))
+    return _comparable(found)
+
+
+def _comparable(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _comparable(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_comparable(entry) for entry in value]
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    return Fraction(str(value)) if _DECIMAL.fullmatch(str(value)) else value
 
 
 def equal_at_sight(answer: str, gold: str) -> bool | None:

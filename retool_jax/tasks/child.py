@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-START_LIMIT_S = 120.0  # for a child to import its libraries on a loaded machine; a longer start is a broken installation
+START_LIMIT_S = 120.0  # for a child to import libraries on a loaded machine; a longer start is a broken installation
 HANG_S = 600.0  # without a reply a child hangs, on any machine: a limit on CPU time does not end one that uses none
 
 

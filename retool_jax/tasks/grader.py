@@ -2,7 +2,8 @@ r"""Rewards: the model's own last box against the gold answer, mathematics judge
 
 Strings and plain integers are compared here; everything else goes to `judge`, one process per worker,
 started when first needed. It ends what is late by itself; should the whole process hang or die, it is
-killed and started anew from here.
+killed and started anew from here. Answers that are no mathematics are judged as texts, or by the verifier of the
+data set that made the problem (`Problem.judge`), in a child too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Reward
-from retool_jax.tasks import answers
+from retool_jax.tasks import answers, gym
 from retool_jax.tasks.child import Child
 
 STYLES = ('paper', 'verl')
@@ -54,13 +55,13 @@ class Grader:
         self.style, self.time_limit_s, self.max_length = style, time_limit_s, max_length
         self.timeouts = self.deaths = 0  # answers that were late, and judges that died
         self._workers = workers
-        self._children = [Child('retool_jax.tasks.judge', memory_mb, time_limit_s) for _ in range(workers)]
-        self._idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
-        for child in self._children:
-            self._idle.put(child)
+        judges = [Child('retool_jax.tasks.judge', memory_mb, time_limit_s) for _ in range(workers)]
+        verifiers = [Child('retool_jax.tasks.gym_child', gym.MEMORY_MB, time_limit_s) for _ in range(workers)]
+        self._children = judges + verifiers
+        self._judges, self._verifiers = _queue(judges), _queue(verifiers)
         self._cache: dict[tuple[str, str], bool] = {}
 
-    def grade(self, text: str, gold: str, calls: int = 0, whole: str | None = None) -> Reward:
+    def grade(self, text: str, gold: str, calls: int = 0, whole: str | None = None, judge: str = '') -> Reward:
         """The reward of a model's last words.
 
         Args:
@@ -69,12 +70,13 @@ class Grader:
           gold: the gold answer.
           calls: tool calls made; they matter to style 'verl' only.
           whole: everything after the prompt, tool outputs among it, for the authors' rule; None: `text` is all.
+          judge: who says whether an answer is right (`Problem.judge`).
         """
         whole = text if whole is None else whole
         box = answers.last_box(text)
-        verdict = Verdict(False) if box is None else self.judge(box, gold)
+        verdict = Verdict(False) if box is None else self.judge(box, gold, judge)
         lenient = verdict.equal or any(
-            given is not None and self.equal(given, gold)
+            given is not None and self.judge(given, gold, judge).equal
             for given in (answers.last_box(whole) if whole is not text else None, answers.last_integer(whole))
         )
         exact = box is not None and answers.normalise(box) == answers.normalise(gold)
@@ -87,31 +89,38 @@ class Grader:
         golds: Sequence[str],
         calls: Iterable[int] | None = None,
         wholes: Sequence[str] | None = None,
+        judges: Sequence[str] | None = None,
     ) -> list[Reward]:
         """The same for a batch, over all workers; order kept."""
         calls = [0] * len(texts) if calls is None else list(calls)
         wholes = texts if wholes is None else wholes
+        judges = [''] * len(texts) if judges is None else judges
         if not len(texts) == len(golds) == len(calls) == len(wholes):
             raise ValueError(
                 f'grade_many got {len(texts)} texts, {len(golds)} golds, {len(calls)} calls, {len(wholes)} wholes'
             )
         with concurrent.futures.ThreadPoolExecutor(self._workers) as threads:
-            return list(threads.map(self.grade, texts, golds, calls, wholes))
+            return list(threads.map(self.grade, texts, golds, calls, wholes, judges))
 
     def equal(self, answer: str, gold: str) -> bool:
         """Whether two bare answers are mathematically the same; never raises on what a model wrote."""
         return self.judge(answer, gold).equal
 
-    def judge(self, answer: str, gold: str) -> Verdict:
-        """`equal`, and whether the judge ran out of time; such a verdict is not remembered."""
-        at_sight = answers.equal_at_sight(answer, gold)
+    def judge(self, answer: str, gold: str, judge: str = '') -> Verdict:
+        """`equal`, and whether the judge ran out of time; such a verdict is not remembered.
+
+        `judge` is a problem's: '' for mathematics, 'text', or the name of a generated problem (`tasks.gym`).
+        """
+        if judge == 'text':
+            return Verdict(answers.same_text(answer, gold))
+        at_sight = answers.equal_at_sight(answer, gold) if not judge else None
         if at_sight is not None:
             return Verdict(at_sight)
-        if len(answer) > self.max_length:
+        if len(answer) > max(self.max_length, 2 * len(gold)):
             return Verdict(False)
-        key = (answer, gold)
+        key = (answer, judge or gold)
         if key not in self._cache:
-            reply = self._ask(answer, gold)
+            reply = self._ask_verifier(answer, judge) if judge else self._ask(answer, gold)
             if 'equal' not in reply:
                 return Verdict(False, 'late' in reply)
             if len(self._cache) >= CACHE_SIZE:
@@ -130,14 +139,21 @@ class Grader:
         return 'late' in reply or 'died' in reply or bool(reply.get('parsed'))
 
     def _ask(self, answer: str, gold: str) -> dict:
-        child = self._idle.get()
+        return self._ask_one(self._judges, {'answer': answer, 'gold': gold})
+
+    def _ask_verifier(self, answer: str, judge: str) -> dict:
+        # A verifier knows no typesetting: `\\text{…}`, `\\{` and dollar signs go first.
+        return self._ask_one(self._verifiers, {'do': 'score', 'answer': answers.plain(answer)} | gym.locate(judge))
+
+    def _ask_one(self, idle: queue.SimpleQueue[Child], message: dict) -> dict:
+        child = idle.get()
         try:
-            reply = child.ask({'answer': answer, 'gold': gold})
+            reply = child.ask(message)
             if 'died' in reply:  # by this answer, or by something that has nothing to do with it
                 self.deaths += 1
-                reply = child.ask({'answer': answer, 'gold': gold})
+                reply = child.ask(message)
         finally:
-            self._idle.put(child)
+            idle.put(child)
         self.timeouts += 'late' in reply
         return reply
 
@@ -158,3 +174,10 @@ def shape(correct: bool, style: str, calls: int = 0) -> float:
     if correct:
         return 1.0
     return -1.0 if style == 'paper' else min(-0.6, -1.0 + 0.1 * calls)
+
+
+def _queue(children: Sequence[Child]) -> queue.SimpleQueue[Child]:
+    idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
+    for child in children:
+        idle.put(child)
+    return idle

@@ -177,7 +177,8 @@ def write_array_record(path: str | Path, problems: Iterable[Problem]) -> int:
 
 def encode_problem(problem: Problem) -> bytes:
     """A problem as one array_record's bytes."""
-    return json.dumps(dataclasses.asdict(problem), ensure_ascii=False).encode()
+    fields = {k: v for k, v in dataclasses.asdict(problem).items() if v or k != 'judge'}  # most problems have none
+    return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def decode_problem(record: bytes) -> Problem:

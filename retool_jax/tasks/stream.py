@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import grain
 
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
-from retool_jax.tasks import problems
+from retool_jax.tasks import gym, problems
 
 Source = Sequence[Problem] | str | Path
 
@@ -46,11 +47,12 @@ def stream(sources: Sequence[Source | grain.MapDataset], weights: Sequence[float
 
 
 def open_sources(sources: Sequence[Source | grain.MapDataset],
-                 read: Callable[[Path], Sequence[Problem]] = problems.read) -> list[grain.MapDataset]:
+                 read: Callable[[Path], Sequence[Problem]] | None = None) -> list[grain.MapDataset]:
     """Each source as a dataset of Problems, each once, in order, with ids that are unique over all of them.
 
-    A source is a list of problems, or the path of anything that `read` reads; files written by
-    `problems.write_array_record` are read at random, not loaded. A single source keeps its ids; of several, each
+    A source is a list of problems, the path of anything that `problems.read` reads, or a generator's name (`gym`),
+    whose training problems it stands for; files written by `problems.write_array_record` are read at random, not
+    loaded. `read` takes the place of the readers. A single source keeps its ids; of several, each
     puts its name before them ('gsm8k/train.jsonl/17'), so that two files with equal ids hold different problems.
     The same file named twice holds the same ones. Datasets stay as they are.
     """
@@ -65,14 +67,14 @@ def open_sources(sources: Sequence[Source | grain.MapDataset],
 
 
 def open_source(source: Source,
-                read: Callable[[Path], Sequence[Problem]] = problems.read) -> grain.MapDataset:
+                read: Callable[[Path], Sequence[Problem]] | None = None) -> grain.MapDataset:
     """One source as a dataset of Problems, each once, in order."""
     if isinstance(source, str | Path):
         path = Path(source)
         if path.is_file() and path.name.endswith('.array_record') and _is_ours(path):
             records = grain.sources.ArrayRecordDataSource([str(path)])
             return grain.MapDataset.source(records).map(problems.decode_problem)
-        source = read(path)
+        source = (read or _read)(path)
     if not len(source):
         raise UserError('data: a source without problems')
     return grain.MapDataset.source(source)
@@ -87,6 +89,13 @@ def names(sources: Sequence[Source]) -> list[str]:
         depth += 1
         named = {'/'.join(path.parts[-depth:]): path for path in paths}
     return ['/'.join(path.parts[-depth:]) for path in paths]
+
+
+def title(source: str | Path) -> str:
+    """A short name of a source, fit for a file's: of a path its stem, of a generator its name and parameters."""
+    if gym.named(source):
+        return re.sub(r'[^\w.=-]+', '_', str(source).removeprefix(gym.PREFIX))
+    return Path(source).stem
 
 
 def once(dataset: grain.MapDataset) -> Iterator[Problem]:
@@ -129,6 +138,10 @@ def next_batch(
             'the batch must be a positive multiple of the number of processes'
         )
     return [dataset[i] for i in range(cursor + process_index, cursor + count, process_count)], cursor + count
+
+
+def _read(path: Path) -> Sequence[Problem]:
+    return gym.read(path, gym.TRAINING).problems if gym.named(path) else problems.read(path)
 
 
 def _qualify(name: str, problem: Problem) -> Problem:

@@ -28,9 +28,12 @@ def make_requests(problems: Sequence[Problem], samples: int, template: Template,
 def grade(episodes: Sequence[Episode], grader: Grader, tokenizer: Tokenizer) -> None:
     """Sets every episode's reward from the model's own text after the last fed-back token; the authors' lenient rule
     sees everything after the prompt."""
+    judges = [e.problem.judge for e in episodes]
+    judged = {'judges': judges} if any(judges) else {}  # a reward of one's own need not know of them
     rewards = grader.grade_many([final_text(e, tokenizer) for e in episodes], [e.problem.answer for e in episodes],
                                 [len(e.calls) for e in episodes],
-                                [tokenizer.decode(e.tokens[e.prompt_length:]) for e in episodes])
+                                [tokenizer.decode(e.tokens[e.prompt_length:]) for e in episodes],
+                                **judged)
     for episode, reward in zip(episodes, rewards):
         episode.reward = reward
 

@@ -66,6 +66,20 @@ def test_golds_of_array_records_are_checked_too(tmp_path):
     assert [p.id for p in stream.once(kept)] == ['a']
 
 
+def test_a_generator_is_read_by_its_name_for_training_and_for_evaluation(tmp_path, capsys):
+    taken = Intake('refuse', parses)
+    source = 'reasoning_gym:chain_sum?max_terms=2&max_digits=1&size=100'
+    held = taken.read(source, limit=300)
+    trained, beside = taken.open([source, write(tmp_path / 'a.jsonl', GOOD)])
+    assert len(held) == 300 and 0 < len(trained) < 100 and len(beside) == 4
+    assert not {p.question for p in held} & {p.question for p in stream.once(trained)}
+    assert 'training problems ask what a held-out one asks and are left out' in capsys.readouterr().err
+    words = taken.read('reasoning_gym:emoji_mystery', limit=5)
+    assert len(words) == 5 and not any(parses(p.answer) for p in words)  # who judges them reads no mathematics
+    with pytest.raises(UserError, match='did you mean chain_sum'):
+        taken.open(['reasoning_gym:chain_sums'])
+
+
 @pytest.mark.parametrize('question', ['x' * 64, 'é' * 32, '中' * 21 + 'x', ' ' + 'x' * 63])
 def test_a_prompt_is_left_out_exactly_where_it_fills_the_budget(question):
     size = FRAME + 64

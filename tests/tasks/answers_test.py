@@ -68,3 +68,21 @@ def test_the_lenient_integer_is_the_last_of_the_last_line(text, found):
 )
 def test_strings_and_plain_integers_decide_at_sight_and_nothing_else(a, b, equal):
     assert answers.equal_at_sight(a, b) is equal
+
+
+@pytest.mark.parametrize(
+    'answer, gold, same',
+    [
+        ('cab', 'abc', False), ('ABC', 'abc', True), (r'\text{Yes}', 'Yes', True), ('Yes.', 'Yes', True),
+        ('yes or no', 'yes', False), ('', 'yes', False), ('1 2 3', '123', False), ('1  2\n3 4 ', '1 2\n3 4', True),
+        (r'1 2 \\ 3 4', '1 2\n3 4', True), ('1 2 3 4', '1 2\n3 4', False), ('a,b , c', 'a, b, c', True),
+        ('b, a', 'a, b', False), (r'$\dfrac{1}{2}$', '1/2', True), ('2/4', '1/2', False), ('0x1F', '0x1f', True),
+        ('[1, 2.0]', '[1,2]', True), ("['-1.5', '2']", '["-1.50", "2"]', True), ('[2, 1]', '[1, 2]', False),
+        ('[1]', '[true]', False), ('{"a": 1, "b": "x"}', '{"b":"x","a":1}', True), ('{"a": "X"}', '{"a": "x"}', False),
+        (r'\{"a": 1\}', '{"a": 1}', True), ('[NaN]', '[1]', False), ('[A, B]', '[a,b]', True),
+        ('[' * 5000, '[1]', False), ('[' + '9' * 5000 + ']', '[1]', False),
+        ('grandmother', 'Grandmother', True), ('J7', 'J8', False),
+    ],
+)  # fmt: skip
+def test_texts_are_the_same_but_for_case_spacing_and_typesetting(answer, gold, same):
+    assert answers.same_text(answer, gold) is same
