@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from retool_jax.core.records import Verdict
-from retool_jax.sandbox import canary, guest
+from retool_jax.sandbox import canary
 from retool_jax.sandbox.cgroups import Groups
 from retool_jax.sandbox.pool import Pool
 from retool_jax.sandbox.settings import SandboxSettings
@@ -26,10 +26,7 @@ from retool_jax.sandbox.settings import SandboxSettings
 _NAMESPACES = {'user': 0x10000000, 'mount': 0x20000, 'pid': 0x20000000, 'network': 0x40000000, 'ipc': 0x8000000,
                'uts': 0x4000000, 'cgroup': 0x2000000}
 # The pool that is examined: an ordinary one, but short in CPU time, so that the report comes soon.
-EXAMINATION = SandboxSettings(
-    path='warm', zygotes=2, spares=3, concurrency=0, recycle=2000, cpu_s=0.5, wall_s=2.0, memory_mb=256, processes=64,
-    files=256, scratch_mb=64, scratch_inodes=4096, output_bytes=1 << 18, preload=('numpy', 'sympy'),
-    packages=guest.PACKAGES, echo=False, retries=3, queue=16384, queue_mb=256, require_groups=False)
+EXAMINATION = SandboxSettings(cpu_s=0.5, wall_s=2.0)
 
 
 @dataclasses.dataclass(frozen=True)
