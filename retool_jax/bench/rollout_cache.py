@@ -80,14 +80,16 @@ class Rows:
 def measure(config: ModelConfig, weights: Params, shape, repeats: int, say: Callable[[str], None]) -> dict:
     """Seconds of chunks and steps at the same length in a long and a short cache, and of a tool's return."""
     say('long and short cache')
-    long, short = (Rows(config, weights, shape, ROWS, slots) for slots in (shape.slots, shape.short_slots))
+    caches = {name: Rows(config, weights, shape, ROWS, slots)
+              for name, slots in (('long', shape.slots), ('short', shape.short_slots))}
     seconds = in_turns({
-        'decode_long': lambda i: long.decode(LIVE), 'decode_short': lambda i: short.decode(LIVE),
-        'extend_long': lambda i: long.extend(LIVE), 'extend_short': lambda i: short.extend(LIVE)}, repeats)
+        'decode_long': lambda i: caches['long'].decode(LIVE), 'decode_short': lambda i: caches['short'].decode(LIVE),
+        'extend_long': lambda i: caches['long'].extend(LIVE), 'extend_short': lambda i: caches['short'].extend(LIVE),
+    }, repeats)
     figures = {f'{name}_s': value for name, value in seconds.items()}
     for name in ('decode', 'extend'):
         figures[f'{name}_long_over_short'] = seconds[f'{name}_long'] / seconds[f'{name}_short']
-    del long, short
+    caches.clear()
 
     say('a tool returns late')
     one, end = Rows(config, weights, shape, 1, shape.slots), min(shape.long + shape.chunk, shape.slots)
