@@ -2,6 +2,7 @@
 
     make demo        (python launch/demo.py --config=configs/demo.py)
 
+The same command goes on wherever it was stopped.
 Hardware: 2 CPU cores, 6 GiB. Time: about 12 minutes. Expected: see the table in README.md.
 """
 

@@ -7,9 +7,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from retool_jax.core import metrics
 from retool_jax.stages import demo
 from retool_jax.stages.config import Demo, Reinforcement, RunSettings
@@ -30,12 +27,12 @@ def measure(stage: Demo, algorithms: Mapping[str, Reinforcement], seeds: Sequenc
     for seed in seeds:
         place = lambda name: RunSettings(dir=str(folder / f'{name}_{seed}'), seed=seed)  # noqa: B023
         with demo.opened(dataclasses.replace(stage, run=place('sft'))) as story:
-            start = story.sft(True, story.traces(True), story.random_model())
+            start = story.fine_tune(True, story.cold_start(True))
             before = story.score('sft', True, start, apart=False)['avg']
         for name, changes in algorithms.items():
             blocks = {block: getattr(changes, block) for block in BLOCKS}
             with demo.opened(dataclasses.replace(stage, run=place(name), **blocks)) as story:
-                learnt = story.reinforce(True, jax.tree.map(jnp.copy, start))  # a step takes its memory
+                learnt = story.reinforce(True, start)
                 after = story.score('rl', True, learnt, apart=False)['avg']
             results[name][str(seed)] = {'sft': before, 'rl': after} | pace(story.directory, target)
             say(f'{name}, seed {seed}: {json.dumps(results[name][str(seed)])}')

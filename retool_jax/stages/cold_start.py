@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from retool_jax.core import console, episode_files
 from retool_jax.core.checks import MANY
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, ExecResult, Problem, Stop, Verdict
+from retool_jax.rollout.library import Model
 from retool_jax.rollout.sampler import STOP_CODE, STOP_EOS
 from retool_jax.rollout.turns import Feed, Rules, Run, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render
@@ -85,16 +86,22 @@ def run(stage: ColdStart) -> None:
                 drawn = arithmetic.problems('train', stage.problems, stage.run.seed)
                 made, counts = build(drawn, stage.mix, pool, stage.feedback, model.template, model.tokenizer,
                                      stage.run.seed, stage.max_tokens)
-            if not made:
-                raise UserError(f'no trace was kept: {counts}')
-            episode_files.write(directory / 'episodes', 'cold_start', made, model.tokenizer.decode)
             unverified = sum(episode.problem.id in own for episode in made)
-            verified = {'verified': len(made) - unverified, 'own': unverified}
-            (directory / 'summary.json').write_text(json.dumps({'counts': counts, 'answers': verified}, indent=2))
+            keep(directory, model, made, counts, unverified)
     console.table('traces', ('', 'number', 'share'), shares(counts))
     if own:
         console.say(f'answers: {len(made) - unverified} of {len(made)} traces kept were verified; {unverified} have no '
                     'gold answer but their own last box, which verifies nothing: --config.golds=FILE names one')
+
+
+def keep(directory: Path, model: Model, made: Sequence[Episode], counts: Mapping[str, int],
+         unverified: int = 0) -> None:
+    """Writes the traces to `episodes/` of a run's folder and last of all its summary.json."""
+    if not made:
+        raise UserError(f'no trace was kept: {counts}')
+    episode_files.write(directory / 'episodes', 'cold_start', made, model.tokenizer.decode)
+    verified = {'verified': len(made) - unverified, 'own': unverified}
+    folder.write(directory / 'summary.json', {'counts': counts, 'answers': verified})
 
 
 def build(

@@ -1,7 +1,9 @@
 """The demo's whole story on the embedded task, from nothing to a model that knows when to run Python.
 
 Two models of the same size learn the same problems with the same number of steps and episodes: one
-may call the interpreter, one may not. `run` reads from top to bottom.
+may call the interpreter, one may not. Each goes through the stages of a run of one's own – cold start, fine-tuning,
+PPO – in folders below the demo's, tool/ and text/, in one process that shares sandbox, grader and compiled samplers.
+Every stage goes on where it was stopped, and so does the demo. `run` reads from top to bottom.
 """
 
 from __future__ import annotations
@@ -10,142 +12,164 @@ import contextlib
 import dataclasses
 import functools
 import json
-import pathlib
 import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from retool_jax.core import console, episode_files
-from retool_jax.core.checkpoint import Checkpoints
+from retool_jax.core import console, episode_files, metrics
 from retool_jax.core.metrics import Metrics
-from retool_jax.core.pytrees import Params
-from retool_jax.core.records import Episode
-from retool_jax.model import hf
-from retool_jax.rollout.engine import Engine
+from retool_jax.core.records import Episode, Problem
 from retool_jax.rollout.requests import Executor
 from retool_jax.rollout.sampler import Sampler
-from retool_jax.stages import cold_start, folder, parts
-from retool_jax.stages.config import Demo, Mix
+from retool_jax.stages import cold_start, evaluate, folder, parts, ppo, sft
+from retool_jax.stages.alarms import ALARMS, WatchSettings
+from retool_jax.stages.config import (
+    CheckpointSettings,
+    ColdStart,
+    DataSettings,
+    Demo,
+    FineTuning,
+    HalvesSettings,
+    Mix,
+    Reinforcement,
+    Rollouts,
+    RunSettings,
+    ValidationSettings,
+)
 from retool_jax.tasks import arithmetic
 from retool_jax.tasks.grader import Grader
 from retool_jax.tasks.summary import summarise
-from retool_jax.train import grading, ppo, sft, sources
 from retool_jax.train.sft import SFTSettings
-from retool_jax.train.state import init_state
 
 HELD_OUT = 'new_operands'  # the headline set; the others are scored apart
 APART = ('new_wording', 'larger_range')
 TEXT_ONLY = Mix(easy={'mental': 1.0}, needy={'mental': 1.0})
+PLACES = ('traces', 'model.path')  # of stages: below the demo's folder, which may be moved
+SFT_SAVES, PPO_SAVES = CheckpointSettings(every=100, keep_last=1), CheckpointSettings(every=4, keep_last=2)
+# Nobody is there to be warned, and 20 steps of this size are over before anything could be done.
+UNWATCHED = WatchSettings(
+    entropy_below=0.0, equal_steps=1, mismatch_above=0.0, episode_mismatch_above=0.0, failures_above=0.0,
+    faults_above=0.0, timeouts_above=0.0, **dict.fromkeys(ALARMS, 'ignore'))  # fmt: skip
 
 
 class Story:
-    """One run of the recipe: what both models share."""
+    """One run of the demo: what both models share, and their stages."""
 
-    def __init__(self, stage: Demo, directory: pathlib.Path, executor: Executor, grader: Grader, writer: Metrics):
-        self.stage, self.executor, self.grader, self.writer = stage, executor, grader, writer
-        self.recipe, self.ppo, self.forward, self.feedback = stage.recipe, stage.ppo, stage.forward, stage.feedback
-        self.directory = directory
-        self.seed = stage.run.seed
+    def __init__(self, stage: Demo, directory: Path, executor: Executor, grader: Grader, writer: Metrics):
+        self.stage, self.recipe, self.seed = stage, stage.recipe, stage.run.seed
+        self.directory, self.executor, self.grader, self.writer = directory, executor, grader, writer
         self.mesh = parts.make_mesh(stage.mesh)
         self.models = {tools: parts.open_model(dataclasses.replace(stage.model, tools=tools), directory)
-                       for tools in (True, False)}
-        self.model = self.models[True]  # of tokens and templates, which are the same
+                       for tools in (True, False)}  # before they have learnt anything
         self.clock = 0  # metrics lines written
-
-    def engine(self, tools: bool, training: bool) -> Engine:
-        sampling = self.stage.train_sampling if training else self.stage.evaluate_sampling
-        return parts.make_engine(self.models[tools], self.samplers[tools], self.stage.turns, self.feedback, sampling,
-                                 self.executor if tools else None, self.seed,
-                                 parts.TRAINING if training else parts.EVALUATION)
 
     @functools.cached_property
     def samplers(self) -> dict[bool, Sampler]:
-        """One compiled sampler per kind of model."""
-        return {tools: parts.make_sampler(model, self.stage.sampler, self.stage.turns)
+        """One compiled sampler per kind of model, for rollouts and evaluations alike."""
+        return {tools: parts.make_sampler(model, self.stage.sampler, self.stage.turns, self.mesh)
                 for tools, model in self.models.items()}
 
-    def random_model(self) -> Params:
-        """What everything starts from."""
-        return parts.load_policy(self.stage.model, self.model, self.seed, self.mesh)
+    def common(self, tools: bool, name: str, start: Path | None = None) -> dict:
+        """The blocks that every stage of a line has: its folder, and the model that it begins with."""
+        model = dataclasses.replace(self.stage.model, tools=tools, **({'path': str(start)} if start else {}))
+        place = self.directory / _kind(tools) / name
+        return {'run': RunSettings(dir=str(place), seed=self.seed), 'model': model}
 
-    def log(self, name: str, step: int, metrics: dict[str, float]) -> None:
-        self.writer.write(self.clock, {'phase': name, 'phase_step': step} | metrics)
-        self.clock += 1
-
-    def traces(self, tools: bool) -> list[Episode]:
-        """The cold start of one model; what verification dropped is printed."""
-        if tools:
-            mix = self.stage.mix
-            problems = arithmetic.problems('train', self.recipe.problems_seen, self.seed)
-        else:
-            mix, rng = TEXT_ONLY, random.Random(f'text-only/{self.seed}')
-            problems = [p for p in arithmetic.problems('train', 2 * self.recipe.problems_seen, self.seed)
-                        if arithmetic.BY_NAME[p.family].mental or rng.random() < self.recipe.text_needy]
-        made, counts = cold_start.build(
-            problems, mix, self.executor if tools else None, self.feedback, self.model.template,
-            self.model.tokenizer, self.seed, max_tokens=min(self.stage.turns.max_tokens, self.forward.row_width))
+    def cold_start(self, tools: bool) -> Path:
+        """The traces of one line, as a folder of episodes; what verification dropped is printed."""
+        stage, model = self.stage, self.models[tools]
+        stage = ColdStart(**self.common(tools, 'cold_start'), traces=None, golds=None,
+                          problems=self.recipe.problems_seen, mix=stage.mix if tools else TEXT_ONLY,
+                          max_tokens=min(stage.turns.max_tokens, stage.forward.row_width), sandbox=stage.sandbox,
+                          feedback=stage.feedback, reward=stage.reward)
+        with folder.claimed(stage, free=PLACES) as directory:
+            if not (directory / 'summary.json').exists():
+                made, counts = cold_start.build(self.problems(tools), stage.mix, self.executor if tools else None,
+                                                stage.feedback, model.template, model.tokenizer, self.seed,
+                                                max_tokens=stage.max_tokens)
+                cold_start.keep(directory, model, made, counts)
+            counts = json.loads((directory / 'summary.json').read_text())['counts']
         console.say(f'cold start ({_kind(tools)}): ' + ', '.join(f'{n} {reason}' for reason, n in counts.items()))
-        return made
+        return directory / 'episodes'
 
-    def sft(self, tools: bool, traces: Sequence[Episode], params: Params) -> Params:
-        """Supervised fine-tuning from `params`."""
-        learner = parts.make_tuner(self.forward, self.stage.sft_optimizer, self.recipe.sft_steps, self.model.config,
-                                   self.mesh)
-        sizes = SFTSettings(steps=self.recipe.sft_steps, epochs=0, batch_tokens=self.recipe.sft_batch_tokens,
-                            evaluation_share=0.0)
-        with console.progress(f'SFT ({_kind(tools)})', sizes.steps) as advance:
-            def log(step, metrics):
-                self.log(f'sft_{_kind(tools)}', step, metrics)
-                advance(f'loss {metrics["sft/loss"]:.3f}')
-            # Both models start from `params`, and a step gives its state's memory to the next.
-            state = init_state({'policy': jax.tree.map(jnp.copy, params)}, learner.optimizer)
-            # Digits of long mental arithmetic look random to such a model and drown what it can learn, to
-            # copy operands: it starts with traces that need nothing else.
-            easiest = [trace for trace in traces if trace.calls or _mental(trace)]
-            lead = dataclasses.replace(sizes, steps=self.recipe.lead_steps)
-            state = sft.train(learner, state, easiest, lead, self.seed, log)
-            state = sft.train(learner, state, traces, sizes, self.seed, log)
-        return state.params['policy']
+    def problems(self, tools: bool) -> list[Problem]:
+        """What the cold start of a line is made from."""
+        if tools:
+            return arithmetic.problems('train', self.recipe.problems_seen, self.seed)
+        rng = random.Random(f'text-only/{self.seed}')
+        return [problem for problem in arithmetic.problems('train', 2 * self.recipe.problems_seen, self.seed)
+                if arithmetic.BY_NAME[problem.family].mental or rng.random() < self.recipe.text_needy]
 
-    def reinforce(self, tools: bool, params: Params) -> Params:
-        """PPO from `params`."""
-        learner = parts.make_learner(self.stage, self.model.config, self.mesh)
-        asked = self.ppo.problems_per_step * max(self.ppo.dynamic_rounds, 1)
-        stream = arithmetic.problems('train', asked * self.ppo.steps, seed=self.seed + 1_000_003)
-        with console.progress(f'PPO ({_kind(tools)})', self.ppo.steps) as advance:
-            def report(result: ppo.StepResult):
-                m = result.metrics
-                self.log(f'ppo_{_kind(tools)}', result.step, m)
-                episode_files.write(self.directory / 'episodes', f'{_kind(tools)}_{result.step:05d}', result.episodes,
-                                    self.model.tokenizer.decode)
-                advance(f'correct {m["rewards/correct"]:.2f} code {m["tools/code_ratio"]:.2f}')
-            collect = sources.sampled(self.engine(tools, training=True), self.ppo, stream, self.model.template,
-                                       self.model.tokenizer, self.grader)
-            state = ppo.train(learner, parts.begin(learner, self.ppo.critic, params), self.ppo, collect=collect,
-                              seed=self.seed, report=report)
-        return state.params['policy']
+    def fine_tune(self, tools: bool, traces: Path) -> Path:
+        """Supervised fine-tuning of the random model; the folder of the one that it becomes."""
+        stage, recipe = self.stage, self.recipe
+        stage = FineTuning(**self.common(tools, 'sft'), traces=str(traces), unreadable='refuse', mesh=stage.mesh,
+                           forward=stage.forward, optimizer=stage.sft_optimizer, checkpoints=SFT_SAVES,
+                           sft=SFTSettings(steps=recipe.sft_steps, epochs=0, batch_tokens=recipe.sft_batch_tokens,
+                                           evaluation_share=0.0))
+        with folder.claimed(stage, free=PLACES) as directory:
+            if not (directory / sft.FINAL).exists():
+                made = episode_files.read(traces)
+                # Digits of long mental arithmetic look random to such a model and drown what it can learn, to
+                # copy operands: it starts with traces that need nothing else.
+                easiest = [trace for trace in made if trace.calls or _mental(trace)]
+                sft.go_on(stage, directory, parts.open_model(stage.model, directory), made, lead=easiest,
+                          lead_steps=recipe.lead_steps)
+        self.log(f'sft_{_kind(tools)}', metrics.read(directory))
+        return directory / sft.FINAL
 
-    def score(self, name: str, tools: bool, params: Params, apart: bool = True) -> dict:
-        """avg@k on the held-out sets; the episodes are kept."""
-        engine, weights = self.engine(tools, training=False), self.samplers[tools].sync(params)
+    def reinforce(self, tools: bool, start: Path) -> Path:
+        """PPO from the model in a folder; the folder of the one that it becomes."""
+        blocks = {field.name: getattr(self.stage, field.name) for field in dataclasses.fields(Rollouts)}
+        stage = Reinforcement(
+            **blocks | self.common(tools, 'ppo', start), data=DataSettings(sources=(), weights=()),
+            halves=HalvesSettings(episodes=None, train=True), watch=UNWATCHED, checkpoints=PPO_SAVES,
+            validation=ValidationSettings(problems=None, limit=None, every=1, samples=1))
+        with folder.claimed(stage, free=PLACES) as directory:
+            if not (directory / 'summary.json').exists():
+                asked = stage.ppo.problems_per_step * max(stage.ppo.dynamic_rounds, 1)
+                stream = arithmetic.problems('train', asked * stage.ppo.steps, seed=self.seed + 1_000_003)
+                ppo.go_on(stage, directory, parts.build(stage, directory), self.samplers[tools],
+                          self.executor if tools else None, self.grader, stream)
+        self.log(f'ppo_{_kind(tools)}', metrics.read(directory))
+        for step in range(stage.ppo.steps):
+            for suffix in ('npz', 'jsonl'):  # the text last: it is what says that a part is there
+                _copy(directory / 'episodes' / f'train_{step:05d}.{suffix}',
+                      self.directory / 'episodes' / f'{_kind(tools)}_{step:05d}.{suffix}')
+        return directory / ppo.FINAL
+
+    def score(self, name: str, tools: bool, path: Path | None = None, apart: bool = True) -> dict:
+        """avg@k on the held-out sets of the model in a folder, or of the random one; the episodes are kept."""
+        stage, model, sampler = self.stage, self.models[tools], self.samplers[tools]
+        settings = dataclasses.replace(stage.model, path=str(path)) if path else stage.model
+        weights = sampler.sync(parts.load_policy(settings, model, self.seed, self.mesh))
+        engine = parts.make_engine(model, sampler, stage.turns, stage.feedback, stage.evaluate_sampling,
+                                   self.executor if tools else None, self.seed, parts.EVALUATION)
         sets = {HELD_OUT: self.recipe.problems} | ({s: self.recipe.apart_problems for s in APART} if apart else {})
-        found = {}
-        with console.progress(f'evaluate {name}', sum(sets.values()) * self.recipe.samples) as advance:
+        scores = {}
+        with (console.progress(f'evaluate {name}', sum(sets.values()) * self.recipe.samples) as advance,
+              contextlib.closing(folder.open_journal(self.directory)) as journal):
             for split, count in sets.items():
-                made = grading.run(engine, weights, 0, arithmetic.problems(split, count, seed=self.seed + 7),
-                                    self.recipe.samples, self.model.template, self.model.tokenizer, self.grader,
-                                    finished=lambda episode: advance())
-                found[split] = summarise(made, self.grader.equal)
-                found[split]['code_ratio_needy'] = needy_code_ratio(made)
-                episode_files.write(self.directory / 'episodes', f'val_{name}_{split}', made,
-                                    self.model.tokenizer.decode)
-        self.log(f'val_{name}', 0, {f'val/{split}/avg@{self.recipe.samples}': s['avg'] for split, s in found.items()})
-        return found[HELD_OUT] | {'apart': {split: found[split] for split in found if split != HELD_OUT}}
+                made = evaluate.run_kept(
+                    engine, weights, arithmetic.problems(split, count, seed=self.seed + 7), self.recipe.samples,
+                    self.directory / 'episodes', f'val_{name}_{split}', model.template, model.tokenizer, self.grader,
+                    journal, advance)
+                scores[split] = summarise(made, self.grader.equal)
+                scores[split]['code_ratio_needy'] = needy_code_ratio(made)
+        self.log(f'val_{name}', [{'step': 0} | {
+            f'val/{split}/avg@{self.recipe.samples}': s['avg'] for split, s in scores.items()}])
+        return scores[HELD_OUT] | {'apart': {split: scores[split] for split in scores if split != HELD_OUT}}
+
+    def log(self, name: str, lines: Sequence[dict]) -> None:
+        """Writes what a stage measured to the demo's own metrics."""
+        for line in lines:
+            own = {key: value for key, value in line.items() if key not in ('step', 'time', 'phase')}
+            self.writer.write(self.clock, {'phase': name, 'phase_step': line['step']} | own)
+            self.clock += 1
 
 
 def needy_code_ratio(episodes: Sequence[Episode]) -> float:
@@ -156,44 +180,41 @@ def needy_code_ratio(episodes: Sequence[Episode]) -> float:
 
 @contextlib.contextmanager
 def opened(stage: Demo) -> Iterator[Story]:
-    """The story of a run's folder, with sandbox, grader and log; what an earlier telling left there is deleted."""
+    """The story of a run's folder, with sandbox, grader and log."""
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(folder.claimed(stage))
-        for old in ('model', 'tool_rl', 'checkpoints', 'episodes'):
-            shutil.rmtree(directory / old, ignore_errors=True)
-        pool = stack.enter_context(parts.open_sandbox(stage.sandbox))
+        stack.enter_context(folder.stoppable())
+        executor = stack.enter_context(parts.open_guarded(stage.sandbox, tools=True))
         grader = stack.enter_context(parts.open_grader(stage.reward))
         writer = stack.enter_context(Metrics(directory))
-        writer.rewind(None)
-        story = Story(stage, directory, pool, grader, writer)
-        console.banner(model=story.model, mesh=dict(story.mesh.shape), sandbox=pool, run=directory)
+        writer.rewind(None)  # every stage writes its lines anew, the finished ones at once
+        story = Story(stage, directory, executor, grader, writer)
+        console.banner(model=story.models[True], mesh=dict(story.mesh.shape), sandbox=executor, run=directory)
         yield story
 
 
 def run(stage: Demo) -> dict:
-    """The whole story; returns what summary.json holds."""
+    """The whole story, or the rest of it; returns what summary.json holds."""
     began = time.perf_counter()
     with opened(stage) as story:
         # One random model; two cold starts from it.
-        base = story.random_model()
-        scores = {'base': story.score('base', True, base, apart=False)}
-        tool = story.sft(True, story.traces(True), base)
+        scores = {'base': story.score('base', True, apart=False)}
+        tool = story.fine_tune(True, story.cold_start(True))
         scores['sft'] = story.score('sft', True, tool)
         tool = story.reinforce(True, tool)
         scores['tool_rl'] = story.score('tool_rl', True, tool)
-        text = story.sft(False, story.traces(False), base)
+        text = story.fine_tune(False, story.cold_start(False))
         scores['text_sft'] = story.score('text_sft', False, text, apart=False)
         text = story.reinforce(False, text)
         scores['text_rl'] = story.score('text_rl', False, text)
-
-        checkpoints = Checkpoints(story.directory / 'checkpoints', keep_last=1)
-        checkpoints.save(story.ppo.steps, {'tool': tool, 'text': text}, {'steps': story.ppo.steps}, wait=True)
-        checkpoints.close()
-        hf.save(story.directory / 'tool_rl', story.model.config, tool, jnp.float32, story.directory / 'model')
-    summary = scores | {
-        'code_ratio': {'before': scores['sft']['code_ratio_needy'], 'after': scores['tool_rl']['code_ratio_needy']},
-        'steps': story.ppo.steps, 'seconds': time.perf_counter() - began, 'seed': story.seed}
-    (story.directory / 'summary.json').write_text(json.dumps(summary, indent=2))
+        _copy(tool, story.directory / 'tool_rl')
+        target = story.directory / 'summary.json'
+        # Whoever asks for a finished story again is told how long it took.
+        seconds = json.loads(target.read_text())['seconds'] if target.exists() else time.perf_counter() - began
+        summary = scores | {
+            'code_ratio': {'before': scores['sft']['code_ratio_needy'], 'after': scores['tool_rl']['code_ratio_needy']},
+            'steps': stage.ppo.steps, 'seconds': seconds, 'seed': story.seed}
+        folder.write(target, summary)
     return summary
 
 
@@ -218,6 +239,20 @@ def show(summary: dict) -> None:
 
 def _mental(episode: Episode) -> bool:
     return arithmetic.BY_NAME[episode.problem.family].mental
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file or a folder that is not there yet; it appears under its name when it is whole."""
+    if target.exists():
+        return
+    new = target.with_name(f'{target.name}.new')
+    if source.is_dir():
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(source, new)
+    else:
+        new.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, new)
+    new.replace(target)
 
 
 def _kind(tools: bool) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import pathlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 
@@ -66,14 +65,14 @@ def run(stage: Evaluation) -> dict:
                      'see python -m retool_jax.sandbox.doctor')
     if not processes.leads():
         return found
-    (directory / 'summary.json').write_text(json.dumps(found, indent=2))
+    folder.write(directory / 'summary.json', found)
     with Metrics(directory) as writer:
         writer.rewind(None)
         writer.write(0, {'phase': 'val'} | summary.as_metrics(name, found[name]) | times(episodes))
     return found
 
 
-def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], samples: int, directory: pathlib.Path,
+def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], samples: int, directory: Path,
              name: str, template: Template, tokenizer: Tokenizer, grader: Grader, journal: Journal,
              advance: Callable[..., None]) -> list[Episode]:
     """`evaluate.run` whose finished episodes are kept below `directory`; those that are there are not made again.

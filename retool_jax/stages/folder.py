@@ -84,9 +84,14 @@ def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
         raise UserError(f'run.dir={str(directory)!r} is a file; choose a new or empty folder')
     directory.mkdir(parents=True, exist_ok=True)
     owners.append(Owner(directory))
-    new = directory / 'config.json.new'  # a run killed here must not damage what it goes on from
-    new.write_text(json.dumps(settings.to_json(stage), indent=2))
-    new.replace(file)
+    write(file, settings.to_json(stage))
+
+
+def write(path: Path, content: object) -> None:
+    """Writes a file of JSON, which is there whole or as it was: a killed run must not damage what it goes on from."""
+    new = path.with_name(f'{path.name}.new')
+    new.write_text(json.dumps(content, indent=2))
+    new.replace(path)
 
 
 def bind(directory: Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
@@ -105,7 +110,7 @@ def _bind(directory: Path, found: Mapping[str, Mapping[str, int | str]]) -> None
             if before.get(name, now) != now:
                 raise UserError(f'{name} is not what the run in {str(directory)!r} began with ({before[name]["count"]} '
                                 f'entries then, {now["count"]} now, or others); put it back, or choose another run.dir')
-    file.write_text(json.dumps(found, indent=2))
+    write(file, found)
 
 
 def open_journal(directory: Path) -> Journal:

@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import console, processes, sharding
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
@@ -43,7 +44,7 @@ from retool_jax.text import tags
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.train import sources
 from retool_jax.train.learner import ForwardSettings, Learner
-from retool_jax.train.ppo import Progress
+from retool_jax.train.ppo import PPOSettings, Progress
 from retool_jax.train.residency import Residency
 from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
 
@@ -58,7 +59,7 @@ STALL_S = 60.0  # beyond all retries of a call, after which a silent sandbox is 
 REMOTE_S = 900.0  # beyond the HTTP client's own patience with servers that are gone
 
 
-def open_model(settings: ModelSettings, directory: pathlib.Path) -> Model:
+def open_model(settings: ModelSettings, directory: Path) -> Model:
     """The model that the settings name; without a path the embedded one, written below `directory`."""
     require_path(settings)
     if settings.path is None:
@@ -141,21 +142,30 @@ def make_engine(model: Model, sampler: Sampler, turns: Budgets, feedback: Feedba
     return Engine(sampler, rules, sampling, executor, seed, purpose, link=hosts.Lockstep())
 
 
+@functools.lru_cache(maxsize=1)
 def make_tuner(forward: ForwardSettings, optimizer: OptimizerSettings, steps: int, config: ModelConfig,
                mesh: jax.sharding.Mesh) -> Learner:
-    """The learner of `steps` supervised steps."""
+    """The learner of `steps` supervised steps; the same one where the same is asked for again."""
     return Learner(config, forward, make_optimizer(optimizer, steps), mesh)
 
 
 def make_learner(stage: Rollouts, config: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Learner:
-    """The learner of an RL stage: policy and critic with an optimizer each, loss and advantage."""
-    sizes = stage.ppo
+    """The learner of an RL stage: policy and critic with an optimizer each, loss and advantage.
+
+    Stages of one process that differ in nothing but their folders share it, compiled as it is.
+    """
+    critic = stage.critic_optimizer if stage.ppo.critic != 'none' else None
+    return _learner(stage.ppo, stage.optimizer, critic, stage.forward, stage.loss, stage.advantage,
+                    stage.train_sampling.temperature, config, mesh)
+
+
+@functools.lru_cache(maxsize=1)
+def _learner(sizes: PPOSettings, policy: OptimizerSettings, critic: OptimizerSettings | None, forward: ForwardSettings,
+             loss: LossSettings, advantage: AdvantageSettings, temperature: float, config: ModelConfig,
+             mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Learner:
     updates = sizes.minibatches * sizes.epochs
-    optimizer = make_optimizer(stage.optimizer, sizes.steps * updates,
-                               stage.critic_optimizer if sizes.critic != 'none' else None,
-                               sizes.critic_warmup_steps * updates)
-    return Learner(config, stage.forward, optimizer, mesh, loss=stage.loss, advantage=stage.advantage,
-                   temperature=stage.train_sampling.temperature)
+    optimizer = make_optimizer(policy, sizes.steps * updates, critic, sizes.critic_warmup_steps * updates)
+    return Learner(config, forward, optimizer, mesh, loss=loss, advantage=advantage, temperature=temperature)
 
 
 def begin(learner: Learner, critic: str, policy: Params) -> Progress:
@@ -189,7 +199,7 @@ class Parts:
                                journal)
 
 
-def build(stage: Rollouts, directory: pathlib.Path) -> Parts:
+def build(stage: Rollouts, directory: Path) -> Parts:
     """Model, learner and first state; the embedded model's files are written below `directory`."""
     mesh = make_mesh(stage.mesh)
     model = open_model(stage.model, directory)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import pathlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import grain
 import jax
@@ -18,6 +17,8 @@ from retool_jax.core.records import Episode, Problem
 from retool_jax.core.signals import uninterrupted
 from retool_jax.model import hf
 from retool_jax.rollout.journal import Journal
+from retool_jax.rollout.requests import Executor
+from retool_jax.rollout.sampler import Sampler
 from retool_jax.stages import folder
 from retool_jax.stages.alarms import Watch
 from retool_jax.stages.config import HalvesSettings, Reinforcement, ValidationSettings, require_path
@@ -29,6 +30,7 @@ from retool_jax.train import grading, ppo, sources
 from retool_jax.train.ppo import Progress, StepResult
 
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
+FINAL = 'final'  # folder of the trained model
 CARRIED = 'carried'  # folder of the unfinished episodes of each checkpoint
 FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox')  # may change between two starts of a run
 
@@ -43,32 +45,32 @@ def run(stage: Reinforcement) -> None:
         intake = Intake(stage.reward.unreadable, grader.parses)
         datasets, held_out = open_datasets(stage, intake), open_validation(stage.validation, intake)
         with folder.claimed(stage, free=FREE) as directory, folder.stoppable():
-            go_on(stage, directory, grader, intake, datasets, held_out)
+            parts, rolls = build(stage, directory), stage.halves.episodes is None
+            problems = open_stream(stage, datasets, intake, parts.model)
+            tell_overlong(held_out, parts.model, stage.turns.max_tokens)
+            if stage.data.sources and rolls:
+                folder.bind(directory, fingerprints(stage, datasets))
+            intake.write(directory)
+            sampler = parts.sampler() if rolls or held_out else None
+            with open_guarded(stage.sandbox, stage.model.tools and sampler is not None) as executor:
+                console.banner(model=parts.model, mesh=dict(parts.mesh.shape), sandbox=executor or 'none',
+                               run=directory)
+                go_on(stage, directory, parts, sampler, executor, grader, problems, held_out)
 
 
-def go_on(stage: Reinforcement, directory: pathlib.Path, grader: Grader, intake: Intake,
-          datasets: list[grain.MapDataset], held_out: list[Problem]) -> None:
-    """`run` in a folder that is its own."""
-    parts, watch = build(stage, directory), Watch(stage.watch)
+def go_on(stage: Reinforcement, directory: Path, parts: Parts, sampler: Sampler | None,
+          executor: Executor | None, grader: Grader, problems: sources.Problems, held_out: Sequence[Problem] = ()
+          ) -> None:
+    """`run` in a folder that is its own, with all that it needs; sampler: None where nothing is sampled."""
     sizes, halves, saving, validation = stage.ppo, stage.halves, stage.checkpoints, stage.validation
-    progress, model = parts.progress, parts.model
+    progress, model, watch = parts.progress, parts.model, Watch(stage.watch)
     rolls = halves.episodes is None
-    problems = open_stream(stage, datasets, intake, model)
-    tell_overlong(held_out, model, stage.turns.max_tokens)
-    if stage.data.sources and rolls:
-        folder.bind(directory, fingerprints(stage, datasets))
-    intake.write(directory)
-
     with contextlib.ExitStack() as stack:
-        tools = stage.model.tools and (rolls or bool(held_out))
-        executor = stack.enter_context(open_guarded(stage.sandbox, tools))
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
         writer = stack.enter_context(metrics.Metrics(directory, processes.leads()))
         journal = stack.enter_context(contextlib.closing(folder.open_journal(directory)))
-        console.banner(model=model, mesh=dict(parts.mesh.shape), sandbox=executor or 'none', run=directory)
         restore(progress, checkpoints, directory, halves, stage.run.seed)
         folder.rewind(directory, progress.done, writer)
-        sampler = parts.sampler() if rolls or held_out else None
         source = (parts.source(sampler, executor, problems, grader, journal) if rolls else
                   sources.dumped(halves.episodes, model.config.vocab_size, stage.forward.row_width))
         advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
@@ -133,10 +135,10 @@ def go_on(stage: Reinforcement, directory: pathlib.Path, grader: Grader, intake:
     if halves.train:
         export(parts, directory)
     if processes.leads():
-        (directory / 'summary.json').write_text(json.dumps(summarise(stage, directory), indent=2))
+        folder.write(directory / 'summary.json', summarise(stage, directory))
 
 
-def restore(progress: Progress, checkpoints: Checkpoints, directory: pathlib.Path, halves: HalvesSettings,
+def restore(progress: Progress, checkpoints: Checkpoints, directory: Path, halves: HalvesSettings,
             seed: int) -> None:
     """Sets `progress` to the last checkpoint; rollouts alone go on behind the last line of metrics."""
     if not halves.train:
@@ -183,16 +185,16 @@ def ring(watch: Watch, result: StepResult, keep: Callable[[str, str, Sequence[Ep
         console.say(f'warning: {text}')
 
 
-def export(parts: Parts, directory: pathlib.Path) -> None:
+def export(parts: Parts, directory: Path) -> None:
     """Writes the policy as a Hugging Face directory, `final/`."""
-    target = directory / 'final'
+    target = directory / FINAL
     if not target.exists():
         hf.save(target, parts.model.config, parts.progress.state.params['policy'],
                 jnp.dtype(parts.stage.forward.dtype), parts.stage.model.path or directory / 'model')
     console.say(f'model: {target} (a Hugging Face directory)')
 
 
-def summarise(stage: Reinforcement, directory: pathlib.Path) -> dict:
+def summarise(stage: Reinforcement, directory: Path) -> dict:
     """What summary.json holds: the last validation's scores, and the run in a few numbers."""
     lines, found = metrics.read(directory), {}
     part = f'val_{stage.ppo.steps - 1:05d}'

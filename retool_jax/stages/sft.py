@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import pathlib
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,8 @@ from retool_jax.tasks.grader import Grader
 from retool_jax.train import sft
 from retool_jax.train.state import init_state
 
+FINAL = 'final'  # folder of the trained model
+
 
 def run(stage: FineTuning) -> None:
     """Trains to the last step, or goes on where the folder's last checkpoint stands.
@@ -32,8 +36,8 @@ def run(stage: FineTuning) -> None:
     `final/` is the last state; with a held-out share, the one of those saved whose loss on it was lowest.
     """
     processes.join()
-    sizes, saving, forward = stage.sft, stage.checkpoints, stage.forward
-    everything = read_traces(stage.traces, forward.row_width)
+    sizes = stage.sft
+    everything = read_traces(stage.traces, stage.forward.row_width)
     with Grader() as grader:
         intake = Intake(stage.unreadable, grader.parses, 'unreadable')
         everything = [trace for _, trace in intake.worked([(trace.problem, trace) for trace in everything])]
@@ -41,24 +45,30 @@ def run(stage: FineTuning) -> None:
     if not traces or (sizes.evaluation_share and not held_out):
         raise UserError(f'sft.evaluation_share={sizes.evaluation_share} holds out {len(held_out)} of '
                         f'{len(everything)} traces; choose a share that leaves some on both sides, or 0')
-    sizes = sft.settle(sizes, traces, stage.run.seed)
-    mesh = parts.make_mesh(stage.mesh)
-    with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(folder.claimed(stage, free=('checkpoints',)))
-        stack.enter_context(folder.stoppable())
+    with folder.claimed(stage, free=('checkpoints',)) as directory, folder.stoppable():
         model = parts.open_model(stage.model, directory)
         check_ids(everything, model, stage.traces)
         parts.check_context(model, max(len(trace.tokens) for trace in everything), 'the longest trace')
         folder.bind(directory, {f'traces={stage.traces!r}': {'count': len(everything),
                                                               'sha256': fingerprint(everything)}})
+        console.banner(model=model, mesh=dict(parts.make_mesh(stage.mesh).shape), traces=len(traces),
+                       held_out=len(held_out), run=directory)
+        go_on(stage, directory, model, traces, held_out)
+    console.say(f'model: {directory / FINAL} (a Hugging Face directory)')
+
+
+def go_on(stage: FineTuning, directory: Path, model: Model, traces: Sequence[Episode],
+          held_out: Sequence[Episode] = (), lead: Sequence[Episode] = (), lead_steps: int = 0) -> None:
+    """`run` in a folder that is its own; the first `lead_steps` steps see the traces of `lead`."""
+    sizes, saving, forward = sft.settle(stage.sft, traces, stage.run.seed), stage.checkpoints, stage.forward
+    mesh = parts.make_mesh(stage.mesh)
+    with contextlib.ExitStack() as stack:
         learner = parts.make_tuner(forward, stage.optimizer, sizes.steps, model.config, mesh)
         tree = {'policy': parts.load_policy(stage.model, model, stage.run.seed, mesh)}
         state = init_state(tree, learner.optimizer)
         del tree  # the first step takes its memory
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
         writer = stack.enter_context(Metrics(directory, processes.leads()))
-        console.banner(model=model, mesh=dict(mesh.shape), traces=len(traces), held_out=len(held_out),
-                       run=directory)
         start = checkpoints.latest() or 0
         if start:
             state, _ = checkpoints.restore(start, state)
@@ -74,6 +84,9 @@ def run(stage: FineTuning) -> None:
             score = {'score': -metrics[sft.HELD_OUT]} if sft.HELD_OUT in metrics else {}
             checkpoints.save(step, state, {'step': step} | score)
 
+        if lead_steps:
+            first = dataclasses.replace(sizes, steps=lead_steps)
+            state = sft.train(learner, state, lead, first, stage.run.seed, log, save, saving.every, held_out)
         state = sft.train(learner, state, traces, sizes, stage.run.seed, log, save, saving.every, held_out)
         best = checkpoints.best()
         if best is not None:
@@ -82,16 +95,15 @@ def run(stage: FineTuning) -> None:
                 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
                 del state  # or there would be two of them
                 state, _ = checkpoints.restore(best, like)
-    export = directory / 'final'
+    export = directory / FINAL
     if not export.exists():
         hf.save(export, model.config, state.params['policy'], jnp.dtype(forward.dtype),
                 stage.model.path or directory / 'model')
-    console.say(f'model: {export} (a Hugging Face directory)')
 
 
 def read_traces(path: str, width: int) -> list[Episode]:
     """The episodes of a cold start's folder that fit a row."""
-    if not pathlib.Path(path).is_dir() or not episode_files.names(path):
+    if not Path(path).is_dir() or not episode_files.names(path):
         raise UserError(f'config.traces={path!r} holds no episodes; give the folder that launch/cold_start.py wrote')
     traces = episode_files.read(path)
     fitting = [trace for trace in traces if len(trace.tokens) <= width]

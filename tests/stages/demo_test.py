@@ -1,10 +1,12 @@
-"""The demo, small, through its real binary: what it leaves behind and that it can be told again."""
+"""The demo, small, through its real binary: what it leaves behind, and that it goes on wherever it was killed."""
 
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -17,21 +19,28 @@ SMALL = {
     'turns.max_tokens': 64, 'turns.max_turn_tokens': 64,
 }  # fmt: skip
 
+ENVIRONMENT = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+
 pytestmark = pytest.mark.slow
+
+
+def command(directory):
+    return [sys.executable, ROOT / 'launch/demo.py', '--config=configs/demo.py', f'--config.run.dir={directory}',
+            *(f'--config.{key}={value}' for key, value in SMALL.items())]
+
+
+def tell(directory):
+    return subprocess.run(command(directory), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp('demo') / 'run'
-    command = [sys.executable, ROOT / 'launch/demo.py', '--config=configs/demo.py', f'--config.run.dir={directory}',
-               *(f'--config.{key}={value}' for key, value in SMALL.items())]
-    tell = lambda: subprocess.run(command, cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True,
-                                  text=True, timeout=900)
-    return directory, tell(), tell
+    return directory, tell(directory)
 
 
 def test_the_folder_holds_everything_that_is_promised(run):
-    directory, done, _ = run
+    directory, done = run
     assert done.returncode == 0, done.stderr
     summary = json.loads((directory / 'summary.json').read_text())
     for name in ('base', 'sft', 'tool_rl', 'text_rl'):
@@ -48,7 +57,7 @@ def test_the_folder_holds_everything_that_is_promised(run):
 
 
 def test_the_last_lines_say_the_same_in_a_table(run):
-    directory, done, _ = run
+    directory, done = run
     summary = json.loads((directory / 'summary.json').read_text())
     assert f'{100 * summary["tool_rl"]["avg"]:.1f}' in done.stdout
     for family in summary['sft']['families']:
@@ -58,16 +67,59 @@ def test_the_last_lines_say_the_same_in_a_table(run):
 def test_the_trained_model_is_a_hugging_face_directory(run):
     from transformers import AutoConfig
 
-    directory, _, _ = run
+    directory, _ = run
     assert AutoConfig.from_pretrained(directory / 'tool_rl').model_type == 'qwen2'
     assert (directory / 'tool_rl' / 'model.safetensors').stat().st_size > 3_000_000
     assert (directory / 'tool_rl' / 'tokenizer.json').exists()
 
 
-def test_told_again_it_gives_the_same_scores(run):
-    directory, _, tell = run
-    before = json.loads((directory / 'summary.json').read_text())
-    done = tell()
+def test_told_again_it_says_the_same_at_once(run):
+    directory, _ = run
+    before = (directory / 'summary.json').read_text()
+    kept = {path: path.stat().st_mtime_ns for path in directory.glob('**/episodes/*')}
+    done = tell(directory)
     assert done.returncode == 0, done.stderr
-    after = json.loads((directory / 'summary.json').read_text())
-    assert all(after[name] == before[name] for name in ('base', 'sft', 'tool_rl', 'text_rl'))
+    assert (directory / 'summary.json').read_text() == before
+    assert {path: path.stat().st_mtime_ns for path in directory.glob('**/episodes/*')} == kept
+
+
+def test_each_stage_left_a_folder_of_its_own(run):
+    directory, _ = run
+    for kind in ('tool', 'text'):
+        for stage, result in (('cold_start', 'episodes/cold_start.jsonl'), ('sft', 'final'), ('ppo', 'final')):
+            assert json.loads((directory / kind / stage / 'config.json').read_text())['run']['seed'] == 0
+            assert (directory / kind / stage / result).exists()
+    weights = lambda path: (directory / path / 'model.safetensors').read_bytes()
+    assert weights('tool_rl') == weights('tool/ppo/final') != weights('tool/sft/final')
+
+
+MOMENTS = {  # what is there when the demo is killed
+    'in the first evaluation': lambda d: (d / 'journal.jsonl').exists(),
+    'in fine-tuning, the easiest traces done': lambda d: (d / 'tool/sft/checkpoints/2').is_dir(),
+    'between two held-out sets': lambda d: (d / 'episodes/val_sft_new_operands.jsonl').exists(),
+    'after the first step of PPO': lambda d: bool(metrics.read(d / 'tool/ppo')),
+    'in the text-only line, its policy being written': lambda d: any((d / 'text/ppo').glob('final*')),
+}
+
+
+def test_killed_at_five_moments_it_ends_as_the_undisturbed_one(run, tmp_path):
+    whole, directory = run[0], tmp_path / 'run'
+    for name, reached in MOMENTS.items():
+        child = subprocess.Popen(command(directory), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL)
+        while not reached(directory):
+            assert child.poll() is None, f'ended before it was killed {name}'
+            time.sleep(0.01)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL, name
+    done = tell(directory)
+    assert done.returncode == 0, done.stderr
+    read = lambda folder: {k: v for k, v in json.loads((folder / 'summary.json').read_text()).items() if k != 'seconds'}
+    assert read(directory) == read(whole)
+    for path in ('tool_rl/model.safetensors', 'text/ppo/final/model.safetensors'):
+        assert (directory / path).read_bytes() == (whole / path).read_bytes()
+    clocks = ('time', 'rollout/', 'tools/seconds', 'tools/wait')
+    lines = lambda folder: [{name: x for name, x in line.items() if not name.startswith(clocks)}
+                            for line in metrics.read(folder)]
+    assert lines(directory) == lines(whole)
+    assert episode_files.names(directory / 'episodes') == episode_files.names(whole / 'episodes')

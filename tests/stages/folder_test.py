@@ -129,6 +129,14 @@ def test_what_others_keep_in_a_folder_stays_when_it_is_refused(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ['notes.txt']
 
 
+def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+    folder.write(tmp_path / 'summary.json', {'correct': 1})
+    monkeypatch.setattr(type(tmp_path), 'replace', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # killed before the new one takes its name
+        folder.write(tmp_path / 'summary.json', {'correct': 2})
+    assert json.loads((tmp_path / 'summary.json').read_text()) == {'correct': 1}
+
+
 def test_a_run_is_held_to_the_data_that_it_began_with(tmp_path):
     directory = claim(make_config(tmp_path / 'run'))
     begun, other = {'x.jsonl': {'count': 6, 'sha256': 'a'}}, {'x.jsonl': {'count': 5, 'sha256': 'b'}}

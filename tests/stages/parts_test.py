@@ -12,7 +12,7 @@ from retool_jax.model import decoder
 from retool_jax.model.config import load_config
 from retool_jax.rollout.library import Model
 from retool_jax.stages import embedded, parts
-from retool_jax.stages.config import MeshSettings, ModelSettings, Reinforcement, SandboxBlock
+from retool_jax.stages.config import MeshSettings, ModelSettings, Reinforcement, RunSettings, SandboxBlock
 from retool_jax.text import tags
 from retool_jax.text.template import make_template
 from tests import fakes
@@ -148,6 +148,17 @@ def test_a_critic_has_its_own_optimizer_and_its_first_state_is_the_policy_with_a
     assert begun.done == 0 and begun.state.params['policy'] is policy
     assert begun.state.params.keys() == begun.state.opt_state.keys() == {'policy', 'critic'}
     assert (learner.loss, learner.advantage, learner.temperature) == (stage.loss, stage.advantage, 1.0)
+
+
+def test_stages_that_differ_in_their_folders_share_a_learner_as_it_is_compiled():
+    stage = settings.build(Reinforcement, base.reinforcement('tiny', 'ppo'))
+    sizes = make_config(vocab_size=300)
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+    learner = parts.make_learner(stage, sizes, mesh)
+    elsewhere = dataclasses.replace(stage, run=RunSettings(dir='elsewhere', seed=1))
+    assert parts.make_learner(elsewhere, sizes, mesh) is learner
+    other = dataclasses.replace(stage, loss=dataclasses.replace(stage.loss, clip_high=0.3))
+    assert parts.make_learner(other, sizes, mesh).loss.clip_high == 0.3
 
 
 def test_a_sandbox_with_addresses_runs_snippets_there(monkeypatch):
