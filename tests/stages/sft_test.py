@@ -16,6 +16,7 @@ from retool_jax.stages.config import FineTuning
 from retool_jax.text import template
 from retool_jax.text.tokenizer import load_tokenizer
 from retool_jax.train.learner import Learner
+from retool_jax.train.sft import HELD_OUT, hold_out, packed
 from tests.train import killable, small
 
 VALUES = {
@@ -63,7 +64,7 @@ def run(folder, name, stop_at=None, **values):
 @pytest.mark.slow  # sft_test.py has the same on states that are numbers
 def test_the_checkpoint_of_the_lowest_held_out_loss_is_the_model_also_of_a_stopped_run(folder):
     whole = run(folder, 'whole')
-    losses = {line['step'] + 1: line[sft.HELD_OUT] for line in whole[0] if sft.HELD_OUT in line}
+    losses = {line['step'] + 1: line[HELD_OUT] for line in whole[0] if HELD_OUT in line}
     best = min(losses, key=losses.get)
     assert list(losses) == [3, 6, 7] and best < 7  # the learning rate rises until it does harm
     with Checkpoints(folder / 'whole' / 'checkpoints', 1, 'score') as checkpoints:
@@ -71,7 +72,7 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_is_the_model_also_of_a_stopp
     config = load_config(folder / 'whole' / 'final')
     forward = small.make_forward(row_width=96, logprob_chunk=96, vocab_chunk=264, micro_rows=4)
     learner = Learner(config, forward, small.recording(), small.one_device())
-    apart = sft.packed(sft.hold_out(episode_files.read(folder / 'traces'), 0.3)[1], forward)
+    apart = packed(hold_out(episode_files.read(folder / 'traces'), 0.3)[1], forward)
     loss = learner.sft_loss({'policy': hf.load(folder / 'whole' / 'final', config)}, apart)
     assert loss == pytest.approx(losses[best], rel=1e-5)
 
