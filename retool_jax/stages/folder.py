@@ -120,8 +120,9 @@ def open_journal(directory: Path) -> Journal:
 
 
 def has_results(directory: Path) -> bool:
-    """Whether a run has left anything in its folder that is worth going on with."""
-    paths = [directory / name for name in RESULTS]
+    """Whether a run, or a stage in a folder below it, has left anything that is worth going on with."""
+    places = [directory, *(file.parent for file in directory.glob('*/*/config.json'))]
+    paths = [place / name for place in places for name in RESULTS]
     return any(any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size for path in paths)
 
 

@@ -122,6 +122,14 @@ def test_results_stay_whatever_ends_the_run(tmp_path):
     assert (tmp_path / 'run/episodes/something').exists() and (tmp_path / 'run/config.json').exists()
 
 
+def test_results_of_stages_below_a_folder_stay_as_well(tmp_path):
+    with pytest.raises(KeyboardInterrupt), folder.claimed(make_config(tmp_path / 'run')) as directory:
+        with folder.claimed(make_config(directory / 'tool' / 'ppo')) as below:
+            put_result(below, 'checkpoints')
+        raise KeyboardInterrupt
+    assert (tmp_path / 'run/tool/ppo/checkpoints/something').exists() and (tmp_path / 'run/config.json').exists()
+
+
 def test_what_others_keep_in_a_folder_stays_when_it_is_refused(tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     with pytest.raises(UserError, match='other files'), folder.claimed(make_config(tmp_path)):
