@@ -103,7 +103,7 @@ def _soak(count: int) -> None:
         for key in ('processes', 'mounts', 'own descriptors'):
             assert end[key] <= start[key], (key, start, end)
         # Leases are made as they are needed, up to one for each child that may live at once.
-        most = settings.concurrency + settings.zygotes * settings.spares + settings.concurrency
+        most = 2 * pool.settings.concurrency + settings.zygotes * settings.spares
         assert end['groups'] <= 3 * (most + 2), (start, end)
         assert end['descriptors'] <= start['descriptors'] + 11 * 3 * most, (start, end)
         assert end['supervisor_kb'] <= 1.05 * start['supervisor_kb'] + 2048, (start, end)
