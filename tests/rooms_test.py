@@ -36,7 +36,6 @@ ROOMS = {  # what a room may import besides itself: rooms, or single modules of 
 # Machines with accelerators may have little else; these rooms run there.
 LEAN_ROOMS = ('algo', 'model', 'rollout', 'bench')
 LEAN_LIBRARIES = {'jax', 'flax', 'optax', 'numpy', 'absl', 'ml_collections'}
-LEAN_EXCEPTIONS = {('model', 'hf', 'safetensors')}  # the module that reads checkpoint files
 HEAVY = ('jax', 'jaxlib', 'flax', 'transformers', 'torch', 'matplotlib')
 DYNAMIC = ('__import__', 'import_module', 'importlib.import_module')
 LONGEST_FILE, LONGEST_BINARY = 400, 60
@@ -269,7 +268,7 @@ def test_rooms_that_run_on_accelerators_load_with_few_libraries(room):
         for line, name in imports(tree, module, at_load=True):
             top = name.split('.')[0]
             known = top in sys.stdlib_module_names | LEAN_LIBRARIES | {'retool_jax'}
-            if not known and (room, path.stem, top) not in LEAN_EXCEPTIONS:
+            if not known:
                 found.append(f'{path.relative_to(PACKAGE)}:{line} imports {name} when it is loaded')
     assert found == []
 

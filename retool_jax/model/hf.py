@@ -1,8 +1,7 @@
 """Hugging Face checkpoints: one table of names, streamed in and out a tensor at a time.
 
-The safetensors format (8 bytes with the length of a JSON header, the header, raw data) is read and
-written here: each device's part is cut straight out of the mapped file, so that loading holds one
-tensor beside the parameters, and a broken file is named before anything is allocated.
+Each device's part is cut straight out of the mapped file (tensor_files.py says where a tensor lies in it), so that
+loading holds one tensor beside the parameters, and a broken file is named before anything is allocated.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from retool_jax.core import pointers
 from retool_jax.core.checks import NO_STORE, STORE
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import decoder
 from retool_jax.model.config import ModelConfig, load_config, to_hf
+from retool_jax.model.tensor_files import INDEX, SINGLE, Tensor, read_headers
 
 # Our path: its name in the checkpoint ({} is the layer), and how many leading axes of ours are inputs.
 # A checkpoint holds a matrix as [outputs, inputs], each flattened; None: the same shape in both.
@@ -58,8 +57,8 @@ TABLE: dict[str, tuple[str, int | None]] = {
 }
 DTYPES = {'BF16': jnp.bfloat16, 'F16': np.float16, 'F32': np.float32}
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'vocab.json', 'merges.txt',
-                   'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'generation_config.json')
-SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+                   'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'generation_config.json',
+)  # fmt: skip
 BLOCK = 64 << 20  # bytes copied out of a mapped file before its pages are let go
 # Facts of a run, not of the weights: a run may read the same weights with another context.
 FREE_FIELDS = ('rope_scaling', 'max_position_embeddings', 'initializer_range')
@@ -105,16 +104,6 @@ def leaves(config: ModelConfig) -> list[Leaf]:
         found.append(Leaf(words, abstract.shape[1:] if count else abstract.shape,
                           tuple(name.format(i) for i in range(count)) if count else (name,), inputs))
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Where a tensor lies, in which file."""
-
-    file: Path
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def load(directory: str | os.PathLike, config: ModelConfig, shardings=None, dtype=jnp.float32,
@@ -197,55 +186,6 @@ def _put(tensor: Tensor, shape: list[int], sharding, dtype: np.dtype) -> jax.Arr
     where = sharding.addressable_devices_indices_map(tuple(shape))
     arrays = [jax.device_put(cut(index), device) for device, index in where.items()]
     return jax.make_array_from_single_device_arrays(tuple(shape), sharding, arrays)
-
-
-def read_headers(directory: Path) -> dict[str, Tensor]:
-    """{name: where it lies} of every tensor below a directory; the data stay on disk."""
-    if (directory / SINGLE).is_file():
-        return _read_header(directory / SINGLE)
-    if not (directory / INDEX).is_file():
-        raise UserError(f'model.path: {directory} holds neither {SINGLE} nor {INDEX}; download the weights '
-                        '(other formats must be converted to safetensors)')
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(_read_index(directory / INDEX).values())):
-        if not (directory / name).is_file():
-            raise UserError(f'model.path: {directory / name} is missing, {INDEX} lists it; download it again')
-        tensors |= _read_header(directory / name)
-    return tensors
-
-
-def _read_index(file: Path) -> dict[str, str]:
-    """{tensor: file} of an index."""
-    pointers.refuse(file)
-    try:
-        found = json.loads(file.read_text())['weight_map']
-        if not found or not all(isinstance(name, str) for name in found.values()):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f'model.path: {file} holds no weight_map from tensors to files; download it again') from None
-    return found
-
-
-def _read_header(file: Path) -> dict[str, Tensor]:
-    pointers.refuse(file)
-    size = file.stat().st_size
-    with file.open('rb') as f:
-        length = struct.unpack('<Q', f.read(8))[0] if size >= 8 else size
-        if 8 + length > size:
-            raise UserError(f'model.path: {file} is truncated: {size} bytes, fewer than its header needs; '
-                            'download it again')
-        try:
-            header = json.loads(f.read(length))
-            header.pop('__metadata__', None)
-            spans = {name: entry['data_offsets'] for name, entry in header.items()}
-            end = 8 + length + max((stop for _, stop in spans.values()), default=0)
-            tensors = {name: Tensor(file, 8 + length + spans[name][0], entry['dtype'], tuple(entry['shape']))
-                       for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'model.path: {file} is not a safetensors file; download it again') from None
-    if size < end:
-        raise UserError(f'model.path: {file} is truncated: {size} bytes of {end}; download it again')
-    return tensors
 
 
 def _compare_configs(found: ModelConfig, config: ModelConfig, directory: Path) -> None:

@@ -17,6 +17,7 @@ from retool_jax.core import episode_files
 from retool_jax.core.records import Episode, Problem
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import ModelConfig
+from retool_jax.model.tensor_files import INDEX, SINGLE
 from retool_jax.text.tokenizer import train_bpe
 
 SIZES = ModelConfig(model_type='qwen2', vocab_size=272, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
@@ -76,10 +77,10 @@ def write_models(folder: Path) -> None:
     def spoil(name: str) -> Path:
         return shutil.copytree(folder / 'model', folder / name)
 
-    (spoil('weightless') / hf.SINGLE).unlink()
-    os.truncate(spoil('truncated') / hf.SINGLE, (folder / 'model' / hf.SINGLE).stat().st_size - 64)
-    (spoil('garbled') / hf.SINGLE).write_bytes(b'\x10\0\0\0\0\0\0\0' + b'?' * 64)
-    shutil.copy(folder / 'wide' / hf.SINGLE, spoil('mixed') / hf.SINGLE)
+    (spoil('weightless') / SINGLE).unlink()
+    os.truncate(spoil('truncated') / SINGLE, (folder / 'model' / SINGLE).stat().st_size - 64)
+    (spoil('garbled') / SINGLE).write_bytes(b'\x10\0\0\0\0\0\0\0' + b'?' * 64)
+    shutil.copy(folder / 'wide' / SINGLE, spoil('mixed') / SINGLE)
     (spoil('unreadable') / 'config.json').write_text('{"model_type": ')
     (spoil('mamba') / 'config.json').write_text('{"model_type": "mamba"}')
     (spoil('speechless') / 'tokenizer.json').unlink()
@@ -88,9 +89,9 @@ def write_models(folder: Path) -> None:
     (spoil('narrow') / 'config.json').write_text(json.dumps(narrow))
     short = json.loads((folder / 'model' / 'config.json').read_text()) | {'max_position_embeddings': 64}
     (spoil('short') / 'config.json').write_text(json.dumps(short))
-    (spoil('mapless') / hf.SINGLE).rename(folder / 'mapless' / 'model-00001-of-00001.safetensors')
-    (folder / 'mapless' / hf.INDEX).write_text('{"metadata": {}}')
-    for name in (hf.SINGLE, 'config.json', 'tokenizer.json'):
+    (spoil('mapless') / SINGLE).rename(folder / 'mapless' / 'model-00001-of-00001.safetensors')
+    (folder / 'mapless' / INDEX).write_text('{"metadata": {}}')
+    for name in (SINGLE, 'config.json', 'tokenizer.json'):
         (spoil(f'pointer_{name}') / name).write_text(POINTER)
     write_bytes_tokenizer(spoil('endless'))
     write_bytes_tokenizer(spoil('lossy'), normalizers.Lowercase(), '<|im_end|>')

@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType as Kind
 from retool_jax.core.errors import UserError
 from retool_jax.model import convert, gguf, hf, layers
 from retool_jax.model.config import Llama3Scaling, YarnScaling, load_config
+from retool_jax.model.tensor_files import SINGLE, read_headers
 from retool_jax.text.tokenizer import load_tokenizer
 from tests.model import gguf_files, parity_test
 from tests.model.ggml_blocks import decode
@@ -56,7 +57,7 @@ def test_a_file_becomes_the_directory_that_its_blocks_and_its_order_of_rows_make
     found = load_config(tmp_path / 'out')
     assert dataclasses.replace(found, rms_norm_eps=config.rms_norm_eps) == config
     assert found.rms_norm_eps == pytest.approx(config.rms_norm_eps, rel=1e-6)  # the header holds 32 bits of it
-    tensors = safetensors.numpy.load_file(tmp_path / 'out' / hf.SINGLE)
+    tensors = safetensors.numpy.load_file(tmp_path / 'out' / SINGLE)
     assert tensors.keys() == stored.keys()
     for name, (data, kind) in stored.items():
         np.testing.assert_allclose(tensors[name], decode(data, kind), rtol=1e-6, atol=1e-9, err_msg=name)
@@ -71,7 +72,7 @@ def test_what_a_file_holds_exactly_decides_the_dtype(tmp_path, vocab):
         gguf_files.write(tmp_path / 'model.gguf', config, vocab, (kind,))
         out = tmp_path / f'{kind.name}_{given}'
         convert.from_gguf(gguf.read(tmp_path / 'model.gguf'), out, given)
-        assert {tensor.dtype for tensor in hf.read_headers(out).values()} == {wanted}
+        assert {tensor.dtype for tensor in read_headers(out).values()} == {wanted}
 
 
 def test_parts_of_a_tensor_are_the_whole(tmp_path, vocab, monkeypatch):
@@ -79,7 +80,7 @@ def test_parts_of_a_tensor_are_the_whole(tmp_path, vocab, monkeypatch):
     convert.from_gguf(gguf.read(path), tmp_path / 'whole')
     monkeypatch.setattr(gguf, 'BLOCK', 1000)  # three rows and a bit
     convert.from_gguf(gguf.read(path), tmp_path / 'parts')
-    assert (tmp_path / 'parts' / hf.SINGLE).read_bytes() == (tmp_path / 'whole' / hf.SINGLE).read_bytes()
+    assert (tmp_path / 'parts' / SINGLE).read_bytes() == (tmp_path / 'whole' / SINGLE).read_bytes()
 
 
 def test_yarn_is_read_from_the_header_and_llama_3_from_its_tensor(tmp_path, vocab):

@@ -19,6 +19,7 @@ import safetensors.numpy
 from retool_jax.core import sharding
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import YarnScaling, load_config
+from retool_jax.model.tensor_files import INDEX, SINGLE
 from tests.model.sizes import make_config, make_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,7 @@ def test_a_round_trip_is_bit_equal_in_one_file_and_in_many(tmp_path, name, dtype
     config = CONFIGS[name]
     params = jax.tree.map(lambda x: x.astype(dtype), make_params(config))
     hf.save(tmp_path / 'model', config, params, dtype, file_bytes=file_bytes)
-    assert (tmp_path / 'model' / hf.INDEX).is_file() == (file_bytes == 20_000)
+    assert (tmp_path / 'model' / INDEX).is_file() == (file_bytes == 20_000)
     assert load_config(tmp_path / 'model') == config
     assert_same(hf.load(tmp_path / 'model', config, dtype=dtype), params)
     if dtype == 'bfloat16':  # into f32 master weights and back: nothing is lost either
@@ -63,7 +64,7 @@ def test_the_library_of_the_format_reads_what_is_written_and_writes_what_is_read
     config = CONFIGS['qwen3_untied']
     params = make_params(config)
     hf.save(tmp_path / 'model', config, params, 'float32')
-    tensors = safetensors.numpy.load_file(tmp_path / 'model' / hf.SINGLE)
+    tensors = safetensors.numpy.load_file(tmp_path / 'model' / SINGLE)
     q_HF = tensors['model.layers.1.self_attn.q_proj.weight']  # [N·H, D]
     q_DNH = np.asarray(params['layers']['self_attn']['q_proj']['weight'][1])
     np.testing.assert_array_equal(q_HF, q_DNH.reshape(config.hidden_size, -1).T)
@@ -72,7 +73,7 @@ def test_the_library_of_the_format_reads_what_is_written_and_writes_what_is_read
     np.testing.assert_array_equal(o_HF, o_NHD.reshape(-1, config.hidden_size).T)
     np.testing.assert_array_equal(tensors['lm_head.weight'], np.asarray(params['lm_head']['weight']).T)
     # Another order of tensors and odd metadata, as other writers leave them.
-    safetensors.numpy.save_file(dict(reversed(tensors.items())), tmp_path / 'model' / hf.SINGLE, {'by': 'x' * 13})
+    safetensors.numpy.save_file(dict(reversed(tensors.items())), tmp_path / 'model' / SINGLE, {'by': 'x' * 13})
     assert_same(hf.load(tmp_path / 'model', config), params)
 
 
@@ -89,7 +90,7 @@ def test_weights_arrive_on_their_mesh_sharded(tmp_path):
     gate = loaded['layers']['mlp']['gate_proj']['weight']
     assert gate.addressable_shards[0].data.nbytes * 4 == gate.nbytes
     hf.save(tmp_path / 'again', config, loaded, 'float32')
-    assert (tmp_path / 'again' / hf.SINGLE).read_bytes() == (tmp_path / 'model' / hf.SINGLE).read_bytes()
+    assert (tmp_path / 'again' / SINGLE).read_bytes() == (tmp_path / 'model' / SINGLE).read_bytes()
 
 
 def test_progress_counts_every_tensor(tmp_path):
@@ -115,9 +116,9 @@ def rewrite(directory: Path, change) -> None:
     for file in directory.glob('*.safetensors'):
         tensors |= safetensors.numpy.load_file(file)
         file.unlink()
-    (directory / hf.INDEX).unlink()
+    (directory / INDEX).unlink()
     change(tensors)
-    safetensors.numpy.save_file(tensors, directory / hf.SINGLE)
+    safetensors.numpy.save_file(tensors, directory / SINGLE)
 
 
 def fails(config, directory: Path, message: str) -> None:
@@ -161,7 +162,7 @@ def test_missing_weights_are_named(saved):
     second = sorted(directory.glob('model-00002-of-*'))[0]
     second.unlink()
     fails(config, directory, f'{second} is missing, model.safetensors.index.json lists it')
-    (directory / hf.INDEX).unlink()
+    (directory / INDEX).unlink()
     fails(config, directory, 'holds neither model.safetensors nor model.safetensors.index.json')
     fails(config, directory / 'nowhere', 'holds no config.json')
 
@@ -181,7 +182,7 @@ def test_a_file_of_another_kind_is_refused(saved):
     fails(config, directory, f'{first} is not a safetensors file')
 
 
-@pytest.mark.parametrize('name', [hf.INDEX, 'model-00001-of-*', 'config.json'])
+@pytest.mark.parametrize('name', [INDEX, 'model-00001-of-*', 'config.json'])
 def test_a_pointer_of_git_lfs_is_named(saved, name):
     config, directory = saved
     (file,) = directory.glob(name)
@@ -193,8 +194,8 @@ def test_a_pointer_of_git_lfs_is_named(saved, name):
                                      '{"weight_map": {"a": 1}}', '{"metadata": {"total_size": 1}}'])
 def test_an_index_without_a_map_of_weights_is_named(saved, content):
     config, directory = saved
-    (directory / hf.INDEX).write_text(content)
-    fails(config, directory, f'{directory / hf.INDEX} holds no weight_map')
+    (directory / INDEX).write_text(content)
+    fails(config, directory, f'{directory / INDEX} holds no weight_map')
 
 
 @pytest.mark.parametrize('header', ['[]', '{"a": 1}', '{"a": {}}', '{"a": {"data_offsets": [0]}}',

@@ -16,12 +16,14 @@ import pytest
 
 from retool_jax.model import decoder, hf, kv_cache
 from retool_jax.model.config import load_config
+from retool_jax.model.tensor_files import INDEX
 from tests.model.sizes import make_config, make_params
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = Path(__file__).parent / 'fixtures'
 CASES = ('llama_grouped', 'llama_one_kv_head', 'llama_own_head_dim', 'llama_biased', 'llama_llama3', 'llama_yarn',
-         'qwen2_grouped', 'qwen2_tied', 'qwen2_yarn', 'qwen3_grouped', 'qwen3_tied', 'qwen3_yarn', 'qwen3_biased')
+         'qwen2_grouped', 'qwen2_tied', 'qwen2_yarn', 'qwen3_grouped', 'qwen3_tied', 'qwen3_yarn', 'qwen3_biased',
+)  # fmt: skip
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -152,7 +154,7 @@ def test_what_is_exported_transformers_loads_with_the_same_logits(tmp_path, case
     config = load_config(FIXTURES / case)
     params = make_params(config, seed=3)
     hf.save(tmp_path / 'model', config, params, 'float32', file_bytes=10_000)
-    assert (tmp_path / 'model' / hf.INDEX).is_file()
+    assert (tmp_path / 'model' / INDEX).is_file()
     run_peer(tmp_path / 'model', '--read')
     check(tmp_path / 'model')
 
