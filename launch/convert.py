@@ -23,32 +23,22 @@ TARGET = flags.DEFINE_string('target', None, 'Directory to write; it must be new
 LIKE = flags.DEFINE_string('like', None, '--to=hf: Hugging Face directory with config.json and tokenizer.')
 STEP = flags.DEFINE_integer('step', None, '--to=hf: step of the checkpoint; the newest by default.')
 PART = flags.DEFINE_string('part', 'params.policy', '--to=hf: where the weights are in the checkpoint.')
-DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the target; hf: bfloat16, orbax: float32, of a '
-                          'GGUF file what holds its numbers exactly.')
+DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the target; by default of orbax float32, of hf '
+                          'bfloat16, of a GGUF file what holds its numbers exactly.')
 
 
 def main() -> None:
-    source = SOURCE.value or ''
-    single = source.endswith('.gguf') or os.path.isfile(source)  # the others are directories
-    for flag in (SOURCE, TARGET) if single else (TO, SOURCE, TARGET) + ((LIKE,) if TO.value == 'hf' else ()):
+    source, to = SOURCE.value or '', TO.value
+    is_gguf = source.endswith('.gguf') or os.path.isfile(source)  # the others are directories
+    for flag in (SOURCE, TARGET) if is_gguf else (TO, SOURCE, TARGET) + ((LIKE,) if to == 'hf' else ()):
         if flag.value is None:
             raise cli.UserError(f'--{flag.name} is missing; see --help')
-    if single and TO.value == 'orbax':
+    if is_gguf and to == 'orbax':
         raise cli.UserError('--to=orbax: a GGUF file becomes a Hugging Face directory first; leave --to out')
-    from retool_jax.model import config, convert, gguf, hf
+    from retool_jax.model import convert
 
-    file = gguf.read(SOURCE.value) if single else None
-    sizes = gguf.load_config(file) if file else config.load_config(LIKE.value if TO.value == 'hf' else SOURCE.value)
-    total = sum(len(leaf.names) for leaf in hf.leaves(sizes))
-    with console.progress(f'{SOURCE.value} → {TARGET.value}', total) as advance:
-        step = lambda done, total: advance()
-        if file:
-            convert.from_gguf(file, TARGET.value, DTYPE.value, step)
-        elif TO.value == 'orbax':
-            convert.to_orbax(SOURCE.value, TARGET.value, DTYPE.value or 'float32', step)
-        else:
-            convert.to_hf(SOURCE.value, TARGET.value, LIKE.value, step=STEP.value, part=PART.value,
-                          dtype=DTYPE.value or 'bfloat16', progress=step)
+    way = 'gguf' if is_gguf else to
+    convert.run(way, source, TARGET.value, like=LIKE.value, step=STEP.value, part=PART.value, dtype=DTYPE.value)
     console.say(f'{TARGET.value}: written')
 
 

@@ -9,11 +9,34 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from retool_jax.core import console
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.model import config as model_config
 from retool_jax.model import decoder, gguf, hf
 from retool_jax.text import vocabulary
+
+
+def run(way: str, source: str | os.PathLike, target: str | os.PathLike, *, like: str | os.PathLike | None = None,
+        step: int | None = None, part: str = 'params.policy', dtype=None) -> None:
+    """One conversion, with a progress bar.
+
+    way: 'orbax' (`to_orbax`), 'hf' (`to_hf`, which `like`, `step` and `part` are for) or 'gguf' (`from_gguf`).
+    dtype: None is float32, bfloat16, or what holds a GGUF file's numbers exactly.
+
+    Raises:
+      UserError: those of the three, and of the configurations that they read.
+    """
+    file = gguf.read(source) if way == 'gguf' else None
+    config = gguf.load_config(file) if file else model_config.load_config(like if way == 'hf' else source)
+    with console.progress(f'{source} → {target}', sum(len(leaf.names) for leaf in hf.leaves(config))) as advance:
+        progress = lambda done, total: advance()
+        if way == 'gguf':
+            from_gguf(file, target, dtype, progress)
+        elif way == 'orbax':
+            to_orbax(source, target, dtype or jnp.float32, progress)
+        else:
+            to_hf(source, target, like, step=step, part=part, dtype=dtype or jnp.bfloat16, progress=progress)
 
 
 def to_orbax(source: str | os.PathLike, target: str | os.PathLike, dtype=jnp.float32,

@@ -25,10 +25,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from retool_jax.core.checks import above, check, within
 from retool_jax.core.errors import UserError
 from retool_jax.sandbox.http import schema
 from retool_jax.sandbox.http.listener import Listener, Patience
-from retool_jax.sandbox.job import number
 from retool_jax.sandbox.pool import Outcome, Pool, PoolFull
 from retool_jax.sandbox.settings import MOST, SandboxSettings
 
@@ -49,18 +49,15 @@ class ServerSettings:
     max_memory_mb: float = 4096.0  # the same for memory_limit_MB
     max_body_bytes: int = 32 << 20
     drain_s: float = 60.0  # after SIGTERM, for what runs
-    patience: Patience = dataclasses.field(default_factory=Patience)
+    connections: int = 1024  # clients at once; beyond them the idle make room, or 503
 
     def __post_init__(self):
         if not self.token and not _is_loopback(self.host):
             raise UserError(f'host={self.host!r}: reachable by others, so a token is needed '
                             '(environment variable RETOOL_SANDBOX_TOKEN)')
-        try:
-            number('max_timeout_s', self.max_timeout_s, MOST['wall_s'])
-            number('max_memory_mb', self.max_memory_mb, MOST['memory_mb'])
-            number('drain_s', self.drain_s or 1, MOST['wall_s'])
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        ports, seconds = within(0, 65535), MOST['wall_s']
+        check(self, port=ports, metrics_port=ports, max_timeout_s=above(0, seconds), drain_s=within(0, seconds),
+              max_memory_mb=above(0, MOST['memory_mb']), connections=within(1, 2**16))
         if self.metrics_port and self.metrics_port == self.port:
             raise UserError(f'metrics_port={self.metrics_port} is the port of the server itself; choose another')
 
@@ -270,7 +267,11 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 def serve(server: ServerSettings, sandbox: SandboxSettings) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes what runs."""
+    """Serves until SIGTERM or SIGINT, then finishes what runs.
+
+    Raises:
+        UserError: a port that cannot be had, or a snippet's usual memory above what a request may get.
+    """
     if sandbox.memory_mb > server.max_memory_mb:
         raise UserError(f'memory_mb={sandbox.memory_mb} of a snippet that names none exceeds max_memory_mb='
                         f'{server.max_memory_mb:g}; raise this or lower that')
@@ -278,5 +279,5 @@ def serve(server: ServerSettings, sandbox: SandboxSettings) -> None:
         ports = (server.port, server.metrics_port) if server.metrics_port else (server.port,)
         sockets = [stack.enter_context(open_port(server.host, port)) for port in ports]
         app = make_app(Pool(sandbox), server)
-        Listener(app, server.patience, access_log=False, log_level='info', lifespan='on',
+        Listener(app, Patience(connections=server.connections), access_log=False, log_level='info', lifespan='on',
                  timeout_graceful_shutdown=int(server.drain_s)).run(sockets=sockets)
