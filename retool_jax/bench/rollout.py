@@ -26,8 +26,9 @@ from retool_jax.core.records import Problem
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import ModelConfig
 from retool_jax.rollout.engine import Engine
-from retool_jax.rollout.requests import Request, SamplingSettings
-from retool_jax.rollout.sampler import Sampler, SamplerSettings
+from retool_jax.rollout.requests import Request
+from retool_jax.rollout.sampler import Sampler
+from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 
 ROOT = Path(__file__).parents[2]
 PEERS = {'transformers': ('torch', 'rollout_torch.py'), 'tunix': ('tunix', 'rollout_tunix.py')}

@@ -12,7 +12,8 @@ from retool_jax.bench.timing import clock, in_turns
 from retool_jax.core.pytrees import Params
 from retool_jax.model import attention
 from retool_jax.model.config import ModelConfig
-from retool_jax.rollout.sampler import Assignment, Chunks, Sampler, SamplerSettings
+from retool_jax.rollout.sampler import Assignment, Chunks, Sampler
+from retool_jax.rollout.settings import SamplerSettings
 
 ROWS = 16  # in the comparison of cache sizes
 LIVE = 256

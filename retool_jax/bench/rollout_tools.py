@@ -16,8 +16,9 @@ from retool_jax.core.records import Episode, ExecResult, Problem, Stop, ToolCall
 from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import turns
 from retool_jax.rollout.engine import Engine
-from retool_jax.rollout.requests import Request, SamplingSettings
-from retool_jax.rollout.sampler import STOP_CODE, STOP_NONE, Sampler, SamplerSettings
+from retool_jax.rollout.requests import Request
+from retool_jax.rollout.sampler import STOP_CODE, STOP_NONE, Sampler
+from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.text import tags
 
 FED = 32  # tokens of a tool's output

@@ -16,9 +16,10 @@ from retool_jax.core.pytrees import Params, SampleState
 from retool_jax.core.records import Episode
 from retool_jax.rollout import turns
 from retool_jax.rollout.journal import Journal
-from retool_jax.rollout.requests import Executor, Link, Request, SamplingSettings
+from retool_jax.rollout.requests import Executor, Link, Request
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.rollout.scheduler import Equipment, Scheduler
+from retool_jax.rollout.settings import SamplingSettings
 from retool_jax.rollout.stats import RolloutStats, Timeline
 
 

@@ -16,8 +16,9 @@ from retool_jax.core.records import Episode, Problem
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import ModelConfig, load_config
 from retool_jax.rollout import engine
-from retool_jax.rollout.requests import Executor, Request, SamplingSettings
-from retool_jax.rollout.sampler import Sampler, SamplerSettings
+from retool_jax.rollout.requests import Executor, Request
+from retool_jax.rollout.sampler import Sampler
+from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.rollout.turns import Rules, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render
 from retool_jax.text import tags

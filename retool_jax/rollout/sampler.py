@@ -18,40 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.core import sharding
-from retool_jax.core.checks import check, one_of, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Int8KV, KVCache, Params, SampleState
 from retool_jax.model import decoder, kv_cache
-from retool_jax.model.config import DTYPES, ModelConfig
+from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import rows, sampling
+from retool_jax.rollout.settings import SamplerSettings
 from retool_jax.rollout.sync import Sync
 
 STOP_NONE, STOP_EOS, STOP_CODE, STOP_ANSWER, STOP_LENGTH = range(5)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplerSettings:
-    """Sizes of the compiled programs."""
-
-    rows: int  # episodes that an engine holds at a time, one a row. H 64, 32B: 32
-    slots: int  # KV positions of a row: tokens of an episode, prompt included. P 16384, its longest sequence
-    chunk: int  # tokens of a row that one extend call takes in; longer prompts and tool outputs take several. H 256
-    feed_rows: int  # rows that one extend call takes. H 8
-    quota: int  # steps of one decode call; a row that stops in it stands still until its end. H 64
-    # Rows of one decode call, the others wait; 0: all. Fewer than `rows` pay where most rows wait for slow tools. H 0
-    decode_rows: int
-    # KV positions that a call reads at least; the bound doubles up to `slots` as rows grow. Some backends round a
-    # matmul by its extent: `slots` here makes replays equal to the last bit on those too. H 256
-    min_bound: int
-    dtype: str  # of activations and sampling weights: 'float32', 'bfloat16' or 'float16'. H bfloat16
-    cache_dtype: str  # of keys and values: as `dtype`, or 'int8' with a scale per slot and head. H bfloat16
-
-    def __post_init__(self):
-        check(self, rows=within(1, 2**16), slots=within(1, 2**24), chunk=within(1, 2**16), feed_rows=within(1, 2**16),
-              quota=within(1, 2**16), min_bound=within(1, 2**24), dtype=one_of(DTYPES),
-              cache_dtype=one_of((*DTYPES, 'int8')))
-        if not 0 <= self.decode_rows <= self.rows:
-            raise UserError(f'decode_rows={self.decode_rows} must be from 1 to rows={self.rows}, or 0 for all rows')
 
 
 @jax.tree_util.register_dataclass

@@ -23,11 +23,11 @@ from retool_jax.core.pytrees import Params, SampleState
 from retool_jax.core.records import Episode, ExecResult, Stop
 from retool_jax.rollout import turns
 from retool_jax.rollout.journal import Journal, call_key
-from retool_jax.rollout.requests import Executor, Link, Request, SamplingSettings
+from retool_jax.rollout.requests import Executor, Link, Request
 from retool_jax.rollout.sampler import STOP_NONE, Assignment, Chunks, Decoded, Sampler
+from retool_jax.rollout.settings import SamplingSettings
 from retool_jax.rollout.stats import RolloutStats, Timeline
 
-DEVICE = -1  # lane of the timeline
 TICK_S = 0.05  # linked engines: how long a process waits for its own tools before it asks the others
 
 
@@ -189,8 +189,7 @@ class Scheduler:
         for prompt, r in leaders.items():
             if prompt in wanted:
                 self.prefilled[prompt] = (r, self.sampler.logits_of(self.state, r))
-        for prompt in [p for p in self.prefilled if p not in wanted]:
-            del self.prefilled[prompt]
+        self.prefilled = {prompt: held for prompt, held in self.prefilled.items() if prompt in wanted}
         for prompt, rows in followers.items():
             for part in self._calls(rows):
                 self._copy(prompt, part)
@@ -321,11 +320,8 @@ class Scheduler:
         self.stats.live_steps += len(decoded)
         self.stats.sampled_tokens += sampled
         if self.timeline is not None:
-            self.timeline.span(DEVICE, 'decode', began, now, rows=len(decoded), tokens=sampled)
             tools = sum(bool(row and row.asked_s) for row in self.rows)
-            self.timeline.count('rows', now, live=len(decoded), tools=tools)
-            for r, b in decoded.items():
-                self.timeline.span(r, 'decode', began, now, tokens=int(count_B[b]))
+            self.timeline.decoded(began, now, {r: int(count_B[b]) for r, b in decoded.items()}, tools)
         carried = []
         for r, b in decoded.items():
             row, n, stop = self.rows[r], int(count_B[b]), int(stop_B[b])
@@ -352,18 +348,13 @@ class Scheduler:
         now, self.fed = time.perf_counter(), None
         self.stats.extend_s += now - since
         if self.timeline is not None:
-            for lane in [DEVICE, *sorted(set(rows))]:
-                self.timeline.span(lane, 'extend', since, now, rows=len(rows))
+            self.timeline.fed(since, now, rows)
         return max(began, now)
 
     def _wait(self) -> None:
         """Waits until a tool answers, since no row can decode."""
         futures = [row.future for row in self.rows if row and row.future]
-        if not futures and self.link is None:
-            return
         began = time.perf_counter()
-        if self.link is not None:
-            concurrent.futures.wait(futures, TICK_S, concurrent.futures.FIRST_COMPLETED)
-        else:
-            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+        timeout_s = None if self.link is None else TICK_S
+        concurrent.futures.wait(futures, timeout_s, concurrent.futures.FIRST_COMPLETED)
         self.stats.tools_blocked_s += time.perf_counter() - began

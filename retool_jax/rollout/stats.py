@@ -53,6 +53,9 @@ class RolloutStats:
         return found
 
 
+DEVICE = -1  # lane of the timeline
+
+
 class Timeline:
     """Spans of rows and device, in the trace format that chrome://tracing and Perfetto open.
 
@@ -66,6 +69,18 @@ class Timeline:
         """One span; lane −1 is the device, others are rows. Seconds of time.perf_counter."""
         self.events.append({'name': name, 'ph': 'X', 'pid': 0, 'tid': lane + 1, 'ts': start_s * 1e6,
                             'dur': max(end_s - start_s, 0.0) * 1e6, 'args': details})
+
+    def decoded(self, start_s: float, end_s: float, tokens: dict[int, int], tools: int) -> None:
+        """One decode call. tokens: of each row that took part; tools: how many rows waited for one meanwhile."""
+        self.span(DEVICE, 'decode', start_s, end_s, rows=len(tokens), tokens=sum(tokens.values()))
+        self.count('rows', end_s, live=len(tokens), tools=tools)
+        for row, count in tokens.items():
+            self.span(row, 'decode', start_s, end_s, tokens=count)
+
+    def fed(self, start_s: float, end_s: float, rows: list[int]) -> None:
+        """Extend calls, from the first to the end of the last; a row stands in `rows` once a chunk."""
+        for lane in [DEVICE, *sorted(set(rows))]:
+            self.span(lane, 'extend', start_s, end_s, rows=len(rows))
 
     def count(self, name: str, at_s: float, **values: float) -> None:
         """A point of a stacked curve."""

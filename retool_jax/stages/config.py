@@ -13,8 +13,7 @@ from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.checks import MANY, Rule, above, check, filled, local_path, one_of, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.sharding import AXES
-from retool_jax.rollout.requests import SamplingSettings
-from retool_jax.rollout.sampler import SamplerSettings
+from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.rollout.turns import Budgets
 from retool_jax.sandbox.feedback import FeedbackSettings
 from retool_jax.sandbox.settings import SandboxSettings

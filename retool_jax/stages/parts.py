@@ -24,8 +24,9 @@ from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.library import Model, load_model
-from retool_jax.rollout.requests import Executor, SamplingSettings
-from retool_jax.rollout.sampler import Sampler, SamplerSettings
+from retool_jax.rollout.requests import Executor
+from retool_jax.rollout.sampler import Sampler
+from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.rollout.turns import Budgets, Rules, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render
 from retool_jax.sandbox.guard import Guard

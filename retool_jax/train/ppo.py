@@ -23,7 +23,7 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.core.records import Episode, Stop
 from retool_jax.core.signals import uninterrupted
-from retool_jax.rollout.requests import SamplingSettings
+from retool_jax.rollout.settings import SamplingSettings
 from retool_jax.train import sources
 from retool_jax.train.learner import ForwardSettings, Learner, Scores, mean_metrics
 from retool_jax.train.pack import join, pack

@@ -16,9 +16,10 @@ from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout import turns
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
-from retool_jax.rollout.requests import Request, SamplingSettings
-from retool_jax.rollout.sampler import Sampler, SamplerSettings
+from retool_jax.rollout.requests import Request
+from retool_jax.rollout.sampler import Sampler
 from retool_jax.rollout.scheduler import Scheduler
+from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.text import tags, template
 from retool_jax.train.pack import pack
 from tests.fakes import FakePool, byte_tokenizer

@@ -11,7 +11,7 @@ from retool_jax.core.cli import ROOT
 from retool_jax.model import hf
 from retool_jax.model.config import load_config
 from retool_jax.rollout import Engine, open_model
-from retool_jax.rollout.requests import SamplingSettings
+from retool_jax.rollout.settings import SamplingSettings
 from retool_jax.stages import embedded
 from tests.fakes import FakePool
 

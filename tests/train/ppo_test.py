@@ -13,7 +13,7 @@ import pytest
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Stop
 from retool_jax.model import decoder
-from retool_jax.rollout.requests import SamplingSettings
+from retool_jax.rollout.settings import SamplingSettings
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import template
 from retool_jax.train import ppo, sources
@@ -34,7 +34,7 @@ NAMES = {'rewards/mean', 'actor/pg_clipfrac', 'actor/ppo_kl', 'actor/entropy', '
          'critic/explained_var', 'response_length/mean', 'response_length/clip_ratio', 'num_turns/mean', 'tools/calls',
          'tools/failure_frequency', 'tools/timeout_frequency', 'tools/seconds_p50', 'tools/seconds_p99',
          'mismatch/logprob_abs_max', 'mismatch/kl', 'void_turn_ratio', 'time/rollout_s', 'time/tools_blocked_s',
-         'time/update_s'}
+         'time/update_s'}  # fmt: skip
 
 
 def deal(episodes, seed=0, step=0, **changes):

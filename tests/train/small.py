@@ -12,8 +12,8 @@ from retool_jax.core import sharding
 from retool_jax.core.records import Episode, Problem, Reward, Stop
 from retool_jax.rollout import turns
 from retool_jax.rollout.engine import Engine
-from retool_jax.rollout.requests import SamplingSettings
-from retool_jax.rollout.sampler import Sampler, SamplerSettings
+from retool_jax.rollout.sampler import Sampler
+from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.text import tags
 from retool_jax.train.learner import ForwardSettings, Learner
 from retool_jax.train.state import add_critic, init_state
