@@ -44,7 +44,7 @@ extras = {
     'gym': ['reasoning-gym==0.1.25'],  # generated problems; a release may change what an index stands for
     'dev': ['pytest>=8.4', 'pytest-xdist>=3.8', 'ruff>=0.9', 'jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6.29',
             'beartype>=0.20', 'gguf>=0.17', 'reasoning-gym==0.1.25'],
-}
+}  # fmt: skip
 
 binaries = ('cold_start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan')
 

@@ -16,7 +16,7 @@ MODELS = {
     'qwen2_5_32b': 'qwen2_5', 'r1_distill_qwen_32b': 'r1_distill',
     'smollm2_135m': 'own', 'smollm2_1_7b': 'own', 'llama3_1_8b': 'own', 'r1_distill_llama_8b': 'r1_distill',
     'qwen3_0_6b': 'qwen3', 'qwen3_4b': 'qwen3', 'qwen3_8b': 'qwen3', 'qwen3_32b': 'qwen3',
-}
+}  # fmt: skip
 
 
 def check(arg: str) -> str:
@@ -48,9 +48,9 @@ def model(arg: str) -> ConfigDict:
         'name': arg,  # launch/plan.py knows the sizes of these without their files
         'template': MODELS[check(arg)],
         'tools': True,  # False: the text-only baseline (P §3.2)
-        # What the model is asked: 'paper' (155 tokens; none is the same, but of the embedded model), 'short' (50), or a
-        # file, {question} where the problem goes. Give the same one to every stage: a model knows the prompt that it
-        # was trained with.
+        # What the model is asked: 'paper' (155 tokens; none is the same, but of the embedded model), 'short' (50),
+        # or a file, {question} where the problem goes. Give the same one to every stage: a model knows the prompt
+        # that it was trained with.
         'instruction': 'short' if arg.startswith('smollm2') else config_dict.placeholder(str),
     })
 

@@ -19,7 +19,7 @@ LOGICAL = ('batch', 'seq', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'voc
 TRAIN_RULES: dict[str, tuple[str, ...]] = {
     'batch': ('data', 'fsdp'), 'embed': ('fsdp',), 'heads': ('tensor',), 'kv_heads': ('tensor',),
     'mlp': ('tensor',), 'vocab': ('tensor',), 'seq': ('tensor',), 'head_dim': (), 'layers': (),
-}
+}  # fmt: skip
 # What a training matmul reads: weights whole over fsdp.
 GATHERED_RULES: dict[str, tuple[str, ...]] = TRAIN_RULES | {'embed': ()}
 # Sampling: weights split over tensor alone, so that no step gathers them.

@@ -14,11 +14,12 @@ import re
 from collections.abc import Iterator
 
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 's32': 4, 'u32': 4, 's64': 8, 'u64': 8,
-         'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8, 'c64': 8, 'c128': 16}
+         'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8, 'c64': 8, 'c128': 16}  # fmt: skip
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 # Instructions that only name, regroup or wait for bytes that another one moves.
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
-        'partition-id', 'replica-id', 'iota', 'optimization-barrier', 'opt-barrier', 'domain', 'add-dependency'}
+        'partition-id', 'replica-id', 'iota', 'optimization-barrier', 'opt-barrier', 'domain', 'add-dependency',
+}  # fmt: skip
 SLICES = {'slice', 'dynamic-slice', 'gather'}  # read only as much of a large operand as they return
 UPDATES = {'dynamic-update-slice': 1, 'scatter': -1}  # write in place; the index of the operand that is written
 

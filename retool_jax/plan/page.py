@@ -115,7 +115,7 @@ def text(plan: dict) -> str:
         *(f'  - {reason}' for reason in plan['mfu']['reasons']),
         'Assumed: ' + ', '.join(f'{name} {value:g}' for name, value in plan['assumptions'].items())
         + ' (see retool_jax/plan/roofline.py)',
-        f'Compiled in {plan["compile_s"]:,.0f} s, {plan["cpu_s"]:,.0f} s of CPU time']
+        f'Compiled in {plan["compile_s"]:,.0f} s, {plan["cpu_s"]:,.0f} s of CPU time']  # fmt: skip
     for phase in plan['phases']:
         if not phase['fits']:
             lines.append(f'{phase["name"]} does not fit ({phase["share"]:.0%} of memory): set '

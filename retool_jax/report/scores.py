@@ -119,7 +119,7 @@ RATES = (
     ('format', 'answers in form', '%'), ('code_ratio', 'answers with code', '%'), ('calls', 'calls per answer', ''),
     ('call_failures', 'failing calls', '%'), ('length', 'tokens per answer', ''), ('turns', 'turns per answer', ''),
     ('truncated', 'truncated', '%'), ('void', 'void', '%'),
-)
+)  # fmt: skip
 
 
 COLUMNS = 6  # of a table; further models stand below it. More than 3 take the whole width of the page

@@ -38,7 +38,7 @@ CANARIES = (
            'c.syscall(125, struct.pack("Ii", 0x20080522, 0), d)\n'
            'print(d.raw == bytes(24), os.getpid(), os.getuid() != 0)',
            'True 1 True\n'),
-)
+)  # fmt: skip
 
 
 def combined() -> Canary:

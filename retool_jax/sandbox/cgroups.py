@@ -212,7 +212,7 @@ class Lease:
                  2: (('memory', 'memory.max', 'limit'), ('memory', 'memory.current', 'usage'),
                      ('memory', 'memory.events', 'oom'), ('memory', 'memory.peak', 'peak'),
                      ('memory', 'memory.swap.max', 'swap'), ('memory', 'pids.max', 'pids_max'),
-                     ('memory', 'pids.current', 'pids'), ('memory', 'cpu.stat', 'cpu'))}.get(version, ())
+                     ('memory', 'pids.current', 'pids'), ('memory', 'cpu.stat', 'cpu'))}.get(version, ())  # fmt: skip
         for controller, file, key in names:
             if controller in paths:
                 with contextlib.suppress(FileNotFoundError, PermissionError):

@@ -24,7 +24,7 @@ from retool_jax.sandbox.pool import Pool
 from retool_jax.sandbox.settings import SandboxSettings
 
 _NAMESPACES = {'user': 0x10000000, 'mount': 0x20000, 'pid': 0x20000000, 'network': 0x40000000, 'ipc': 0x8000000,
-               'uts': 0x4000000, 'cgroup': 0x2000000}
+               'uts': 0x4000000, 'cgroup': 0x2000000}  # fmt: skip
 # The pool that is examined: an ordinary one, but short in CPU time, so that the report comes soon.
 EXAMINATION = SandboxSettings(cpu_s=0.5, wall_s=2.0)
 

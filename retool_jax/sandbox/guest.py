@@ -35,7 +35,7 @@ _FORMAT = 4  # raise when the layout below changes
 _INSIDE = Path(__file__).parent / 'inside'  # the files that run inside the jail
 _STDLIB_LEFT_OUT = frozenset({
     'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'tkinter', 'turtledemo', 'ensurepip',
-    'lib2to3', 'pydoc_data', '__pycache__'})
+    'lib2to3', 'pydoc_data', '__pycache__'})  # fmt: skip
 _FRESH_S = 86400.0  # a root that was used within it is taken as it is: ageing takes ten days or more
 _UNUSED_S = 30 * 86400.0  # and one that was not used for so long is removed
 # What snippets can import where nobody says: as in configs/base.py, which this room may not import.

@@ -31,7 +31,7 @@ ENVIRONMENT = (
     'MALLOC_ARENA_MAX=1',  # each further arena reserves 64 MB of addresses
     # One thread: a fork keeps only its caller's, and sums in another order would be other sums.
     'OPENBLAS_NUM_THREADS=1', 'OMP_NUM_THREADS=1', 'MKL_NUM_THREADS=1', 'NUMEXPR_NUM_THREADS=1',
-)
+)  # fmt: skip
 _BOOT = 'import sys; sys.path.insert(0, "/runner"); '
 
 

@@ -95,7 +95,7 @@ class Watch:
                          f'grader/timeout_frequency {of("grader/timeout_frequency"):.2f} exceeds {s.timeouts_above:g}: '
                          'so many answers count as wrong because they were not judged in time; read them, and raise '
                          'reward.time_limit_s where they are in earnest'),
-        }
+        }  # fmt: skip
         alarms = []
         for name, (rings, text) in found.items():
             action = getattr(s, name)

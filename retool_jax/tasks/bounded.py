@@ -9,7 +9,7 @@ DEPTH = 60  # of the deepest expression
 FACTORIAL = 20_000  # 20,000! has 256,000 bits
 
 INVERSES = {'sin': 'asin', 'cos': 'acos', 'tan': 'atan', 'cot': 'acot', 'sec': 'asec', 'csc': 'acsc', 'sinh': 'asinh',
-            'cosh': 'acosh', 'tanh': 'atanh'}
+            'cosh': 'acosh', 'tanh': 'atanh'}  # fmt: skip
 _FUNCTIONS = {name: getattr(sympy, name) for name in (
     *INVERSES, *INVERSES.values(), 'exp', 'floor', 'ceiling', 're', 'im')}  # fmt: skip
 _FUNCTIONS |= {'arc' + name: getattr(sympy, inverse) for name, inverse in INVERSES.items() if len(name) == 3}

@@ -24,7 +24,7 @@ pascal: Pa | kilopascal: kPa | calorie: cal | kilocalorie: kcal | mole: mol | co
 dollar: $ usd buck | cent: ¢ | euro: € eur | sterling: £ gbp | yen: ¥ jpy | yuan: rmb cny | rupee: ₹ Rs rs inr
 """
 _COMPOUND = {'mph': 'mile/hour', 'kph': 'kilometer/hour', 'kmph': 'kilometer/hour', 'kmh': 'kilometer/hour',
-             'fps': 'foot/second', 'kwh': 'kilowatt hour', 'sqft': 'foot^2', 'rpm': 'minute^-1'}
+             'fps': 'foot/second', 'kwh': 'kilowatt hour', 'sqft': 'foot^2', 'rpm': 'minute^-1'}  # fmt: skip
 # Abbreviations that are units even without \text, where they follow a number: kilograms are no product k·g.
 BARE = frozenset((
     'mm', 'cm', 'km', 'kms', 'kg', 'kgs', 'mg', 'ml', 'mL', 'ft', 'lb', 'lbs', 'oz', 'mph', 'kph', 'kmph', 'kmh', 'Hz',

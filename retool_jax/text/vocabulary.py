@@ -28,7 +28,7 @@ PRE_TOKENIZERS = {
     'deepseek-llm': (r'[\r\n]', r'\s?[\p{Lu}\p{Ll}\p{Lt}]+', r'\s?[!-/:-~！-／：-～‘-‟　-。]+', r'\s+$', _CJK,
                      'digits'),
     'deepseek-coder': (r'[\r\n]', r'\s?\p{L}+', r'\s?\p{P}+', _CJK, 'digits'),
-}
+}  # fmt: skip
 WHOLE_WORDS = ('llama-bpe', 'llama3', 'llama-v3')  # a word that is a token is not merged
 
 

@@ -36,7 +36,7 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(name, choices):
         ('value_coef', -1.0), ('value_clip', 0.0), ('correction_cap', 0.5), ('correction_low', 1.5),
         ('correction_low', -0.1), ('correction_high', 0.9), ('clip_high', float('nan')),
     ],
-)
+)  # fmt: skip
 def test_a_number_out_of_range_is_refused_by_name_and_value(name, value):
     assert f'{name}={value} must' in refuses(loss_settings, **{name: value})
 

@@ -16,7 +16,7 @@ import numpy as np
 FIELDS = (
     'logprob', 'old', 'sampler', 'reference', 'entropy', 'value', 'old_value', 'returns', 'advantage',
     'reward',
-)
+)  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -24,7 +24,7 @@ class Holder:
     (filled(), ('a',), ('', ' '), 'must not be empty'),
     (local_path(), ('runs/a', '/a b', './gs', 'a:b', 'C:/x'), ('', ' ', 'gs://b/c', 's3:/b', 'file:///x', 'a\0b'),
      'must be a path of this machine'),
-])
+])  # fmt: skip
 def test_what_holds_passes_and_what_does_not_is_said(rule, good, bad, words):
     for value in (*good, None, good, ()):
         check(Holder(value), x=rule)

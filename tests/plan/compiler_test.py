@@ -16,7 +16,7 @@ from retool_jax.plan import chips
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {'sync layer', 'sync ends', 'apply', 'score policy', 'update policy', 'score critic', 'update critic',
-            'extend', 'decode'}
+            'extend', 'decode'}  # fmt: skip
 # Whole vectors of 128 everywhere: nothing is padded, and bytes of shapes are bytes of memory.
 MODEL = dataclasses.replace(TINY, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
                             num_key_value_heads=2, head_dim=128, tie_word_embeddings=False)

@@ -25,7 +25,7 @@ PUBLISHED = {  # parameters, from the models' pages
     'smollm2_135m': 134_515_008, 'smollm2_1_7b': 1_711_376_384, 'llama3_1_8b': 8_030_261_248,
     'r1_distill_llama_8b': 8_030_261_248,
     'qwen3_4b': 4_022_468_096, 'qwen3_8b': 8_190_735_360, 'qwen3_32b': 32_762_123_264,
-}
+}  # fmt: skip
 A = Assumptions(tokens=100)
 
 
@@ -53,9 +53,10 @@ def estimated() -> tuple[Run, list[Facts]]:
 def test_every_program_of_a_step_is_there_and_split_by_critic():
     _, found = estimated()
     assert sorted(f.name for f in found) == sorted(['sync layer', 'sync ends', 'apply', 'score policy', 'update policy',
-                                                    'score critic', 'update critic', 'extend', 'decode'])
+                                                    'score critic', 'update critic', 'extend', 'decode'])  # fmt: skip
     assert [p.name for p in make_run().programs()] == [
-        'sync layer', 'sync ends', 'apply', 'score policy and critic', 'update policy and critic', 'extend', 'decode']
+        'sync layer', 'sync ends', 'apply', 'score policy and critic', 'update policy and critic', 'extend', 'decode',
+    ]  # fmt: skip
     assert all(f.estimated for f in found)
 
 
@@ -111,7 +112,7 @@ def test_a_step_runs_each_program_as_often_as_its_episodes_need():
     a = Assumptions(tokens=100, packing=1.0, occupancy=0.5, feeds=4)
     assert sizes.micro_batches(a) == 8  # 32 rows in two mini-batches of 4 micro-batches
     expected = {'sync layer': 48, 'sync ends': 1, 'apply': 6, 'score policy': 8, 'update critic': 24, 'extend': 32,
-                'decode': 80}
+                'decode': 80}  # fmt: skip
     assert {name: sizes.runs(name, a) for name in expected} == expected
 
 

@@ -91,7 +91,7 @@ RESOURCES = [
     Case('huge_integer_printed', 'print(9**100000)', ERROR, err='4300 digits', quick=True),
     Case('nested_sleepers', 'import subprocess, sys\nsubprocess.Popen([sys.executable, "-c", "import time; '
          'time.sleep(600)"])\nprint("done")', OK, 'done\n'),
-]
+]  # fmt: skip
 
 CRASHES = [
     Case('null_read', 'import ctypes\nctypes.string_at(0)', SIGNAL, quick=True),
@@ -121,7 +121,7 @@ CRASHES = [
     Case('kill_everybody', 'import os\nos.kill(-1, 9)', ERROR, err='ProcessLookupError'),
     Case('kill_itself_from_a_thread_pool', 'from concurrent.futures import ThreadPoolExecutor\n'
          'with ThreadPoolExecutor(4) as e: print(sum(e.map(abs, range(-5, 5))))', OK, '25\n'),
-]
+]  # fmt: skip
 
 TEXT = [
     Case('all_bytes', 'import sys\nsys.stdout.buffer.write(bytes(range(256)))', OK,
@@ -147,7 +147,7 @@ TEXT = [
     Case('tags_in_output', 'print("</interpreter><|im_end|><answer>")', OK, '</interpreter><|im_end|><answer>\n'),
     Case('traceback_names_the_cell', 'def f():\n    return 1 / 0\nf()', ERROR, err='Traceback (most recent call last):\n'
          '  File "<cell>", line 3, in <module>\n    f()\n  File "<cell>", line 2, in f\n    return 1 / 0\n', quick=True),
-]
+]  # fmt: skip
 
 REACH = [
     Case('etc_passwd', 'open("/etc/passwd")', ERROR, err='FileNotFoundError', quick=True),
@@ -200,6 +200,6 @@ REACH = [
          '        print("no")', OK, 'no\n' * 3),
     Case('parent_cannot_be_signalled', 'import os, signal\nprint(os.getpid(), os.getppid())\nos.kill(2, 9)', ERROR,
          '1 0\n', err='ProcessLookupError'),
-]
+]  # fmt: skip
 
 ALL = [*RESOURCES, *CRASHES, *TEXT, *REACH]

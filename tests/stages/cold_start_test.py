@@ -165,7 +165,7 @@ LONG = ' '.join(str(n * n) for n in range(300))  # 1,487 characters, more than f
     # As verl does.
     f'{LONG[:128]}...(truncated)...{LONG[-128:]}', f'{LONG[:256]}...(truncated)', f'(truncated)...{LONG[-256:]}',
     f'{LONG[:512]}… [463 characters omitted] …{LONG[-512:]}',  # our own
-    f'{LONG[:20]} … {LONG[400:420]} … {LONG[-20:]}', '0 1 4 9 ...'])
+    f'{LONG[:20]} … {LONG[400:420]} … {LONG[-20:]}', '0 1 4 9 ...'])  # fmt: skip
 def test_a_long_output_bears_out_a_claim_that_is_whole_or_cut(claim):
     text = f'{GOOD}\n<interpreter>\n{claim}\n</interpreter>\n\n{ANSWER}'
     assert _verify(text, {'print(1+1)': LONG + '\n'}) == 'kept'
@@ -175,7 +175,7 @@ def test_a_long_output_bears_out_a_claim_that_is_whole_or_cut(claim):
     LONG + ' 1', LONG[:-1], LONG[:200] + LONG[-200:],  # cut without a word
     f'1 {LONG[:200]}...{LONG[-200:]}', f'{LONG[:200]}...{LONG[-200:]}1',  # another head, another tail
     f'{LONG[:20]} … 3 3 3 … {LONG[-20:]}', f'{LONG[-20:]}...{LONG[:20]}', f'{LONG}...{LONG}', f'{LONG}...', '...', '…',
-    LONG.replace(' ', '')])  # other numbers
+    LONG.replace(' ', '')])  # other numbers  # fmt: skip
 def test_a_long_output_bears_out_no_other_claim(claim):
     text = f'{GOOD}\n<interpreter>\n{claim}\n</interpreter>\n\n{ANSWER}'
     assert _verify(text, {'print(1+1)': LONG + '\n'}) == 'execution'
@@ -196,7 +196,7 @@ def test_a_long_error_is_compared_by_its_last_line_before_it_is_cut(claim, reaso
 @pytest.mark.parametrize(('printed', 'claim', 'reason'), [
     ('', '', 'kept'), ('', '(no output: use print to see a value)', 'kept'), ('2\n', '', 'execution'),
     ('[1, 2]\n', '[1,2]', 'kept'), ('1\n2\n', '1 2', 'kept'), ('12\n', '1 2', 'execution'),
-    ('[0 1 2 ... 7 8 9]\n', '[0 1 2 ... 7 8 9]', 'kept'), ('f(1) = 2\n', 'f(2)...= 2', 'execution')])
+    ('[0 1 2 ... 7 8 9]\n', '[0 1 2 ... 7 8 9]', 'kept'), ('f(1) = 2\n', 'f(2)...= 2', 'execution')])  # fmt: skip
 def test_spacing_aside_a_claim_is_what_was_printed(printed, claim, reason):
     text = f'{GOOD}\n<interpreter>\n{claim}\n</interpreter>\n\n{ANSWER}'
     assert _verify(text, {'print(1+1)': printed}) == reason

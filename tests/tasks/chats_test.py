@@ -56,7 +56,7 @@ def joined(*messages):
     [{'from': 'gpt', 'value': 'So.'}, {'from': 'function_call', 'value': json.dumps(
         {'name': 'python', 'arguments': {'code': 'print(3*4)'}})}, {'from': 'observation', 'value': '12'},
      {'from': 'gpt', 'value': END['content']}],
-])
+])  # fmt: skip
 def test_turns_are_joined_into_one_trace_with_its_calls(messages):
     assert joined(*messages) == JOINED
     draft = cold_start.read_draft(None, joined(*messages))

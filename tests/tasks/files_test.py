@@ -44,7 +44,7 @@ def test_a_folder_as_the_hub_hands_it_out_is_read_from_its_data(tmp_path):
     json.dumps({'rows': TEN}), json.dumps({'version': 1, 'data': TEN}), json.dumps({'examples': TEN, 'license': 'mit'}),
     json.dumps({'features': [{'feature_idx': 0, 'name': 'problem'}], 'rows': [
         {'row_idx': i, 'row': row, 'truncated_cells': []} for i, row in enumerate(TEN)], 'num_rows_total': 10}),
-    json.dumps({name: [row[name] for row in TEN] for name in TEN[0]}), '\ufeff' + json.dumps(TEN)])
+    json.dumps({name: [row[name] for row in TEN] for name in TEN[0]}), '\ufeff' + json.dumps(TEN)])  # fmt: skip
 def test_a_json_file_is_read_in_all_its_forms(tmp_path, content):
     (tmp_path / 'ten.json').write_text(content)
     assert problems.read(tmp_path / 'ten.json') == [Problem(r['id'], r['problem'], r['answer'], 'ten', '') for r in TEN]

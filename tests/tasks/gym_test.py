@@ -18,9 +18,10 @@ from retool_jax.tasks.grader import Grader
 warnings.filterwarnings('ignore', category=SyntaxWarning)  # of a library of the library, where it is first compiled
 # What runs text, or reads it as a program.
 RUNS = {'eval', 'exec', 'compile', '__import__', 'parse_expr', 'sympify', 'S', 'system', 'popen', 'Popen', 'run',
-        'check_output', 'parse_latex', 'simplify', 'lambdify', 'loads_pickle', 'import_module', 'getattr'}
+        'check_output', 'parse_latex', 'simplify', 'lambdify', 'loads_pickle', 'import_module', 'getattr'}  # fmt: skip
 HOSTILE = ('', ' ', 'banana', 'nan', 'NaN, NaN', '[NaN]', '[NaN, NaN, NaN, NaN, NaN, NaN]', 'inf', '{}', 'null',
-           'x' * 1500, '9' * 1500, '(' * 1000, '[' * 1500, '1e999999', '10**10**10', '-', '→', 'A', 'L' * 1000)
+           'x' * 1500, '9' * 1500, '(' * 1000, '[' * 1500, '1e999999', '10**10**10', '-', '→', 'A',
+           'L' * 1000)  # fmt: skip
 ATTACK = '__import__("os").system("touch {}")'
 
 

@@ -57,7 +57,7 @@ SCHEMAS = {  # a row of the guide's table → rows in that schema; the answer to
         {'role': 'user', 'content': 'Tools.\n*user question:*\nAnswer the following Math Problem and put the answer '
                                     f'in \\boxed{{answer}}\n\n{QUESTION}\n\nRemember to place the final answer last.'},
         {'role': 'assistant', 'content': '<answer>\n\\boxed{12}\n</answer>'}]}],
-}
+}  # fmt: skip
 
 
 def only(row):
@@ -98,7 +98,7 @@ def test_ids_and_families_are_found_in_any_case():
     ('["\\\\frac{1}{2}"]', '\\frac{1}{2}'), ('a #### b', 'a #### b'), ('nonempty', 'nonempty'),
     ('no solution', 'no solution'),
     ('The answer is \\boxed{7}.', '7'), ('\\boxed{7}\\pi', '\\boxed{7}\\pi'), ('So it is.\n\n\\boxed{7}', '7'),
-    ('$\\boxed{7}$.', '7')])
+    ('$\\boxed{7}$.', '7')])  # fmt: skip
 def test_an_answer_keeps_its_meaning(answer, read):
     assert only({'problem': 'Q', 'answer': answer}).answer == read
 
@@ -115,7 +115,7 @@ def test_an_answer_keeps_its_meaning(answer, read):
     ({'answer': None, 'label': None}, "field 'answer' is null"),
     ({'messages': [*CHAT, {'role': 'assistant', 'content': 'So there are twelve.'}]}, 'messages: last box'),
     ({}, 'none of the fields answer'),
-])
+])  # fmt: skip
 def test_what_is_no_answer_is_refused_by_field(row, words):
     with pytest.raises(UserError, match=f'^f:1: .*{words}') as caught:
         only({'problem': 'Q'} | row)

@@ -39,7 +39,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(samples):
 
 @pytest.mark.parametrize(('answers', 'expected'), [
     (['1', '1', '2'], 1.0), (['1', '2', '2'], 0.0), (['1', '2'], 0.5), (['1', '2', '3'], 1 / 3),
-    (['2', '2', '3', '3'], 0.0), (['', '', '1'], 1.0), (['', ''], 0.0), ([], 0.0)])
+    (['2', '2', '3', '3'], 0.0), (['', '', '1'], 1.0), (['', ''], 0.0), ([], 0.0)])  # fmt: skip
 def test_the_majority_is_the_most_frequent_answer_and_ties_share(answers, expected):
     episodes = [make('p', answer == '1', answer) for answer in answers]
     for seed in range(3):

@@ -8,11 +8,11 @@ WORDS = ('the', 'answer', "isn't", "I'LL", 'naïve', 'Straße', 'café', 'Ελλ
          '한국어', 'عربي',
          'עברית', 'हिन्दी', '🙂', '👩‍👩‍👧', 'x²', '½', '٣', '１２', 'e\u0301', '\u200b', '…', '—', '$\\frac{1}{2}$',
          'snake_case',
-         'CamelCase', '<|im_start|>', '<|im_end|>', '<tool_call>', '<s>', '</s>', '[INST]', '▁', 'don’t')
+         'CamelCase', '<|im_start|>', '<|im_end|>', '<tool_call>', '<s>', '</s>', '[INST]', '▁', 'don’t')  # fmt: skip
 SPACES = (' ', '  ', '   ', '\n', '\n\n', '\r\n', '\t', ' \n', '\n  ', '\u00a0', '\u3000', '')
 CODE = ('def f(x):\n    return x**2\n', 'for i in range(10):\n\tprint(i, end="")\n', '```python\nprint(1+1)\n```\n',
         '<code>\n', '</code>', '{"a": [1, 2.50, -3e10]}', 'a[i]+=b[j]//2;', '#include <stdio.h>\r\n',
-        "f'{x:>10}'", '!=', '->')
+        "f'{x:>10}'", '!=', '->')  # fmt: skip
 
 
 def make_strings(count: int, seed: int = 0) -> list[str]:

@@ -100,7 +100,7 @@ VALUES = {  # of a 32B, as the sources that configs/ name have them
              'ppo.overlong_buffer': 4096},
     'sft': {'sft.epochs': 2, 'optimizer.lr': 1e-5, 'optimizer.schedule': 'cosine', 'optimizer.warmup_steps': 12,
             'optimizer.b2': 0.95, 'optimizer.weight_decay': 0.01, 'sft.batch_tokens': 32 * 4096},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('name', VALUES)

@@ -58,7 +58,7 @@ def test_steps_are_reported_one_late_while_the_device_works(monkeypatch):
     run = Run(monkeypatch)
     run.train()
     assert run.log == [('collect', 0), ('update', 0), ('collect', 1), ('report', 0), ('update', 1), ('collect', 2),
-                       ('report', 1), ('update', 2), ('report', 2)]
+                       ('report', 1), ('update', 2), ('report', 2)]  # fmt: skip
     assert (run.progress.done, run.progress.cursor, run.progress.state.updates) == (3, 9, 3)
     assert run.progress.oldest == 2  # the step that asked for what is carried
 

@@ -101,7 +101,7 @@ def test_states_are_saved_when_the_steps_before_are_logged(episodes):
               lambda step, metrics: seen.append(('log', step)),
               lambda done, state, metrics: seen.append(('save', done, int(state.step))), save_every=2)
     assert seen == [('log', 0), ('log', 1), ('save', 2, 2), ('log', 2), ('log', 3), ('save', 4, 4), ('log', 4),
-                    ('save', 5, 5)]
+                    ('save', 5, 5)]  # fmt: skip
 
 
 def test_passes_decide_the_steps_and_the_last_one_ends_the_last_pass(episodes):

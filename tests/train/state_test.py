@@ -44,7 +44,7 @@ def walk(optimizer, params, gradients):
     ('cosine', [0.5, 0.5 * (1 + np.cos(np.pi / 20)) / 2, 0.25, 0.5 * (1 + np.cos(0.75 * np.pi)) / 2,
                 0.5 * (1 + np.cos(0.95 * np.pi)) / 2, 0.0]),
     ('wsd', [0.5, 0.5, 0.5, 0.5, 0.1, 0.0]),  # the last quarter of 20 steps falls by a fifth each
-])
+])  # fmt: skip
 def test_a_schedule_warms_up_and_then_takes_its_course(schedule, expected):
     assert rates(schedule, (0, 1, 2, 3)) == pytest.approx([0, 0.125, 0.25, 0.375])
     assert rates(schedule, (4, 5, 14, 19, 23, 24)) == pytest.approx(expected, abs=1e-7)

@@ -48,7 +48,7 @@ ALLOWED = {
     'pwritev': 296, 'getcpu': 309, 'renameat2': 316, 'getrandom': 318, 'execveat': 322, 'membarrier': 324,
     'copy_file_range': 326, 'preadv2': 327, 'pwritev2': 328, 'statx': 332, 'rseq': 334, 'close_range': 436,
     'faccessat2': 439, 'epoll_pwait2': 441,
-}
+}  # fmt: skip
 # Answered with an error number that programs expect.
 REFUSED = {
     'clone3': (435, ENOSYS), 'openat2': (437, ENOSYS),

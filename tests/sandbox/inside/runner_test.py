@@ -57,7 +57,7 @@ ENDS = {
                                  'ZeroDivisionError: division by zero\n'),
     'carriage returns as line ends': ('x = 1\r1 / 0\r\n', ERROR, 1, '', 'line 2, in <module>\n    1 / 0\n    ~~^~~\n'
                                       'ZeroDivisionError: division by zero\n'),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('path', ['warm', 'cold'])
