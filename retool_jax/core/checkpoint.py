@@ -81,7 +81,7 @@ class Checkpoints:
 
         Raises:
           TypeError: `meta` holds what JSON does not.
-      OSError: the disk is full or may not be written.
+          OSError: the disk is full or may not be written.
         """
         if step in self.steps():
             return
