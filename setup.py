@@ -60,12 +60,14 @@ setup(
     # The configurations and the binaries lie beside the package here and inside it where it is installed.
     packages=[*find_packages(include=['retool_jax', 'retool_jax.*']), 'retool_jax._configs', 'retool_jax._launch'],
     package_dir={'retool_jax._configs': 'configs', 'retool_jax._launch': 'launch'},
-    entry_points={'console_scripts': [
-        *(f'retool-{name.replace("_", "-")} = retool_jax._launch.{name}:run' for name in binaries),
-        'retool-sandbox = retool_jax._launch.sandbox_server:run',
-        'retool-doctor = retool_jax.sandbox.doctor:main',
-        'retool-report = retool_jax.report.__main__:main',
-    ]},
+    entry_points={
+        'console_scripts': [
+            *(f'retool-{name.replace("_", "-")} = retool_jax._launch.{name}:run' for name in binaries),
+            'retool-sandbox = retool_jax._launch.sandbox_server:run',
+            'retool-doctor = retool_jax.sandbox.doctor:main',
+            'retool-report = retool_jax.report.__main__:main',
+        ]
+    },
     include_package_data=True,
     package_data={'retool_jax': ['py.typed', '**/*.json', '**/*.css', '**/*.js', '**/*.html', '**/*.policy']},
     install_requires=core,

@@ -41,18 +41,20 @@ def run(arg: str, name: str) -> ConfigDict:
 
 
 def model(arg: str) -> ConfigDict:
-    return ConfigDict({
-        # A Hugging Face directory: config.json, safetensors, tokenizer. tiny: random weights of the
-        # embedded size and a tokenizer made on the spot when none is given.
-        'path': config_dict.placeholder(str),
-        'name': arg,  # launch/plan.py knows the sizes of these without their files
-        'template': MODELS[check(arg)],
-        'tools': True,  # False: the text-only baseline (P §3.2)
-        # What the model is asked: 'paper' (155 tokens; none is the same, but of the embedded model), 'short' (50),
-        # or a file, {question} where the problem goes. Give the same one to every stage: a model knows the prompt
-        # that it was trained with.
-        'instruction': 'short' if arg.startswith('smollm2') else config_dict.placeholder(str),
-    })
+    return ConfigDict(
+        {
+            # A Hugging Face directory: config.json, safetensors, tokenizer. tiny: random weights of the
+            # embedded size and a tokenizer made on the spot when none is given.
+            'path': config_dict.placeholder(str),
+            'name': arg,  # launch/plan.py knows the sizes of these without their files
+            'template': MODELS[check(arg)],
+            'tools': True,  # False: the text-only baseline (P §3.2)
+            # What the model is asked: 'paper' (155 tokens; none is the same, but of the embedded model), 'short' (50),
+            # or a file, {question} where the problem goes. Give the same one to every stage: a model knows the prompt
+            # that it was trained with.
+            'instruction': 'short' if arg.startswith('smollm2') else config_dict.placeholder(str),
+        }
+    )
 
 
 def mesh(arg: str = 'tiny') -> ConfigDict:
@@ -62,44 +64,50 @@ def mesh(arg: str = 'tiny') -> ConfigDict:
 
 def forward(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
-    return ConfigDict({
-        'dtype': 'float32' if tiny else 'bfloat16',
-        'attention': 'dense' if tiny else 'auto',
-        'remat': 'none' if tiny else 'full',
-        'unroll': 4 if tiny else 1,
-        'logprob_chunk': 200 if tiny else 2048,
-        'vocab_chunk': 1024 if tiny else 8192,
-        'micro_rows': 16 if tiny else 0,
-        'row_width': longest(arg),
-        'row_segments': 8 if tiny else 16,
-    })
+    return ConfigDict(
+        {
+            'dtype': 'float32' if tiny else 'bfloat16',
+            'attention': 'dense' if tiny else 'auto',
+            'remat': 'none' if tiny else 'full',
+            'unroll': 4 if tiny else 1,
+            'logprob_chunk': 200 if tiny else 2048,
+            'vocab_chunk': 1024 if tiny else 8192,
+            'micro_rows': 16 if tiny else 0,
+            'row_width': longest(arg),
+            'row_segments': 8 if tiny else 16,
+        }
+    )
 
 
 def sampler(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
-    return ConfigDict({
-        'rows': 32 if '32b' in arg else 64,
-        'slots': 256 if tiny else longest(arg),
-        'chunk': 64 if tiny else 256,
-        'feed_rows': 8,
-        'quota': 16 if tiny else 64,
-        'decode_rows': 0,
-        'min_bound': 64 if tiny else 256,
-        'dtype': 'float32' if tiny else 'bfloat16',
-        'cache_dtype': 'float32' if tiny else 'bfloat16',
-    })
+    return ConfigDict(
+        {
+            'rows': 32 if '32b' in arg else 64,
+            'slots': 256 if tiny else longest(arg),
+            'chunk': 64 if tiny else 256,
+            'feed_rows': 8,
+            'quota': 16 if tiny else 64,
+            'decode_rows': 0,
+            'min_bound': 64 if tiny else 256,
+            'dtype': 'float32' if tiny else 'bfloat16',
+            'cache_dtype': 'float32' if tiny else 'bfloat16',
+        }
+    )
 
 
 def turns(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
-    return ConfigDict({
-        'max_tokens': longest(arg),
-        'max_turn_tokens': longest(arg),
-        'max_turns': 4 if tiny else 8,
-        'max_calls': 3 if tiny else 7,
-        'on_cap': 'answer',
-        'on_answer': 'end',
-    })
+    return ConfigDict(
+        {
+            'max_tokens': longest(arg),
+            'max_turn_tokens': longest(arg),
+            'max_turns': 4 if tiny else 8,
+            'max_calls': 3 if tiny else 7,
+            'on_cap': 'answer',
+            'on_answer': 'end',
+        }
+    )
 
 
 def sampling(training: bool) -> ConfigDict:
@@ -107,49 +115,61 @@ def sampling(training: bool) -> ConfigDict:
 
 
 def sandbox(arg: str) -> ConfigDict:
-    return ConfigDict({
-        'addresses': (),  # servers, as ('http://host:8080', …), with RETOOL_SANDBOX_TOKEN; none: a pool of our own
-        'path': 'warm',
-        'zygotes': 2,
-        'spares': 3,
-        'concurrency': 0,  # 0: two per core
-        'recycle': 2000,
-        'cpu_s': 5.0,  # O: 5 s; R: 30 s
-        'wall_s': 15.0,  # three times the CPU time: a loaded host must not change rewards
-        'memory_mb': 256 if is_tiny(arg) else 1024,  # R: 1 GiB
-        'processes': 64,
-        'files': 256,
-        'scratch_mb': 64,
-        'scratch_inodes': 4096,
-        'output_bytes': 262144,
-        'preload': ('numpy', 'sympy'),
-        'packages': ('numpy', 'scipy', 'sympy'),
-        'echo': False,  # O prints what is printed, no more
-        'retries': 3,
-        'queue': 16384,  # snippets
-        'queue_mb': 256,
-        'require_groups': False,
-    })
+    return ConfigDict(
+        {
+            'addresses': (),  # servers, as ('http://host:8080', …), with RETOOL_SANDBOX_TOKEN; none: a pool of our own
+            'path': 'warm',
+            'zygotes': 2,
+            'spares': 3,
+            'concurrency': 0,  # 0: two per core
+            'recycle': 2000,
+            'cpu_s': 5.0,  # O: 5 s; R: 30 s
+            'wall_s': 15.0,  # three times the CPU time: a loaded host must not change rewards
+            'memory_mb': 256 if is_tiny(arg) else 1024,  # R: 1 GiB
+            'processes': 64,
+            'files': 256,
+            'scratch_mb': 64,
+            'scratch_inodes': 4096,
+            'output_bytes': 262144,
+            'preload': ('numpy', 'sympy'),
+            'packages': ('numpy', 'scipy', 'sympy'),
+            'echo': False,  # O prints what is printed, no more
+            'retries': 3,
+            'queue': 16384,  # snippets
+            'queue_mb': 256,
+            'require_groups': False,
+        }
+    )
 
 
 def reward() -> ConfigDict:
-    return ConfigDict({
-        'style': 'paper',  # P eq. 2: +1 or −1; 'verl' adds R's shaping
-        # Rows of a problem file without an answer, and gold answers that are no mathematics: 'refuse' the file, or
-        # 'leave_out' those, said and listed in left_out.jsonl.
-        'unreadable': 'refuse',
-        'time_limit_s': 5.0,  # of CPU time, per answer
-        'memory_mb': 1024,
-        'workers': 1,
-    })
+    return ConfigDict(
+        {
+            'style': 'paper',  # P eq. 2: +1 or −1; 'verl' adds R's shaping
+            # Rows of a problem file without an answer, and gold answers that are no mathematics: 'refuse' the file, or
+            # 'leave_out' those, said and listed in left_out.jsonl.
+            'unreadable': 'refuse',
+            'time_limit_s': 5.0,  # of CPU time, per answer
+            'memory_mb': 1024,
+            'workers': 1,
+        }
+    )
 
 
-def optimizer(lr: float, *, schedule: str = 'constant', warmup_steps: int = 0, weight_decay: float = 0.01,
-              b2: float = 0.999) -> ConfigDict:
-    return ConfigDict({
-        'lr': lr, 'schedule': schedule, 'warmup_steps': warmup_steps,
-        'b1': 0.9, 'b2': b2, 'weight_decay': weight_decay, 'grad_clip': 1.0,
-    })
+def optimizer(
+    lr: float, *, schedule: str = 'constant', warmup_steps: int = 0, weight_decay: float = 0.01, b2: float = 0.999
+) -> ConfigDict:
+    return ConfigDict(
+        {
+            'lr': lr,
+            'schedule': schedule,
+            'warmup_steps': warmup_steps,
+            'b1': 0.9,
+            'b2': b2,
+            'weight_decay': weight_decay,
+            'grad_clip': 1.0,
+        }
+    )
 
 
 def advantage() -> ConfigDict:
@@ -158,18 +178,26 @@ def advantage() -> ConfigDict:
 
 def loss(arg: str = 'tiny') -> ConfigDict:
     tiny = is_tiny(arg)
-    config = ConfigDict({
-        'kind': 'ppo',
-        'clip_low': 0.2, 'clip_high': 0.28, 'dual_clip': 10.0,
-        'aggregation': 'token-mean',
-        'aggregation_constant': config_dict.placeholder(float),
-        'entropy_coef': 0.0,
-        'kl_coef': 0.0, 'kl_kind': 'k3', 'kl_in': 'loss',
-        'value_coef': 0.5 if tiny else 1.0,  # a head shares the policy's trunk, and its gradient
-        'value_clip': config_dict.placeholder(float),
-        'correction': 'token',  # R: none
-        'correction_cap': 2.0, 'correction_low': 0.5, 'correction_high': 2.0,
-    })
+    config = ConfigDict(
+        {
+            'kind': 'ppo',
+            'clip_low': 0.2,
+            'clip_high': 0.28,
+            'dual_clip': 10.0,
+            'aggregation': 'token-mean',
+            'aggregation_constant': config_dict.placeholder(float),
+            'entropy_coef': 0.0,
+            'kl_coef': 0.0,
+            'kl_kind': 'k3',
+            'kl_in': 'loss',
+            'value_coef': 0.5 if tiny else 1.0,  # a head shares the policy's trunk, and its gradient
+            'value_clip': config_dict.placeholder(float),
+            'correction': 'token',  # R: none
+            'correction_cap': 2.0,
+            'correction_low': 0.5,
+            'correction_high': 2.0,
+        }
+    )
     if not tiny:
         config.value_clip = 0.5
     return config
@@ -177,50 +205,65 @@ def loss(arg: str = 'tiny') -> ConfigDict:
 
 def ppo(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
-    return ConfigDict({
-        'steps': 20 if tiny else 400,
-        'problems_per_step': 64 if tiny else 1024,
-        'samples': 4 if tiny else 1,
-        'minibatches': 2,
-        'epochs': 1,
-        'critic': 'head' if tiny else 'backbone',
-        'critic_warmup_steps': 0 if tiny else 20,
-        'drop_void': False,
-        'mask_truncated': False,
-        'overlong_buffer': 0,
-        'dynamic_rounds': 0,
-        'quanta': 0,
-        'offload': not tiny,
-    })
+    return ConfigDict(
+        {
+            'steps': 20 if tiny else 400,
+            'problems_per_step': 64 if tiny else 1024,
+            'samples': 4 if tiny else 1,
+            'minibatches': 2,
+            'epochs': 1,
+            'critic': 'head' if tiny else 'backbone',
+            'critic_warmup_steps': 0 if tiny else 20,
+            'drop_void': False,
+            'mask_truncated': False,
+            'overlong_buffer': 0,
+            'dynamic_rounds': 0,
+            'quanta': 0,
+            'offload': not tiny,
+        }
+    )
 
 
 def halves() -> ConfigDict:
     """Both halves of a step, unless one is asked for alone."""
-    return ConfigDict({
-        'episodes': config_dict.placeholder(str),  # an episodes/ folder to train on, without a sampler
-        'train': True,  # False: episodes are made and kept, weights stay as they are
-    })
+    return ConfigDict(
+        {
+            'episodes': config_dict.placeholder(str),  # an episodes/ folder to train on, without a sampler
+            'train': True,  # False: episodes are made and kept, weights stay as they are
+        }
+    )
 
 
 def watch() -> ConfigDict:
     """Alarms (all H): a threshold, and what follows: 'ignore', 'warn' or 'stop'."""
-    return ConfigDict({
-        'entropy_below': 0.01, 'entropy': 'warn',  # nats per token
-        'equal_steps': 3, 'equal_rewards': 'warn',  # steps in a row in which all answers are right, or all wrong
-        'mismatch_above': 0.05, 'mismatch': 'warn',  # KL between sampler and trainer, nats per token
-        # mean |Δ log p| of the worst episode; bf16 gives up to 0.02, a wrong context 0.1 and more
-        'episode_mismatch_above': 0.05, 'episode_mismatch': 'warn',
-        'failures_above': 0.9, 'failures': 'warn',  # share of calls that fail
-        'faults_above': 0.5, 'faults': 'stop',  # share of calls that the sandbox itself failed
-        'timeouts_above': 0.02, 'timeouts': 'warn',  # share of episodes whose answer is not judged in time
-    })
+    return ConfigDict(
+        {
+            'entropy_below': 0.01,
+            'entropy': 'warn',  # nats per token
+            'equal_steps': 3,
+            'equal_rewards': 'warn',  # steps in a row in which all answers are right, or all wrong
+            'mismatch_above': 0.05,
+            'mismatch': 'warn',  # KL between sampler and trainer, nats per token
+            # mean |Δ log p| of the worst episode; bf16 gives up to 0.02, a wrong context 0.1 and more
+            'episode_mismatch_above': 0.05,
+            'episode_mismatch': 'warn',
+            'failures_above': 0.9,
+            'failures': 'warn',  # share of calls that fail
+            'faults_above': 0.5,
+            'faults': 'stop',  # share of calls that the sandbox itself failed
+            'timeouts_above': 0.02,
+            'timeouts': 'warn',  # share of episodes whose answer is not judged in time
+        }
+    )
 
 
 def data() -> ConfigDict:
-    return ConfigDict({
-        'sources': (),  # problem files; none: the embedded task
-        'weights': (),  # of the sources; none: every problem equally often
-    })
+    return ConfigDict(
+        {
+            'sources': (),  # problem files; none: the embedded task
+            'weights': (),  # of the sources; none: every problem equally often
+        }
+    )
 
 
 def checkpoints(every: int) -> ConfigDict:
@@ -230,48 +273,54 @@ def checkpoints(every: int) -> ConfigDict:
 def mix() -> ConfigDict:
     """Shares of trace kinds in the embedded cold start. The tool model sees both ways of working, so that
     RL has to learn when to call."""
-    return ConfigDict({
-        'easy': {'code': 0.4, 'mental': 0.6},  # families that mental arithmetic can do
-        'needy': {'code': 0.48, 'repair': 0.1, 'mental': 0.42},  # repair: a failing snippet and its correction
-    })
+    return ConfigDict(
+        {
+            'easy': {'code': 0.4, 'mental': 0.6},  # families that mental arithmetic can do
+            'needy': {'code': 0.48, 'repair': 0.1, 'mental': 0.42},  # repair: a failing snippet and its correction
+        }
+    )
 
 
 def feedback(arg: str) -> ConfigDict:
-    return ConfigDict({
-        'style': 'official' if is_tiny(arg) else 'paper',  # P fig. 8 shows a whole traceback; O its last line
-        'max_chars': 60 if is_tiny(arg) else 400,  # O: over 400, the first and last 200; R: 256
-        'max_frames': 6,
-    })
+    return ConfigDict(
+        {
+            'style': 'official' if is_tiny(arg) else 'paper',  # P fig. 8 shows a whole traceback; O its last line
+            'max_chars': 60 if is_tiny(arg) else 400,  # O: over 400, the first and last 200; R: 256
+            'max_frames': 6,
+        }
+    )
 
 
 def reinforcement(arg: str, name: str) -> ConfigDict:
     """Everything launch/ppo.py reads, as ReTool's PPO has it; the other algorithms change values."""
     tiny = is_tiny(arg)
-    return ConfigDict({
-        'run': run(arg, name),
-        'data': data(),
-        'model': model(arg),
-        'mesh': mesh(arg),
-        'forward': forward(arg),
-        'sampler': sampler(arg),
-        'turns': turns(arg),
-        'train_sampling': sampling(training=True),
-        'evaluate_sampling': sampling(training=False),
-        'sandbox': sandbox(arg),
-        'feedback': feedback(arg),
-        'reward': reward(),
-        'optimizer': optimizer(3e-4 if tiny else 1e-6),
-        'critic_optimizer': optimizer(1e-3 if tiny else 2e-6),
-        'advantage': advantage(),
-        'loss': loss(arg),
-        'ppo': ppo(arg),
-        'halves': halves(),
-        'watch': watch(),
-        'checkpoints': checkpoints(every=10),
-        'validation': {
-            'problems': config_dict.placeholder(str),  # a problem file; none: no validation
-            'limit': config_dict.placeholder(int),
-            'every': 10,  # steps
-            'samples': 8 if tiny else 32,  # P: 32
-        },
-    })
+    return ConfigDict(
+        {
+            'run': run(arg, name),
+            'data': data(),
+            'model': model(arg),
+            'mesh': mesh(arg),
+            'forward': forward(arg),
+            'sampler': sampler(arg),
+            'turns': turns(arg),
+            'train_sampling': sampling(training=True),
+            'evaluate_sampling': sampling(training=False),
+            'sandbox': sandbox(arg),
+            'feedback': feedback(arg),
+            'reward': reward(),
+            'optimizer': optimizer(3e-4 if tiny else 1e-6),
+            'critic_optimizer': optimizer(1e-3 if tiny else 2e-6),
+            'advantage': advantage(),
+            'loss': loss(arg),
+            'ppo': ppo(arg),
+            'halves': halves(),
+            'watch': watch(),
+            'checkpoints': checkpoints(every=10),
+            'validation': {
+                'problems': config_dict.placeholder(str),  # a problem file; none: no validation
+                'limit': config_dict.placeholder(int),
+                'every': 10,  # steps
+                'samples': 8 if tiny else 32,  # P: 32
+            },
+        }
+    )

@@ -14,16 +14,18 @@ from configs import base
 
 
 def get_config(arg: str = 'tiny') -> ConfigDict:
-    return ConfigDict({
-        'run': base.run(arg, 'cold_start'),
-        'traces': config_dict.placeholder(str),  # a file of rewritten answers; tiny: none, made from the task
-        # A problem file with the gold answers of traces that have none but their own last box (ReTool-SFT's rows).
-        'golds': config_dict.placeholder(str),
-        'problems': 12000,  # of the embedded task
-        'mix': base.mix(),
-        'max_tokens': base.turns(arg).max_tokens,  # longer traces are dropped
-        'model': base.model(arg),
-        'sandbox': base.sandbox(arg),
-        'feedback': base.feedback(arg),
-        'reward': base.reward(),
-    })
+    return ConfigDict(
+        {
+            'run': base.run(arg, 'cold_start'),
+            'traces': config_dict.placeholder(str),  # a file of rewritten answers; tiny: none, made from the task
+            # A problem file with the gold answers of traces that have none but their own last box (ReTool-SFT's rows).
+            'golds': config_dict.placeholder(str),
+            'problems': 12000,  # of the embedded task
+            'mix': base.mix(),
+            'max_tokens': base.turns(arg).max_tokens,  # longer traces are dropped
+            'model': base.model(arg),
+            'sandbox': base.sandbox(arg),
+            'feedback': base.feedback(arg),
+            'reward': base.reward(),
+        }
+    )

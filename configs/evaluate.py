@@ -27,20 +27,22 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
     if official:
         arg = arg.removeprefix(OFFICIAL).removeprefix('_') or 'qwen2_5_32b'
     tiny = base.is_tiny(arg)
-    config = ConfigDict({
-        'run': base.run(name, 'evaluate'),
-        'problems': config_dict.placeholder(str),  # .jsonl, .json, .parquet, .array_record or a folder of them
-        'limit': config_dict.placeholder(int),  # the first problems only
-        'samples': 8 if tiny else 32,  # per problem; P: 32
-        'model': base.model(arg),
-        'mesh': base.mesh(arg),
-        'sampler': base.sampler(arg),
-        'turns': base.turns(arg),
-        'sampling': base.sampling(training=False),
-        'sandbox': base.sandbox(arg),
-        'feedback': base.feedback(arg),
-        'reward': base.reward(),
-    })
+    config = ConfigDict(
+        {
+            'run': base.run(name, 'evaluate'),
+            'problems': config_dict.placeholder(str),  # .jsonl, .json, .parquet, .array_record or a folder of them
+            'limit': config_dict.placeholder(int),  # the first problems only
+            'samples': 8 if tiny else 32,  # per problem; P: 32
+            'model': base.model(arg),
+            'mesh': base.mesh(arg),
+            'sampler': base.sampler(arg),
+            'turns': base.turns(arg),
+            'sampling': base.sampling(training=False),
+            'sandbox': base.sandbox(arg),
+            'feedback': base.feedback(arg),
+            'reward': base.reward(),
+        }
+    )
     if tiny:  # real problems are longer than the demo's, and a few longer than this: they count as LENGTH
         config.sampler.slots = config.turns.max_tokens = 1024
         config.sampler.min_bound = 256

@@ -20,21 +20,26 @@ from configs import base
 
 def get_config(arg: str = 'tiny') -> ConfigDict:
     tiny = base.is_tiny(arg)
-    return ConfigDict({
-        'run': base.run(arg, 'sft'),
-        'traces': config_dict.placeholder(str),  # episodes/ of a cold start
-        'unreadable': 'refuse',  # traces whose gold answers cannot be read; 'leave_out' those and list them
-        'model': base.model(arg),
-        'mesh': base.mesh(arg),
-        'forward': base.forward(arg),
-        # Warm-up over a tenth of the steps, which are 2,000 traces × 2 ÷ 32 = 125.
-        'optimizer': (base.optimizer(3e-3, schedule='cosine', warmup_steps=20, weight_decay=0.1, b2=0.95) if tiny
-                      else base.optimizer(1e-5, schedule='cosine', warmup_steps=12, b2=0.95)),
-        'sft': {
-            'steps': 540 if tiny else 125,
-            'epochs': 0 if tiny else 2,
-            'batch_tokens': 2900 if tiny else 131072,
-            'evaluation_share': 0.0 if tiny else 0.02,
-        },
-        'checkpoints': base.checkpoints(every=100 if tiny else 31),  # 31: half a pass over 2,000 traces
-    })
+    return ConfigDict(
+        {
+            'run': base.run(arg, 'sft'),
+            'traces': config_dict.placeholder(str),  # episodes/ of a cold start
+            'unreadable': 'refuse',  # traces whose gold answers cannot be read; 'leave_out' those and list them
+            'model': base.model(arg),
+            'mesh': base.mesh(arg),
+            'forward': base.forward(arg),
+            # Warm-up over a tenth of the steps, which are 2,000 traces × 2 ÷ 32 = 125.
+            'optimizer': (
+                base.optimizer(3e-3, schedule='cosine', warmup_steps=20, weight_decay=0.1, b2=0.95)
+                if tiny
+                else base.optimizer(1e-5, schedule='cosine', warmup_steps=12, b2=0.95)
+            ),
+            'sft': {
+                'steps': 540 if tiny else 125,
+                'epochs': 0 if tiny else 2,
+                'batch_tokens': 2900 if tiny else 131072,
+                'evaluation_share': 0.0 if tiny else 0.02,
+            },
+            'checkpoints': base.checkpoints(every=100 if tiny else 31),  # 31: half a pass over 2,000 traces
+        }
+    )

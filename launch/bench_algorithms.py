@@ -31,8 +31,9 @@ def main(stage) -> None:
         raise cli.UserError(f'--algorithms={",".join(sorted(unknown))}: choose of {", ".join(NAMES)}')
     if not all(seed.isdecimal() for seed in SEEDS.value):
         raise cli.UserError(f'--seeds={",".join(SEEDS.value)}: whole numbers, separated by commas')
-    stages = {name: settings.build(Reinforcement, cli.load_config(f'configs/{name}.py:tiny'))
-              for name in ALGORITHMS.value}
+    stages = {
+        name: settings.build(Reinforcement, cli.load_config(f'configs/{name}.py:tiny')) for name in ALGORITHMS.value
+    }
     say = lambda line: print(line, file=sys.stderr, flush=True)
     print(json.dumps(algorithms.measure(stage, stages, [int(s) for s in SEEDS.value], TARGET.value, say)))
 

@@ -22,8 +22,9 @@ def main() -> None:
     block = cli.load_config('configs/evaluate.py:tiny').sandbox.to_dict()
     del block['addresses']
     pool = settings.build(SandboxSettings, block, 'sandbox')
-    print(json.dumps(measure(
-        pool, SECONDS.value, CLIENTS.value, lambda line: print(line, file=sys.stderr, flush=True))))
+    print(
+        json.dumps(measure(pool, SECONDS.value, CLIENTS.value, lambda line: print(line, file=sys.stderr, flush=True)))
+    )
 
 
 if __name__ == '__main__':

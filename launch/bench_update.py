@@ -16,8 +16,9 @@ from absl import flags
 
 from retool_jax.core import cli, settings
 
-REPEATS = flags.DEFINE_integer('repeats', 7, 'Measured calls; medians of updates, the fastest of matmuls.',
-                               lower_bound=1)
+REPEATS = flags.DEFINE_integer(
+    'repeats', 7, 'Measured calls; medians of updates, the fastest of matmuls.', lower_bound=1
+)
 SHAPE = flags.DEFINE_string('shape', '{}', 'Fields of bench.update.Shape that differ from its defaults, as a dict.')
 
 

@@ -11,7 +11,7 @@ def main(stage):
     from retool_jax.stages import cold_start
 
     cold_start.run(stage)
-    print(f"episodes: {os.path.join(stage.run.dir, 'episodes')}")
+    print(f'episodes: {os.path.join(stage.run.dir, "episodes")}')
 
 
 def run() -> None:

@@ -23,8 +23,12 @@ TARGET = flags.DEFINE_string('target', None, 'Directory to write; it must be new
 LIKE = flags.DEFINE_string('like', None, '--to=hf: Hugging Face directory with config.json and tokenizer.')
 STEP = flags.DEFINE_integer('step', None, '--to=hf: step of the checkpoint; the newest by default.')
 PART = flags.DEFINE_string('part', 'params.policy', '--to=hf: where the weights are in the checkpoint.')
-DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the target; by default of orbax float32, of hf '
-                          'bfloat16, of a GGUF file what holds its numbers exactly.')
+DTYPE = flags.DEFINE_enum(
+    'dtype',
+    None,
+    ['float32', 'bfloat16'],
+    'Of the target; by default of orbax float32, of hf bfloat16, of a GGUF file what holds its numbers exactly.',
+)
 
 
 def main() -> None:

@@ -34,8 +34,9 @@ def main(stage):
             found = facts.compile_all(todo, advance)
     else:
         found = [guess.estimate(run, program) for program in todo]
-    plan = page.make(run, found, roofline.Assumptions(tokens=TOKENS.value), time.perf_counter() - began,
-                     time.process_time())
+    plan = page.make(
+        run, found, roofline.Assumptions(tokens=TOKENS.value), time.perf_counter() - began, time.process_time()
+    )
     print(json.dumps(plan) if JSON.value else page.text(plan))
     sys.exit(0 if plan['fits'] else 1)
 

@@ -4,8 +4,9 @@ from absl import flags
 
 from retool_jax.core import cli
 
-DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Build and compile everything, take one step on fake tools, write '
-                            'nothing, print the memory.')
+DRY_RUN = flags.DEFINE_bool(
+    'dry_run', False, 'Build and compile everything, take one step on fake tools, write nothing, print the memory.'
+)
 
 
 def main(stage):

@@ -31,8 +31,12 @@ def commands(document):
     return [shlex.split(line, comments=True) for line in found if 'launch/' in line]
 
 
-LAUNCHES = [(document, words) for document in DOCUMENTS for words in commands(document)
-            if any(re.fullmatch(r'launch/\w+\.py', word) for word in words)]
+LAUNCHES = [
+    (document, words)
+    for document in DOCUMENTS
+    for words in commands(document)
+    if any(re.fullmatch(r'launch/\w+\.py', word) for word in words)
+]
 
 
 def test_there_are_commands_of_every_binary():
@@ -43,7 +47,7 @@ def test_there_are_commands_of_every_binary():
 @pytest.mark.parametrize('document, words', LAUNCHES, ids=lambda value: ' '.join(value)[:100] if value else '')
 def test_a_command_of_the_documents_is_understood(document, words):
     at = next(i for i, word in enumerate(words) if word.startswith('launch/'))
-    script, arguments = ROOT / words[at], words[at + 1:]
+    script, arguments = ROOT / words[at], words[at + 1 :]
     assert script.is_file()
     given = [a for a in arguments if a.startswith('--config')]
     own = [a.lstrip('-').split('=')[0] for a in arguments if a not in given and a != '--help']
@@ -68,11 +72,16 @@ def test_a_link_or_file_that_is_named_is_there(document):
 
 def test_a_key_that_is_named_in_prose_is_a_key():
     keys = set(cli.flatten(cli.load_config('configs/ppo.py:tiny'))) | set(
-        cli.flatten(cli.load_config('configs/evaluate.py:tiny')))
+        cli.flatten(cli.load_config('configs/evaluate.py:tiny'))
+    )
     named = set()
     for document in DOCUMENTS:
-        named |= set(re.findall(r'`(?:--config\.)?((?:sampler|forward|ppo|loss|mesh|sandbox|model|turns|run)\.\w+)[=`]',
-                                (ROOT / document).read_text()))
+        named |= set(
+            re.findall(
+                r'`(?:--config\.)?((?:sampler|forward|ppo|loss|mesh|sandbox|model|turns|run)\.\w+)[=`]',
+                (ROOT / document).read_text(),
+            )
+        )
     assert len(named) > 8 and named <= keys | {'run.dir'}, named - keys
 
 
@@ -92,8 +101,12 @@ def test_every_file_has_its_line_in_the_readmes_tree():
             if not re.fullmatch(r'\w+\.(?:py|sh)', word):
                 break
             told.append(''.join(folders) + word)
-    there = [path for folder in ('retool_jax', 'configs', 'launch') for path in (ROOT / folder).rglob('*.*')
-             if path.suffix in ('.py', '.sh') and path.name != '__init__.py' and '_configs' not in path.parts]
+    there = [
+        path
+        for folder in ('retool_jax', 'configs', 'launch')
+        for path in (ROOT / folder).rglob('*.*')
+        if path.suffix in ('.py', '.sh') and path.name != '__init__.py' and '_configs' not in path.parts
+    ]
     assert sorted(told) == sorted(str(path.relative_to(ROOT)) for path in there)
 
 
@@ -101,8 +114,13 @@ def names(path):
     """Functions and classes of a file, and `Class.method`."""
     body = ast.parse(path.read_text()).body
     found = {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    return set(found) | {f'{name}.{inner.name}' for name, node in found.items() if isinstance(node, ast.ClassDef)
-                         for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return set(found) | {
+        f'{name}.{inner.name}'
+        for name, node in found.items()
+        if isinstance(node, ast.ClassDef)
+        for inner in node.body
+        if isinstance(inner, ast.FunctionDef)
+    }
 
 
 @pytest.mark.parametrize('document', [*DOCUMENTS, 'docs/scaling.md', 'docs/grading.md', 'docs/benchmarks.md'])
@@ -134,13 +152,21 @@ def test_the_chain_of_the_readme_runs(tmp_path):
     small = {
         'cold_start': ['problems=300', f'run.dir={tmp_path}/cold_start'],
         'sft': ['sft.steps=4', f'traces={tmp_path}/cold_start/episodes', f'run.dir={tmp_path}/sft'],
-        'ppo': ['ppo.steps=2', 'ppo.problems_per_step=4', 'sampler.rows=16', f'model.path={tmp_path}/sft/final',
-                f'run.dir={tmp_path}/ppo'],
+        'ppo': [
+            'ppo.steps=2',
+            'ppo.problems_per_step=4',
+            'sampler.rows=16',
+            f'model.path={tmp_path}/sft/final',
+            f'run.dir={tmp_path}/ppo',
+        ],
         'evaluate': ['samples=2', 'sampler.rows=8', f'problems={tmp_path}/sums.jsonl', f'run.dir={tmp_path}/evaluate'],
     }
     (tmp_path / 'sums.jsonl').write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n')
-    told = {Path(words[1]).stem: words for document, words in LAUNCHES
-            if document == 'README.md' and not {'--help', '--dry_run'} & set(words)}
+    told = {
+        Path(words[1]).stem: words
+        for document, words in LAUNCHES
+        if document == 'README.md' and not {'--help', '--dry_run'} & set(words)
+    }
     with launcher.start() as launch:
         for name, changes in small.items():
             done = launch(name, *told[name][2:], *(f'--config.{change}' for change in changes))

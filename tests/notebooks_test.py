@@ -48,8 +48,9 @@ def test_a_notebook_runs_from_top_to_bottom(script, tmp_path, monkeypatch):
     monkeypatch.setenv('RETOOL_RUN', str(run_folder(tmp_path / 'run', steps=3, problems=6, held_out=6)))
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
     monkeypatch.setenv('XLA_FLAGS', '')
-    done = nbclient.NotebookClient(jupytext.read(script), timeout=600, kernel_name='python3',
-                                   resources={'metadata': {'path': str(script.parent)}}).execute()
+    done = nbclient.NotebookClient(
+        jupytext.read(script), timeout=600, kernel_name='python3', resources={'metadata': {'path': str(script.parent)}}
+    ).execute()
     assert any(cell.get('outputs') for cell in done.cells)
 
 
@@ -72,11 +73,18 @@ def test_the_gradient_of_one_step_is_the_learner_s(monkeypatch, tmp_path):
     exec(compile(script.read_text(), str(script), 'exec'), page)
 
     forward = small.make_forward(row_width=200, row_segments=8, micro_rows=1, logprob_chunk=200, vocab_chunk=640)
-    learner = Learner(page['model'].config, forward, small.recording(), small.one_device(),
-                      loss=small.make_loss(dual_clip=None, correction='none', entropy_coef=0.0),
-                      advantage=small.make_advantage(lam=1.0, whiten=False))
-    tree = {'policy': page['policy'], 'critic': {'head': {'weight': jnp.zeros((page['model'].config.hidden_size, 1)),
-                                                          'bias': jnp.zeros(1)}}}
+    learner = Learner(
+        page['model'].config,
+        forward,
+        small.recording(),
+        small.one_device(),
+        loss=small.make_loss(dual_clip=None, correction='none', entropy_coef=0.0),
+        advantage=small.make_advantage(lam=1.0, whiten=False),
+    )
+    tree = {
+        'policy': page['policy'],
+        'critic': {'head': {'weight': jnp.zeros((page['model'].config.hidden_size, 1)), 'bias': jnp.zeros(1)}},
+    }
     rows = len(page['batch'].tokens_BT)
     batch = learner.put(join([jax.device_get(page['batch'])])[0])
     scores = learner.score(tree, batch, rows, None, num_groups=32)

@@ -41,8 +41,9 @@ DYNAMIC = ('__import__', 'import_module', 'importlib.import_module')
 LONGEST_FILE, LONGEST_BINARY = 400, 60
 
 
-def imports(tree: ast.Module, module: str, *, at_load: bool = False, for_types: bool = False
-            ) -> Iterator[tuple[int, str]]:
+def imports(
+    tree: ast.Module, module: str, *, at_load: bool = False, for_types: bool = False
+) -> Iterator[tuple[int, str]]:
     """Yields (line, dotted name) of everything a module imports.
 
     at_load: without what functions import when called. for_types: with names for the type checker alone.
@@ -283,8 +284,12 @@ def test_records_need_the_standard_library_alone():
 def test_light_children_load_without_the_heavy_libraries(module):
     program = f'import sys, {module}; print(*sorted(set({HEAVY}) & set(sys.modules)))'
     child = subprocess.run(
-        [sys.executable, '-c', program], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)},
-        capture_output=True, text=True, timeout=60,
+        [sys.executable, '-c', program],
+        cwd=ROOT,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert child.returncode == 0, child.stderr
     assert child.stdout.split() == []
@@ -293,7 +298,9 @@ def test_light_children_load_without_the_heavy_libraries(module):
 def test_code_is_executed_inside_the_jail_alone():
     inside = {'retool_jax.sandbox.inside.runner'}  # what a jailed child runs; no other module may execute a string
     found = {
-        module for _, module, tree in sources(PACKAGE) for node in ast.walk(tree)
+        module
+        for _, module, tree in sources(PACKAGE)
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ('exec', 'eval')
     }
     assert found == inside

@@ -30,16 +30,27 @@ def run(count: int, arguments: Sequence[str], devices: int = DEVICES) -> list[st
         port = s.getsockname()[1]
     flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ.get('XLA_FLAGS', ''))
     patience = [f'--xla_cpu_collective_{name}timeout_seconds={PATIENCE_S}' for name in ('', 'call_terminate_')]
-    env = os.environ | {'XLA_FLAGS': ' '.join([
-        flags, *patience, f'--xla_force_host_platform_device_count={devices // count}'])}
+    env = os.environ | {
+        'XLA_FLAGS': ' '.join([flags, *patience, f'--xla_force_host_platform_device_count={devices // count}'])
+    }
     if count > 1:
-        env |= {'RETOOL_PROCESSES': str(count), 'RETOOL_COORDINATOR': f'127.0.0.1:{port}',
-                'JAX_SHARE_BINARY_BETWEEN_HOSTS': 'true'}
+        env |= {
+            'RETOOL_PROCESSES': str(count),
+            'RETOOL_COORDINATOR': f'127.0.0.1:{port}',
+            'JAX_SHARE_BINARY_BETWEEN_HOSTS': 'true',
+        }
     with contextlib.ExitStack() as stack:
         texts = [stack.enter_context(tempfile.TemporaryFile('w+')) for _ in range(count)]  # a full pipe would block
-        children = [subprocess.Popen([sys.executable, '-m', 'tests.several', *arguments], cwd=ROOT,
-                                     env=env | {'RETOOL_PROCESS': str(i)}, stdout=subprocess.DEVNULL,
-                                     stderr=text) for i, text in enumerate(texts)]
+        children = [
+            subprocess.Popen(
+                [sys.executable, '-m', 'tests.several', *arguments],
+                cwd=ROOT,
+                env=env | {'RETOOL_PROCESS': str(i)},
+                stdout=subprocess.DEVNULL,
+                stderr=text,
+            )
+            for i, text in enumerate(texts)
+        ]
         try:
             statuses = _statuses(children)
         finally:
@@ -76,6 +87,7 @@ def _main() -> None:
     def kinds(hasher, devices) -> None:
         for device in devices.flat:
             hasher.update(f'{device.device_kind} of {os.environ.get("RETOOL_PROCESSES", "1")};'.encode())
+
     cache_key._hash_accelerator_config = kinds
     del sys.argv[0]
     if sys.argv[0].endswith('.py'):

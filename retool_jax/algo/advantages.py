@@ -129,9 +129,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     return Moments(count, a.mean + gap * share, a.deviation + b.deviation + gap**2 * a.count * share)
 
 
-def whiten(
-    x_BT: Float[Array, 'B T'], mask_BT: Bool[Array, 'B T'], over: Moments | None = None
-) -> Float[Array, 'B T']:
+def whiten(x_BT: Float[Array, 'B T'], mask_BT: Bool[Array, 'B T'], over: Moments | None = None) -> Float[Array, 'B T']:
     """Shifts and scales to mean 0 and variance 1 over a mask: (x − μ)/√(σ² + 1e-8), σ² unbiased.
 
     verl's masked_whiten, except that a mask of one element gives 0 here and an error there. TRL's uses the
@@ -194,14 +192,10 @@ def advantages(
     if settings.needs_values:
         if value_BT is None:
             raise ValueError('advantage.kind=gae needs value_BT; score the batch with the critic')
-        advantage_BT, return_BT = gae(
-            reward_BT, value_BT, acted_BT, settings.gamma, settings.lam, segment_ids_BT
-        )
+        advantage_BT, return_BT = gae(reward_BT, value_BT, acted_BT, settings.gamma, settings.lam, segment_ids_BT)
     else:  # reward-to-go is GAE without a critic
         no_value_BT = jnp.zeros_like(reward_BT)
-        advantage_BT, return_BT = gae(
-            reward_BT, no_value_BT, acted_BT, settings.gamma, 1.0, segment_ids_BT
-        )
+        advantage_BT, return_BT = gae(reward_BT, no_value_BT, acted_BT, settings.gamma, 1.0, segment_ids_BT)
     if settings.needs_groups:
         if group_BN is None or num_groups is None:
             raise ValueError(f'advantage.kind={settings.kind!r} needs group_BN and num_groups')

@@ -66,7 +66,8 @@ def correction(
     return weight_BT, {
         'mismatch/logprob_abs_max': max_over(jnp.abs(gap_BT), mask_BT),
         'mismatch/episode_max': max_over(
-            segments.sequence_mean(jnp.abs(gap_BT), mask_BT, segment_ids_BT, num_segments), mask_BT),
+            segments.sequence_mean(jnp.abs(gap_BT), mask_BT, segment_ids_BT, num_segments), mask_BT
+        ),
         'mismatch/kl': mean_over(-gap_BT, mask_BT),
         'mismatch/weight': mean_over(weight_BT, mask_BT),
         'mismatch/truncated': mean_over(kept_BT & (raw_BT > settings.correction_cap), mask_BT),

@@ -115,9 +115,7 @@ def episode_masks(
     return baseline, (baseline & ~truncated if mask_truncated else baseline)
 
 
-def overlong_penalty(
-    acted_count: Int[Array, '*shape'], acted_budget: int, buffer: int
-) -> Float[Array, '*shape']:
+def overlong_penalty(acted_count: Int[Array, '*shape'], acted_budget: int, buffer: int) -> Float[Array, '*shape']:
     """Penalises the last stretch before the budget, softly.
 
       0 for L ≤ L_max − L_c;  −(L − (L_max − L_c))/L_c beyond;  never below −1
@@ -137,9 +135,7 @@ def overlong_penalty(
     return -jnp.clip(over / buffer, 0.0, 1.0) if buffer else jnp.zeros_like(over)
 
 
-def unequal_groups(
-    reward_E: np.ndarray, group_E: np.ndarray, valid_E: np.ndarray, num_groups: int
-) -> np.ndarray:
+def unequal_groups(reward_E: np.ndarray, group_E: np.ndarray, valid_E: np.ndarray, num_groups: int) -> np.ndarray:
     """Finds the groups that dynamic sampling keeps: those whose valid rewards differ.
 
     A host function (numpy in and out), since it decides what is sampled next. A group with fewer than two

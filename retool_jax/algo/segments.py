@@ -40,9 +40,7 @@ def per_segment(
     return jnp.sum(jnp.where(_membership(segment_ids_BT, num_segments), x_BT[:, :, None], 0), axis=1)
 
 
-def last_acted(
-    acted_BT: Bool[Array, 'B T'], segment_ids_BT: Int[Array, 'B T'], num_segments: int
-) -> Int[Array, 'B N']:
+def last_acted(acted_BT: Bool[Array, 'B T'], segment_ids_BT: Int[Array, 'B T'], num_segments: int) -> Int[Array, 'B N']:
     """Finds the position of each segment's last acted token, −1 where it has none."""
     position = jnp.arange(acted_BT.shape[1])[None, :, None]
     hit = _membership(segment_ids_BT, num_segments) & acted_BT[:, :, None]

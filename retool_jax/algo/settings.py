@@ -80,10 +80,20 @@ class LossSettings:
 
     def __post_init__(self):
         check(self, **{name: one_of(choices) for name, choices in LOSS_CHOICES.items()})
-        check(self, clip_low=within(0, 1), clip_high=within(0, LARGE), dual_clip=above(1, LARGE),
-              aggregation_constant=above(0, LARGE), entropy_coef=within(0, LARGE), kl_coef=within(0, LARGE),
-              value_coef=within(0, LARGE), value_clip=above(0, LARGE), correction_cap=within(1, LARGE),
-              correction_low=within(0, 1), correction_high=within(1, LARGE))
+        check(
+            self,
+            clip_low=within(0, 1),
+            clip_high=within(0, LARGE),
+            dual_clip=above(1, LARGE),
+            aggregation_constant=above(0, LARGE),
+            entropy_coef=within(0, LARGE),
+            kl_coef=within(0, LARGE),
+            value_coef=within(0, LARGE),
+            value_clip=above(0, LARGE),
+            correction_cap=within(1, LARGE),
+            correction_low=within(0, 1),
+            correction_high=within(1, LARGE),
+        )
         if self.aggregation == 'seq-mean-token-sum' and self.aggregation_constant is None:
             raise UserError(
                 f'aggregation_constant={self.aggregation_constant} must be positive, since '

@@ -14,8 +14,13 @@ from retool_jax.stages.config import Demo, Reinforcement, RunSettings
 BLOCKS = ('advantage', 'loss', 'ppo')  # where algorithms differ; all else is the demo's
 
 
-def measure(stage: Demo, algorithms: Mapping[str, Reinforcement], seeds: Sequence[int], target: float,
-            say: Callable[[str], None]) -> dict:
+def measure(
+    stage: Demo,
+    algorithms: Mapping[str, Reinforcement],
+    seeds: Sequence[int],
+    target: float,
+    say: Callable[[str], None],
+) -> dict:
     """{algorithm: {seed: figures}} of algorithms that start from the same fine-tuned model of a seed.
 
     Figures: `sft` and `rl`, avg@k on the demo's held-out problems before and after; `steps` and `seconds` of RL
@@ -45,5 +50,9 @@ def pace(directory: Path, target: float) -> dict:
     lines = [line for line in lines if line['phase'].startswith('ppo')]
     seconds = [line['time/step_s'] for line in lines]
     reached = next((i for i, line in enumerate(lines) if line['rollout/correct'] >= target), None)
-    return {'steps': reached, 'seconds': None if reached is None else sum(seconds[:reached]),
-            'all_steps': len(lines), 'all_seconds': sum(seconds)}
+    return {
+        'steps': reached,
+        'seconds': None if reached is None else sum(seconds[:reached]),
+        'all_steps': len(lines),
+        'all_seconds': sum(seconds),
+    }

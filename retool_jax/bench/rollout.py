@@ -85,18 +85,31 @@ def measure(shape: Shape, repeats: int, parts: Sequence[str], say: Callable[[str
 
 
 def model_config(shape: Shape) -> ModelConfig:
-    return ModelConfig(model_type='qwen2', vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.mlp,
-                       num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-                       num_key_value_heads=shape.kv_heads, head_dim=shape.width // shape.heads,
-                       tie_word_embeddings=False, max_position_embeddings=max(shape.slots, 4096))
+    return ModelConfig(
+        model_type='qwen2',
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.width // shape.heads,
+        tie_word_embeddings=False,
+        max_position_embeddings=max(shape.slots, 4096),
+    )
 
 
 class Peer:
     """A child process that answers one line of JSON with one line of JSON."""
 
     def __init__(self, interpreter: Path, script: Path, *arguments: str):
-        self.child = subprocess.Popen([interpreter, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, text=True)
+        self.child = subprocess.Popen(
+            [interpreter, script, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self.version = self._read()['version']
 
     def ask(self, rows: int, prompt: int, new: int) -> float:
@@ -142,8 +155,17 @@ def open_peers(directory: Path, slots: int, say: Callable[[str], None]) -> Itera
 
 def make_engine(config: ModelConfig, shape: Shape, rows: int) -> Engine:
     """An engine whose episodes end at their budget alone."""
-    sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=shape.chunk, feed_rows=min(8, rows), quota=shape.quota,
-                            decode_rows=0, min_bound=shape.chunk, dtype=shape.dtype, cache_dtype=shape.dtype)
+    sizes = SamplerSettings(
+        rows=rows,
+        slots=shape.slots,
+        chunk=shape.chunk,
+        feed_rows=min(8, rows),
+        quota=shape.quota,
+        decode_rows=0,
+        min_bound=shape.chunk,
+        dtype=shape.dtype,
+        cache_dtype=shape.dtype,
+    )
     sampler = Sampler(config, sizes, np.zeros((1, shape.vocab), np.int32), np.zeros(1, np.int8), ())
     engine = Engine(sampler, rollout_tools.Script(shape.new, shape.slots, 0), PLAIN, None, seed=0, purpose=0)
     engine.keeps_cache = True
@@ -169,16 +191,19 @@ def run_seconds(engine: Engine, params: Params, requests: list[Request], tokens:
     return seconds
 
 
-def against_peers(config: ModelConfig, weights: Params, shape: Shape, repeats: int, peers: dict[str, Peer],
-                  say: Callable[[str], None]) -> dict:
+def against_peers(
+    config: ModelConfig, weights: Params, shape: Shape, repeats: int, peers: dict[str, Peer], say: Callable[[str], None]
+) -> dict:
     """tokens/s of engine, floor and transformers at each batch size."""
     figures = {}
     for rows in shape.rows:
         say(f'{rows} rows')
         tokens, engine = rows * shape.new, make_engine(config, shape, rows)
         floor = floor_program(config, shape, rows)
-        sides = {'engine': lambda i, e=engine, r=rows, t=tokens: run_seconds(e, weights, make_requests(shape, r, i), t),
-                 'floor': lambda i, f=floor: clock(f, weights)}
+        sides = {
+            'engine': lambda i, e=engine, r=rows, t=tokens: run_seconds(e, weights, make_requests(shape, r, i), t),
+            'floor': lambda i, f=floor: clock(f, weights),
+        }
         if 'transformers' in peers:
             sides['transformers'] = lambda i, r=rows: peers['transformers'].ask(r, shape.prompt, shape.new)
         seconds = in_turns(sides, repeats)
@@ -191,8 +216,9 @@ def against_peers(config: ModelConfig, weights: Params, shape: Shape, repeats: i
     return figures
 
 
-def against_new_budgets(config: ModelConfig, weights: Params, shape: Shape, repeats: int, peer: Peer,
-                        say: Callable[[str], None]) -> dict:
+def against_new_budgets(
+    config: ModelConfig, weights: Params, shape: Shape, repeats: int, peer: Peer, say: Callable[[str], None]
+) -> dict:
     """A new token budget on every call, as in an agent's turns; ours compiles nothing for it."""
     say('new budgets')
     engine = make_engine(config, shape, shape.tunix_rows)
@@ -201,12 +227,17 @@ def against_new_budgets(config: ModelConfig, weights: Params, shape: Shape, repe
     def ours(i: int) -> float:
         engine.rules = rollout_tools.Script(budget(i), shape.slots, 0)
         return run_seconds(engine, weights, make_requests(shape, shape.tunix_rows, i), shape.tunix_rows * budget(i))
+
     theirs = lambda i: peer.ask(shape.tunix_rows, shape.prompt, budget(i))
     compiled = compilations()
     seconds = in_turns({'engine': ours, 'tunix': theirs}, repeats, warm=compiled.clear)
-    return {'tunix_s': seconds['tunix'], 'engine_new_budget_s': seconds['engine'],
-            'over_tunix': seconds['tunix'] / seconds['engine'], 'new_budget_compilations': len(compiled),
-            'tunix_version': peer.version}
+    return {
+        'tunix_s': seconds['tunix'],
+        'engine_new_budget_s': seconds['engine'],
+        'over_tunix': seconds['tunix'] / seconds['engine'],
+        'new_budget_compilations': len(compiled),
+        'tunix_version': peer.version,
+    }
 
 
 def floor_program(config: ModelConfig, shape: Shape, rows: int) -> Callable:
@@ -229,5 +260,7 @@ def floor_program(config: ModelConfig, shape: Shape, rows: int) -> Callable:
                 x_BD = x_BD + (x_BD @ weight('gate_proj') * (x_BD @ weight('up_proj'))) @ weight('down_proj')
                 x_BD = x_BD / jnp.abs(x_BD).max(axis=-1, keepdims=True)  # stays in range
             return x_BD + (x_BD @ params['lm_head']['weight']).max(axis=-1, keepdims=True)
+
         return jax.lax.fori_loop(0, shape.new, step, jnp.ones((rows, shape.width), shape.dtype))
+
     return lambda params: run(params, kv)

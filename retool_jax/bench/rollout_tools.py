@@ -37,8 +37,15 @@ class Script:
     """
 
     def __init__(self, turn_tokens: int, max_tokens: int, calls: int, barrier: bool = False):
-        self.settings = turns.TurnSettings(tools=calls > 0, max_tokens=max_tokens, max_turn_tokens=turn_tokens,
-                                           max_turns=max_tokens, max_calls=max_tokens, on_cap='end', on_answer='end')
+        self.settings = turns.TurnSettings(
+            tools=calls > 0,
+            max_tokens=max_tokens,
+            max_turn_tokens=turn_tokens,
+            max_turns=max_tokens,
+            max_calls=max_tokens,
+            on_cap='end',
+            on_answer='end',
+        )
         self.table = tags.TagTable(*(np.zeros((1, 1), np.int32) for _ in range(5)))
         self.calls, self.barrier = calls, barrier
 
@@ -125,8 +132,17 @@ class Case:
         table = np.zeros((2, shape.vocab), np.int32)
         table[:, np.random.default_rng(0).choice(shape.vocab, ends, replace=False)] = 1
         # Chunks as long as what tools answer, one or two at a time; a short quota, so that no tool waits for long.
-        sizes = SamplerSettings(rows=rows, slots=shape.slots, chunk=FED, feed_rows=2, quota=16, decode_rows=decode_rows,
-                                min_bound=2 * FED, dtype=shape.dtype, cache_dtype=shape.dtype)
+        sizes = SamplerSettings(
+            rows=rows,
+            slots=shape.slots,
+            chunk=FED,
+            feed_rows=2,
+            quota=16,
+            decode_rows=decode_rows,
+            min_bound=2 * FED,
+            dtype=shape.dtype,
+            cache_dtype=shape.dtype,
+        )
         self.sampler = Sampler(config, sizes, table, np.array([0, tags.CODE], np.int8), ())
         self.engine: Engine | None = None
 
@@ -145,6 +161,7 @@ class Case:
             if next(ended) in (self.rows, count - self.rows):
                 stats = self.engine.stats
                 marks.append(np.array([time.perf_counter(), stats.sampled_tokens, len(stats.tool_wait_s)]))
+
         self.engine.run(weights, 0, requests, step, finished=finished)
         self.seconds, tokens, self.answers = marks[-1] - marks[0]
         return tokens / self.seconds
@@ -185,17 +202,27 @@ def measure(config: ModelConfig, weights: Params, shape, repeats: int, say: Call
                 speeds[name].append(work(i))
                 say(f'{speeds[name][-1]:.0f} tokens/s')
         return {name: np.array(rates[1:]) for name, rates in speeds.items()}  # the first round compiles
-    speeds = rounds({f'instant_{few}': lambda i: instant.run(weights, Tool(0.0), count(instant), i),
-                    f'tools_{first}': lambda i: tools(slow[first], i),
-                    f'barrier_{first}': lambda i: barrier(slow[first], i)}, NOISY * repeats)
+
+    speeds = rounds(
+        {
+            f'instant_{few}': lambda i: instant.run(weights, Tool(0.0), count(instant), i),
+            f'tools_{first}': lambda i: tools(slow[first], i),
+            f'barrier_{first}': lambda i: barrier(slow[first], i),
+        },
+        NOISY * repeats,
+    )
     shares = shares[1:]
     if last > first:
-        speeds |= rounds({f'tools_{rows}': lambda i, c=slow[rows]: tools(c, i) for rows in shape.tool_rows[1:]} |
-                        {f'barrier_{last}': lambda i: barrier(slow[last], i)}, repeats)
+        speeds |= rounds(
+            {f'tools_{rows}': lambda i, c=slow[rows]: tools(c, i) for rows in shape.tool_rows[1:]}
+            | {f'barrier_{last}': lambda i: barrier(slow[last], i)},
+            repeats,
+        )
     figures = {f'{name}_tokens_per_s': float(np.median(rates)) for name, rates in speeds.items()}
     figures |= {'turn_tokens': mean, 'tools_share': float(np.median(shares))}
     pairs = {'tools_over_instant': (f'tools_{first}', f'instant_{few}')} | {
-        f'tools_over_barrier_{rows}': (f'tools_{rows}', f'barrier_{rows}') for rows in (first, last)}
+        f'tools_over_barrier_{rows}': (f'tools_{rows}', f'barrier_{rows}') for rows in (first, last)
+    }
     for ratio, (name, other) in pairs.items():
         # A machine's speed changes within minutes: sides are compared within rounds, and by medians of all beside it.
         figures[ratio] = float(np.median(speeds[name] / speeds[other]))

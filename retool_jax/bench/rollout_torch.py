@@ -22,16 +22,29 @@ def main(directory: str) -> None:
         asked = json.loads(line)
         tokens = torch.randint(0, model.config.vocab_size, (asked['rows'], asked['prompt']), device=device)
         settings = transformers.GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=asked['new'],
-            min_new_tokens=asked['new'], eos_token_id=None, pad_token_id=0, output_logits=True,
-            return_dict_in_generate=True)
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=asked['new'],
+            min_new_tokens=asked['new'],
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         with torch.inference_mode():
             began = time.perf_counter()
             out = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
-            new = out.sequences[:, asked['prompt']:]
+            new = out.sequences[:, asked['prompt'] :]
             # One step's logits at a time, as they came: no [rows, new, vocabulary] array beside them.
-            logprobs = torch.stack([torch.log_softmax(x.float(), -1).gather(-1, new[:, i:i + 1])[:, 0]
-                                    for i, x in enumerate(out.logits)], 1)
+            logprobs = torch.stack(
+                [
+                    torch.log_softmax(x.float(), -1).gather(-1, new[:, i : i + 1])[:, 0]
+                    for i, x in enumerate(out.logits)
+                ],
+                1,
+            )
             total = float(logprobs.sum())
         seconds = time.perf_counter() - began
         print(json.dumps({'seconds': seconds, 'tokens': new.numel(), 'logprob': total / new.numel()}), flush=True)

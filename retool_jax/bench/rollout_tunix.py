@@ -41,10 +41,17 @@ def main(directory: str, slots: int) -> None:
 
     raw = json.loads((Path(directory) / 'config.json').read_text())
     config = qwen2.ModelConfig(
-        num_layers=raw['num_hidden_layers'], vocab_size=raw['vocab_size'], embed_dim=raw['hidden_size'],
-        hidden_dim=raw['intermediate_size'], num_heads=raw['num_attention_heads'], head_dim=raw['head_dim'],
-        num_kv_heads=raw['num_key_value_heads'], rope_theta=int(raw['rope_theta']), norm_eps=raw['rms_norm_eps'],
-        use_tied_embedding=raw['tie_word_embeddings'])
+        num_layers=raw['num_hidden_layers'],
+        vocab_size=raw['vocab_size'],
+        embed_dim=raw['hidden_size'],
+        hidden_dim=raw['intermediate_size'],
+        num_heads=raw['num_attention_heads'],
+        head_dim=raw['head_dim'],
+        num_kv_heads=raw['num_key_value_heads'],
+        rope_theta=int(raw['rope_theta']),
+        norm_eps=raw['rms_norm_eps'],
+        use_tied_embedding=raw['tie_word_embeddings'],
+    )
     mesh = jax.make_mesh((1, 1), ('fsdp', 'tp'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         model = params.create_model_from_safe_tensors(directory, config, mesh)
@@ -53,12 +60,21 @@ def main(directory: str, slots: int) -> None:
         rng = random.Random(0)
         for line in sys.stdin:
             asked = json.loads(line)
-            texts = [' '.join(str(rng.randrange(2, config.vocab_size)) for _ in range(asked['prompt']))
-                     for _ in range(asked['rows'])]
+            texts = [
+                ' '.join(str(rng.randrange(2, config.vocab_size)) for _ in range(asked['prompt']))
+                for _ in range(asked['rows'])
+            ]
             began = time.perf_counter()
             # No id ends a row, as in the other samplers.
-            out = sampler(texts, max_generation_steps=asked['new'], max_prompt_length=asked['prompt'],
-                          eos_tokens=[config.vocab_size], temperature=1.0, top_p=1.0, return_logprobs=True)
+            out = sampler(
+                texts,
+                max_generation_steps=asked['new'],
+                max_prompt_length=asked['prompt'],
+                eos_tokens=[config.vocab_size],
+                temperature=1.0,
+                top_p=1.0,
+                return_logprobs=True,
+            )
             seconds = time.perf_counter() - began
             print(json.dumps({'seconds': seconds, 'tokens': sum(len(t) for t in out.tokens)}), flush=True)
 

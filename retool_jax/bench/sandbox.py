@@ -91,7 +91,7 @@ def _saturate(pool: Pool, seconds: float) -> tuple[float, list[float]]:
 
 
 def _check(stdout: str, n: int) -> None:
-    if stdout != f'{n ** 2}\n':
+    if stdout != f'{n**2}\n':
         raise RuntimeError(f'wrong answer from the sandbox: {stdout!r} for {n} squared')
 
 
@@ -107,8 +107,10 @@ def _memory(pool: Pool) -> dict:
             rollup = (path / 'smaps_rollup').read_text()
             kb = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith('Private_'))
             private[len(namespaces.split()) == 4].append(kb / 1024)  # a child is one namespace deeper
-    return {f'{name}_private_mb': statistics.mean(private[deeper]) if private[deeper] else None
-            for name, deeper in (('worker', True), ('zygote', False))}
+    return {
+        f'{name}_private_mb': statistics.mean(private[deeper]) if private[deeper] else None
+        for name, deeper in (('worker', True), ('zygote', False))
+    }
 
 
 def _bare_python(seconds: float) -> list[float]:
@@ -125,12 +127,20 @@ def _over_http(clients: int, seconds: float) -> dict:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, str(root / 'launch' / 'sandbox_server.py'), f'--port={port}'],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, str(root / 'launch' / 'sandbox_server.py'), f'--port={port}'],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         _await(port)
-        done = subprocess.run([sys.executable, '-m', 'retool_jax.bench.sandbox', str(port), str(clients), str(seconds)],
-                              cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, '-m', 'retool_jax.bench.sandbox', str(port), str(clients), str(seconds)],
+            cwd=root,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         return json.loads(done.stdout)
     finally:
         server.send_signal(signal.SIGTERM)
@@ -168,7 +178,7 @@ def load(port: int, clients: int, seconds: float) -> dict:
                     dropped.append(error)
                     return
                 latencies.append(time.monotonic() - start)
-                if (reply.get('run_result') or {}).get('stdout') != f'{n ** 2}\n':
+                if (reply.get('run_result') or {}).get('stdout') != f'{n**2}\n':
                     wrong.append(n)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(clients)]
@@ -178,8 +188,13 @@ def load(port: int, clients: int, seconds: float) -> dict:
     for thread in threads:
         thread.join()
     elapsed = time.monotonic() - begin
-    return {'server_per_s': len(latencies) / elapsed, 'server_clients': clients, 'server_wrong': len(wrong),
-            'server_dropped': len(dropped), **_name('server_', latencies)}
+    return {
+        'server_per_s': len(latencies) / elapsed,
+        'server_clients': clients,
+        'server_wrong': len(wrong),
+        'server_dropped': len(dropped),
+        **_name('server_', latencies),
+    }
 
 
 if __name__ == '__main__':

@@ -13,12 +13,14 @@ def compilations() -> list[str]:
     """A list to which every compilation of this process is added from now on."""
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(name) if name.endswith('backend_compile_duration') else None)
+        lambda name, seconds, **_: compiled.append(name) if name.endswith('backend_compile_duration') else None
+    )
     return compiled
 
 
-def in_turns(sides: dict[str, Callable[[int], float]], repeats: int,
-             warm: Callable[[], None] = lambda: None) -> dict[str, float]:
+def in_turns(
+    sides: dict[str, Callable[[int], float]], repeats: int, warm: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Median seconds of each side: all once to warm up, then one after the other, `repeats` times."""
     for work in sides.values():
         work(0)

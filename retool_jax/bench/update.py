@@ -63,9 +63,15 @@ def measure(shape: Shape, repeats: int, say: Callable[[str], None]) -> dict:
     say('matmul')
     rates.append(matmul_rate(shape.dtype, repeats))
     flops = tokens * flops_per_token(config, shape.tokens)
-    figures = {'device': jax.devices()[0].device_kind, **dataclasses.asdict(shape), 'update_s': seconds,
-               'tokens_per_s': tokens / seconds, 'gflops': flops / seconds / 1e9, 'matmul_gflops': max(rates) / 1e9,
-               'share_of_matmul': flops / seconds / max(rates)}
+    figures = {
+        'device': jax.devices()[0].device_kind,
+        **dataclasses.asdict(shape),
+        'update_s': seconds,
+        'tokens_per_s': tokens / seconds,
+        'gflops': flops / seconds / 1e9,
+        'matmul_gflops': max(rates) / 1e9,
+        'share_of_matmul': flops / seconds / max(rates),
+    }
     if PEER.exists():
         say('the same update in torch')
         figures |= peer(shape, repeats, flops)
@@ -73,10 +79,18 @@ def measure(shape: Shape, repeats: int, say: Callable[[str], None]) -> dict:
 
 
 def model_config(shape: Shape) -> ModelConfig:
-    return ModelConfig(model_type='qwen2', vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.mlp,
-                       num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-                       num_key_value_heads=shape.kv_heads, head_dim=shape.width // shape.heads,
-                       tie_word_embeddings=False, max_position_embeddings=shape.tokens)
+    return ModelConfig(
+        model_type='qwen2',
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.width // shape.heads,
+        tie_word_embeddings=False,
+        max_position_embeddings=shape.tokens,
+    )
 
 
 def flops_per_token(config: ModelConfig, tokens: int) -> int:
@@ -94,7 +108,7 @@ def matmul_rate(dtype: str, repeats: int) -> float:
     n = MATMUL * (4 if jax.default_backend() != 'cpu' else 1)
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.dtype(dtype)) for i in range(2))
     multiply = jax.jit(lambda a, b: a @ b)
-    return 2.0 * n ** 3 / best(lambda: multiply(a, b), repeats)
+    return 2.0 * n**3 / best(lambda: multiply(a, b), repeats)
 
 
 def best(work: Callable, repeats: int) -> float:
@@ -115,30 +129,69 @@ def make_batch(shape: Shape) -> Batch:
     b, t = shape.rows, shape.tokens
     acted = np.broadcast_to(np.arange(t) >= t // 8, (b, t))
     return Batch(
-        tokens_BT=rng.integers(0, shape.vocab, (b, t)).astype(np.int32), segment_ids_BT=np.ones((b, t), np.int32),
-        positions_BT=np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)), acted_BT=acted,
+        tokens_BT=rng.integers(0, shape.vocab, (b, t)).astype(np.int32),
+        segment_ids_BT=np.ones((b, t), np.int32),
+        positions_BT=np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)),
+        acted_BT=acted,
         sampler_logprob_BT=np.where(acted, np.float32(-np.log(shape.vocab)), np.float32(0)),
-        reward_BN=rng.choice([-1.0, 1.0], (b, 1)).astype(np.float32), group_BN=np.zeros((b, 1), np.int32),
-        baseline_BN=np.ones((b, 1), bool), update_BN=np.ones((b, 1), bool))
+        reward_BN=rng.choice([-1.0, 1.0], (b, 1)).astype(np.float32),
+        group_BN=np.zeros((b, 1), np.int32),
+        baseline_BN=np.ones((b, 1), bool),
+        update_BN=np.ones((b, 1), bool),
+    )
 
 
 def update_seconds(config: ModelConfig, shape: Shape, repeats: int) -> tuple[float, int]:
     """Median seconds of one optimizer step over the batch, and the batch's tokens."""
     mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
-    optimizer = make_optimizer(OptimizerSettings(lr=1e-6, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999,
-                                                 weight_decay=0.01, grad_clip=1.0), repeats)
-    forward = ForwardSettings(dtype=shape.dtype, attention=shape.attention, remat=shape.remat, unroll=shape.unroll,
-                              logprob_chunk=min(shape.logprob_chunk, shape.tokens), vocab_chunk=shape.vocab_chunk,
-                              micro_rows=shape.micro_rows, row_width=shape.tokens, row_segments=1)
-    loss = LossSettings(kind='ppo', clip_low=0.2, clip_high=0.28, dual_clip=10.0, aggregation='token-mean',
-                        aggregation_constant=None, entropy_coef=0.0, kl_coef=0.0, kl_kind='k3', kl_in='loss',
-                        value_coef=0.5, value_clip=None, correction='token', correction_cap=2.0, correction_low=0.5,
-                        correction_high=2.0)
-    learner = Learner(config, forward, optimizer, mesh, loss=loss,
-                      advantage=AdvantageSettings(kind='grpo', gamma=1.0, lam=1.0, whiten=False))
+    optimizer = make_optimizer(
+        OptimizerSettings(
+            lr=1e-6, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.01, grad_clip=1.0
+        ),
+        repeats,
+    )
+    forward = ForwardSettings(
+        dtype=shape.dtype,
+        attention=shape.attention,
+        remat=shape.remat,
+        unroll=shape.unroll,
+        logprob_chunk=min(shape.logprob_chunk, shape.tokens),
+        vocab_chunk=shape.vocab_chunk,
+        micro_rows=shape.micro_rows,
+        row_width=shape.tokens,
+        row_segments=1,
+    )
+    loss = LossSettings(
+        kind='ppo',
+        clip_low=0.2,
+        clip_high=0.28,
+        dual_clip=10.0,
+        aggregation='token-mean',
+        aggregation_constant=None,
+        entropy_coef=0.0,
+        kl_coef=0.0,
+        kl_kind='k3',
+        kl_in='loss',
+        value_coef=0.5,
+        value_clip=None,
+        correction='token',
+        correction_cap=2.0,
+        correction_low=0.5,
+        correction_high=2.0,
+    )
+    learner = Learner(
+        config,
+        forward,
+        optimizer,
+        mesh,
+        loss=loss,
+        advantage=AdvantageSettings(kind='grpo', gamma=1.0, lam=1.0, whiten=False),
+    )
     rules = decoder.fit_rules(config, mesh, sharding.TRAIN_RULES)
-    make = jax.jit(lambda key: decoder.init(config, key),
-                   out_shardings=sharding.shardings(mesh, decoder.logical_axes(config), rules))
+    make = jax.jit(
+        lambda key: decoder.init(config, key),
+        out_shardings=sharding.shardings(mesh, decoder.logical_axes(config), rules),
+    )
     state = init_state({'policy': make(jax.random.key(0))}, optimizer)
     batch = learner.put(make_batch(shape))
     scores: Scores = learner.score(state.params, batch, shape.rows, None, num_groups=1)
@@ -156,10 +209,15 @@ def update_seconds(config: ModelConfig, shape: Shape, repeats: int) -> tuple[flo
 def peer(shape: Shape, repeats: int, flops: float) -> dict:
     """The figures of bench/update_torch.py, run by the interpreter that `make baselines` made."""
     script = Path(__file__).with_name('update_torch.py')
-    done = subprocess.run([PEER, script, json.dumps(dataclasses.asdict(shape) | {'repeats': repeats})],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [PEER, script, json.dumps(dataclasses.asdict(shape) | {'repeats': repeats})], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f'{script.name}: {done.stderr.strip().splitlines()[-1:]}')
     reply = json.loads(done.stdout.strip().splitlines()[-1])
-    return {'torch_update_s': reply['update_s'], 'torch_gflops': flops / reply['update_s'] / 1e9,
-            'torch_matmul_gflops': reply['matmul_gflops'], 'torch_version': reply['version']}
+    return {
+        'torch_update_s': reply['update_s'],
+        'torch_gflops': flops / reply['update_s'] / 1e9,
+        'torch_matmul_gflops': reply['matmul_gflops'],
+        'torch_version': reply['version'],
+    }

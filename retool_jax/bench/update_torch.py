@@ -28,14 +28,23 @@ def main(shape: dict) -> None:
     n = 2048 if device == 'cpu' else 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     clock(lambda: a @ b)
-    rate = 2.0 * n ** 3 / min(clock(lambda: a @ b) for _ in range(shape['repeats']))
+    rate = 2.0 * n**3 / min(clock(lambda: a @ b) for _ in range(shape['repeats']))
 
     torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=shape['vocab'], hidden_size=shape['width'], intermediate_size=shape['mlp'],
-        num_hidden_layers=shape['layers'], num_attention_heads=shape['heads'],
-        num_key_value_heads=shape['kv_heads'], tie_word_embeddings=False, attn_implementation='sdpa',
-        max_position_embeddings=shape['tokens'], use_cache=False)).to(device)
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=shape['vocab'],
+            hidden_size=shape['width'],
+            intermediate_size=shape['mlp'],
+            num_hidden_layers=shape['layers'],
+            num_attention_heads=shape['heads'],
+            num_key_value_heads=shape['kv_heads'],
+            tie_word_embeddings=False,
+            attn_implementation='sdpa',
+            max_position_embeddings=shape['tokens'],
+            use_cache=False,
+        )
+    ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01)
     rows, t = shape['rows'], shape['tokens']
     tokens = torch.randint(0, shape['vocab'], (rows, t), device=device)

@@ -1,6 +1,6 @@
 """Which values a key may have: rules for the `__post_init__` of settings, each with the words of its one line.
 
-    check(self, steps=within(1, MANY), lr=above(0, 100), dtype=one_of(DTYPES), path=local_path())
+check(self, steps=within(1, MANY), lr=above(0, 100), dtype=one_of(DTYPES), path=local_path())
 """
 
 from __future__ import annotations

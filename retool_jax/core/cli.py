@@ -62,9 +62,11 @@ def run(main: Callable[[Any], None], stage: str, *, default_config: str | None =
     stage: the dataclass that the configuration becomes, 'package.module:Name', imported when it is needed.
     default_config: 'configs/NAME.py:ARG', used where --config is not given.
     """
+
     def body(argv: list[str]) -> None:
         config = parse_config(argv, default_config)
         main(settings.build(pkgutil.resolve_name(stage), config))
+
     _run(body, main, stage)
 
 

@@ -26,8 +26,11 @@ SCHEMA = 1
 
 
 def write(
-    directory: str | os.PathLike, name: str, episodes: Sequence[Episode], decode: Callable[[list[int]], str],
-    step: int | None = None
+    directory: str | os.PathLike,
+    name: str,
+    episodes: Sequence[Episode],
+    decode: Callable[[list[int]], str],
+    step: int | None = None,
 ) -> Path:
     """Writes one part and returns its JSONL file; a part of that name is replaced.
 

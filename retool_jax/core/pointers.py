@@ -22,5 +22,7 @@ def refuse(path: str | Path) -> None:
         return
     for sign, (system, command) in POINTERS.items():
         if begin.startswith(sign):
-            raise UserError(f'{path} is a pointer of {system}, its contents were never downloaded; run `{command}` in '
-                            'its folder, or download the file again')
+            raise UserError(
+                f'{path} is a pointer of {system}, its contents were never downloaded; run `{command}` in '
+                'its folder, or download the file again'
+            )

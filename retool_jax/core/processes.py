@@ -40,8 +40,10 @@ def join() -> None:
     given = {name: os.environ.get(name, '') for name in ('RETOOL_COORDINATOR', 'RETOOL_PROCESS')}
     missing = next((name for name, value in given.items() if not value), None)
     if missing or not wanted.isdigit():
-        raise UserError(f'{missing or PROCESSES}: {PROCESSES}={wanted!r} is "auto", or a number that goes with '
-                        'RETOOL_COORDINATOR=host:port and RETOOL_PROCESS=0, 1, …')
+        raise UserError(
+            f'{missing or PROCESSES}: {PROCESSES}={wanted!r} is "auto", or a number that goes with '
+            'RETOOL_COORDINATOR=host:port and RETOOL_PROCESS=0, 1, …'
+        )
     jax.distributed.initialize(given['RETOOL_COORDINATOR'], int(wanted), int(given['RETOOL_PROCESS']), **patience)
 
 
@@ -69,6 +71,7 @@ def wait() -> None:
             distributed.global_state.client.wait_at_barrier('retool_jax', PATIENCE_S * 1000)
         except Exception as error:
             failed.append(error)
+
     thread = threading.Thread(target=block, daemon=True)  # the main one still hears Ctrl-C
     thread.start()
     thread.join()
@@ -84,16 +87,18 @@ def gather(item: object) -> list:
     data = np.frombuffer(pickle.dumps(item), np.uint8)
     first = np.zeros(8 + SMALL, np.uint8)
     first[:8] = np.frombuffer(np.int64(len(data)).tobytes(), np.uint8)
-    first[8:8 + min(len(data), SMALL)] = data[:SMALL]
+    first[8 : 8 + min(len(data), SMALL)] = data[:SMALL]
     all_first = np.asarray(multihost_utils.process_allgather(first))
     sizes = [int(np.frombuffer(row[:8].tobytes(), np.int64)[0]) for row in all_first]
     rests = [b''] * len(sizes)
     if (longest := max(sizes) - SMALL) > 0:  # padded to a power of two: few shapes are ever compiled
         rest = np.zeros(1 << (longest - 1).bit_length(), np.uint8)
-        rest[:max(len(data) - SMALL, 0)] = data[SMALL:]
+        rest[: max(len(data) - SMALL, 0)] = data[SMALL:]
         rests = [row.tobytes() for row in np.asarray(multihost_utils.process_allgather(rest))]
-    return [pickle.loads((row[8:].tobytes()[:size] + tail[:max(size - SMALL, 0)])[:size])
-            for row, tail, size in zip(all_first, rests, sizes)]
+    return [
+        pickle.loads((row[8:].tobytes()[:size] + tail[: max(size - SMALL, 0)])[:size])
+        for row, tail, size in zip(all_first, rests, sizes)
+    ]
 
 
 def first[T](work: Callable[[], T]) -> T:

@@ -84,8 +84,11 @@ def keys(kind: type, name: str = '') -> dict[str, tuple[str, str]]:
 
 def _comments(source: str) -> dict[str, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    said = {t.start[0]: (t.string.lstrip('# '), t.line.lstrip().startswith('#')) for t in tokens
-            if t.type == tokenize.COMMENT}
+    said = {
+        t.start[0]: (t.string.lstrip('# '), t.line.lstrip().startswith('#'))
+        for t in tokens
+        if t.type == tokenize.COMMENT
+    }
     texts = {}
     for node in ast.parse(source).body[0].body:
         if not isinstance(node, ast.AnnAssign):
@@ -117,8 +120,9 @@ def to_json(config: Any) -> Any:
     raise TypeError(f'{type(config).__name__} has no plain form: {config!r}')
 
 
-def differences(a: Any, b: Any, ignore: Sequence[str] = (),
-                renamed: Mapping[str, str] | None = None) -> dict[str, tuple[Any, Any]]:
+def differences(
+    a: Any, b: Any, ignore: Sequence[str] = (), renamed: Mapping[str, str] | None = None
+) -> dict[str, tuple[Any, Any]]:
     """Returns {dotted key: (in a, in b)} for every leaf that differs; ABSENT where one has no such key.
 
     Both are configurations or what `to_json` made of them. `ignore` names keys, or blocks with all

@@ -37,8 +37,7 @@ def fill(shape: Mapping[str, int], count: int) -> tuple[int, ...]:
         sizes[sizes.index(-1)] = count // known
     if any(size < 1 for size in sizes) or math.prod(sizes) != count:
         asked = ' × '.join(f'{axis}={shape[axis]}' for axis in AXES)
-        raise UserError(f'mesh: {asked} does not divide {count} device(s); '
-                        'set one axis to -1 to take what is left')
+        raise UserError(f'mesh: {asked} does not divide {count} device(s); set one axis to -1 to take what is left')
     return tuple(sizes)
 
 

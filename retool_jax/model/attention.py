@@ -38,16 +38,25 @@ def _mix(score_BKGTS: jax.Array, mask_BTS: jax.Array, v_BSKH: jax.Array) -> jax.
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 
-def dense(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_BTKH: Float[Array, 'B T K H'],
-          segment_ids_BT: Int[Array, 'B T']) -> Float[Array, 'B T N H']:
+def dense(
+    q_BTNH: Float[Array, 'B T N H'],
+    k_BTKH: Float[Array, 'B T K H'],
+    v_BTKH: Float[Array, 'B T K H'],
+    segment_ids_BT: Int[Array, 'B T'],
+) -> Float[Array, 'B T N H']:
     """Causal attention within segments by a whole [T, T] score matrix: for short rows."""
     t = q_BTNH.shape[1]
     mask = jnp.tril(jnp.ones((t, t), bool)) & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
     return _mix(_scores(q_BTNH, k_BTKH), mask, v_BTKH)
 
 
-def blocked(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_BTKH: Float[Array, 'B T K H'],
-            segment_ids_BT: Int[Array, 'B T'], block: int = 512) -> Float[Array, 'B T N H']:
+def blocked(
+    q_BTNH: Float[Array, 'B T N H'],
+    k_BTKH: Float[Array, 'B T K H'],
+    v_BTKH: Float[Array, 'B T K H'],
+    segment_ids_BT: Int[Array, 'B T'],
+    block: int = 512,
+) -> Float[Array, 'B T N H']:
     """The same, a block of queries at a time, recomputed in the backward pass: memory B·N·block·T."""
     b, t, n, h = q_BTNH.shape
     block = math.gcd(t, block)
@@ -61,8 +70,9 @@ def blocked(q_BTNH: Float[Array, 'B T N H'], k_BTKH: Float[Array, 'B T K H'], v_
         mask = causal & (segment_BC[:, :, None] == segment_ids_BT[:, None, :])
         return _mix(_scores(q_BCNH, k_BTKH), mask, v_BTKH)
 
-    _, out = jax.lax.scan(lambda carry, x: (carry, one(*x)), None,
-                          (jnp.arange(blocks) * block, q_blocks, segment_blocks))
+    _, out = jax.lax.scan(
+        lambda carry, x: (carry, one(*x)), None, (jnp.arange(blocks) * block, q_blocks, segment_blocks)
+    )
     return out.swapaxes(0, 1).reshape(b, t, n, h)
 
 
@@ -85,8 +95,9 @@ def choose(implementation: str, length: int) -> Callable[..., jax.Array]:
     return table[implementation]
 
 
-def cached(q_BCNH: Float[Array, 'B C N H'], k_BKSH: KV, v_BKSH: KV,
-           positions_BC: Int[Array, 'B C']) -> Float[Array, 'B C N H']:
+def cached(
+    q_BCNH: Float[Array, 'B C N H'], k_BKSH: KV, v_BKSH: KV, positions_BC: Int[Array, 'B C']
+) -> Float[Array, 'B C N H']:
     """Attention over cache slots up to each query's own position, [B, C, N, H].
 
     The cache already holds the queries' own keys; slots beyond are masked, so stale KV is harmless.

@@ -65,8 +65,9 @@ class ModelConfig:
         """Positions that the weights were trained on, or that YaRN stretches them to, which is seldom written into
         `max_position_embeddings` (Llama 3's stretch always is)."""
         scaling = self.rope_scaling
-        stretched = (int(scaling.factor * scaling.original_max_position_embeddings)
-                     if isinstance(scaling, YarnScaling) else 0)
+        stretched = (
+            int(scaling.factor * scaling.original_max_position_embeddings) if isinstance(scaling, YarnScaling) else 0
+        )
         return max(self.max_position_embeddings, stretched)
 
     @property
@@ -93,16 +94,18 @@ def from_hf(raw: dict, where: str = 'config.json') -> ModelConfig:
     by_type = {kind: name for name, kind in ARCHITECTURES.items()}
     names = raw.get('architectures') or [by_type.get(raw.get('model_type', ''), raw.get('model_type', 'none'))]
     if names[0] not in ARCHITECTURES:
-        raise UserError(f'{where}: architecture {names[0]} is not supported; '
-                        f'supported are {", ".join(ARCHITECTURES)}')
+        raise UserError(f'{where}: architecture {names[0]} is not supported; supported are {", ".join(ARCHITECTURES)}')
     if raw.get('hidden_act', 'silu') != 'silu':
         raise UserError(f'{where}: hidden_act {raw["hidden_act"]} is not supported; these models use silu')
     if raw.get('use_sliding_window'):
         raise UserError(f'{where}: use_sliding_window is true; only full attention is supported')
     if others := set(raw.get('layer_types') or ()) - {'full_attention'}:
         raise UserError(f'{where}: layer_types holds {min(others)}; only full_attention is supported')
-    missing = [key for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers',
-                               'num_attention_heads') if key not in raw]
+    missing = [
+        key
+        for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+        if key not in raw
+    ]
     if missing:
         raise UserError(f'{where}: field {missing[0]} is missing')
     kind = ARCHITECTURES[names[0]]
@@ -114,9 +117,12 @@ def from_hf(raw: dict, where: str = 'config.json') -> ModelConfig:
     rope = _rope(raw, where)
     return ModelConfig(
         model_type=kind,
-        vocab_size=raw['vocab_size'], hidden_size=raw['hidden_size'],
-        intermediate_size=raw['intermediate_size'], num_hidden_layers=raw['num_hidden_layers'],
-        num_attention_heads=heads, num_key_value_heads=raw.get('num_key_value_heads') or heads,
+        vocab_size=raw['vocab_size'],
+        hidden_size=raw['hidden_size'],
+        intermediate_size=raw['intermediate_size'],
+        num_hidden_layers=raw['num_hidden_layers'],
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get('num_key_value_heads') or heads,
         head_dim=raw.get('head_dim') or width,
         rms_norm_eps=raw.get('rms_norm_eps', 1e-6),
         rope_theta=float(rope.get('rope_theta') or raw.get('rope_theta') or 10000.0),
@@ -125,7 +131,8 @@ def from_hf(raw: dict, where: str = 'config.json') -> ModelConfig:
         max_position_embeddings=raw.get('max_position_embeddings', CONTEXTS[kind]),
         initializer_range=raw.get('initializer_range', 0.02),
         attention_bias=kind != 'qwen2' and bool(raw.get('attention_bias')),
-        mlp_bias=bool(raw.get('mlp_bias')))
+        mlp_bias=bool(raw.get('mlp_bias')),
+    )
 
 
 def _rope(raw: dict, where: str) -> dict:
@@ -155,10 +162,13 @@ def _scaling(scaling: dict, raw: dict, where: str) -> YarnScaling | Llama3Scalin
     original = scaling.get('original_max_position_embeddings') or longest
     if kind == 'llama3':
         return _llama3(scaling, int(original), where)
-    return YarnScaling(factor=float(scaling.get('factor') or longest / original),
-                       original_max_position_embeddings=int(original),
-                       beta_fast=float(scaling.get('beta_fast') or 32), beta_slow=float(scaling.get('beta_slow') or 1),
-                       attention_factor=scaling.get('attention_factor'))
+    return YarnScaling(
+        factor=float(scaling.get('factor') or longest / original),
+        original_max_position_embeddings=int(original),
+        beta_fast=float(scaling.get('beta_fast') or 32),
+        beta_slow=float(scaling.get('beta_slow') or 1),
+        attention_factor=scaling.get('attention_factor'),
+    )
 
 
 def _llama3(scaling: dict, original: int, where: str) -> Llama3Scaling:
@@ -167,8 +177,10 @@ def _llama3(scaling: dict, original: int, where: str) -> Llama3Scaling:
         if not value > 0:
             raise UserError(f'{where}: rope_scaling {name}={value}; type llama3 needs a positive number')
     if factors['low_freq_factor'] >= factors['high_freq_factor']:
-        raise UserError(f'{where}: rope_scaling low_freq_factor={factors["low_freq_factor"]} is not below '
-                        f'high_freq_factor={factors["high_freq_factor"]}')
+        raise UserError(
+            f'{where}: rope_scaling low_freq_factor={factors["low_freq_factor"]} is not below '
+            f'high_freq_factor={factors["high_freq_factor"]}'
+        )
     return Llama3Scaling(**factors, original_max_position_embeddings=original)
 
 
@@ -181,17 +193,21 @@ def to_hf(config: ModelConfig) -> dict:
     scaling = raw.pop('rope_scaling')
     name = {type(None): 'default', YarnScaling: 'yarn', Llama3Scaling: 'llama3'}[type(config.rope_scaling)]
     rope = {'rope_type': name} | (scaling or {})
-    return raw | {'architectures': [kind], 'hidden_act': 'silu', 'torch_dtype': 'float32',
-                  'rope_parameters': rope | {'rope_theta': config.rope_theta},
-                  'rope_scaling': None if scaling is None else rope, 'use_sliding_window': False}
+    return raw | {
+        'architectures': [kind],
+        'hidden_act': 'silu',
+        'torch_dtype': 'float32',
+        'rope_parameters': rope | {'rope_theta': config.rope_theta},
+        'rope_scaling': None if scaling is None else rope,
+        'use_sliding_window': False,
+    }
 
 
 def load_config(directory: str | Path) -> ModelConfig:
     """Reads `directory/config.json`."""
     path = Path(directory) / 'config.json'
     if not path.is_file():
-        raise UserError(f'model.path: {directory} holds no config.json; '
-                        'give a Hugging Face model directory')
+        raise UserError(f'model.path: {directory} holds no config.json; give a Hugging Face model directory')
     pointers.refuse(path)
     try:
         raw = json.loads(path.read_text())
@@ -202,6 +218,16 @@ def load_config(directory: str | Path) -> ModelConfig:
     return from_hf(raw, str(path))
 
 
-TINY = ModelConfig(model_type='qwen2', vocab_size=512, hidden_size=128, intermediate_size=384,
-                   num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-                   rope_theta=10000.0, tie_word_embeddings=True, max_position_embeddings=4096)
+TINY = ModelConfig(
+    model_type='qwen2',
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=32,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    max_position_embeddings=4096,
+)

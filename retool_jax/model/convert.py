@@ -17,8 +17,16 @@ from retool_jax.model import decoder, gguf, hf
 from retool_jax.text import vocabulary
 
 
-def run(way: str, source: str | os.PathLike, target: str | os.PathLike, *, like: str | os.PathLike | None = None,
-        step: int | None = None, part: str = 'params.policy', dtype=None) -> None:
+def run(
+    way: str,
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    like: str | os.PathLike | None = None,
+    step: int | None = None,
+    part: str = 'params.policy',
+    dtype=None,
+) -> None:
     """One conversion, with a progress bar.
 
     way: 'orbax' (`to_orbax`), 'hf' (`to_hf`, which `like`, `step` and `part` are for) or 'gguf' (`from_gguf`).
@@ -39,8 +47,9 @@ def run(way: str, source: str | os.PathLike, target: str | os.PathLike, *, like:
             to_hf(source, target, like, step=step, part=part, dtype=dtype or jnp.bfloat16, progress=progress)
 
 
-def to_orbax(source: str | os.PathLike, target: str | os.PathLike, dtype=jnp.float32,
-             progress: hf.Progress | None = None) -> None:
+def to_orbax(
+    source: str | os.PathLike, target: str | os.PathLike, dtype=jnp.float32, progress: hf.Progress | None = None
+) -> None:
     """Stores the weights of a Hugging Face directory as step 0 below `target`, at params.policy.
 
     Raises: UserError where `target` holds something, and those of `hf.load`.
@@ -52,8 +61,16 @@ def to_orbax(source: str | os.PathLike, target: str | os.PathLike, dtype=jnp.flo
         checkpoints.save(0, {'params': {'policy': params}}, {'config': model_config.to_hf(config)}, wait=True)
 
 
-def to_hf(source: str | os.PathLike, target: str | os.PathLike, like: str | os.PathLike, *, step: int | None = None,
-          part: str = 'params.policy', dtype=jnp.bfloat16, progress: hf.Progress | None = None) -> None:
+def to_hf(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    like: str | os.PathLike,
+    *,
+    step: int | None = None,
+    part: str = 'params.policy',
+    dtype=jnp.bfloat16,
+    progress: hf.Progress | None = None,
+) -> None:
     """Exports the policy of a checkpoint; config.json and tokenizer are those of the directory `like`.
 
     step: None is the newest. part: the dotted place of the weights in the checkpoint; nothing else of
@@ -66,10 +83,15 @@ def to_hf(source: str | os.PathLike, target: str | os.PathLike, like: str | os.P
     with Checkpoints(source, keep_last=1) as checkpoints:
         steps = checkpoints.steps()
         if not steps or step not in (None, *steps):
-            raise UserError(f'{source}: no checkpoint of step {"any" if step is None else step}; '
-                            f'there are: {", ".join(map(str, steps)) or "none"}')
-    params = _read(Path(source).absolute() / str(steps[-1] if step is None else step), part.split('.'),
-                   decoder.abstract_params(config))
+            raise UserError(
+                f'{source}: no checkpoint of step {"any" if step is None else step}; '
+                f'there are: {", ".join(map(str, steps)) or "none"}'
+            )
+    params = _read(
+        Path(source).absolute() / str(steps[-1] if step is None else step),
+        part.split('.'),
+        decoder.abstract_params(config),
+    )
     hf.save(target, config, params, dtype, tokenizer_dir=like, progress=progress)
 
 
@@ -99,15 +121,19 @@ def _read(directory: Path, part: list[str], wanted):
     for depth, word in enumerate(part):
         if not isinstance(stored, dict) or word not in stored:
             there = ', '.join(sorted(stored)) if isinstance(stored, dict) else 'an array'
-            raise UserError(f'{directory}: {".".join(part[:depth + 1])} is not in this checkpoint; there is {there}')
+            raise UserError(f'{directory}: {".".join(part[: depth + 1])} is not in this checkpoint; there is {there}')
         stored = stored[word]
-    flat = lambda tree: {'.'.join(entry.key for entry in path): leaf
-                         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    flat = lambda tree: {
+        '.'.join(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
     has, needs = flat(stored), flat(wanted)
     wrong = [f'{name} is missing' for name in needs if name not in has]
     wrong += [f'{name} is not part of this architecture' for name in has if name not in needs]
-    wrong += [f'{name} is {list(has[name].shape)}, config.json makes it {list(needs[name].shape)}'
-              for name in needs if name in has and has[name].shape != needs[name].shape]
+    wrong += [
+        f'{name} is {list(has[name].shape)}, config.json makes it {list(needs[name].shape)}'
+        for name in needs
+        if name in has and has[name].shape != needs[name].shape
+    ]
     if wrong:
         more = f' (and {len(wrong) - 3} more)' if len(wrong) > 3 else ''
         raise UserError(f'{directory}: {".".join(part)} does not fit: {"; ".join(wrong[:3])}{more}')

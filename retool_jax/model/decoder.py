@@ -32,8 +32,9 @@ REMATS = ('none', 'full', 'dots', 'offload')
 
 class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.weight = declare(rngs, (config.vocab_size, config.hidden_size), ('vocab', 'embed'),
-                              config.initializer_range)
+        self.weight = declare(
+            rngs, (config.vocab_size, config.hidden_size), ('vocab', 'embed'), config.initializer_range
+        )
 
 
 class Decoder(nnx.Module):
@@ -47,8 +48,13 @@ class Decoder(nnx.Module):
         self.layers = jax.vmap(lambda k: Block(config, nnx.Rngs(k)))(keys)
         self.norm = RMSNorm(config.hidden_size, 'embed', config.rms_norm_eps, rngs)
         if not config.tie_word_embeddings:
-            self.lm_head = Projection({'embed': config.hidden_size}, {'vocab': config.vocab_size}, bias=False,
-                                      scale=config.initializer_range, rngs=rngs)
+            self.lm_head = Projection(
+                {'embed': config.hidden_size},
+                {'vocab': config.vocab_size},
+                bias=False,
+                scale=config.initializer_range,
+                rngs=rngs,
+            )
 
 
 @functools.cache
@@ -95,30 +101,49 @@ def sampling_axes(config: ModelConfig) -> dict:
     return axes | {'layers': [one] * config.num_hidden_layers, 'lm_head': {'weight': ('embed', 'vocab')}}
 
 
-def fit_rules(config: ModelConfig, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]],
-              ) -> dict[str, tuple[str, ...]]:
+def fit_rules(
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    rules: Mapping[str, tuple[str, ...]],
+) -> dict[str, tuple[str, ...]]:
     """The rules by which this model lies on this mesh: KV heads that do not divide are replicated.
 
     Raises: UserError naming the size of config.json that does not divide, and the mesh axes.
     """
-    sizes = {'embed': 'hidden_size', 'heads': 'num_attention_heads', 'kv_heads': 'num_key_value_heads',
-             'mlp': 'intermediate_size', 'vocab': 'vocab_size'}
+    sizes = {
+        'embed': 'hidden_size',
+        'heads': 'num_attention_heads',
+        'kv_heads': 'num_key_value_heads',
+        'mlp': 'intermediate_size',
+        'vocab': 'vocab_size',
+    }
     fitted = dict(rules)
     for word, field in sizes.items():
         ways = math.prod(mesh.shape[axis] for axis in rules[word])
         if getattr(config, field) % ways == 0:
             continue
         if word != 'kv_heads':
-            raise UserError(f'mesh: {field}={getattr(config, field)} does not divide over '
-                            f'{" × ".join(f"{axis}={mesh.shape[axis]}" for axis in rules[word])}; '
-                            f'choose a divisor')
+            raise UserError(
+                f'mesh: {field}={getattr(config, field)} does not divide over '
+                f'{" × ".join(f"{axis}={mesh.shape[axis]}" for axis in rules[word])}; '
+                f'choose a divisor'
+            )
         fitted[word] = ()
     return fitted
 
 
-def forward(config: ModelConfig, params: Params, tokens_BT: Int[Array, 'B T'], positions_BT: Int[Array, 'B T'],
-            segment_ids_BT: Int[Array, 'B T'], *, dtype=jnp.float32, attend: str = 'auto', remat: str = 'none',
-            unroll: int = 1) -> Float[Array, 'B T D']:
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: Int[Array, 'B T'],
+    positions_BT: Int[Array, 'B T'],
+    segment_ids_BT: Int[Array, 'B T'],
+    *,
+    dtype=jnp.float32,
+    attend: str = 'auto',
+    remat: str = 'none',
+    unroll: int = 1,
+) -> Float[Array, 'B T D']:
     """Hidden states after the final norm, [B, T, D] in `dtype`, by a scan over layers.
 
     `remat`: 'none' keeps activations, 'full' recomputes each layer in the backward pass, 'dots'
@@ -136,9 +161,11 @@ def forward(config: ModelConfig, params: Params, tokens_BT: Int[Array, 'B T'], p
         x_BTD = _bind(config, 'layers', layer_params)(x_BTD, rope, mix)
         return constrain(x_BTD, 'batch', 'seq', None), None
 
-    policies = {'full': jax.checkpoint_policies.nothing_saveable,
-                'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-                'offload': jax.checkpoint_policies.offload_dot_with_no_batch_dims('device', 'pinned_host')}
+    policies = {
+        'full': jax.checkpoint_policies.nothing_saveable,
+        'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        'offload': jax.checkpoint_policies.offload_dot_with_no_batch_dims('device', 'pinned_host'),
+    }
     if remat != 'none':
         layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
     x_BTD, _ = jax.lax.scan(layer, x_BTD, params['layers'], unroll=unroll)
@@ -185,8 +212,15 @@ def _cast(params: Params, dtype) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, x: x if gain(path) else x.astype(dtype), params)
 
 
-def extend(config: ModelConfig, params: Params, cache: KVCache, tokens_BC: Int[Array, 'B C'], count_B: Int[Array, ' B'],
-           bound: int, row_B: Int[Array, ' B'] | None = None) -> tuple[Float[Array, 'B C D'], KVCache]:
+def extend(
+    config: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    tokens_BC: Int[Array, 'B C'],
+    count_B: Int[Array, ' B'],
+    bound: int,
+    row_B: Int[Array, ' B'] | None = None,
+) -> tuple[Float[Array, 'B C D'], KVCache]:
     """Runs a right-padded chunk per row through the cache; the sampling layout.
 
     tokens_BC: int32 [B, C]; count_B: valid tokens in each row (0 leaves the row's cache untouched).
@@ -204,11 +238,13 @@ def extend(config: ModelConfig, params: Params, cache: KVCache, tokens_BC: Int[A
     rope = rope_table(config, positions_BC)
     keys, values = [], []
     for layer_params, k_BKSH, v_BKSH in zip(params['layers'], cache.k, cache.v):
+
         def attend(q, k, v):
             keys.append(kv_cache.write(k_BKSH, k, slot_BC, row_B))  # noqa: B023
             values.append(kv_cache.write(v_BKSH, v, slot_BC, row_B))  # noqa: B023
             own = lambda kv: kv_cache.read(kv, bound, inside_B)
             return attention.cached(q, own(keys[-1]), own(values[-1]), positions_BC)
+
         x_BCD = _bind(config, 'layers', layer_params)(x_BCD, rope, attend)
     x_BCD = _bind(config, 'norm', params['norm'])(x_BCD)
     longer_B = cache.length_B + count_B if row_B is None else cache.length_B.at[row_B].add(count_B, mode='drop')

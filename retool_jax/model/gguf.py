@@ -65,14 +65,18 @@ def read(path: str | os.PathLike) -> File:
         raise UserError(f'{path} is of the other byte order; download the little-endian file')
     if (parts := metadata.get('split.count', 1)) > 1:
         raise UserError(f'{path} is one of {parts} parts; join them with `llama-gguf-split --merge` first')
-    tensors = {t.name: Tensor(int(t.data_offset), int(t.n_bytes), t.tensor_type, tuple(map(int, reversed(t.shape))))
-               for t in reader.tensors}
+    tensors = {
+        t.name: Tensor(int(t.data_offset), int(t.n_bytes), t.tensor_type, tuple(map(int, reversed(t.shape))))
+        for t in reader.tensors
+    }
     for name, tensor in tensors.items():
         try:
             library.dequantize(np.zeros(library.GGML_QUANT_SIZES[tensor.kind][1], np.uint8), tensor.kind)
         except NotImplementedError:
-            raise UserError(f'{path}: {name} is stored as {tensor.kind.name}, which the library gguf does not read; '
-                            'take another quantisation, such as Q8_0') from None
+            raise UserError(
+                f'{path}: {name} is stored as {tensor.kind.name}, which the library gguf does not read; '
+                'take another quantisation, such as Q8_0'
+            ) from None
     return File(path, metadata, tensors)
 
 
@@ -83,14 +87,21 @@ def load_config(file: File) -> ModelConfig:
         raise UserError(f'{file.path}: architecture {kind} is not supported; supported are {", ".join(KINDS)}')
     get = lambda key, default=None: file.metadata.get(f'{kind}.{key}', default)
     if get('expert_count'):
-        raise UserError(f'{file.path}: {kind}.expert_count={get("expert_count")}; mixtures of experts are not '
-                        'supported')
+        raise UserError(
+            f'{file.path}: {kind}.expert_count={get("expert_count")}; mixtures of experts are not supported'
+        )
     if (window := get('attention.sliding_window') or 0) and window < get('context_length', 0):
         raise UserError(f'{file.path}: {kind}.attention.sliding_window={window}; only full attention is supported')
-    sizes = {'hidden_size': 'embedding_length', 'intermediate_size': 'feed_forward_length',
-             'num_hidden_layers': 'block_count', 'num_attention_heads': 'attention.head_count',
-             'num_key_value_heads': 'attention.head_count_kv', 'head_dim': 'attention.key_length',
-             'rms_norm_eps': 'attention.layer_norm_rms_epsilon', 'max_position_embeddings': 'context_length'}
+    sizes = {
+        'hidden_size': 'embedding_length',
+        'intermediate_size': 'feed_forward_length',
+        'num_hidden_layers': 'block_count',
+        'num_attention_heads': 'attention.head_count',
+        'num_key_value_heads': 'attention.head_count_kv',
+        'head_dim': 'attention.key_length',
+        'rms_norm_eps': 'attention.layer_norm_rms_epsilon',
+        'max_position_embeddings': 'context_length',
+    }
     raw = {ours: get(theirs) for ours, theirs in sizes.items() if get(theirs) is not None}
     for name, value in raw.items():
         if isinstance(value, list):
@@ -98,13 +109,23 @@ def load_config(file: File) -> ModelConfig:
     if 'token_embd.weight' in file.tensors:
         raw['vocab_size'] = file.tensors['token_embd.weight'].shape[0]
     has = lambda name: f'blk.0.{name}.bias' in file.tensors
-    config = from_hf(raw | {
-        'architectures': [KINDS[kind]], 'rope_theta': get('rope.freq_base', 10000.0), 'rope_scaling': _scaling(get),
-        'tie_word_embeddings': 'output.weight' not in file.tensors,
-        'attention_bias': kind == 'qwen2' or has('attn_q'), 'mlp_bias': has('ffn_gate')}, str(file.path))
+    config = from_hf(
+        raw
+        | {
+            'architectures': [KINDS[kind]],
+            'rope_theta': get('rope.freq_base', 10000.0),
+            'rope_scaling': _scaling(get),
+            'tie_word_embeddings': 'output.weight' not in file.tensors,
+            'attention_bias': kind == 'qwen2' or has('attn_q'),
+            'mlp_bias': has('ffn_gate'),
+        },
+        str(file.path),
+    )
     if (rotated := get('rope.dimension_count', config.head_dim)) != config.head_dim:
-        raise UserError(f'{file.path}: {kind}.rope.dimension_count={rotated} of heads of {config.head_dim}; '
-                        'only whole heads are rotated')
+        raise UserError(
+            f'{file.path}: {kind}.rope.dimension_count={rotated} of heads of {config.head_dim}; '
+            'only whole heads are rotated'
+        )
     if ROPE_FACTORS in file.tensors:
         config = dataclasses.replace(config, rope_scaling=_llama3(file, config))
     return config
@@ -114,8 +135,14 @@ def _scaling(get: Callable) -> dict | None:
     """Hugging Face's rope_scaling of the header's rope.scaling.* keys."""
     if get('rope.scaling.type', 'none') == 'none':
         return None
-    keys = {'rope_type': 'type', 'factor': 'factor', 'original_max_position_embeddings': 'original_context_length',
-            'attention_factor': 'attn_factor', 'beta_fast': 'yarn_beta_fast', 'beta_slow': 'yarn_beta_slow'}
+    keys = {
+        'rope_type': 'type',
+        'factor': 'factor',
+        'original_max_position_embeddings': 'original_context_length',
+        'attention_factor': 'attn_factor',
+        'beta_fast': 'yarn_beta_fast',
+        'beta_slow': 'yarn_beta_slow',
+    }
     found = {ours: get(f'rope.scaling.{theirs}') for ours, theirs in keys.items()}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -139,14 +166,21 @@ def fetcher(file: File, config: ModelConfig, dtype) -> Callable[[hf.Leaf, int | 
     library = _library(file.path)
     names = library.get_tensor_name_map(
         next(arch for arch, name in library.MODEL_ARCH_NAMES.items() if name == config.model_type),
-        config.num_hidden_layers)
+        config.num_hidden_layers,
+    )
     theirs = {name: names.get_name(name, ('.weight', '.bias')) for leaf in hf.leaves(config) for name in leaf.names}
     shapes = {theirs[name]: leaf.theirs for leaf in hf.leaves(config) for name in leaf.names}
     wrong = [f'{name} is missing' for name in shapes if name not in file.tensors]
-    wrong += [f'{name} is not part of this architecture' for name in file.tensors
-              if name not in shapes and name != ROPE_FACTORS]
-    wrong += [f'{name} is {list(file.tensors[name].shape)}, the header makes it {list(shape)}'
-              for name, shape in shapes.items() if name in file.tensors and file.tensors[name].shape != shape]
+    wrong += [
+        f'{name} is not part of this architecture'
+        for name in file.tensors
+        if name not in shapes and name != ROPE_FACTORS
+    ]
+    wrong += [
+        f'{name} is {list(file.tensors[name].shape)}, the header makes it {list(shape)}'
+        for name, shape in shapes.items()
+        if name in file.tensors and file.tensors[name].shape != shape
+    ]
     if wrong:
         more = f' (and {len(wrong) - 3} more)' if len(wrong) > 3 else ''
         raise UserError(f'{file.path}: tensors do not fit: {"; ".join(wrong[:3])}{more}')
@@ -155,6 +189,7 @@ def fetcher(file: File, config: ModelConfig, dtype) -> Callable[[hf.Leaf, int | 
         heads = {'q_proj': config.num_attention_heads, 'k_proj': config.num_key_value_heads}.get(leaf.path[-2])
         order = _halves(heads, config.head_dim) if heads and config.model_type == 'llama' else None
         return _values(file, theirs[leaf.names[i or 0]], dtype, order)
+
     return fetch
 
 
@@ -172,7 +207,7 @@ def _values(file: File, name: str, dtype, order: np.ndarray | None = None) -> It
     stored = np.frombuffer(mapped, np.uint8, tensor.nbytes, tensor.offset).reshape(rows, -1)
     step = max(1, BLOCK * rows // int(np.prod(tensor.shape)))
     for start in range(0, rows, step):
-        part = slice(start, start + step) if order is None else order[start:start + step]
+        part = slice(start, start + step) if order is None else order[start : start + step]
         values = library.dequantize(stored[part], tensor.kind).astype(jnp.dtype(dtype))
         mapped.madvise(mmap.MADV_DONTNEED)
         yield values.reshape(-1, *tensor.shape[1:])

@@ -90,7 +90,7 @@ class Leaf:
         """The shape in the checkpoint."""
         if self.inputs is None:
             return self.shape
-        outputs, inputs = math.prod(self.shape[self.inputs:]), math.prod(self.shape[:self.inputs])
+        outputs, inputs = math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
         return (outputs, inputs) if self.inputs else (outputs,)
 
 
@@ -101,13 +101,24 @@ def leaves(config: ModelConfig) -> list[Leaf]:
         words = tuple(entry.key for entry in path)
         name, inputs = TABLE['.'.join(words)]
         count = config.num_hidden_layers if words[0] == 'layers' else 0
-        found.append(Leaf(words, abstract.shape[1:] if count else abstract.shape,
-                          tuple(name.format(i) for i in range(count)) if count else (name,), inputs))
+        found.append(
+            Leaf(
+                words,
+                abstract.shape[1:] if count else abstract.shape,
+                tuple(name.format(i) for i in range(count)) if count else (name,),
+                inputs,
+            )
+        )
     return found
 
 
-def load(directory: str | os.PathLike, config: ModelConfig, shardings=None, dtype=jnp.float32,
-         progress: Progress | None = None) -> Params:
+def load(
+    directory: str | os.PathLike,
+    config: ModelConfig,
+    shardings=None,
+    dtype=jnp.float32,
+    progress: Progress | None = None,
+) -> Params:
     """Reads a Hugging Face directory into the training layout, straight onto the devices.
 
     shardings: a tree like the parameters (`core.sharding.shardings`), None for the default device. Every
@@ -121,8 +132,11 @@ def load(directory: str | os.PathLike, config: ModelConfig, shardings=None, dtyp
     tensors = read_headers(directory)
     wanted = leaves(config)
     _compare_tensors(tensors, wanted, config, directory)
-    homes = {} if shardings is None else {
-        tuple(e.key for e in path): s for path, s in jax.tree_util.tree_flatten_with_path(shardings)[0]}
+    homes = (
+        {}
+        if shardings is None
+        else {tuple(e.key for e in path): s for path, s in jax.tree_util.tree_flatten_with_path(shardings)[0]}
+    )
     tick = _counter(progress, sum(len(leaf.names) for leaf in wanted))
     params: Params = {}
     for leaf in wanted:
@@ -145,8 +159,9 @@ def _load_leaf(leaf: Leaf, tensors: dict[str, Tensor], sharding, dtype: np.dtype
         return array
     shape = (len(leaf.names), *leaf.shape)
     array = jax.jit(lambda: jnp.zeros(shape, dtype), **home)()
-    insert = jax.jit(lambda whole, part, i: jax.lax.dynamic_update_index_in_dim(whole, ours(part), i, 0),
-                     donate_argnums=0, **home)
+    insert = jax.jit(
+        lambda whole, part, i: jax.lax.dynamic_update_index_in_dim(whole, ours(part), i, 0), donate_argnums=0, **home
+    )
     for i, name in enumerate(leaf.names):
         array = jax.block_until_ready(insert(array, fetch(name), jnp.int32(i)))  # one tensor in flight
         tick()
@@ -177,7 +192,7 @@ def _put(tensor: Tensor, shape: list[int], sharding, dtype: np.dtype) -> jax.Arr
             parts[index] = part = np.empty(source.shape, dtype)
             rows = max(1, BLOCK // (view.strides[0] or 1))
             for start in range(0, len(source), rows):
-                part[start:start + rows] = source[start:start + rows]
+                part[start : start + rows] = source[start : start + rows]
                 mapped.madvise(mmap.MADV_DONTNEED)
         return parts[index]
 
@@ -192,12 +207,12 @@ def _compare_configs(found: ModelConfig, config: ModelConfig, directory: Path) -
     for field in dataclasses.fields(ModelConfig):
         theirs, ours = getattr(found, field.name), getattr(config, field.name)
         if theirs != ours and field.name not in FREE_FIELDS:
-            raise UserError(f'model.path: {directory / "config.json"} has {field.name}={theirs}, '
-                            f'this run is set up for {ours}')
+            raise UserError(
+                f'model.path: {directory / "config.json"} has {field.name}={theirs}, this run is set up for {ours}'
+            )
 
 
-def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: ModelConfig,
-                     directory: Path) -> None:
+def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: ModelConfig, directory: Path) -> None:
     shapes = {name: leaf.theirs for leaf in wanted for name in leaf.names}
     extra = {name for name in tensors if name not in shapes and not name.endswith('.rotary_emb.inv_freq')}
     if config.tie_word_embeddings:
@@ -214,9 +229,16 @@ def _compare_tensors(tensors: dict[str, Tensor], wanted: list[Leaf], config: Mod
         raise UserError(f'model.path: weights of {directory} do not fit: {"; ".join(wrong[:3])}{more}')
 
 
-def save(directory: str | os.PathLike, config: ModelConfig, params: Params, dtype=jnp.bfloat16,
-         tokenizer_dir: str | os.PathLike | None = None, *, file_bytes: int = 5_000_000_000,
-         progress: Progress | None = None) -> None:
+def save(
+    directory: str | os.PathLike,
+    config: ModelConfig,
+    params: Params,
+    dtype=jnp.bfloat16,
+    tokenizer_dir: str | os.PathLike | None = None,
+    *,
+    file_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> None:
     """Writes the training layout as a directory that transformers loads; called by every process.
 
     It appears under its name when it is complete. tokenizer_dir: where the tokenizer's files and the
@@ -224,13 +246,27 @@ def save(directory: str | os.PathLike, config: ModelConfig, params: Params, dtyp
 
     Raises: UserError where something is in the way, or there is no tokenizer.
     """
-    write(directory, config, lambda leaf, i: [_fetch(params, leaf, i, dtype)], dtype, tokenizer_dir,
-          file_bytes=file_bytes, progress=progress)
+    write(
+        directory,
+        config,
+        lambda leaf, i: [_fetch(params, leaf, i, dtype)],
+        dtype,
+        tokenizer_dir,
+        file_bytes=file_bytes,
+        progress=progress,
+    )
 
 
-def write(directory: str | os.PathLike, config: ModelConfig, fetch: Callable[[Leaf, int | None], Iterable[np.ndarray]],
-          dtype, tokenizer_dir: str | os.PathLike | None = None, *, file_bytes: int = 5_000_000_000,
-          progress: Progress | None = None) -> None:
+def write(
+    directory: str | os.PathLike,
+    config: ModelConfig,
+    fetch: Callable[[Leaf, int | None], Iterable[np.ndarray]],
+    dtype,
+    tokenizer_dir: str | os.PathLike | None = None,
+    *,
+    file_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> None:
     """`save` from any source: `fetch(leaf, layer)` gives a tensor as the checkpoint has it, in `dtype`, in one or
     more parts along its first axis."""
     directory, name = Path(directory).absolute(), jnp.dtype(dtype).name

@@ -19,6 +19,7 @@ def empty(config: ModelConfig, rows: int, slots: int, dtype=jnp.float32) -> KVCa
         if dtype != jnp.int8:
             return jnp.zeros(shape, dtype)
         return Int8KV(values=jnp.zeros(shape, jnp.int8), scale=jnp.zeros(shape[:3], jnp.float32))
+
     layers = range(config.num_hidden_layers)
     return KVCache(k=[zeros() for _ in layers], v=[zeros() for _ in layers], length_B=jnp.zeros(rows, jnp.int32))
 
@@ -53,10 +54,19 @@ def _scatter(x_BKS_: jax.Array, new_RKC_: jax.Array, slot_RC: jax.Array, row_R: 
         rows = jnp.broadcast_to(row_R[:, None, None, None], index_RKCI.shape)
         index_RKCI = jnp.concatenate([rows, index_RKCI], axis=-1)
     batched, written = ((0, 1), (2,)) if row_R is None else ((1,), (0, 2))
-    return jax.lax.scatter(x_BKS_, index_RKCI, new_RKC_, jax.lax.ScatterDimensionNumbers(
-        update_window_dims=tuple(range(3, x_BKS_.ndim)), inserted_window_dims=written,
-        scatter_dims_to_operand_dims=written, operand_batching_dims=batched, scatter_indices_batching_dims=batched),
-        mode='drop')
+    return jax.lax.scatter(
+        x_BKS_,
+        index_RKCI,
+        new_RKC_,
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(3, x_BKS_.ndim)),
+            inserted_window_dims=written,
+            scatter_dims_to_operand_dims=written,
+            operand_batching_dims=batched,
+            scatter_indices_batching_dims=batched,
+        ),
+        mode='drop',
+    )
 
 
 def read(kv_BKSH: KV, bound: int, row_R: jax.Array | None = None) -> KV:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:  # names of annotations only: accelerator machines need not ha
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH times H^-½, k_BTKH, v_BTKH → BTNH
 
 
-def declare(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float = 0.0,
-            mean: float = 0.0) -> nnx.Param:
+def declare(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float = 0.0, mean: float = 0.0
+) -> nnx.Param:
     """A f32 weight N(mean, scale²) whose dimensions carry the words `axes` (core.sharding.LOGICAL)."""
     value = jnp.full(shape, mean, jnp.float32)
     if scale:
@@ -69,8 +70,9 @@ class Attention(nnx.Module):
         self.q_proj = Projection({'embed': d}, q_out, bias=bias, scale=scale, rngs=rngs)
         self.k_proj = Projection({'embed': d}, kv_out, bias=bias, scale=scale, rngs=rngs)
         self.v_proj = Projection({'embed': d}, kv_out, bias=bias, scale=scale, rngs=rngs)
-        self.o_proj = Projection({'heads': n, 'head_dim': h}, {'embed': d}, bias=config.attention_bias, scale=scale,
-                                 rngs=rngs)
+        self.o_proj = Projection(
+            {'heads': n, 'head_dim': h}, {'embed': d}, bias=config.attention_bias, scale=scale, rngs=rngs
+        )
         norm = lambda: RMSNorm(h, 'head_dim', config.rms_norm_eps, rngs) if config.qk_norm else nnx.data(None)
         self.q_norm, self.k_norm = norm(), norm()
 
@@ -118,8 +120,10 @@ class Block(nnx.Module):
         return x_BTD + split(self.mlp(whole(self.post_attention_layernorm(x_BTD))))
 
 
-def rope_table(config: ModelConfig, positions_BT: Int[Array, 'B T'],
-               ) -> tuple[Float[Array, 'B T half'], Float[Array, 'B T half']]:
+def rope_table(
+    config: ModelConfig,
+    positions_BT: Int[Array, 'B T'],
+) -> tuple[Float[Array, 'B T half'], Float[Array, 'B T half']]:
     """cos and sin of the rotary angles, f32 [B, T, H/2] (bf16 angles are wrong beyond a few hundred tokens)."""
     inv_freq, scale = inverse_frequencies(config)
     angle = positions_BT[..., None].astype(jnp.float32) * inv_freq
@@ -133,7 +137,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     last place is 0.002 rad, and an accelerator's power function is off by more.
     """
     exponent = np.arange(0, config.head_dim, 2) / config.head_dim
-    period = (config.rope_theta ** exponent).astype(np.float32)
+    period = (config.rope_theta**exponent).astype(np.float32)
     match config.rope_scaling:
         case None:
             return 1 / period, 1.0
@@ -155,9 +159,11 @@ def _slow(scaling: Llama3Scaling, inv_freq: np.ndarray) -> np.ndarray:
 def _stretch(config: ModelConfig, yarn: YarnScaling, period: np.ndarray) -> tuple[np.ndarray, float]:
     """YaRN (arXiv 2309.00071): low frequencies are stretched, high ones kept, a ramp between."""
     half = config.head_dim // 2
+
     def turns(rotations: float) -> float:  # the dimension that makes so many rotations in the original context
         context = yarn.original_max_position_embeddings
         return config.head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
     low = max(math.floor(turns(yarn.beta_fast)), 0)
     high = min(math.ceil(turns(yarn.beta_slow)), config.head_dim - 1)
     width = high - low or 0.001
@@ -168,8 +174,9 @@ def _stretch(config: ModelConfig, yarn: YarnScaling, period: np.ndarray) -> tupl
     return 1 / (np.float32(yarn.factor) * period) * (1 - kept) + 1 / period * kept, scale
 
 
-def rotate(x_BTNH: Float[Array, 'B T N H'], rope: tuple[Float[Array, 'B T half'], Float[Array, 'B T half']],
-           scale: float = 1.0) -> Float[Array, 'B T N H']:
+def rotate(
+    x_BTNH: Float[Array, 'B T N H'], rope: tuple[Float[Array, 'B T half'], Float[Array, 'B T half']], scale: float = 1.0
+) -> Float[Array, 'B T N H']:
     """Rotary embedding, halves convention (dimension i pairs with i + H/2), times `scale`.
 
     Computed in f32 and rounded once: a scale applied after the cast is rounded again, by some kernels and not by

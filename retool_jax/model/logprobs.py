@@ -19,9 +19,15 @@ LANES = 128  # of an accelerator's vectors
 FLOOR = -1e30  # below every logit, and finite: its exponential is 0, and 0 times it is 0
 
 
-def token_logprobs(params: Params, hidden_BTD: Float[Array, 'B T D'], tokens_BT: Int[Array, 'B T'], *,
-                   temperature: float = 1.0, chunk: int = 256, vocab_chunk: int = 1 << 16,
-                   ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
+def token_logprobs(
+    params: Params,
+    hidden_BTD: Float[Array, 'B T D'],
+    tokens_BT: Int[Array, 'B T'],
+    *,
+    temperature: float = 1.0,
+    chunk: int = 256,
+    vocab_chunk: int = 1 << 16,
+) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
     """log p(token t | tokens before t) and the entropy of that distribution, both f32 [B, T].
 
     Aligned to the token: entry t comes from hidden state t − 1, entry 0 is 0. `chunk` positions of a
@@ -42,15 +48,25 @@ def token_logprobs(params: Params, hidden_BTD: Float[Array, 'B T D'], tokens_BT:
     else:
         rows = sharding.spec(('batch', None), sharding.TRAIN_RULES)
         found = jax.shard_map(
-            functools.partial(run, over='tensor'), mesh=mesh, out_specs=(rows, rows),
+            functools.partial(run, over='tensor'),
+            mesh=mesh,
+            out_specs=(rows, rows),
             in_specs=(sharding.spec(('batch', None, None), sharding.TRAIN_RULES), jax.P(None, 'tensor'), rows),
         )(hidden_BTD, w_DV, target_BT)
     shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
     return shift(found[0]), shift(found[1])
 
 
-def _rows(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, *, temperature: float, chunk: int,
-          vocab_chunk: int, over: str | None) -> tuple[jax.Array, jax.Array]:
+def _rows(
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    target_BT: jax.Array,
+    *,
+    temperature: float,
+    chunk: int,
+    vocab_chunk: int,
+    over: str | None,
+) -> tuple[jax.Array, jax.Array]:
     """Scores one device's rows against its part of the vocabulary; over: the mesh axis that splits the vocabulary."""
     b, t, _ = x_BTD.shape
     if over is not None:
@@ -64,6 +80,7 @@ def _rows(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, *, temperatur
     # The outer loop is over the vocabulary: the gradient of a chunk's weights is whole before the next chunk begins.
     def piece(found, w, first):
         w = w.astype(jnp.float32)  # the dtype in which gradients of a row's chunks add up
+
         @jax.checkpoint
         def one(_, xs):
             x, target, found = xs
@@ -71,6 +88,7 @@ def _rows(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array, *, temperatur
             if filled:
                 logits = jnp.where(first + jnp.arange(w.shape[1]) < w_DV.shape[1], logits, FLOOR)
             return None, _join(found, _sums(logits, target - first))
+
         return jax.lax.scan(one, None, (x_CBTD, target_CBT, found))[1]
 
     found = piece(None, w_PDV[0], 0)
@@ -140,7 +158,9 @@ def _finish(sums: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     return (hit - peak) - log_total, log_total - mean / total
 
 
-def score(logits: Float[Array, '*rows V'], target: Int[Array, '*rows'],
-          ) -> tuple[Float[Array, '*rows'], Float[Array, '*rows']]:
+def score(
+    logits: Float[Array, '*rows V'],
+    target: Int[Array, '*rows'],
+) -> tuple[Float[Array, '*rows'], Float[Array, '*rows']]:
     """log softmax(z)[target] and the entropy of softmax(z) over the last axis."""
     return _finish(_sums(logits, target))

@@ -36,8 +36,10 @@ def read_headers(directory: Path) -> dict[str, Tensor]:
     if (directory / SINGLE).is_file():
         return _read_header(directory / SINGLE)
     if not (directory / INDEX).is_file():
-        raise UserError(f'model.path: {directory} holds neither {SINGLE} nor {INDEX}; download the weights '
-                        '(other formats must be converted to safetensors)')
+        raise UserError(
+            f'model.path: {directory} holds neither {SINGLE} nor {INDEX}; download the weights '
+            '(other formats must be converted to safetensors)'
+        )
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(_read_index(directory / INDEX).values())):
         if not (directory / name).is_file():
@@ -64,15 +66,18 @@ def _read_header(file: Path) -> dict[str, Tensor]:
     with file.open('rb') as f:
         length = struct.unpack('<Q', f.read(8))[0] if size >= 8 else size
         if 8 + length > size:
-            raise UserError(f'model.path: {file} is truncated: {size} bytes, fewer than its header needs; '
-                            'download it again')
+            raise UserError(
+                f'model.path: {file} is truncated: {size} bytes, fewer than its header needs; download it again'
+            )
         try:
             header = json.loads(f.read(length))
             header.pop('__metadata__', None)
             spans = {name: entry['data_offsets'] for name, entry in header.items()}
             end = 8 + length + max((stop for _, stop in spans.values()), default=0)
-            tensors = {name: Tensor(file, 8 + length + spans[name][0], entry['dtype'], tuple(entry['shape']))
-                       for name, entry in header.items()}
+            tensors = {
+                name: Tensor(file, 8 + length + spans[name][0], entry['dtype'], tuple(entry['shape']))
+                for name, entry in header.items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'model.path: {file} is not a safetensors file; download it again') from None
     if size < end:

@@ -66,14 +66,16 @@ def open_slice(name: str) -> Slice:
     """
     match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', name)
     if not match or match[1] not in CHIPS:
-        raise UserError(f'--topology={name}: expected KIND:SHAPE like v5p:4x4x4 or h100:64; '
-                        f'kinds are {", ".join(CHIPS)}')
+        raise UserError(
+            f'--topology={name}: expected KIND:SHAPE like v5p:4x4x4 or h100:64; kinds are {", ".join(CHIPS)}'
+        )
     chip, count = CHIPS[match[1]], math.prod(map(int, match[2].split('x')))
     if chip.platform == 'gpu':
         return Slice(name, chip, count, None)
     if compiler() is None:
-        raise UserError(f'--topology={name} needs the TPU compiler: bash launch/baselines.sh plan, '
-                        'or pip install .[plan]')
+        raise UserError(
+            f'--topology={name} needs the TPU compiler: bash launch/baselines.sh plan, or pip install .[plan]'
+        )
     prepare()
     from jax.experimental import topologies
 
@@ -99,7 +101,13 @@ def prepare() -> None:
     A libtpu that finds no TPU asks the cloud's metadata server for one, 20 s in vain.
     """
     os.environ['TPU_LIBRARY_PATH'] = str(compiler())
-    wanted = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_ACCELERATOR_TYPE': 'v5p-8',
-              'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0', 'TPU_LOG_DIR': 'disabled'}
+    wanted = {
+        'TPU_SKIP_MDS_QUERY': '1',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+        'TPU_ACCELERATOR_TYPE': 'v5p-8',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+        'TPU_WORKER_ID': '0',
+        'TPU_LOG_DIR': 'disabled',
+    }
     for key, value in wanted.items():
         os.environ.setdefault(key, value)

@@ -65,16 +65,32 @@ def _compile(program: Program, traced: jax.stages.Traced) -> Facts:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
         used = needed(str(error))
-        return Facts(program.name, program.phase, arguments, max(used - arguments, 0), work, 0.0, {},
-                     time.perf_counter() - began, refused=' '.join(str(error).split())[:400])
+        return Facts(
+            program.name,
+            program.phase,
+            arguments,
+            max(used - arguments, 0),
+            work,
+            0.0,
+            {},
+            time.perf_counter() - began,
+            refused=' '.join(str(error).split())[:400],
+        )
     memory = compiled.memory_analysis()
     module = hlo.Module(compiled.as_text(), program.trips)
     sent: collections.Counter[str] = collections.Counter()
     for collective in module.collectives():
         sent[collective.kind] += collective.sent
-    return Facts(program.name, program.phase, memory.argument_size_in_bytes,
-                 beside_arguments(memory, program.held), work, module.bytes_moved(), dict(sent),
-                 time.perf_counter() - began)
+    return Facts(
+        program.name,
+        program.phase,
+        memory.argument_size_in_bytes,
+        beside_arguments(memory, program.held),
+        work,
+        module.bytes_moved(),
+        dict(sent),
+        time.perf_counter() - began,
+    )
 
 
 def beside_arguments(memory, held: bool) -> int:
@@ -106,5 +122,14 @@ def estimate(program: Program, temporaries: int, sent: dict[str, float]) -> Fact
     arguments = sum(per_device(tree) for tree in program.arguments.values() if not isinstance(tree, int | bool))
     work = flops.count(jaxpr, program.trips) / program.devices
     moved = max(flops.traffic(jaxpr, program.trips) / program.devices, arguments)
-    return Facts(program.name, program.phase, arguments, temporaries, work, moved, sent,
-                 time.perf_counter() - began, estimated=True)
+    return Facts(
+        program.name,
+        program.phase,
+        arguments,
+        temporaries,
+        work,
+        moved,
+        sent,
+        time.perf_counter() - began,
+        estimated=True,
+    )

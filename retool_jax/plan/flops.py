@@ -20,8 +20,11 @@ def count(jaxpr, trips: int = 1) -> float:
 
 def traffic(jaxpr, trips: int = 1) -> float:
     """Bytes of the operands and results of all matmuls, of all devices together."""
-    return _walk(jaxpr, trips, lambda eqn: sum(
-        float(math.prod(v.aval.shape)) * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars)))
+    return _walk(
+        jaxpr,
+        trips,
+        lambda eqn: sum(float(math.prod(v.aval.shape)) * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars)),
+    )
 
 
 def _matmul_flops(eqn) -> float:

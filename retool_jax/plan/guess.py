@@ -36,8 +36,10 @@ def _temporaries(run: Run, name: str) -> int:
     if name in ('extend', 'decode'):
         s = run.sampler.settings
         rows = s.rows if name == 'decode' else s.feed_rows * s.chunk
-        return int(rows * (layer * width * 2 + 4 * model.vocab_size / tensor)
-                   + (per_device((run.sample_state.cache.k[0],)) * 2))
+        return int(
+            rows * (layer * width * 2 + 4 * model.vocab_size / tensor)
+            + (per_device((run.sample_state.cache.k[0],)) * 2)
+        )
     return 0
 
 
@@ -50,8 +52,10 @@ def _sent(run: Run, name: str) -> dict[str, float]:
     hidden = tokens * model.hidden_size * jnp.dtype(f.dtype).itemsize * (tensor - 1) / tensor * model.num_hidden_layers
     share = (fsdp - 1) / fsdp
     if name.startswith('update'):  # forwards, recomputed, backwards; two gathers and two scatters a layer and pass
-        return {'all-gather': 2 * weights / 2 * share + 3 * 2 * hidden,
-                'reduce-scatter': weights * share + 3 * 2 * hidden}
+        return {
+            'all-gather': 2 * weights / 2 * share + 3 * 2 * hidden,
+            'reduce-scatter': weights * share + 3 * 2 * hidden,
+        }
     if name.startswith('score'):
         return {'all-gather': weights / 2 * share + 2 * hidden, 'reduce-scatter': 2 * hidden}
     if name == 'sync layer':

@@ -225,7 +225,7 @@ def _parse(match: re.Match) -> Instruction | None:
     if not paren:
         return None
     end = _closing(text)
-    inside, rest = text[:end], text[end + 1:]
+    inside, rest = text[:end], text[end + 1 :]
     operands = tuple(re.findall(r'%([\w.\-]+)', inside))
     if kind in ('parameter', 'constant'):
         operands, rest = (), inside + rest
@@ -244,8 +244,9 @@ def _closing(text: str) -> int:
 
 def array_bytes(shape: str, whole: bool = True) -> float:
     """Bytes of a shape as HLO writes it; of a tuple all parts, or (whole=False) the largest."""
-    sizes = [BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(',') if n)
-             for kind, dims, _ in _ARRAY.findall(shape)]
+    sizes = [
+        BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(',') if n) for kind, dims, _ in _ARRAY.findall(shape)
+    ]
     return (sum(sizes) if whole else max(sizes)) if sizes else 0.0
 
 
@@ -256,7 +257,7 @@ def memory_bytes(shape: str) -> float:
 
 def group_size(rest: str) -> int:
     """Chips of one replica group, in any of the three ways that HLO writes them."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if named := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     if listed := re.search(r'replica_groups=\{\{([\d,]*)\}', rest):

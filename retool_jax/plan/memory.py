@@ -60,8 +60,11 @@ def phases(run: Run, facts: Sequence[Facts]) -> list[Phase]:
     phases = []
     for name in PHASES:
         wanted = {'policy', *waiting} if not offload else {'policy', *ON_DEVICE[name]}
-        wanted |= {'rollout': {'sampling weights', 'KV cache', 'rows'}, 'score': {'batch'},
-                   'update': {'batch', 'gradients'}}[name]
+        wanted |= {
+            'rollout': {'sampling weights', 'KV cache', 'rows'},
+            'score': {'batch'},
+            'update': {'batch', 'gradients'},
+        }[name]
         resident = {key: size for key, size in sizes.items() if key in wanted}
         worst = max((f for f in facts if f.phase == name), key=lambda f: f.temporaries)
         refused = tuple(f.name for f in facts if f.phase == name and f.refused)
@@ -96,8 +99,10 @@ def remedies(run: Run, phase: Phase, hbm: int) -> list[str]:
         if rows >= 1:
             remedies.append(f'sampler.rows={rows} (now {settings.rows})')
         else:
-            remedies.append(f'mesh.tensor={2 * run.mesh.shape["tensor"]} (weights over more chips), or a smaller '
-                         f'sampler.slots (now {settings.slots})')
+            remedies.append(
+                f'mesh.tensor={2 * run.mesh.shape["tensor"]} (weights over more chips), or a smaller '
+                f'sampler.slots (now {settings.slots})'
+            )
         return remedies
     forward = run.learner.forward
     if forward.remat != 'full':
@@ -106,6 +111,8 @@ def remedies(run: Run, phase: Phase, hbm: int) -> list[str]:
         remedies.append('forward.micro_rows=0 (one row for each device of data × fsdp)')
     if phase.name == 'update' and run.sizes.critic == 'backbone':
         remedies.append('ppo.critic=head (no second backbone)')
-    remedies.append(f'mesh.tensor={2 * run.mesh.shape["tensor"]} (rows over more chips), a smaller forward.row_width, '
-                 'or a larger slice')
+    remedies.append(
+        f'mesh.tensor={2 * run.mesh.shape["tensor"]} (rows over more chips), a smaller forward.row_width, '
+        'or a larger slice'
+    )
     return remedies

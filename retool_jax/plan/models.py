@@ -41,9 +41,19 @@ def sizes(path: str | None, name: str) -> ModelConfig:
     kind = next((kind for kind, table in _TABLES.items() if name in table), None)
     if kind is None:
         known = ', '.join(known for table in _TABLES.values() for known in table)
-        raise UserError(f'model.name={name!r} has no published sizes here; give model.path, a directory with a '
-                        f'config.json, or one of {known}')
+        raise UserError(
+            f'model.name={name!r} has no published sizes here; give model.path, a directory with a '
+            f'config.json, or one of {known}'
+        )
     hidden, mlp, layers, heads, kv_heads, vocab, tied = _TABLES[kind][name]
-    return ModelConfig(model_type=kind, vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp,
-                       num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                       head_dim=128 if kind == 'qwen3' else hidden // heads, tie_word_embeddings=tied)
+    return ModelConfig(
+        model_type=kind,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=128 if kind == 'qwen3' else hidden // heads,
+        tie_word_embeddings=tied,
+    )

@@ -13,7 +13,7 @@ GIB = 2**30
 PUBLISHED_MFU = 0.715  # MaxText's table of v5p results: 32B pretraining on v5p-128
 REASONS = (
     'full rematerialisation runs the forward pass twice: at most 3/4 of the work counts',
-    'rows of {width:,} tokens: {attention:.0%} of the work is attention, whose kernels run below the matmuls\' rate',
+    "rows of {width:,} tokens: {attention:.0%} of the work is attention, whose kernels run below the matmuls' rate",
     'gradients are added in f32 and weights gathered once per micro-batch of {rows} rows',
     'the estimate takes {matmul:.0%} of the peak for matmuls; the published figure is measured after tuning',
 )
@@ -30,16 +30,31 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
     for f in facts:
         t, runs = roofline.seconds(f, chip, assumptions), sizes.runs(f.name, assumptions)
         total[f.phase] += runs * t.total
-        programs.append(dataclasses.asdict(f) | {
-            'sent_total': f.sent_bytes, 'seconds': dataclasses.asdict(t) | {'total': t.total, 'bound': t.bound},
-            'runs': runs})
+        programs.append(
+            dataclasses.asdict(f)
+            | {
+                'sent_total': f.sent_bytes,
+                'seconds': dataclasses.asdict(t) | {'total': t.total, 'bound': t.bound},
+                'runs': runs,
+            }
+        )
     phases = []
     for phase in memory.phases(run, facts):
         fits = phase.fits(chip.hbm)
-        phases.append({'name': phase.name, 'resident': phase.resident, 'temporaries': phase.temporaries,
-                       'worst': phase.worst, 'total': phase.total, 'share': phase.total / chip.hbm, 'fits': fits,
-                       'refused': phase.refused, 'seconds': total[phase.name],
-                       'remedies': [] if fits else memory.remedies(run, phase, chip.hbm)})
+        phases.append(
+            {
+                'name': phase.name,
+                'resident': phase.resident,
+                'temporaries': phase.temporaries,
+                'worst': phase.worst,
+                'total': phase.total,
+                'share': phase.total / chip.hbm,
+                'fits': fits,
+                'refused': phase.refused,
+                'seconds': total[phase.name],
+                'remedies': [] if fits else memory.remedies(run, phase, chip.hbm),
+            }
+        )
         if phase.name == 'rollout':
             fit = memory.tokens_that_fit(run, phase, chip.hbm)
     step = sum(total.values())
@@ -47,34 +62,70 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
     update = next(p for p in programs if p['name'].startswith('update policy'))
     useful = roofline.model_flops(run.model, forward.micro_rows, forward.row_width)
     work = update['seconds']['total'] * count * chip.flops
-    weights_only = roofline.model_flops(run.model, forward.micro_rows, 0 if not forward.row_width else 1) \
-        * forward.row_width
+    weights_only = (
+        roofline.model_flops(run.model, forward.micro_rows, 0 if not forward.row_width else 1) * forward.row_width
+    )
     policy = memory.policy_update(run, facts)
     return {
-        'topology': run.slice.name, 'chip': dataclasses.asdict(chip), 'chips': count,
+        'topology': run.slice.name,
+        'chip': dataclasses.asdict(chip),
+        'chips': count,
         'estimated': any(f.estimated for f in facts),
         'model': {'parameters': run.model.parameter_count(), 'type': run.model.model_type},
-        'mesh': dict(run.mesh.shape), 'sampler_mesh': dict(run.sampler_mesh.shape), 'engines': sizes.engines,
-        'attention': forward.attention, 'programs': programs, 'phases': phases,
+        'mesh': dict(run.mesh.shape),
+        'sampler_mesh': dict(run.sampler_mesh.shape),
+        'engines': sizes.engines,
+        'attention': forward.attention,
+        'programs': programs,
+        'phases': phases,
         'policy_update': {'bytes': policy, 'share': policy / chip.hbm},
-        'kv_tokens_that_fit': fit, 'kv_rows_that_fit': fit // run.sampler.settings.slots,
-        'step': {'seconds': step, 'chip_hours': step * count / 3600, 'episodes': sizes.episodes,
-                 'micro_batches': sizes.micro_batches(assumptions)},
-        'run': {'steps': run.sizes.steps, 'hours': step * run.sizes.steps / 3600,
-                'chip_hours': step * run.sizes.steps * count / 3600},
-        'mfu': {'update_policy': useful / work, 'published': PUBLISHED_MFU, 'reasons': [reason.format(
-            width=forward.row_width, attention=1 - weights_only / useful, rows=forward.micro_rows,
-            matmul=assumptions.matmul) for reason in REASONS]},
-        'assumptions': dataclasses.asdict(assumptions), 'fits': all(p['fits'] for p in phases),
-        'compile_s': compile_s, 'cpu_s': cpu_s}
+        'kv_tokens_that_fit': fit,
+        'kv_rows_that_fit': fit // run.sampler.settings.slots,
+        'step': {
+            'seconds': step,
+            'chip_hours': step * count / 3600,
+            'episodes': sizes.episodes,
+            'micro_batches': sizes.micro_batches(assumptions),
+        },
+        'run': {
+            'steps': run.sizes.steps,
+            'hours': step * run.sizes.steps / 3600,
+            'chip_hours': step * run.sizes.steps * count / 3600,
+        },
+        'mfu': {
+            'update_policy': useful / work,
+            'published': PUBLISHED_MFU,
+            'reasons': [
+                reason.format(
+                    width=forward.row_width,
+                    attention=1 - weights_only / useful,
+                    rows=forward.micro_rows,
+                    matmul=assumptions.matmul,
+                )
+                for reason in REASONS
+            ],
+        },
+        'assumptions': dataclasses.asdict(assumptions),
+        'fits': all(p['fits'] for p in phases),
+        'compile_s': compile_s,
+        'cpu_s': cpu_s,
+    }
 
 
 def _sizes(run: Run) -> Sizes:
     s, f = run.sampler.settings, run.learner.forward
-    return Sizes(episodes=run.sizes.problems_per_step * run.sizes.samples, minibatches=run.sizes.minibatches,
-                 epochs=run.sizes.epochs, micro_rows=f.micro_rows, row_width=f.row_width,
-                 engines=run.slice.count // run.sampler_mesh.size, decode_rows=run.sampler.decode_rows, quota=s.quota,
-                 feed_rows=s.feed_rows, layers=run.model.num_hidden_layers)
+    return Sizes(
+        episodes=run.sizes.problems_per_step * run.sizes.samples,
+        minibatches=run.sizes.minibatches,
+        epochs=run.sizes.epochs,
+        micro_rows=f.micro_rows,
+        row_width=f.row_width,
+        engines=run.slice.count // run.sampler_mesh.size,
+        decode_rows=run.sampler.decode_rows,
+        quota=s.quota,
+        feed_rows=s.feed_rows,
+        layers=run.model.num_hidden_layers,
+    )
 
 
 def text(plan: dict) -> str:
@@ -118,8 +169,9 @@ def text(plan: dict) -> str:
         f'Compiled in {plan["compile_s"]:,.0f} s, {plan["cpu_s"]:,.0f} s of CPU time']  # fmt: skip
     for phase in plan['phases']:
         if not phase['fits']:
-            lines.append(f'{phase["name"]} does not fit ({phase["share"]:.0%} of memory): set '
-                         + '; or '.join(phase['remedies']))
+            lines.append(
+                f'{phase["name"]} does not fit ({phase["share"]:.0%} of memory): set ' + '; or '.join(phase['remedies'])
+            )
     return '\n'.join(lines)
 
 

@@ -51,7 +51,8 @@ class Run:
         self.mesh = make_mesh(dataclasses.asdict(stage.mesh), slice, slice.count)
         forward = stage.forward
         forward = dataclasses.replace(
-            forward, attention=attention.resolve(forward.attention, forward.row_width, slice.chip.platform))
+            forward, attention=attention.resolve(forward.attention, forward.row_width, slice.chip.platform)
+        )
         self.loss = stage.loss
         self.learner = parts.make_learner(dataclasses.replace(stage, forward=forward), model, self.mesh)
         # Engines are local to as many devices as hold the sampling weights, the tensor axis; where it is longer than a
@@ -67,16 +68,23 @@ class Run:
 
         axes = decoder.logical_axes(model)
         rules = decoder.fit_rules(model, self.mesh, sharding.TRAIN_RULES)
-        whole = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
-            name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
+        whole = {
+            'policy': axes,
+            'critic': {
+                'head': {'weight': ('embed', None), 'bias': (None,)},
+                'backbone': {name: axes[name] for name in ('embed_tokens', 'layers', 'norm')},
+            },
+        }
         shapes = jax.eval_shape(lambda p: add_critic(model, p, self.sizes.critic), decoder.abstract_params(model))
         words = _like(shapes, whole)
         self.params = _put(shapes, sharding.shardings(self.mesh, words, rules))
         self.state = self._train_state()
         self.sampling_params = _put(
-            jax.eval_shape(lambda p: decoder.to_sampling(model, p, jnp.dtype(sampler.dtype)),
-                           decoder.abstract_params(model)),
-            shardings(model, self.sampler_mesh, sharding.SAMPLE_RULES))
+            jax.eval_shape(
+                lambda p: decoder.to_sampling(model, p, jnp.dtype(sampler.dtype)), decoder.abstract_params(model)
+            ),
+            shardings(model, self.sampler_mesh, sharding.SAMPLE_RULES),
+        )
 
     def _train_state(self) -> TrainState:
         """Parameters and moments; a moment lies as its parameter does."""
@@ -89,6 +97,7 @@ class Run:
             tails = (words[i:] for i in range(len(words)))
             match = next((known[t] for t in tails if t in known and known[t].shape == leaf.shape), None)
             return _shape(leaf, whole if match is None else match.sharding)
+
         return jax.tree_util.tree_map_with_path(one, shapes)
 
     @functools.cached_property
@@ -103,9 +112,17 @@ class Run:
         f = self.learner.forward
         bt = lambda dtype: jax.ShapeDtypeStruct((f.micro_rows, f.row_width), dtype, sharding=self.learner.rows)
         bn = lambda dtype: jax.ShapeDtypeStruct((f.micro_rows, f.row_segments), dtype, sharding=self.learner.rows)
-        batch = Batch(tokens_BT=bt(jnp.int32), segment_ids_BT=bt(jnp.int32), positions_BT=bt(jnp.int32),
-                      acted_BT=bt(bool), sampler_logprob_BT=bt(jnp.float32), reward_BN=bn(jnp.float32),
-                      group_BN=bn(jnp.int32), baseline_BN=bn(bool), update_BN=bn(bool))
+        batch = Batch(
+            tokens_BT=bt(jnp.int32),
+            segment_ids_BT=bt(jnp.int32),
+            positions_BT=bt(jnp.int32),
+            acted_BT=bt(bool),
+            sampler_logprob_BT=bt(jnp.float32),
+            reward_BN=bn(jnp.float32),
+            group_BN=bn(jnp.int32),
+            baseline_BN=bn(bool),
+            update_BN=bn(bool),
+        )
         return batch, Scores(*(bt(jnp.float32) for _ in dataclasses.fields(Scores)))
 
     def programs(self) -> Iterator[Program]:
@@ -114,33 +131,71 @@ class Run:
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.NamedSharding(self.mesh, jax.P()))
         learner, size = self.learner, self.mesh.size
         policy = self.params['policy']
-        yield Program('sync layer', 'rollout', self.sync.layer, {
-            'layers': policy['layers'], 'i': jax.ShapeDtypeStruct((), jnp.int32, sharding=number.sharding)}, size,
-            held=True)
+        yield Program(
+            'sync layer',
+            'rollout',
+            self.sync.layer,
+            {'layers': policy['layers'], 'i': jax.ShapeDtypeStruct((), jnp.int32, sharding=number.sharding)},
+            size,
+            held=True,
+        )
         yield Program('sync ends', 'rollout', self.sync.ends, {'params': policy}, size, held=True)
         yield Program('apply', 'update', learner._apply, {'state': self.state, 'gradients': self.params}, size)
         for params in backbones(self.params):
             name = name_of(params)
             yield Program(f'score {name}', 'score', learner._score, {'params': params, 'micro': micro}, size)
-            yield Program(f'update {name}', 'update', learner._ppo, {
-                'params': params, 'gradients': params, 'micro': micro, 'scores': scores,
-                'denominators': (number, number)}, size)
+            yield Program(
+                f'update {name}',
+                'update',
+                learner._ppo,
+                {
+                    'params': params,
+                    'gradients': params,
+                    'micro': micro,
+                    'scores': scores,
+                    'denominators': (number, number),
+                },
+                size,
+            )
         yield from self._rollout_programs()
 
     def _rollout_programs(self) -> Iterator[Program]:
         s, v = self.sampler.settings, self.model.vocab_size
         whole = jax.NamedSharding(self.sampler_mesh, jax.P())
         ints = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-        chunks = Chunks(row_R=ints(s.feed_rows), tokens_RC=ints(s.feed_rows, s.chunk), count_R=ints(s.feed_rows),
-                    live_R=ints(s.feed_rows, dtype=bool), allowance_R=ints(s.feed_rows), tag_R=ints(s.feed_rows))
+        chunks = Chunks(
+            row_R=ints(s.feed_rows),
+            tokens_RC=ints(s.feed_rows, s.chunk),
+            count_R=ints(s.feed_rows),
+            live_R=ints(s.feed_rows, dtype=bool),
+            allowance_R=ints(s.feed_rows),
+            tag_R=ints(s.feed_rows),
+        )
         size = self.sampler_mesh.size
-        yield Program('extend', 'rollout', self.sampler._extend, {
-            'params': self.sampling_params, 'state': self.sample_state, 'chunks': chunks, 'bound': s.slots}, size)
+        yield Program(
+            'extend',
+            'rollout',
+            self.sampler._extend,
+            {'params': self.sampling_params, 'state': self.sample_state, 'chunks': chunks, 'bound': s.slots},
+            size,
+        )
         states = self.sampler.table.shape[0]
-        yield Program('decode', 'rollout', self.sampler._decode, {
-            'params': self.sampling_params, 'table': ints(states, v), 'stops': ints(states),
-            'state': self.sample_state, 'row_R': ints(s.decode_rows) if self.sampler.chooses else None,
-            'bound': s.slots, 'truncate': False}, size, trips=s.quota)
+        yield Program(
+            'decode',
+            'rollout',
+            self.sampler._decode,
+            {
+                'params': self.sampling_params,
+                'table': ints(states, v),
+                'stops': ints(states),
+                'state': self.sample_state,
+                'row_R': ints(s.decode_rows) if self.sampler.chooses else None,
+                'bound': s.slots,
+                'truncate': False,
+            },
+            size,
+            trips=s.quota,
+        )
 
 
 def name_of(params: Mapping[str, Shapes]) -> str:

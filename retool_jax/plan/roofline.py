@@ -42,8 +42,11 @@ class Seconds:
 
 def seconds(facts: Facts, chip: Chip, a: Assumptions) -> Seconds:
     """One run of a program."""
-    return Seconds(facts.flops / (chip.flops * a.matmul), facts.moved / (chip.hbm_bandwidth * a.memory),
-                   facts.sent_bytes / (chip.link * a.links))
+    return Seconds(
+        facts.flops / (chip.flops * a.matmul),
+        facts.moved / (chip.hbm_bandwidth * a.memory),
+        facts.sent_bytes / (chip.link * a.links),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,8 +51,9 @@ def analyse(transcripts: Sequence[Transcript]) -> CodeUse:
         raise ValueError('analysis: no answers; a set must hold at least one')
     n = len(transcripts)
     coded = [t for t in transcripts if t.snippets]
-    last = {right: [t.snippets[-1].verdict == Verdict.OK for t in coded if t.correct == right]
-            for right in (True, False)}
+    last = {
+        right: [t.snippets[-1].verdict == Verdict.OK for t in coded if t.correct == right] for right in (True, False)
+    }
     failures = [(t, call, then) for t in transcripts for call, then in repairs(t.snippets)]
     return CodeUse(
         answers=n,
@@ -105,8 +106,19 @@ def repairs(snippets: Sequence[ToolCall]) -> Iterator[tuple[ToolCall, ToolCall |
     """
     for i, call in enumerate(snippets):
         if call.verdict in FAILED:
-            yield call, next((then for then in snippets[i + 1:] if then.verdict == Verdict.OK
-                              and then.code != call.code and alikeness(call.code, then.code) >= ALIKE), None)
+            yield (
+                call,
+                next(
+                    (
+                        then
+                        for then in snippets[i + 1 :]
+                        if then.verdict == Verdict.OK
+                        and then.code != call.code
+                        and alikeness(call.code, then.code) >= ALIKE
+                    ),
+                    None,
+                ),
+            )
 
 
 def alikeness(a: str, b: str) -> float:
@@ -150,8 +162,11 @@ def purpose(code: str) -> str:
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     if any(isinstance(node, ast.Assert) for node in nodes) or any(map(_is_check, _shown(tree, calls))):
         return 'verification'
-    if tops & {'random', 'secrets'} or 'numpy.random' in modules or any(
-            isinstance(node, ast.Attribute) and node.attr == 'random' for node in nodes):
+    if (
+        tops & {'random', 'secrets'}
+        or 'numpy.random' in modules
+        or any(isinstance(node, ast.Attribute) and node.attr == 'random' for node in nodes)
+    ):
         return 'simulation'
     if 'sympy' in tops:
         return 'symbolic'
@@ -196,12 +211,16 @@ def _is_check(node: ast.expr) -> bool:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return True
     return isinstance(node, ast.Compare) or (
-        isinstance(node, ast.Call) and _name(node) in ('isclose', 'allclose', 'equals', 'array_equal'))
+        isinstance(node, ast.Call) and _name(node) in ('isclose', 'allclose', 'equals', 'array_equal')
+    )
 
 
 def _recurses(nodes: Iterable[ast.AST]) -> bool:
-    return any(isinstance(node, ast.FunctionDef) and any(
-        isinstance(inner, ast.Call) and _name(inner) == node.name for inner in ast.walk(node)) for node in nodes)
+    return any(
+        isinstance(node, ast.FunctionDef)
+        and any(isinstance(inner, ast.Call) and _name(inner) == node.name for inner in ast.walk(node))
+        for node in nodes
+    )
 
 
 def _converts(call: ast.Call) -> bool:
@@ -211,8 +230,12 @@ def _converts(call: ast.Call) -> bool:
 
 
 def _calls_import(nodes: Iterable[ast.AST], calls: Iterable[ast.Call]) -> bool:
-    names = {alias.asname or alias.name.split('.')[0] for node in nodes
-             if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    names = {
+        alias.asname or alias.name.split('.')[0]
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
     for call in calls:
         function = call.func
         while isinstance(function, ast.Attribute):

@@ -94,8 +94,14 @@ def embed(run: Run, chosen: Sequence[Chosen], limits: Limits) -> tuple[dict[str,
 
 def dump(value: Any) -> str:
     """JSON that is safe inside a script element, whatever the text in it."""
-    return json.dumps(value, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c').replace(
-        '\u2028', '\\u2028').replace('\u2029', '\\u2029').encode('utf-8', 'replace').decode()
+    return (
+        json.dumps(value, ensure_ascii=False, separators=(',', ':'))
+        .replace('<', '\\u003c')
+        .replace('\u2028', '\\u2028')
+        .replace('\u2029', '\\u2029')
+        .encode('utf-8', 'replace')
+        .decode()
+    )
 
 
 def _arrays(run: Run, chosen: Sequence[Chosen]) -> dict[tuple[Part, int], Arrays]:
@@ -111,9 +117,23 @@ def _index(run: Run, shown: Sequence[Chosen], ids: Sequence[int]) -> dict[str, A
     problems = {c.transcript.problem: 0 for c in shown}
     problems = {problem: i for i, problem in enumerate(problems)}
     parts = {part: i for i, part in enumerate(dict.fromkeys(c.part for c in shown))}
-    rows = [[parts[c.part], t.step, problems[t.problem], t.sample, None if t.reward is None else t.reward.value,
-             int(t.correct), [str(call.verdict) for call in t.calls], '' if t.stop is None else str(t.stop),
-             t.length, t.turns, int(t.void)] for c in shown for t in [c.transcript]]
+    rows = [
+        [
+            parts[c.part],
+            t.step,
+            problems[t.problem],
+            t.sample,
+            None if t.reward is None else t.reward.value,
+            int(t.correct),
+            [str(call.verdict) for call in t.calls],
+            '' if t.stop is None else str(t.stop),
+            t.length,
+            t.turns,
+            int(t.void),
+        ]
+        for c in shown
+        for t in [c.transcript]
+    ]
     return {
         'rows': rows,
         'parts': [{'name': p.name, 'kind': p.kind, 'step': p.step, 'label': labels.title(p)} for p in parts],
@@ -141,17 +161,22 @@ def _body(transcript: Transcript, arrays: Arrays | None) -> dict[str, Any]:
         position += segment.tokens
     calls = []
     for call in transcript.calls:
-        hidden = [_clip(text) if text.strip() and text.strip() not in call.feedback else ''
-                  for text in (call.stdout, call.stderr)]
+        hidden = [
+            _clip(text) if text.strip() and text.strip() not in call.feedback else ''
+            for text in (call.stdout, call.stderr)
+        ]
         calls.append([starts.get(call.position, -1), str(call.verdict), round(call.wall_s, 4), *hidden])
     body: dict[str, Any] = {'s': segments, 'c': calls}
     if transcript.reward is not None:
         r = transcript.reward
         body['r'] = [r.answer, int(r.exact), int(r.lenient)]
     if arrays is not None:
-        body['t'] = {'ids': arrays.tokens.tolist(), 'acted': _runs(arrays.acted.astype(int)),
-                     'logprobs': np.round(arrays.logprobs[arrays.acted].astype(float) * 1000).astype(int).tolist(),
-                     'versions': _runs(arrays.versions[arrays.acted])}
+        body['t'] = {
+            'ids': arrays.tokens.tolist(),
+            'acted': _runs(arrays.acted.astype(int)),
+            'logprobs': np.round(arrays.logprobs[arrays.acted].astype(float) * 1000).astype(int).tolist(),
+            'versions': _runs(arrays.versions[arrays.acted]),
+        }
     return body
 
 

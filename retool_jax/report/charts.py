@@ -24,8 +24,9 @@ class Series:
     dots: bool = False
 
 
-def line_chart(title: str, note: str, series: Sequence[Series], *, unit: str = '',
-               x_label: str = 'step', legend: bool = False) -> str:
+def line_chart(
+    title: str, note: str, series: Sequence[Series], *, unit: str = '', x_label: str = 'step', legend: bool = False
+) -> str:
     """An HTML figure of series that share their axes; '' where there is no finite point.
 
     unit is '%' for shares: drawn from 0, and up to 100 % where they go that far.
@@ -47,9 +48,11 @@ def line_chart(title: str, note: str, series: Sequence[Series], *, unit: str = '
     to_y = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
     marks = []
     for y in y_ticks:
-        marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{to_y(y):.1f}" y2="{to_y(y):.1f}"/>'
-                     f'<text class="tick" x="{LEFT - 6}" y="{to_y(y) + 3.5:.1f}" text-anchor="end">'
-                     f'{number(y, unit)}</text>')
+        marks.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{to_y(y):.1f}" y2="{to_y(y):.1f}"/>'
+            f'<text class="tick" x="{LEFT - 6}" y="{to_y(y) + 3.5:.1f}" text-anchor="end">'
+            f'{number(y, unit)}</text>'
+        )
     x_ticks = [x for x in ticks(x0, x1, 5, whole=True) if x0 <= x <= x1]
     for x in x_ticks:
         marks.append(f'<text class="tick" x="{to_x(x):.1f}" y="{HEIGHT - 9}" text-anchor="middle">{x:,.0f}</text>')
@@ -64,14 +67,30 @@ def line_chart(title: str, note: str, series: Sequence[Series], *, unit: str = '
         marks.append(f'<path class="k-{s.colour} line{" raw" if smooth else ""}" d="{_path(place)}"/>')
         if smooth:
             marks.append(f'<path class="k-{s.colour} line" d="{_path(_smooth(place))}"/>')
-    data = {'x0': x0, 'x1': x1, 'left': LEFT, 'right': WIDTH - RIGHT, 'unit': unit, 'x_label': x_label,
-            'series': [{'label': s.label, 'colour': s.colour, 'dots': s.dots,
-                        'points': [[_round(x), _round(y)] for x, y in s.points]} for s in series]}
-    return (f'<figure class="chart" data-chart="{html.escape(json.dumps(data), quote=True)}">'
-            f'<figcaption><b>{html.escape(title)}</b><span>{html.escape(note)}</span>'
-            f'{_names(series) if legend else ""}</figcaption>'
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title, quote=True)}">'
-            f'{"".join(marks)}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg></figure>')
+    data = {
+        'x0': x0,
+        'x1': x1,
+        'left': LEFT,
+        'right': WIDTH - RIGHT,
+        'unit': unit,
+        'x_label': x_label,
+        'series': [
+            {
+                'label': s.label,
+                'colour': s.colour,
+                'dots': s.dots,
+                'points': [[_round(x), _round(y)] for x, y in s.points],
+            }
+            for s in series
+        ],
+    }
+    return (
+        f'<figure class="chart" data-chart="{html.escape(json.dumps(data), quote=True)}">'
+        f'<figcaption><b>{html.escape(title)}</b><span>{html.escape(note)}</span>'
+        f'{_names(series) if legend else ""}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title, quote=True)}">'
+        f'{"".join(marks)}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg></figure>'
+    )
 
 
 def charts(title: str, made: Sequence[str], folded: bool = False) -> str:
@@ -126,7 +145,7 @@ def _smooth(place: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     reach = max(2, len(place) // 40)
     smoothed = []
     for i, (x, _) in enumerate(place):
-        near = place[max(0, i - reach):i + reach + 1]
+        near = place[max(0, i - reach) : i + reach + 1]
         smoothed.append((x, sum(y for _, y in near) / len(near)))
     return smoothed
 

@@ -26,7 +26,8 @@ METRICS: tuple[tuple[str, str, Callable[[CodeUse], float | None], str], ...] = (
 )
 CORRECTION = (
     'A failing snippet counts as repaired when a later one of the same answer ran without a fault and is a revision '
-    'of it: another text, of whose words and signs at least half are common to both.')
+    'of it: another text, of whose words and signs at least half are common to both.'
+)
 PURPOSE = 'Read from each snippet’s syntax tree, never by running it; the first rule that fits names it.'
 
 
@@ -39,10 +40,14 @@ def section(uses: Uses) -> str:
     made = []
     for title, note, pick, unit in METRICS:
         if not title.startswith('Last'):
-            made.append(line_chart(title, note, [_line(*labels.kind(k), rows, pick) for k, rows in training.items()],
-                                   unit=unit))
-    passes = [_line(f'{word} answers{_of(kind, training)}', word, rows, pick) for kind, rows in training.items()
-              for word, pick in (('right', lambda u: u.last_pass_right), ('wrong', lambda u: u.last_pass_wrong))]
+            made.append(
+                line_chart(title, note, [_line(*labels.kind(k), rows, pick) for k, rows in training.items()], unit=unit)
+            )
+    passes = [
+        _line(f'{word} answers{_of(kind, training)}', word, rows, pick)
+        for kind, rows in training.items()
+        for word, pick in (('right', lambda u: u.last_pass_right), ('wrong', lambda u: u.last_pass_wrong))
+    ]
     made.insert(5, line_chart('Last snippet passes', '', passes, unit='%', legend=True))
     return charts('Over training, from the saved episodes', made) + _evaluations(uses) + _purposes(uses, training)
 
@@ -62,14 +67,18 @@ def _evaluations(uses: Uses) -> str:
     for part, use in sorted(uses.items(), key=lambda item: labels.order(item[0])):
         if not part.training:
             cells = ''.join(f'<td>{_value(pick(use), unit)}</td>' for _, _, pick, unit in METRICS)
-            rows.append(f'<tr><th scope="row">{escape(labels.title(part))}</th><td>{use.answers:,}</td>{cells}'
-                        f'<td>{use.failures:,}</td></tr>')
+            rows.append(
+                f'<tr><th scope="row">{escape(labels.title(part))}</th><td>{use.answers:,}</td>{cells}'
+                f'<td>{use.failures:,}</td></tr>'
+            )
     if not rows:
         return ''
     head = ''.join(f'<th scope="col" title="{escape(note)}">{escape(title)}</th>' for title, note, _, _ in METRICS)
-    return (f'<section class="card space"><h3>On the evaluation answers <small>{escape(CORRECTION)}</small></h3>'
-            f'<div class="scroll"><table class="dense"><thead><tr><td></td><th scope="col">Answers</th>{head}'
-            f'<th scope="col">Failing snippets</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div></section>')
+    return (
+        f'<section class="card space"><h3>On the evaluation answers <small>{escape(CORRECTION)}</small></h3>'
+        f'<div class="scroll"><table class="dense"><thead><tr><td></td><th scope="col">Answers</th>{head}'
+        f'<th scope="col">Failing snippets</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div></section>'
+    )
 
 
 def _value(value: float | None, unit: str) -> str:
@@ -100,12 +109,20 @@ def _purposes(uses: Uses, training: Mapping[str, Sequence[tuple[Part, CodeUse]]]
     rows = []
     for title, tally in counts.items():
         total = tally.total()
-        parts = ''.join(f'<i class="p-{p}" style="width:{100 * tally[p] / total:.3f}%" '
-                        f'title="{p}: {tally[p]:,} ({100 * tally[p] / total:.1f} %)"></i>' for p in seen if tally[p])
-        rows.append(f'<tr><th scope="row">{escape(title)}</th><td>{total:,}</td>'
-                    f'<td class="bars"><div class="share">{parts}</div></td></tr>')
+        parts = ''.join(
+            f'<i class="p-{p}" style="width:{100 * tally[p] / total:.3f}%" '
+            f'title="{p}: {tally[p]:,} ({100 * tally[p] / total:.1f} %)"></i>'
+            for p in seen
+            if tally[p]
+        )
+        rows.append(
+            f'<tr><th scope="row">{escape(title)}</th><td>{total:,}</td>'
+            f'<td class="bars"><div class="share">{parts}</div></td></tr>'
+        )
     rules = ''.join(f'<dt><i class="swatch p-{p}"></i>{p}</dt><dd>{escape(rule)}</dd>' for p, rule in PURPOSES.items())
-    return (f'<section class="card space"><h3>What snippets are for <small>{escape(PURPOSE)}</small></h3>'
-            f'<p class="legend">{legend}</p><table class="wide"><thead><tr><td></td><th scope="col">Snippets</th>'
-            f'<td>share by purpose</td></tr></thead><tbody>{"".join(rows)}</tbody></table>'
-            f'<details><summary>The rules, in order</summary><dl>{rules}</dl></details></section>')
+    return (
+        f'<section class="card space"><h3>What snippets are for <small>{escape(PURPOSE)}</small></h3>'
+        f'<p class="legend">{legend}</p><table class="wide"><thead><tr><td></td><th scope="col">Snippets</th>'
+        f'<td>share by purpose</td></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f'<details><summary>The rules, in order</summary><dl>{rules}</dl></details></section>'
+    )

@@ -38,10 +38,12 @@ CURVES = (
         ('tools/seconds_p99', 'Slowest calls', '99th percentile, seconds', ''),
     )),
 )  # fmt: skip
-SFT_CURVES = (('sft/loss', 'Loss', 'nats per token the model should write', ''),
-              ('sft/held_out_loss', 'Held-out loss', 'the same, on traces never trained on', ''),
-              ('sft/entropy', 'Entropy', 'nats per token', ''),
-              ('actor/grad_norm', 'Gradient norm', 'before clipping', ''))
+SFT_CURVES = (
+    ('sft/loss', 'Loss', 'nats per token the model should write', ''),
+    ('sft/held_out_loss', 'Held-out loss', 'the same, on traces never trained on', ''),
+    ('sft/entropy', 'Entropy', 'nats per token', ''),
+    ('actor/grad_norm', 'Gradient norm', 'before clipping', ''),
+)
 # Evaluations of the demo's models stand at the ends of the RL curves.
 ENDS = {'sft': ('tool', 0.0), 'tool_rl': ('tool', 1.0), 'text_sft': ('text', 0.0), 'text_rl': ('text', 1.0)}
 
@@ -60,14 +62,27 @@ def section(points: Sequence[Point]) -> str:
             used.add(metric)
         groups.append(charts(title, made))
     sft = [p for p in points if p.stage == 'sft']
-    groups.append(charts('Supervised fine-tuning', [
-        line_chart(name, note, series_of(sft, metric), unit=unit) for metric, name, note, unit in SFT_CURVES]))
+    groups.append(
+        charts(
+            'Supervised fine-tuning',
+            [line_chart(name, note, series_of(sft, metric), unit=unit) for metric, name, note, unit in SFT_CURVES],
+        )
+    )
     rest = sorted({name for p in ppo for name, value in p.values.items() if value} - used)
     vals = [name for name in rest if name.startswith('val/')]
-    groups.insert(0, charts('Evaluations', [
-        line_chart(name.removeprefix('val/'), '', series_of(ppo, name), unit='%') for name in vals]))
-    groups.append(charts('Everything else that was logged', [
-        line_chart(name, '', series_of(ppo, name)) for name in rest if name not in vals], folded=True))
+    groups.insert(
+        0,
+        charts(
+            'Evaluations', [line_chart(name.removeprefix('val/'), '', series_of(ppo, name), unit='%') for name in vals]
+        ),
+    )
+    groups.append(
+        charts(
+            'Everything else that was logged',
+            [line_chart(name, '', series_of(ppo, name)) for name in rest if name not in vals],
+            folded=True,
+        )
+    )
     groups = [group for group in groups if group]
     return _legend(ppo) + ''.join(groups) if groups else ''
 
@@ -76,8 +91,9 @@ def _legend(points: Sequence[Point]) -> str:
     kinds = list(dict.fromkeys(p.kind for p in points))
     if len(kinds) < 2:
         return ''
-    names = ''.join(f'<span><i class="swatch k-{colour}"></i>{escape(title)}</span>'
-                    for title, colour in map(labels.kind, kinds))
+    names = ''.join(
+        f'<span><i class="swatch k-{colour}"></i>{escape(title)}</span>' for title, colour in map(labels.kind, kinds)
+    )
     rings = ''.join(f'<i class="swatch ring k-{labels.kind(kind)[1]}"></i>' for kind in kinds)
     return f'<p class="legend">{names}<span>{rings}held-out problems, before and after RL</span></p>'
 
@@ -93,8 +109,10 @@ def series_of(points: Sequence[Point], metric: str) -> list[Series]:
 
 def held_out(points: Sequence[Point]) -> list[Series]:
     """The demo's headline evaluations before and after RL, as dots at the ends of the RL curves."""
-    last = {kind: max((p.x for p in points if p.stage == 'ppo' and p.kind == kind), default=0.0)
-            for kind in ('tool', 'text')}
+    last = {
+        kind: max((p.x for p in points if p.stage == 'ppo' and p.kind == kind), default=0.0)
+        for kind in ('tool', 'text')
+    }
     dots: dict[str, list[tuple[float, float]]] = {}
     for p in points:
         if p.stage == 'val' and p.kind in ENDS:

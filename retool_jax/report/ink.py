@@ -33,10 +33,13 @@ class Ink:
         return f'{painted}\n── {self.caption}'
 
     def _repr_html_(self) -> str:
-        painted = ''.join(f'<span style="{STYLES[author][1]}">{html.escape(text)}</span>'
-                          for author, text in self.pieces)
-        return (f'<pre style="white-space:pre-wrap;overflow-wrap:anywhere">{painted}</pre>'
-                f'<p style="color:#8b93a0">{html.escape(self.caption)}</p>')
+        painted = ''.join(
+            f'<span style="{STYLES[author][1]}">{html.escape(text)}</span>' for author, text in self.pieces
+        )
+        return (
+            f'<pre style="white-space:pre-wrap;overflow-wrap:anywhere">{painted}</pre>'
+            f'<p style="color:#8b93a0">{html.escape(self.caption)}</p>'
+        )
 
 
 def paint(episode: Episode, tokenizer: Tokenizer) -> Ink:
@@ -48,8 +51,13 @@ def paint(episode: Episode, tokenizer: Tokenizer) -> Ink:
         kind = 'prompt' if length < episode.prompt_length else 'model' if acted else 'tool'
         pieces += _split(text) if acted else [(kind, text)]
         length += len(ids)
-    facts = [episode.problem.id, f'sample {episode.sample}', f'{episode.acted_count} tokens written',
-             *(f'{call.verdict} in {1000 * call.wall_s:.0f} ms' for call in episode.calls), f'ended by {episode.stop}']
+    facts = [
+        episode.problem.id,
+        f'sample {episode.sample}',
+        f'{episode.acted_count} tokens written',
+        *(f'{call.verdict} in {1000 * call.wall_s:.0f} ms' for call in episode.calls),
+        f'ended by {episode.stop}',
+    ]
     if episode.reward is not None:
         facts.append(f'reward {episode.reward.value:+g} (gold {episode.problem.answer})')
     return Ink(tuple(pieces), ' · '.join(facts))
@@ -59,7 +67,7 @@ def _split(text: str) -> Iterator[tuple[str, str]]:
     position = 0
     for match in _MARKED.finditer(text):
         if match.start() > position:
-            yield 'model', text[position:match.start()]
+            yield 'model', text[position : match.start()]
         yield match.lastgroup, match[0]
         position = match.end()
     if position < len(text):

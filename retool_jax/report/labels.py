@@ -15,8 +15,12 @@ MODELS = {
 SHORT = {'base': 'Random', 'sft': 'Cold start', 'tool_rl': 'RL, tools', 'text_sft': 'Text start', 'text_rl': 'RL, text'}
 SETS = ('new_operands', 'new_wording', 'larger_range')  # of the demo, the headline's first
 # Kinds of training: of metrics lines and of parts with a step.
-KINDS = {'tool': ('with interpreter', 'tool'), 'text': ('text only', 'text'), '': ('this run', 'tool'),
-         'step': ('this run', 'tool')}
+KINDS = {
+    'tool': ('with interpreter', 'tool'),
+    'text': ('text only', 'text'),
+    '': ('this run', 'tool'),
+    'step': ('this run', 'tool'),
+}
 _COLOURS = ('tool', 'text', 'sft', 'textsft')
 
 
@@ -38,7 +42,7 @@ def split_evaluation(part: Part) -> tuple[str, str]:
     name = part.name.removeprefix('val_')
     for known in sorted(MODELS, key=len, reverse=True):
         if name.startswith(f'{known}_'):
-            return known, name[len(known) + 1:]
+            return known, name[len(known) + 1 :]
     return '', name
 
 

@@ -33,15 +33,24 @@ def write(run_dir: str | os.PathLike, limits: Limits = Limits()) -> Path:  # noq
     sections = [(title, body) for title, body in sections if body]
     anchors = [title.split()[0].lower() for title, _ in sections]
     nav = ''.join(f'<a href="#{a}">{escape(title)}</a>' for a, (title, _) in zip(anchors, sections))
-    main = ''.join(f'<section id="{a}"><h2>{escape(title)}</h2>{body}</section>'
-                   for a, (title, body) in zip(anchors, sections))
+    main = ''.join(
+        f'<section id="{a}"><h2>{escape(title)}</h2>{body}</section>' for a, (title, body) in zip(anchors, sections)
+    )
     data = f'<script type="application/json" id="index">{browser.dump(index)}</script>' + ''.join(
-        f'<script type="application/json" id="e{i}">{block}</script>' for i, block in enumerate(blocks))
+        f'<script type="application/json" id="e{i}">{block}</script>' for i, block in enumerate(blocks)
+    )
     name = run.directory.resolve().name
     page = (HERE / 'page.html').read_text(encoding='utf-8')
-    for key, value in (('title', escape(name)), ('heading', escape(name)), ('facts', _facts(run)), ('nav', nav),
-                       ('style', (HERE / 'page.css').read_text(encoding='utf-8')),
-                       ('script', (HERE / 'page.js').read_text(encoding='utf-8')), ('main', main), ('data', data)):
+    for key, value in (
+        ('title', escape(name)),
+        ('heading', escape(name)),
+        ('facts', _facts(run)),
+        ('nav', nav),
+        ('style', (HERE / 'page.css').read_text(encoding='utf-8')),
+        ('script', (HERE / 'page.js').read_text(encoding='utf-8')),
+        ('main', main),
+        ('data', data),
+    ):
         before, _, after = page.partition(f'<!-- {key} -->')
         page = before + value + after
     target = run.directory / 'report.html'
@@ -68,8 +77,10 @@ def _code_use(run: Run, limits: Limits, uses: dict[Part, CodeUse]) -> str:
     body, read = code_use.section(uses), len(browser.spread(run.parts, limits.parts))
     if not body or read == len(run.parts):
         return body
-    return (f'<p class="note">From {read} of {len(run.parts)} files of episodes, evenly over the run, '
-            f'both ends included.</p>{body}')
+    return (
+        f'<p class="note">From {read} of {len(run.parts)} files of episodes, evenly over the run, '
+        f'both ends included.</p>{body}'
+    )
 
 
 def _facts(run: Run) -> str:
@@ -81,12 +92,17 @@ def _browser(count: int, total: int, with_tokens: int) -> str:
     """The empty browser, which the page's script fills, under a line that says what it holds."""
     if not count:
         return ''
-    held = f'All {total:,} saved episodes.' if count == total else (
-        f'{count:,} of {total:,} saved episodes, drawn at random and evenly over models, sets and steps.')
+    held = (
+        f'All {total:,} saved episodes.'
+        if count == total
+        else (f'{count:,} of {total:,} saved episodes, drawn at random and evenly over models, sets and steps.')
+    )
     if with_tokens < count:
         held += f' {with_tokens:,} of them carry their tokens; the others are text alone, to keep this file small.'
     return f'<p class="note">{held} Colours show who wrote what: {LEGEND}</p><div id="browser"></div>'
 
 
-LEGEND = ('<span class="said"><span class="answer">the model’s answer</span></span>, '
-          '<i class="swatch s-code"></i>the model’s code, <i class="swatch s-tool"></i>what the interpreter said.')
+LEGEND = (
+    '<span class="said"><span class="answer">the model’s answer</span></span>, '
+    '<i class="swatch s-code"></i>the model’s code, <i class="swatch s-tool"></i>what the interpreter said.'
+)

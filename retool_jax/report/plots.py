@@ -13,8 +13,11 @@ from retool_jax.report.runs import Run
 # As in page.css, light; dark enough on white, bright enough on a dark README's card.
 COLOURS = {'tool': '#2459d6', 'text': '#c2570c', 'sft': '#0d8a7c', 'textsft': '#8a6d1f', 'base': '#8b93a0'}
 INK, SOFT, LINE = '#1d2128', '#626a76', '#e4e5e0'
-PANELS = (('rewards/correct', 'Right answers', True), ('tools/code_ratio', 'Answers with code', True),
-          ('response_length/mean', 'Response length, tokens', False))
+PANELS = (
+    ('rewards/correct', 'Right answers', True),
+    ('tools/code_ratio', 'Answers with code', True),
+    ('response_length/mean', 'Response length, tokens', False),
+)
 SMOOTH_FROM = 60  # RL steps from which on a running mean is drawn over the raw line
 
 
@@ -43,9 +46,17 @@ def curves(run_dir: str | os.PathLike) -> Path:
             _draw_lines(axis, series, share)
             if title == PANELS[0][1]:
                 for dots in held_out(run.points):
-                    axis.plot([x for x, _ in dots.points], [100 * y for _, y in dots.points], 'o', markersize=6.5,
-                              markerfacecolor='white', markeredgewidth=1.8, markeredgecolor=COLOURS[dots.colour],
-                              zorder=4, clip_on=False)
+                    axis.plot(
+                        [x for x, _ in dots.points],
+                        [100 * y for _, y in dots.points],
+                        'o',
+                        markersize=6.5,
+                        markerfacecolor='white',
+                        markeredgewidth=1.8,
+                        markeredgecolor=COLOURS[dots.colour],
+                        zorder=4,
+                        clip_on=False,
+                    )
             _dress(axis, title, share)
             axis.set_xlabel('RL step')
         if panels and len(axes[0].get_lines()) > 1:
@@ -65,7 +76,7 @@ def _draw_lines(axis, series, share: bool) -> None:
         if len(xs) >= SMOOTH_FROM:
             axis.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.9)
             reach = len(ys) // 30
-            windows = [ys[max(0, i - reach):i + reach + 1] for i in range(len(ys))]
+            windows = [ys[max(0, i - reach) : i + reach + 1] for i in range(len(ys))]
             ys = [sum(w) / len(w) for w in windows]
         axis.plot(xs, ys, color=colour, linewidth=1.9, label=line.label, marker='o' if len(xs) == 1 else None)
 

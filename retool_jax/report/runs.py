@@ -106,8 +106,9 @@ class Run:
         self.points = [_point(line) for line in metrics.read(self.directory)]
         self.parts = sorted(_part(name) for name in episode_files.names(self.directory / 'episodes'))
         if not (self.points or self.parts or self.summary):
-            raise UserError(f'run folder {str(directory)!r} holds no metrics.jsonl, episodes or summary.json: '
-                            'nothing to report')
+            raise UserError(
+                f'run folder {str(directory)!r} holds no metrics.jsonl, episodes or summary.json: nothing to report'
+            )
 
     def transcripts(self, part: Part) -> list[Transcript]:
         """All episodes of a part. Raises: UserError naming the file where it is damaged."""
@@ -139,7 +140,7 @@ class Run:
             offsets = stored['offsets']
             columns = [stored[name] for name in ('tokens', 'acted', 'logprobs', 'versions')]
         for i in chosen:
-            yield Arrays(*(column[offsets[i]:offsets[i + 1]] for column in columns))
+            yield Arrays(*(column[offsets[i] : offsets[i + 1]] for column in columns))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -172,8 +173,12 @@ def _point(line: dict[str, Any]) -> Point:
     else:
         kind, x = '', line.get('step', 0)
         stage = 'sft' if any(name.startswith('sft/') for name in line) else 'ppo'
-    values = {name: float(value) for name, value in line.items()
-              if '/' in name or name == 'void_turn_ratio' if isinstance(value, int | float)}
+    values = {
+        name: float(value)
+        for name, value in line.items()
+        if '/' in name or name == 'void_turn_ratio'
+        if isinstance(value, int | float)
+    }
     return Point(stage, kind, float(x), values)
 
 
@@ -184,8 +189,13 @@ def _part(name: str) -> Part:
 
 def _transcript(line: dict[str, Any]) -> Transcript:
     return Transcript(
-        problem=Problem(**line['problem']), sample=line['sample'], step=line['step'],
+        problem=Problem(**line['problem']),
+        sample=line['sample'],
+        step=line['step'],
         segments=tuple(Segment(**segment) for segment in line['segments']),
         calls=tuple(ToolCall(**call | {'verdict': Verdict(call['verdict'])}) for call in line['calls']),
-        turns=line['turns'], stop=None if line['stop'] is None else Stop(line['stop']), void=line['void'],
-        reward=None if line['reward'] is None else Reward(**line['reward']))
+        turns=line['turns'],
+        stop=None if line['stop'] is None else Stop(line['stop']),
+        void=line['void'],
+        reward=None if line['reward'] is None else Reward(**line['reward']),
+    )

@@ -26,15 +26,25 @@ from retool_jax.rollout.stats import RolloutStats, Timeline
 class Engine:
     """Runs episodes through a Sampler's rows; takes the weights with each call."""
 
-    def __init__(self, sampler: Sampler, rules: turns.Rules, sampling: SamplingSettings,
-                 executor: Executor | None, seed: int, purpose: int, link: Link | None = None):
+    def __init__(
+        self,
+        sampler: Sampler,
+        rules: turns.Rules,
+        sampling: SamplingSettings,
+        executor: Executor | None,
+        seed: int,
+        purpose: int,
+        link: Link | None = None,
+    ):
         """purpose: separates the randomness of training, evaluation, … under one seed. link: needed where the sampler's
         mesh spans several processes; all of them must make the same calls with the same requests."""
         if rules.settings.tools and executor is None:
             raise ValueError('an engine with tools needs an executor')
         if rules.settings.max_tokens > sampler.settings.slots:
-            raise ValueError(f'turns.max_tokens={rules.settings.max_tokens} exceeds the {sampler.settings.slots} '
-                             'KV slots of a row; raise sampler.slots')
+            raise ValueError(
+                f'turns.max_tokens={rules.settings.max_tokens} exceeds the {sampler.settings.slots} '
+                'KV slots of a row; raise sampler.slots'
+            )
         self.sampler, self.rules, self.sampling, self.executor = sampler, rules, sampling, executor
         self.link = link
         # Plain numbers: on a mesh over several processes an array would have to say where it lies.
@@ -48,9 +58,17 @@ class Engine:
         """Compiles everything that runs call, for every length; takes the cache's memory for a moment."""
         self.sampler.warm_up(params, self.sampling.truncates)
 
-    def run(self, params: Params, version: int, requests: Sequence[Request], step: int, *,
-            journal: Journal | None = None, quanta: int | None = None,
-            finished: Callable[[Episode], None] = lambda episode: None) -> list[Episode]:
+    def run(
+        self,
+        params: Params,
+        version: int,
+        requests: Sequence[Request],
+        step: int,
+        *,
+        journal: Journal | None = None,
+        quanta: int | None = None,
+        finished: Callable[[Episode], None] = lambda episode: None,
+    ) -> list[Episode]:
         """Makes all requested episodes with `params` (sampling layout), in the order of the requests.
 
         quanta: decode calls that each episode may take part in; what is then unfinished comes back with stop None,
@@ -64,13 +82,36 @@ class Engine:
                 finished(episode)
         return [done[i] for i in range(len(requests))]
 
-    def stream(self, params: Params, version: int, requests: Sequence[Request], step: int, *,
-               journal: Journal | None = None, quanta: int | None = None) -> Iterator[tuple[int, Episode]]:
+    def stream(
+        self,
+        params: Params,
+        version: int,
+        requests: Sequence[Request],
+        step: int,
+        *,
+        journal: Journal | None = None,
+        quanta: int | None = None,
+    ) -> Iterator[tuple[int, Episode]]:
         """Yields (index of the request, episode) as they finish."""
-        equipment = Equipment(sampler=self.sampler, rules=self.rules, sampling=self.sampling, key_data=self.key_data,
-                              executor=self.executor, link=self.link, timeline=self.timeline)
-        scheduler = Scheduler(equipment, params, version, requests, step, journal=journal, quanta=quanta,
-                              state=self.kept or self.sampler.empty())
+        equipment = Equipment(
+            sampler=self.sampler,
+            rules=self.rules,
+            sampling=self.sampling,
+            key_data=self.key_data,
+            executor=self.executor,
+            link=self.link,
+            timeline=self.timeline,
+        )
+        scheduler = Scheduler(
+            equipment,
+            params,
+            version,
+            requests,
+            step,
+            journal=journal,
+            quanta=quanta,
+            state=self.kept or self.sampler.empty(),
+        )
         self.kept, self.stats = None, scheduler.stats
         yield from scheduler.run()
         if self.keeps_cache:

@@ -72,8 +72,11 @@ def total(parts: Sequence[RolloutStats]) -> RolloutStats:
     found = RolloutStats()
     for field in dataclasses.fields(RolloutStats):
         values = [getattr(stats, field.name) for stats in parts]
-        add = max if field.name.endswith('_s') and isinstance(values[0], float) else functools.partial(
-            sum, start=type(values[0])())
+        add = (
+            max
+            if field.name.endswith('_s') and isinstance(values[0], float)
+            else functools.partial(sum, start=type(values[0])())
+        )
         setattr(found, field.name, add(values))
     return found
 
@@ -104,17 +107,17 @@ def make_sync(config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> Calla
     """`Sampler.sync` from the training layout on `mesh` to the sampling layout on each process's `local_mesh`."""
     # The cast weights stay split as in training; `device_put` then moves them to the engines' order of devices.
     cast = sync.Sync(config, dtype, mesh, sharding.TRAIN_RULES)
-    spread, own = (sync.shardings(config, on, sharding.SAMPLE_RULES)
-                   for on in (engines_mesh(mesh), local_mesh(mesh)))
+    spread, own = (sync.shardings(config, on, sharding.SAMPLE_RULES) for on in (engines_mesh(mesh), local_mesh(mesh)))
     return lambda params: localise(jax.device_put(cast(params), spread), own)
 
 
 def localise(tree: Params, shardings) -> Params:
     """Weights on `engines_mesh`, of which every process holds a whole copy, as arrays on its own devices; no copy."""
+
     def one(x: jax.Array, home: jax.sharding.Sharding) -> jax.Array:
         held = {shard.device: shard.data for shard in x.addressable_shards}
-        return jax.make_array_from_single_device_arrays(
-            x.shape, home, [held[d] for d in home.addressable_devices])
+        return jax.make_array_from_single_device_arrays(x.shape, home, [held[d] for d in home.addressable_devices])
+
     return jax.tree.map(one, tree, shardings)
 
 
@@ -126,5 +129,6 @@ def _by_process(mesh: jax.sharding.Mesh) -> dict[int, list[jax.Device]]:
 
 
 def _mesh(devices: list[jax.Device], like: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    return jax.sharding.Mesh(np.array(devices).reshape(-1, 1, like.shape['tensor']), like.axis_names,
-                             axis_types=like.axis_types)
+    return jax.sharding.Mesh(
+        np.array(devices).reshape(-1, 1, like.shape['tensor']), like.axis_names, axis_types=like.axis_types
+    )

@@ -42,7 +42,7 @@ class Model:
 
     def text(self, episode: Episode) -> str:
         """Everything after the prompt."""
-        return self.tokenizer.decode(episode.tokens[episode.prompt_length:])
+        return self.tokenizer.decode(episode.tokens[episode.prompt_length :])
 
 
 def load_model(directory: str | Path, family: str, tools: bool, instruction: str | None = None) -> Model:
@@ -59,8 +59,10 @@ def load_model(directory: str | Path, family: str, tools: bool, instruction: str
         raise UserError(f'model.path={str(directory)!r} is no directory; give a Hugging Face model directory{aside}')
     config, tokenizer = load_config(directory), load_tokenizer(directory)
     if tokenizer.size > config.vocab_size:
-        raise UserError(f'model.path={str(directory)!r}: the tokenizer has {tokenizer.size} ids, the model only '
-                        f'{config.vocab_size} logits')
+        raise UserError(
+            f'model.path={str(directory)!r}: the tokenizer has {tokenizer.size} ids, the model only '
+            f'{config.vocab_size} logits'
+        )
     asked = None if instruction is None else read_instruction(instruction, tools)
     return Model(config, tokenizer, make_template(family, tools, tokenizer, asked))
 
@@ -75,16 +77,27 @@ def open_model(directory: str | Path, family: str, dtype: str = 'float32', *, to
 class Engine(engine.Engine):
     """An engine with its model, sizes from two numbers.
 
-        model = open_model('Qwen2.5-1.5B-Instruct', 'qwen2_5', 'bfloat16')
-        with Pool(settings) as pool:
-            engine = Engine(model, pool, rows=16, max_tokens=4096)
-            for episode in engine.ask(['What is 3 ** 40 mod 1000?'], samples=4):
-                print(model.text(episode), episode.calls)
+    model = open_model('Qwen2.5-1.5B-Instruct', 'qwen2_5', 'bfloat16')
+    with Pool(settings) as pool:
+        engine = Engine(model, pool, rows=16, max_tokens=4096)
+        for episode in engine.ask(['What is 3 ** 40 mod 1000?'], samples=4):
+            print(model.text(episode), episode.calls)
     """
 
-    def __init__(self, model: Model, executor: Executor | None = None, *, rows: int = 16, decode_rows: int = 0,
-                 max_tokens: int = 2048, max_calls: int = 7, cache_dtype: str | None = None,
-                 feedback: FeedbackSettings = FEEDBACK, seed: int = 0, **sampling: float):
+    def __init__(
+        self,
+        model: Model,
+        executor: Executor | None = None,
+        *,
+        rows: int = 16,
+        decode_rows: int = 0,
+        max_tokens: int = 2048,
+        max_calls: int = 7,
+        cache_dtype: str | None = None,
+        feedback: FeedbackSettings = FEEDBACK,
+        seed: int = 0,
+        **sampling: float,
+    ):
         """executor: sandbox.pool.Pool or a remote client; None samples text alone. rows: episodes at a time.
         decode_rows: how many of them decode at a time, where tools are slow; 0: all. max_tokens: of an episode, prompt
         included. cache_dtype: 'bfloat16' or 'int8' for a smaller KV cache. feedback: how a snippet's output is shown.
@@ -93,17 +106,38 @@ class Engine(engine.Engine):
         self.model = model
         chunk = min(256, max_tokens)
         dtype = str(model.params['norm']['weight'].dtype)
-        sizes = SamplerSettings(rows=rows, slots=max_tokens, chunk=chunk, feed_rows=min(8, rows), quota=32,
-                                decode_rows=decode_rows, min_bound=chunk, dtype=dtype, cache_dtype=cache_dtype or dtype)
+        sizes = SamplerSettings(
+            rows=rows,
+            slots=max_tokens,
+            chunk=chunk,
+            feed_rows=min(8, rows),
+            quota=32,
+            decode_rows=decode_rows,
+            min_bound=chunk,
+            dtype=dtype,
+            cache_dtype=cache_dtype or dtype,
+        )
         tools = executor is not None
-        table = tags.build_table(model.tokenizer.token_bytes, model.config.vocab_size,
-                                 tags.TAGS if tools else {'</answer>': tags.ANSWER})
-        turns = TurnSettings(tools=tools, max_tokens=max_tokens, max_turn_tokens=max_tokens, max_turns=max_calls + 1,
-                             max_calls=max_calls, on_cap='answer', on_answer='end')
-        super().__init__(Sampler(model.config, sizes, table.next_state, table.stops, model.tokenizer.eos_ids),
-                         Rules(turns, model.tokenizer, table, lambda result: render(result, feedback)),
-                         SamplingSettings(**{'temperature': 1.0, 'top_p': 1.0, 'top_k': 0, 'min_p': 0.0, **sampling}),
-                         executor, seed, purpose=0)
+        table = tags.build_table(
+            model.tokenizer.token_bytes, model.config.vocab_size, tags.TAGS if tools else {'</answer>': tags.ANSWER}
+        )
+        turns = TurnSettings(
+            tools=tools,
+            max_tokens=max_tokens,
+            max_turn_tokens=max_tokens,
+            max_turns=max_calls + 1,
+            max_calls=max_calls,
+            on_cap='answer',
+            on_answer='end',
+        )
+        super().__init__(
+            Sampler(model.config, sizes, table.next_state, table.stops, model.tokenizer.eos_ids),
+            Rules(turns, model.tokenizer, table, lambda result: render(result, feedback)),
+            SamplingSettings(**{'temperature': 1.0, 'top_p': 1.0, 'top_k': 0, 'min_p': 0.0, **sampling}),
+            executor,
+            seed,
+            purpose=0,
+        )
         self.keeps_cache = True
 
     def ask(self, questions: Sequence[str], samples: int = 1, step: int = 0) -> list[Episode]:

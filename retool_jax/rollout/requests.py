@@ -37,4 +37,4 @@ class Request:
     @staticmethod
     def resume(episode: Episode) -> Request:
         """Takes an unfinished episode up again."""
-        return Request(episode.problem, episode.sample, tuple(episode.tokens[:episode.prompt_length]), episode)
+        return Request(episode.problem, episode.sample, tuple(episode.tokens[: episode.prompt_length]), episode)

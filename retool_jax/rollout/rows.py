@@ -40,23 +40,30 @@ def take(state: SampleState, row_R: jax.Array | None, bound: int, ways: int) -> 
     """Copies rows `row_R` (None: all, in order) and their first `bound` slots; a row out of range is not live."""
     if row_R is None:
         read = lambda kv: kv_cache.read(kv, bound)
-        return dataclasses.replace(state, cache=KVCache(
-            k=[read(k) for k in state.cache.k], v=[read(v) for v in state.cache.v], length_B=state.cache.length_B))
+        return dataclasses.replace(
+            state,
+            cache=KVCache(
+                k=[read(k) for k in state.cache.k], v=[read(v) for v in state.cache.v], length_B=state.cache.length_B
+            ),
+        )
 
     def of_shard(state: SampleState, row_R: jax.Array) -> SampleState:
         last = len(state.live_B) - 1
         inside_R = jnp.clip(row_R, 0, last)
         pick = lambda x: x[inside_R]
         read = lambda kv: kv_cache.read(kv, bound, inside_R)
-        cache = KVCache(k=[read(k) for k in state.cache.k], v=[read(v) for v in state.cache.v],
-                        length_B=pick(state.cache.length_B))
+        cache = KVCache(
+            k=[read(k) for k in state.cache.k], v=[read(v) for v in state.cache.v], length_B=pick(state.cache.length_B)
+        )
         part = jax.tree.map(pick, dataclasses.replace(state, cache=None))
         return dataclasses.replace(part, cache=cache, live_B=part.live_B & (row_R <= last))
+
     return _joined(jax.vmap(of_shard)(_split(state, ways), _local(row_R, len(state.live_B), ways)))
 
 
-def put(state: SampleState, part: SampleState, row_R: jax.Array | None, start_R: jax.Array, quota: int,
-        ways: int) -> SampleState:
+def put(
+    state: SampleState, part: SampleState, row_R: jax.Array | None, start_R: jax.Array, quota: int, ways: int
+) -> SampleState:
     """The state with `part`, which `take` took and a call changed, put back: of its cache the slots from `start_R` on,
     at most `quota` a row."""
     slots = kv_cache.slots(state.cache)
@@ -68,15 +75,21 @@ def put(state: SampleState, part: SampleState, row_R: jax.Array | None, start_R:
     def of_shard(state: SampleState, part: SampleState, slot_RQ: jax.Array, row_R: jax.Array | None) -> SampleState:
         back = lambda old, new: new if row_R is None else old.at[row_R].set(new, mode='drop')
         restore = lambda kv, new: kv_cache.restore(kv, new, slot_RQ, row_R)
-        cache = KVCache(k=[restore(*k) for k in zip(state.cache.k, part.cache.k)],
-                        v=[restore(*v) for v in zip(state.cache.v, part.cache.v)],
-                        length_B=back(state.cache.length_B, part.cache.length_B))
+        cache = KVCache(
+            k=[restore(*k) for k in zip(state.cache.k, part.cache.k)],
+            v=[restore(*v) for v in zip(state.cache.v, part.cache.v)],
+            length_B=back(state.cache.length_B, part.cache.length_B),
+        )
         rest = [dataclasses.replace(x, cache=None) for x in (state, part)]
         return dataclasses.replace(jax.tree.map(back, *rest), cache=cache)
+
     if row_R is None:
         return of_shard(state, part, slot_RQ, None)
-    return _joined(jax.vmap(of_shard)(_split(state, ways), _split(part, ways), _split(slot_RQ, ways),
-                                      _local(row_R, len(state.live_B), ways)))
+    return _joined(
+        jax.vmap(of_shard)(
+            _split(state, ways), _split(part, ways), _split(slot_RQ, ways), _local(row_R, len(state.live_B), ways)
+        )
+    )
 
 
 def _split(tree, ways: int):

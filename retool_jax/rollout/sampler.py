@@ -71,8 +71,15 @@ class Assignment:
 class Sampler:
     """Owns the compiled programs of one model and one set of sizes; owns no weights."""
 
-    def __init__(self, config: ModelConfig, settings: SamplerSettings, next_state: np.ndarray, stops: np.ndarray,
-                 eos_ids: tuple[int, ...], mesh: jax.sharding.Mesh | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: SamplerSettings,
+        next_state: np.ndarray,
+        stops: np.ndarray,
+        eos_ids: tuple[int, ...],
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         """next_state int32 [states, V] and stops int8 [states] are the tag automaton's
         (0 none, 1 `</code>`, 2 `</answer>`). mesh: rows over data × fsdp, heads and vocabulary over tensor;
         None leaves everything where the weights are."""
@@ -91,10 +98,15 @@ class Sampler:
         self.stops = hold(np.array([STOP_NONE, STOP_CODE, STOP_ANSWER])[np.asarray(stops)])
         self.eos_ids = np.array(sorted(eos_ids), np.int32)
         keep = dict(donate_argnames=('state',), out_shardings=state)
-        self._extend = jax.jit(self._extend_rows, static_argnames=('bound',), donate_argnames=('state',),
-                               out_shardings=(state, whole))
-        self._decode = jax.jit(self._decode_rows, static_argnames=('bound', 'truncate'), donate_argnames=('state',),
-                               out_shardings=(state, whole))
+        self._extend = jax.jit(
+            self._extend_rows, static_argnames=('bound',), donate_argnames=('state',), out_shardings=(state, whole)
+        )
+        self._decode = jax.jit(
+            self._decode_rows,
+            static_argnames=('bound', 'truncate'),
+            donate_argnames=('state',),
+            out_shardings=(state, whole),
+        )
         self._assign = jax.jit(self._assign_rows, **keep)
         self._fork = jax.jit(self._fork_rows, static_argnames=('bound',), **keep)
         self.sync = Sync(config, settings.dtype, mesh)
@@ -109,8 +121,10 @@ class Sampler:
         rules = decoder.fit_rules(self.config, mesh, sharding.SAMPLE_RULES)
         for name, size in (('rows', self.settings.rows), ('decode_rows', self.decode_rows)):
             if size % self.ways:
-                raise UserError(f'sampler.{name}={size} does not divide over data={mesh.shape["data"]} × '
-                                f'fsdp={mesh.shape["fsdp"]}; choose a multiple')
+                raise UserError(
+                    f'sampler.{name}={size} does not divide over data={mesh.shape["data"]} × '
+                    f'fsdp={mesh.shape["fsdp"]}; choose a multiple'
+                )
         lies = lambda *words: jax.NamedSharding(mesh, sharding.spec(words, rules))
         one = lies('batch', 'kv_heads', None, 'head_dim')
         if self.settings.cache_dtype == 'int8':
@@ -118,8 +132,18 @@ class Sampler:
         kv = [one] * self.config.num_hidden_layers
         row = lies('batch')
         state = SampleState(
-            cache=KVCache(k=kv, v=kv, length_B=row), logits_BV=lies('batch', 'vocab'), tag_B=row, live_B=row,
-            stop_B=row, allowance_B=row, key_B=row, temperature_B=row, top_p_B=row, top_k_B=row, min_p_B=row)
+            cache=KVCache(k=kv, v=kv, length_B=row),
+            logits_BV=lies('batch', 'vocab'),
+            tag_B=row,
+            live_B=row,
+            stop_B=row,
+            allowance_B=row,
+            key_B=row,
+            temperature_B=row,
+            top_p_B=row,
+            top_k_B=row,
+            min_p_B=row,
+        )
         return state, lies()
 
     def _empty(self) -> SampleState:
@@ -127,10 +151,16 @@ class Sampler:
         return SampleState(
             cache=kv_cache.empty(self.config, b, s.slots, jnp.dtype(s.cache_dtype)),
             logits_BV=jnp.zeros((b, self.config.vocab_size), jnp.float32),
-            tag_B=jnp.zeros(b, jnp.int32), live_B=jnp.zeros(b, bool), stop_B=jnp.zeros(b, jnp.int32),
-            allowance_B=jnp.zeros(b, jnp.int32), key_B=jax.random.split(jax.random.key(0), b),
-            temperature_B=jnp.ones(b, jnp.float32), top_p_B=jnp.ones(b, jnp.float32),
-            top_k_B=jnp.zeros(b, jnp.int32), min_p_B=jnp.zeros(b, jnp.float32))
+            tag_B=jnp.zeros(b, jnp.int32),
+            live_B=jnp.zeros(b, bool),
+            stop_B=jnp.zeros(b, jnp.int32),
+            allowance_B=jnp.zeros(b, jnp.int32),
+            key_B=jax.random.split(jax.random.key(0), b),
+            temperature_B=jnp.ones(b, jnp.float32),
+            top_p_B=jnp.ones(b, jnp.float32),
+            top_k_B=jnp.zeros(b, jnp.int32),
+            min_p_B=jnp.zeros(b, jnp.float32),
+        )
 
     def bound(self, length: int) -> int:
         """The smallest compiled bound on reads that covers `length` slots."""
@@ -151,12 +181,29 @@ class Sampler:
         s, state = self.settings, self.empty()
         nobody, none = np.full(s.feed_rows, s.rows, np.int32), np.zeros(s.feed_rows, np.int32)
         real = np.zeros(s.feed_rows, np.float32)
-        state = self.assign(state, np.zeros(2, np.uint32), Assignment(
-            row_R=nobody, step_R=none.astype(np.uint32), problem_R=none.astype(np.uint32), sample_R=none,
-            temperature_R=real, top_p_R=real, top_k_R=none, min_p_R=real))
+        state = self.assign(
+            state,
+            np.zeros(2, np.uint32),
+            Assignment(
+                row_R=nobody,
+                step_R=none.astype(np.uint32),
+                problem_R=none.astype(np.uint32),
+                sample_R=none,
+                temperature_R=real,
+                top_p_R=real,
+                top_k_R=none,
+                min_p_R=real,
+            ),
+        )
         logits_V = self.logits_of(state, 0)
-        chunks = Chunks(row_R=nobody, tokens_RC=np.zeros((s.feed_rows, s.chunk), np.int32), count_R=none,
-                    live_R=none.astype(bool), allowance_R=none, tag_R=none)
+        chunks = Chunks(
+            row_R=nobody,
+            tokens_RC=np.zeros((s.feed_rows, s.chunk), np.int32),
+            count_R=none,
+            live_R=none.astype(bool),
+            allowance_R=none,
+            tag_R=none,
+        )
         for bound in self.bounds():
             state, _ = self.extend(params, state, chunks, bound)
             state = self.fork(state, nobody, nobody, bound, logits_V, none)
@@ -173,62 +220,109 @@ class Sampler:
         is ready when the call is done, when the state itself may have been given away."""
         return self._extend(params=params, state=state, chunks=chunks, bound=self.bound(longest))
 
-    def fork(self, state: SampleState, source_R: np.ndarray, target_R: np.ndarray, length: int,
-             logits_RV: jax.Array, allowance_R: np.ndarray) -> SampleState:
+    def fork(
+        self,
+        state: SampleState,
+        source_R: np.ndarray,
+        target_R: np.ndarray,
+        length: int,
+        logits_RV: jax.Array,
+        allowance_R: np.ndarray,
+    ) -> SampleState:
         """Gives rows `target` the first `length` slots of rows `source` and makes them live."""
-        return self._fork(state=state, source_R=source_R, target_R=target_R, length=np.int32(length),
-                          logits_RV=logits_RV, allowance_R=allowance_R, bound=self.bound(length))
+        return self._fork(
+            state=state,
+            source_R=source_R,
+            target_R=target_R,
+            length=np.int32(length),
+            logits_RV=logits_RV,
+            allowance_R=allowance_R,
+            bound=self.bound(length),
+        )
 
     def choose(self, live: Sequence[int]) -> np.ndarray:
         """Rows of the next decode call, int32 [decode_rows]: the first of `live`, padded with numbers out of range."""
         return rows.choose(live, self.settings.rows, self.decode_rows, self.ways)
 
-    def decode(self, params: Params, state: SampleState, row_R: np.ndarray, longest: int,
-               truncate: bool) -> tuple[SampleState, Decoded]:
+    def decode(
+        self, params: Params, state: SampleState, row_R: np.ndarray, longest: int, truncate: bool
+    ) -> tuple[SampleState, Decoded]:
         """At most `quota` steps of the rows that `choose` returned; `longest` is their largest length before it."""
-        return self._decode(params=params, table=self.table, stops=self.stops, state=state,
-                            row_R=row_R if self.chooses else None,
-                            bound=self.bound(longest + self.settings.quota), truncate=truncate)
+        return self._decode(
+            params=params,
+            table=self.table,
+            stops=self.stops,
+            state=state,
+            row_R=row_R if self.chooses else None,
+            bound=self.bound(longest + self.settings.quota),
+            truncate=truncate,
+        )
 
     def _assign_rows(self, state: SampleState, key_data, assignment: Assignment) -> SampleState:
         r = assignment.row_R
-        keys = sampling.row_keys(jax.random.wrap_key_data(key_data), assignment.step_R, assignment.problem_R,
-                                 assignment.sample_R)
+        keys = sampling.row_keys(
+            jax.random.wrap_key_data(key_data), assignment.step_R, assignment.problem_R, assignment.sample_R
+        )
         put = lambda x, value: x.at[r].set(value, mode='drop')
         return dataclasses.replace(
-            state, cache=dataclasses.replace(state.cache, length_B=put(state.cache.length_B, 0)),
-            tag_B=put(state.tag_B, 0), live_B=put(state.live_B, False), stop_B=put(state.stop_B, STOP_NONE),
-            key_B=put(state.key_B, keys), temperature_B=put(state.temperature_B, assignment.temperature_R),
-            top_p_B=put(state.top_p_B, assignment.top_p_R), top_k_B=put(state.top_k_B, assignment.top_k_R),
-            min_p_B=put(state.min_p_B, assignment.min_p_R))
+            state,
+            cache=dataclasses.replace(state.cache, length_B=put(state.cache.length_B, 0)),
+            tag_B=put(state.tag_B, 0),
+            live_B=put(state.live_B, False),
+            stop_B=put(state.stop_B, STOP_NONE),
+            key_B=put(state.key_B, keys),
+            temperature_B=put(state.temperature_B, assignment.temperature_R),
+            top_p_B=put(state.top_p_B, assignment.top_p_R),
+            top_k_B=put(state.top_k_B, assignment.top_k_R),
+            min_p_B=put(state.min_p_B, assignment.min_p_R),
+        )
 
     def _extend_rows(self, params, state: SampleState, chunks: Chunks, bound: int) -> tuple[SampleState, jax.Array]:
         put = lambda x, value: x.at[chunks.row_R].set(value, mode='drop')
         # Rows are written and read where they lie: taking them out and putting them back would copy `bound` slots.
-        hidden_RCD, cache = decoder.extend(self.config, params, state.cache, chunks.tokens_RC, chunks.count_R, bound,
-                                        chunks.row_R)
+        hidden_RCD, cache = decoder.extend(
+            self.config, params, state.cache, chunks.tokens_RC, chunks.count_R, bound, chunks.row_R
+        )
         last = jnp.maximum(chunks.count_R - 1, 0)[:, None, None]
         logits_RV = decoder.unembed(params, jnp.take_along_axis(hidden_RCD, last, axis=1)[:, 0])
         return dataclasses.replace(
-            state, cache=cache, logits_BV=put(state.logits_BV, logits_RV), tag_B=put(state.tag_B, chunks.tag_R),
-            live_B=put(state.live_B, chunks.live_R), stop_B=put(state.stop_B, STOP_NONE),
-            allowance_B=put(state.allowance_B, chunks.allowance_R)), chunks.count_R.sum()
+            state,
+            cache=cache,
+            logits_BV=put(state.logits_BV, logits_RV),
+            tag_B=put(state.tag_B, chunks.tag_R),
+            live_B=put(state.live_B, chunks.live_R),
+            stop_B=put(state.stop_B, STOP_NONE),
+            allowance_B=put(state.allowance_B, chunks.allowance_R),
+        ), chunks.count_R.sum()
 
-    def _fork_rows(self, state: SampleState, source_R, target_R, length, logits_RV, allowance_R,
-                   bound: int) -> SampleState:
+    def _fork_rows(
+        self, state: SampleState, source_R, target_R, length, logits_RV, allowance_R, bound: int
+    ) -> SampleState:
         put = lambda x, value: x.at[target_R].set(value, mode='drop')
         copy = lambda kv: kv_cache.copy_rows(kv, source_R, target_R, bound)
-        cache = KVCache(k=[copy(k) for k in state.cache.k], v=[copy(v) for v in state.cache.v],
-                        length_B=put(state.cache.length_B, length))
-        return dataclasses.replace(state, cache=cache, logits_BV=put(state.logits_BV, logits_RV),
-                                   live_B=put(state.live_B, True), allowance_B=put(state.allowance_B, allowance_R))
+        cache = KVCache(
+            k=[copy(k) for k in state.cache.k],
+            v=[copy(v) for v in state.cache.v],
+            length_B=put(state.cache.length_B, length),
+        )
+        return dataclasses.replace(
+            state,
+            cache=cache,
+            logits_BV=put(state.logits_BV, logits_RV),
+            live_B=put(state.live_B, True),
+            allowance_B=put(state.allowance_B, allowance_R),
+        )
 
     def _decode_rows(self, params, table, stops, state: SampleState, row_R, bound: int, truncate: bool):
         quota, whole = self.settings.quota, state
         state = rows.take(whole, row_R, bound, self.ways)
         b, start_B = len(state.live_B), state.cache.length_B
-        out = Decoded(tokens_BQ=jnp.zeros((b, quota), jnp.int32), logprob_BQ=jnp.zeros((b, quota), jnp.float32),
-                      count_B=jnp.zeros(b, jnp.int32), stop_B=state.stop_B)
+        out = Decoded(
+            tokens_BQ=jnp.zeros((b, quota), jnp.int32),
+            logprob_BQ=jnp.zeros((b, quota), jnp.float32),
+            count_B=jnp.zeros(b, jnp.int32),
+            stop_B=state.stop_B,
+        )
 
         # Uniforms of all `quota` steps are drawn here: the generator is many small operations, too dear once per step.
         u_BQ = sampling.uniforms(state.key_B, start_B[:, None] + jnp.arange(quota))
@@ -239,11 +333,13 @@ class Sampler:
 
         def step(carry):
             i, s, out = carry
-            token_B, logprob_B = sampling.draw(s.logits_BV, u_BQ[:, i], s.temperature_B, s.top_p_B, s.top_k_B,
-                                               s.min_p_B, truncate=truncate)
+            token_B, logprob_B = sampling.draw(
+                s.logits_BV, u_BQ[:, i], s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B, truncate=truncate
+            )
             live = s.live_B
-            hidden_BCD, cache = decoder.extend(self.config, params, s.cache, token_B[:, None],
-                                            live.astype(jnp.int32), bound)
+            hidden_BCD, cache = decoder.extend(
+                self.config, params, s.cache, token_B[:, None], live.astype(jnp.int32), bound
+            )
             logits_BV = decoder.unembed(params, hidden_BCD[:, 0])
             tag_B = table[s.tag_B, token_B]
             allowance_B = s.allowance_B - 1
@@ -252,12 +348,21 @@ class Sampler:
             stop_B = jnp.where((token_B[:, None] == self.eos_ids).any(axis=1), STOP_EOS, stop_B)
             keep = lambda new, old: jnp.where(live if new.ndim == 1 else live[:, None], new, old)
             stop_B = keep(stop_B, s.stop_B)
-            out = Decoded(tokens_BQ=out.tokens_BQ.at[:, i].set(jnp.where(live, token_B, 0)),
-                          logprob_BQ=out.logprob_BQ.at[:, i].set(jnp.where(live, logprob_B, 0.0)),
-                          count_B=out.count_B + live, stop_B=stop_B)
-            s = dataclasses.replace(s, cache=cache, logits_BV=keep(logits_BV, s.logits_BV), stop_B=stop_B,
-                                    tag_B=keep(tag_B, s.tag_B), allowance_B=keep(allowance_B, s.allowance_B),
-                                    live_B=live & (stop_B == STOP_NONE))
+            out = Decoded(
+                tokens_BQ=out.tokens_BQ.at[:, i].set(jnp.where(live, token_B, 0)),
+                logprob_BQ=out.logprob_BQ.at[:, i].set(jnp.where(live, logprob_B, 0.0)),
+                count_B=out.count_B + live,
+                stop_B=stop_B,
+            )
+            s = dataclasses.replace(
+                s,
+                cache=cache,
+                logits_BV=keep(logits_BV, s.logits_BV),
+                stop_B=stop_B,
+                tag_B=keep(tag_B, s.tag_B),
+                allowance_B=keep(allowance_B, s.allowance_B),
+                live_B=live & (stop_B == STOP_NONE),
+            )
             return i + 1, s, out
 
         _, state, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, out))

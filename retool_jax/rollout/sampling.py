@@ -16,9 +16,11 @@ BISECTIONS = 40  # halvings of log-probability range [-60, 0]: the kept set is e
 
 def row_keys(base: jax.Array, step_R: jax.Array, problem_R: jax.Array, sample_R: jax.Array) -> jax.Array:
     """PRNG keys [R] that depend on (purpose and seed in `base`, step, problem, sample) alone."""
+
     def one(step, problem, sample):
         key = jax.random.fold_in(jax.random.fold_in(base, step), problem)
         return jax.random.fold_in(key, sample)
+
     return jax.vmap(one)(step_R, problem_R, sample_R)
 
 
@@ -28,8 +30,16 @@ def uniforms(key_B: jax.Array, position_BQ: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(key_B, position_BQ)
 
 
-def draw(logits_BV: jax.Array, u_B: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array,
-         min_p_B: jax.Array, *, truncate: bool) -> tuple[jax.Array, jax.Array]:
+def draw(
+    logits_BV: jax.Array,
+    u_B: jax.Array,
+    temperature_B: jax.Array,
+    top_p_B: jax.Array,
+    top_k_B: jax.Array,
+    min_p_B: jax.Array,
+    *,
+    truncate: bool,
+) -> tuple[jax.Array, jax.Array]:
     """One token per row, decided by `u_B` in [0, 1), and its log-probability at the sampling temperature.
 
     The log-probability is that of the distribution *before* truncation (training compares it with
@@ -47,8 +57,9 @@ def draw(logits_BV: jax.Array, u_B: jax.Array, temperature_B: jax.Array, top_p_B
     return token, jnp.take_along_axis(z, token[:, None], axis=1)[:, 0] - log_total
 
 
-def threshold(z_BV: jax.Array, p_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array,
-              min_p_B: jax.Array) -> jax.Array:
+def threshold(
+    z_BV: jax.Array, p_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array, min_p_B: jax.Array
+) -> jax.Array:
     """The smallest z that is kept, per row, given z = log p − max and p = exp z (unnormalised).
 
     top-p keeps the smallest set of most probable tokens whose mass reaches top_p (ties included);
@@ -65,8 +76,12 @@ def threshold(z_BV: jax.Array, p_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax
         mid_p, mid_k = (low_p + high_p) / 2, (low_k + high_k) / 2
         enough_p = jnp.where(z_BV >= mid_p[:, None], p_BV, 0.0).sum(axis=-1) >= mass
         enough_k = (z_BV >= mid_k[:, None]).sum(axis=-1) >= count
-        return (jnp.where(enough_p, mid_p, low_p), jnp.where(enough_p, high_p, mid_p),
-                jnp.where(enough_k, mid_k, low_k), jnp.where(enough_k, high_k, mid_k))
+        return (
+            jnp.where(enough_p, mid_p, low_p),
+            jnp.where(enough_p, high_p, mid_p),
+            jnp.where(enough_k, mid_k, low_k),
+            jnp.where(enough_k, high_k, mid_k),
+        )
 
     low, high = jnp.full_like(top_p_B, -60.0), jnp.full_like(top_p_B, 1e-6)
     low_p, _, low_k, _ = jax.lax.fori_loop(0, BISECTIONS, halve, (low, high, low, high))

@@ -70,8 +70,18 @@ class Scheduler:
     `stats` grow while it runs. `state`, when it is done, is the sampler's state with its KV cache, all rows free.
     """
 
-    def __init__(self, equipment: Equipment, params: Params, version: int, requests: Sequence[Request], step: int, *,
-                 journal: Journal | None, quanta: int | None, state: SampleState):
+    def __init__(
+        self,
+        equipment: Equipment,
+        params: Params,
+        version: int,
+        requests: Sequence[Request],
+        step: int,
+        *,
+        journal: Journal | None,
+        quanta: int | None,
+        state: SampleState,
+    ):
         """state: of `equipment.sampler`, with rows of no use to anyone; it is given to the device's calls."""
         self.sampler, self.rules, self.sampling = equipment.sampler, equipment.rules, equipment.sampling
         self.key_data, self.executor = equipment.key_data, equipment.executor
@@ -115,8 +125,9 @@ class Scheduler:
         row.episode.stop = stop
         for prompt, (source, _) in list(self.prefilled.items()):
             if source == r:  # its KV is about to be overwritten
-                heir = next((i for i, other in enumerate(self.rows) if other and self.prompts[other.index] == prompt),
-                            None)
+                heir = next(
+                    (i for i, other in enumerate(self.rows) if other and self.prompts[other.index] == prompt), None
+                )
                 logits = self.prefilled.pop(prompt)[1]
                 if heir is not None:
                     self.prefilled[prompt] = (heir, logits)
@@ -141,13 +152,21 @@ class Scheduler:
     def _open(self, index: int, request: Request) -> Row:
         episode, begun = request.begun, request.begun is not None
         if not begun:
-            episode = Episode(problem=request.problem, sample=request.sample, step=self.step,
-                              prompt_length=len(request.prompt))
+            episode = Episode(
+                problem=request.problem, sample=request.sample, step=self.step, prompt_length=len(request.prompt)
+            )
             episode.append(request.prompt, acted=False)
         turn = self.rules.turn_ids(episode)  # a turn that was cut goes on where it stood
-        return Row(index, request, episode, pending=list(episode.tokens), length=len(episode.tokens),
-                   quanta=self.quanta, allowance=self.rules.allowance(episode, len(turn)),
-                   tag=self.rules.table.walk(turn))
+        return Row(
+            index,
+            request,
+            episode,
+            pending=list(episode.tokens),
+            length=len(episode.tokens),
+            quanta=self.quanta,
+            allowance=self.rules.allowance(episode, len(turn)),
+            tag=self.rules.table.walk(turn),
+        )
 
     def _calls(self, rows: Sequence[int]) -> Iterator[tuple[int, ...]]:
         """Row numbers, as many at a time as a call of the sampler takes."""
@@ -163,13 +182,20 @@ class Scheduler:
             pad = [0] * (self.settings.feed_rows - len(part))
             column = lambda pick, dtype: np.array([pick(self.rows[r]) for r in part] + pad, dtype)  # noqa: B023
             same = lambda value, dtype: np.full(self.settings.feed_rows, value, dtype)
-            self.state = self.sampler.assign(self.state, self.key_data, Assignment(
-                row_R=self._padded(part), step_R=column(lambda row: row.episode.step, np.uint32),
-                problem_R=column(lambda row: zlib.crc32(row.request.problem.id.encode()), np.uint32),
-                sample_R=column(lambda row: row.request.sample, np.int32),
-                temperature_R=same(self.sampling.temperature, np.float32),
-                top_p_R=same(self.sampling.top_p, np.float32), top_k_R=same(self.sampling.top_k, np.int32),
-                min_p_R=same(self.sampling.min_p, np.float32)))
+            self.state = self.sampler.assign(
+                self.state,
+                self.key_data,
+                Assignment(
+                    row_R=self._padded(part),
+                    step_R=column(lambda row: row.episode.step, np.uint32),
+                    problem_R=column(lambda row: zlib.crc32(row.request.problem.id.encode()), np.uint32),
+                    sample_R=column(lambda row: row.request.sample, np.int32),
+                    temperature_R=same(self.sampling.temperature, np.float32),
+                    top_p_R=same(self.sampling.top_p, np.float32),
+                    top_k_R=same(self.sampling.top_k, np.int32),
+                    min_p_R=same(self.sampling.min_p, np.float32),
+                ),
+            )
 
     def _prefill(self, admitted: list[int]) -> None:
         """Feeds each new prompt once; then every other sample copies the row."""
@@ -199,8 +225,9 @@ class Scheduler:
         target_R = self._padded(rows)
         allowance_R = np.array([self.rows[r].allowance for r in rows] + [0] * (len(target_R) - len(rows)), np.int32)
         length = len(self.rows[rows[0]].pending)
-        self.state = self.sampler.fork(self.state, np.full_like(target_R, source), target_R, length,
-                                       logits_V, allowance_R)
+        self.state = self.sampler.fork(
+            self.state, np.full_like(target_R, source), target_R, length, logits_V, allowance_R
+        )
         self.stats.shared_tokens += length * len(rows)
         for r in rows:
             self.rows[r].pending, self.rows[r].live = [], True
@@ -270,13 +297,19 @@ class Scheduler:
         while waiting := [r for r in rows if self.rows[r] and self.rows[r].pending]:
             began = time.perf_counter()
             for part in self._calls(waiting):
-                chunks = Chunks(row_R=self._padded(part), tokens_RC=zeros(settings.chunk), count_R=zeros(),
-                                live_R=zeros(dtype=bool), allowance_R=zeros(), tag_R=zeros())
+                chunks = Chunks(
+                    row_R=self._padded(part),
+                    tokens_RC=zeros(settings.chunk),
+                    count_R=zeros(),
+                    live_R=zeros(dtype=bool),
+                    allowance_R=zeros(),
+                    tag_R=zeros(),
+                )
                 longest = 1
                 for i, r in enumerate(part):
                     row = self.rows[r]
-                    piece, row.pending = row.pending[:settings.chunk], row.pending[settings.chunk:]
-                    chunks.tokens_RC[i, :len(piece)] = piece
+                    piece, row.pending = row.pending[: settings.chunk], row.pending[settings.chunk :]
+                    chunks.tokens_RC[i, : len(piece)] = piece
                     chunks.count_R[i], chunks.allowance_R[i], chunks.tag_R[i] = len(piece), row.allowance, row.tag
                     row.live = chunks.live_R[i] = not row.pending
                     longest = max(longest, row.length - len(row.pending))
@@ -311,7 +344,8 @@ class Scheduler:
         """Waits for the quantum and applies the turn rules to the rows that stopped in it."""
         began = self._settle(began)
         tokens_BQ, logprob_BQ, count_B, stop_B = jax.device_get(
-            (out.tokens_BQ, out.logprob_BQ, out.count_B, out.stop_B))
+            (out.tokens_BQ, out.logprob_BQ, out.count_B, out.stop_B)
+        )
         now = time.perf_counter()
         decoded = {r: b for b, r in enumerate(row_R.tolist()) if r < len(self.rows)}  # row → its index in the call
         sampled = int(count_B[list(decoded.values())].sum())
@@ -331,8 +365,12 @@ class Scheduler:
                 row.unread = (tokens_BQ[b, :n], logprob_BQ[b, :n])
                 carried += [r] if row.quanta == 0 else []
                 continue
-            self._follow(r, self.rules.advance(row.episode, tokens_BQ[b, :n].tolist(), logprob_BQ[b, :n].tolist(),
-                                               stop, self.version))
+            self._follow(
+                r,
+                self.rules.advance(
+                    row.episode, tokens_BQ[b, :n].tolist(), logprob_BQ[b, :n].tolist(), stop, self.version
+                ),
+            )
         if carried:
             self._append()
             self._assign(carried)  # or the device would go on with them

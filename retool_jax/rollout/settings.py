@@ -27,9 +27,17 @@ class SamplerSettings:
     cache_dtype: str  # of keys and values: as `dtype`, or 'int8' with a scale per slot and head. H bfloat16
 
     def __post_init__(self):
-        check(self, rows=within(1, 2**16), slots=within(1, 2**24), chunk=within(1, 2**16), feed_rows=within(1, 2**16),
-              quota=within(1, 2**16), min_bound=within(1, 2**24), dtype=one_of(DTYPES),
-              cache_dtype=one_of((*DTYPES, 'int8')))
+        check(
+            self,
+            rows=within(1, 2**16),
+            slots=within(1, 2**24),
+            chunk=within(1, 2**16),
+            feed_rows=within(1, 2**16),
+            quota=within(1, 2**16),
+            min_bound=within(1, 2**24),
+            dtype=one_of(DTYPES),
+            cache_dtype=one_of((*DTYPES, 'int8')),
+        )
         if not 0 <= self.decode_rows <= self.rows:
             raise UserError(f'decode_rows={self.decode_rows} must be from 1 to rows={self.rows}, or 0 for all rows')
 

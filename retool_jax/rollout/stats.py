@@ -43,10 +43,13 @@ class RolloutStats:
         """Rates, shares of the whole time, and quantiles of the tools' latency, by metric name."""
         share = lambda seconds: seconds / max(self.total_s, 1e-9)
         found = {
-            'rollout/tokens_per_s': self.tokens_per_s, 'rollout/slot_occupancy': self.occupancy,
-            'rollout/decode_share': share(self.decode_s), 'rollout/prefill_share': share(self.extend_s),
+            'rollout/tokens_per_s': self.tokens_per_s,
+            'rollout/slot_occupancy': self.occupancy,
+            'rollout/decode_share': share(self.decode_s),
+            'rollout/prefill_share': share(self.extend_s),
             'rollout/blocked_share': share(self.tools_blocked_s),
-            'rollout/shared_prompt_ratio': self.shared_tokens / max(self.shared_tokens + self.fed_tokens, 1)}
+            'rollout/shared_prompt_ratio': self.shared_tokens / max(self.shared_tokens + self.fed_tokens, 1),
+        }
         for name, values in (('seconds', self.tool_wall_s), ('wait', self.tool_wait_s)):
             for q in (50, 99):
                 found[f'tools/{name}_p{q}'] = float(np.quantile(values, q / 100)) if values else 0.0
@@ -67,8 +70,17 @@ class Timeline:
 
     def span(self, lane: int, name: str, start_s: float, end_s: float, **details) -> None:
         """One span; lane −1 is the device, others are rows. Seconds of time.perf_counter."""
-        self.events.append({'name': name, 'ph': 'X', 'pid': 0, 'tid': lane + 1, 'ts': start_s * 1e6,
-                            'dur': max(end_s - start_s, 0.0) * 1e6, 'args': details})
+        self.events.append(
+            {
+                'name': name,
+                'ph': 'X',
+                'pid': 0,
+                'tid': lane + 1,
+                'ts': start_s * 1e6,
+                'dur': max(end_s - start_s, 0.0) * 1e6,
+                'args': details,
+            }
+        )
 
     def decoded(self, start_s: float, end_s: float, tokens: dict[int, int], tools: int) -> None:
         """One decode call. tokens: of each row that took part; tools: how many rows waited for one meanwhile."""
@@ -89,6 +101,14 @@ class Timeline:
     def save(self, path: str | Path) -> None:
         """Writes the trace as JSON."""
         lanes = sorted({e['tid'] for e in self.events if 'tid' in e})
-        names = [{'name': 'thread_name', 'ph': 'M', 'pid': 0, 'tid': lane,
-                  'args': {'name': f'row {lane - 1}' if lane else 'device'}} for lane in lanes]
+        names = [
+            {
+                'name': 'thread_name',
+                'ph': 'M',
+                'pid': 0,
+                'tid': lane,
+                'args': {'name': f'row {lane - 1}' if lane else 'device'},
+            }
+            for lane in lanes
+        ]
         Path(path).write_text(json.dumps({'traceEvents': names + self.events, 'displayTimeUnit': 'ms'}))

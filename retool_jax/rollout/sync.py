@@ -21,8 +21,13 @@ class Sync:
     the sampling weights twice.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh | None = None,
-                 rules: Mapping[str, tuple[str, ...]] = sharding.SAMPLE_RULES):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: Mapping[str, tuple[str, ...]] = sharding.SAMPLE_RULES,
+    ):
         """mesh, rules: where the result lies, and how; without a mesh it stays where the weights are."""
         self.layers = range(config.num_hidden_layers)
         layer = ends = None

@@ -28,8 +28,15 @@ class Budgets:
     on_answer: str  # at `</answer>`: 'end' ends the episode, 'eos' lets it go on to EOS. P does not say; H end; O eos
 
     def __post_init__(self):
-        check(self, max_tokens=within(1, MANY), max_turn_tokens=within(1, MANY), max_turns=within(1, MANY),
-              max_calls=within(0, MANY), on_cap=one_of(('answer', 'end')), on_answer=one_of(('end', 'eos')))
+        check(
+            self,
+            max_tokens=within(1, MANY),
+            max_turn_tokens=within(1, MANY),
+            max_turns=within(1, MANY),
+            max_calls=within(0, MANY),
+            on_cap=one_of(('answer', 'end')),
+            on_answer=one_of(('end', 'eos')),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,10 +145,19 @@ class Rules:
         return Feed(ids, self.allowance(episode))
 
     def _record(self, episode: Episode, code: str, result: ExecResult, text: str) -> None:
-        episode.calls.append(ToolCall(
-            turn=episode.turns - 1, code=code, verdict=result.verdict, stdout=result.stdout, stderr=result.stderr,
-            feedback=template.neutralise(text), position=len(episode.tokens), wall_s=result.wall_s,
-            fault=result.fault))
+        episode.calls.append(
+            ToolCall(
+                turn=episode.turns - 1,
+                code=code,
+                verdict=result.verdict,
+                stdout=result.stdout,
+                stderr=result.stderr,
+                feedback=template.neutralise(text),
+                position=len(episode.tokens),
+                wall_s=result.wall_s,
+                fault=result.fault,
+            )
+        )
 
 
 def _refused(verdict: Verdict) -> ExecResult:

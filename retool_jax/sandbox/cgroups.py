@@ -109,8 +109,12 @@ class Groups:
         if self.roots:
             self.version = 1
         else:
-            bases = [base for mount, root, _, kind in mounts if kind == 'cgroup2'
-                     for base in _bases(mount, root, own.get('', '/'))]
+            bases = [
+                base
+                for mount, root, _, kind in mounts
+                if kind == 'cgroup2'
+                for base in _bases(mount, root, own.get('', '/'))
+            ]
             if self._adopt_v2(bases, move=False) or self._adopt_v2(bases, move=True):
                 self.version = 2
         self.missing = [c for c in _V1 if c not in self.roots]

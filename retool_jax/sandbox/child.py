@@ -69,6 +69,7 @@ class Lost(Exception):
 
 def _costs_its_request(callback: Callable) -> Callable:
     """An exception within a callback ends its child at once, with the reason; loop and neighbours go on."""
+
     @functools.wraps(callback)
     def guarded(child: Child, *arguments) -> None:
         try:
@@ -86,8 +87,18 @@ class Child:
     `report(child, outcome)` is called once, with a dictionary, or with `Lost`.
     """
 
-    def __init__(self, number: int, pidfd: int, control: socket.socket, out: int, err: int, lease: Lease,
-                 ready: Callable, report: Callable, output_bytes: int):
+    def __init__(
+        self,
+        number: int,
+        pidfd: int,
+        control: socket.socket,
+        out: int,
+        err: int,
+        lease: Lease,
+        ready: Callable,
+        report: Callable,
+        output_bytes: int,
+    ):
         self.number, self.lease = number, lease
         self.request: Request | None = None
         self.sealed = False
@@ -115,7 +126,8 @@ class Child:
         self._loop.remove_reader(self._control.fileno())
         try:
             message, ancillary, flags, _ = self._control.recvmsg(
-                len(protocol.SEALED), socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+                len(protocol.SEALED), socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+            )
             for _, kind, data in ancillary:
                 if kind == socket.SCM_RIGHTS:
                     self._box = struct.unpack('i', data[:4])[0]
@@ -162,8 +174,14 @@ class Child:
         counted = 'memory' in self.lease.enforced
         address_bytes = size + memory_bytes * (_ADDRESS_FACTOR if counted else 1) + (_ADDRESS_EXTRA if counted else 0)
         header = protocol.header(
-            code=fields['code'], stdin=fields['stdin'], files=fields['files'], seed=fields['seed'], echo=settings.echo,
-            cpu_s=self._cpu_s, address_bytes=-(-address_bytes >> 24) << 24)
+            code=fields['code'],
+            stdin=fields['stdin'],
+            files=fields['files'],
+            seed=fields['seed'],
+            echo=settings.echo,
+            cpu_s=self._cpu_s,
+            address_bytes=-(-address_bytes >> 24) << 24,
+        )
         for descriptor in self._pipes:
             os.set_blocking(descriptor, False)
             self._loop.add_reader(descriptor, self._on_output, descriptor)
@@ -177,7 +195,7 @@ class Child:
         descriptor = self._control.fileno()
         try:
             while self._unsent:
-                self._unsent[0] = self._unsent[0][self._control.send(self._unsent[0]):]
+                self._unsent[0] = self._unsent[0][self._control.send(self._unsent[0]) :]
                 if not self._unsent[0]:
                     del self._unsent[0]
         except BlockingIOError:
@@ -311,11 +329,20 @@ class Child:
         if verdict in (Verdict.OUTPUT_LIMIT, Verdict.OOM, Verdict.TIMEOUT):
             exit_code = number = None  # whether the kill or the end came first is chance
         fetched = {} if self._cause else self._fetch(self.request.fields['fetch'])
-        self._close({
-            'verdict': verdict, 'exit_code': exit_code, 'signal': number, 'cpu_s': cpu_s, 'wall_s': wall_s,
-            'peak_mb': self.lease.peak_mb(), 'truncated': self._cut, 'files': fetched,
-            'stdout': self._pipes[self._out].decode('utf-8', 'replace'),
-            'stderr': _without_our_frames(bytes(self._pipes[self._err])).decode('utf-8', 'replace')})
+        self._close(
+            {
+                'verdict': verdict,
+                'exit_code': exit_code,
+                'signal': number,
+                'cpu_s': cpu_s,
+                'wall_s': wall_s,
+                'peak_mb': self.lease.peak_mb(),
+                'truncated': self._cut,
+                'files': fetched,
+                'stdout': self._pipes[self._out].decode('utf-8', 'replace'),
+                'stderr': _without_our_frames(bytes(self._pipes[self._err])).decode('utf-8', 'replace'),
+            }
+        )
 
     def _fetch(self, paths: list[str]) -> dict[str, str]:
         """Regular files below /box, base64; links are not followed, so nothing else can be reached."""

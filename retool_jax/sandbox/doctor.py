@@ -42,9 +42,12 @@ class Finding:
 def machine() -> Iterator[Finding]:
     """What the kernel and the system say before anything is started."""
     is_linux = platform.system() == 'Linux' and platform.machine() == 'x86_64'
-    yield Finding(is_linux, f'system: {platform.system()} {platform.release()} on {platform.machine()}',
-                  'the local pool is for Linux on x86_64; use a remote sandbox: launch/sandbox_server.py there, '
-                  'its address here', fatal=True)
+    yield Finding(
+        is_linux,
+        f'system: {platform.system()} {platform.release()} on {platform.machine()}',
+        'the local pool is for Linux on x86_64; use a remote sandbox: launch/sandbox_server.py there, its address here',
+        fatal=True,
+    )
     if not is_linux:
         return
     yield Finding(True, f'user: {"root" if os.geteuid() == 0 else f"uid {os.geteuid()} (one user in the jail)"}')
@@ -56,6 +59,7 @@ def machine() -> Iterator[Finding]:
 
 def _nsjail() -> Finding:
     from retool_jax.sandbox import jail
+
     try:
         return Finding(True, f'nsjail: {jail.binary()}')
     except RuntimeError as error:
@@ -65,9 +69,11 @@ def _nsjail() -> Finding:
 def _namespaces() -> Iterator[Finding]:
     remedy = 'the kernel refuses; in a container, allow unshare (docs/sandbox.md: seccomp profile, privileges)'
     if _read('/proc/sys/kernel/apparmor_restrict_unprivileged_userns') == '1' and os.geteuid() != 0:
-        remedy = ('AppArmor restricts user namespaces (Ubuntu ≥ 23.10); as root: '
-                  'sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, '
-                  'or run as root, or give nsjail a profile with userns')
+        remedy = (
+            'AppArmor restricts user namespaces (Ubuntu ≥ 23.10); as root: '
+            'sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, '
+            'or run as root, or give nsjail a profile with userns'
+        )
     elif _read('/proc/sys/kernel/unprivileged_userns_clone') == '0' and os.geteuid() != 0:
         remedy = 'as root: sysctl -w kernel.unprivileged_userns_clone=1'
     elif _read('/proc/sys/user/max_user_namespaces') == '0':
@@ -84,18 +90,25 @@ def _seccomp() -> Finding:
     good = {'errno', 'kill_process', 'allow'} <= set(actions)
     # PR_GET_SECCOMP; 2 says that a filter is on already (a container's), which may deny more.
     mode = ctypes.CDLL(None).prctl(21, 0, 0, 0, 0)
-    return Finding(good, f'seccomp filters{" (this process has one already)" if mode == 2 else ""}',
-                   'a kernel with CONFIG_SECCOMP_FILTER', fatal=True)
+    return Finding(
+        good,
+        f'seccomp filters{" (this process has one already)" if mode == 2 else ""}',
+        'a kernel with CONFIG_SECCOMP_FILTER',
+        fatal=True,
+    )
 
 
 def _groups() -> Iterator[Finding]:
     groups = Groups()
     groups.remove()
-    remedy = ('run as root, or in a unit with delegation: systemd-run --user --scope -p Delegate=yes …; without it '
-              '{what}')
-    losses = {'memory': 'memory is limited per process only, and too much of it is an error instead of oom',
-              'pids': 'processes are limited by rlimit only',
-              'cpuacct': 'CPU time is read from /proc for the first process only'}
+    remedy = (
+        'run as root, or in a unit with delegation: systemd-run --user --scope -p Delegate=yes …; without it {what}'
+    )
+    losses = {
+        'memory': 'memory is limited per process only, and too much of it is an error instead of oom',
+        'pids': 'processes are limited by rlimit only',
+        'cpuacct': 'CPU time is read from /proc for the first process only',
+    }
     for name, loss in losses.items():
         good = name not in groups.missing
         version = f' (v{groups.version})' if good else ''
@@ -113,12 +126,17 @@ def working(pool: Pool) -> Iterator[Finding]:
     """Canaries, the limits, and two seconds of work on a pool that runs."""
     for each in canary.CANARIES:
         result = pool.submit(each.code).result(60)
-        yield Finding(canary.passed(each, result), f'canary: {each.claim}',
-                      f'{result.verdict}: {(result.stderr or result.stdout)[-200:]!r}', fatal=True)
+        yield Finding(
+            canary.passed(each, result),
+            f'canary: {each.claim}',
+            f'{result.verdict}: {(result.stderr or result.stdout)[-200:]!r}',
+            fatal=True,
+        )
     for what, code, verdict in [
-            ('CPU time', 'while True: pass', Verdict.TIMEOUT),
-            ('memory', 'x = []\nwhile True: x.append(bytearray(b"1" * 10**6))', Verdict.OOM),
-            ('output', 'while True: print("x" * 1000)', Verdict.OUTPUT_LIMIT)]:
+        ('CPU time', 'while True: pass', Verdict.TIMEOUT),
+        ('memory', 'x = []\nwhile True: x.append(bytearray(b"1" * 10**6))', Verdict.OOM),
+        ('output', 'while True: print("x" * 1000)', Verdict.OUTPUT_LIMIT),
+    ]:
         result = pool.submit(code).result(60)
         good = result.verdict is verdict or (what == 'memory' and 'memory' in pool.missing)
         yield Finding(good, f'limit: {what} ({result.verdict})', f'expected {verdict}')
@@ -139,8 +157,11 @@ def _throughput(pool: Pool, seconds: float) -> float:
 
 def main() -> int:
     """Prints the report; the exit status sums it up."""
-    argparse.ArgumentParser(prog='retool-doctor', description='What isolation this machine gives to snippets.',
-                            epilog='Exit status: 0 all, 1 not everything is limited, 2 none.').parse_args()
+    argparse.ArgumentParser(
+        prog='retool-doctor',
+        description='What isolation this machine gives to snippets.',
+        epilog='Exit status: 0 all, 1 not everything is limited, 2 none.',
+    ).parse_args()
     worst = 0
 
     def say(finding: Finding) -> None:
@@ -159,8 +180,13 @@ def main() -> int:
                     say(finding)
         except RuntimeError as error:
             say(Finding(False, 'pool', str(error), fatal=True))
-    print(['snippets run isolated and fully limited.', 'snippets run isolated; not everything is limited (see above).',
-           'snippets cannot be run here (see above).'][worst])
+    print(
+        [
+            'snippets run isolated and fully limited.',
+            'snippets run isolated; not everything is limited (see above).',
+            'snippets cannot be run here (see above).',
+        ][worst]
+    )
     return worst
 
 

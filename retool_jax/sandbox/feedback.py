@@ -48,8 +48,11 @@ def render(result: ExecResult, settings: FeedbackSettings) -> str:
             note = '' if error.strip() else f'SystemExit: {result.exit_code}'
             parts = [result.stdout if style != 'official' else '', error, note]
         case Verdict.SIGNAL:
-            parts = [result.stdout if style != 'official' else '', error if style == 'full' else '',
-                     f'The process was ended by {_signal_name(result.signal)}.']
+            parts = [
+                result.stdout if style != 'official' else '',
+                error if style == 'full' else '',
+                f'The process was ended by {_signal_name(result.signal)}.',
+            ]
         case Verdict.TIMEOUT:
             # How far it came depends on the machine: only 'full' shows it.
             parts = [result.stdout, TIMEOUT_TEXT] if style == 'full' else [TIMEOUT_TEXT]
@@ -87,12 +90,12 @@ def _shorten_traceback(text: str, max_frames: int) -> str:
     start = text.rfind(_TRACEBACK)
     if start < 0:
         return text
-    before, body = text[:start], text[start + len(_TRACEBACK):]
+    before, body = text[:start], text[start + len(_TRACEBACK) :]
     frames = [match.start() for match in re.finditer(r'^  File ', body, re.M)]
     if len(frames) <= max_frames:
         return text
     dropped = len(frames) - max_frames
-    return f'{before}{_TRACEBACK}  … [{dropped} frames omitted] …\n{body[frames[dropped]:]}'
+    return f'{before}{_TRACEBACK}  … [{dropped} frames omitted] …\n{body[frames[dropped] :]}'
 
 
 def _signal_name(number: int | None) -> str:

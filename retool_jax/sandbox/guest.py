@@ -83,8 +83,14 @@ def closure(packages: tuple[str, ...]) -> dict[str, str]:
 
 def key(packages: tuple[str, ...]) -> str:
     """Hash of all that the root's content depends on: interpreter, C library, packages, layout."""
-    facts = [_FORMAT, sys.version, platform.machine(), platform.libc_ver(), os.path.realpath(sys._base_executable),
-             closure(packages)]
+    facts = [
+        _FORMAT,
+        sys.version,
+        platform.machine(),
+        platform.libc_ver(),
+        os.path.realpath(sys._base_executable),
+        closure(packages),
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -162,8 +168,10 @@ def _make_public(path: Path) -> None:
         path.chmod(0o755)
     for parent in [path, *path.resolve().parents]:
         if not parent.stat().st_mode & 0o001:
-            raise UserError(f'RETOOL_GUEST_ROOT={path}: {parent} is closed to other users (nsjail cannot bind '
-                            'below it); choose a path whose every directory has mode 0755')
+            raise UserError(
+                f'RETOOL_GUEST_ROOT={path}: {parent} is closed to other users (nsjail cannot bind '
+                'below it); choose a path whose every directory has mode 0755'
+            )
 
 
 @contextlib.contextmanager
@@ -213,9 +221,26 @@ def _build(root: Path, packages: tuple[str, ...], progress: Callable[[str], None
     progress('3/5 shared libraries')
     _copy_libraries(root, python)
     progress('4/5 byte code')
-    subprocess.run([sys.executable, '-m', 'compileall', '-q', '-j', '2', '-s', str(root), '-p', '/',
-                    '--invalidation-mode', 'unchecked-hash', str(library)],
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)  # odd files may not compile
+    subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'compileall',
+            '-q',
+            '-j',
+            '2',
+            '-s',
+            str(root),
+            '-p',
+            '/',
+            '--invalidation-mode',
+            'unchecked-hash',
+            str(library),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )  # odd files may not compile
     progress('5/5 mount points')
     for name in ('box', 'dev', 'runner', 'proc'):
         (root / name).mkdir()
@@ -229,8 +254,12 @@ def _build(root: Path, packages: tuple[str, ...], progress: Callable[[str], None
             path = os.path.join(directory, name)
             if not os.path.islink(path):
                 os.chmod(path, 0o755 if os.access(path, os.X_OK) else 0o644)
-    sizes = [os.path.getsize(os.path.join(directory, name)) for directory, _, names in os.walk(root) for name in names
-             if not os.path.islink(os.path.join(directory, name))]
+    sizes = [
+        os.path.getsize(os.path.join(directory, name))
+        for directory, _, names in os.walk(root)
+        for name in names
+        if not os.path.islink(os.path.join(directory, name))
+    ]
     (root / 'complete').write_text(f'{len(sizes)} {sum(sizes)}')
     (root / 'complete').chmod(0o644)
 
@@ -263,8 +292,14 @@ def _copy_libraries(root: Path, python: Path) -> None:
     """Copies the closure of shared libraries that `ldd` names and that the tree does not hold."""
     objects = [str(p) for p in python.rglob('*.so*') if p.is_file()]
     environment = {**os.environ, 'LD_LIBRARY_PATH': os.path.join(sys.base_prefix, 'lib')}
-    output = subprocess.run(['ldd', str(python / 'bin' / 'python3'), *objects], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
+    output = subprocess.run(
+        ['ldd', str(python / 'bin' / 'python3'), *objects],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    ).stdout
     needed = set(re.findall(r'=> (/\S+) \(0x', output))
     loaders = set(re.findall(r'^\s(/\S*ld-\S+) \(0x', output, re.M)) | set(re.findall(r'=> (/\S*/ld-linux\S+)', output))
     if not loaders:

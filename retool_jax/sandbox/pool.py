@@ -62,7 +62,8 @@ class Pool:
 
     def __init__(self, settings: SandboxSettings):
         self.settings = settings = dataclasses.replace(
-            settings, concurrency=settings.concurrency or 2 * cgroups.cores())
+            settings, concurrency=settings.concurrency or 2 * cgroups.cores()
+        )
         self.missing: tuple[str, ...] = ()  # control groups that could not be had: what is not enforced
         self.capped = ''  # why fewer snippets run at once than `concurrency` says
         self._waiting: dict[int, _Call] = {}
@@ -97,8 +98,10 @@ class Pool:
 
     def __str__(self) -> str:
         s, lacking = self.settings, f', not enforced: {", ".join(self.missing)}' if self.missing else ''
-        return (f'nsjail, {s.path} path, {s.zygotes} zygotes; {s.cpu_s:g} s CPU, {s.wall_s:g} s, '
-                f'{s.memory_mb} MiB a snippet{lacking}')
+        return (
+            f'nsjail, {s.path} path, {s.zygotes} zygotes; {s.cpu_s:g} s CPU, {s.wall_s:g} s, '
+            f'{s.memory_mb} MiB a snippet{lacking}'
+        )
 
     def __enter__(self) -> Pool:
         return self.start()
@@ -166,8 +169,12 @@ class Pool:
     def stats(self) -> dict:
         """Counts since the start: snippets by verdict, waiting, retried and respawned workers."""
         with self._lock:
-            return {'waiting': len(self._waiting), 'verdicts': dict(self._counts), 'missing': list(self.missing),
-                    **self._counters}
+            return {
+                'waiting': len(self._waiting),
+                'verdicts': dict(self._counts),
+                'missing': list(self.missing),
+                **self._counters,
+            }
 
     def close(self) -> None:
         """Ends every snippet and worker; waiting futures get an exception."""
@@ -184,8 +191,10 @@ class Pool:
 
     def _launch(self) -> None:
         if platform.system() != 'Linux' or platform.machine() != 'x86_64':
-            raise RuntimeError(f'sandbox: the local pool needs Linux on x86_64, not {platform.system()} on '
-                               f'{platform.machine()}; name servers in sandbox.addresses')
+            raise RuntimeError(
+                f'sandbox: the local pool needs Linux on x86_64, not {platform.system()} on '
+                f'{platform.machine()}; name servers in sandbox.addresses'
+            )
         with self._lock:
             if self._thread is None and not self._closed:
                 started = threading.Event()
@@ -223,9 +232,13 @@ class Pool:
         root = str(Path(retool_jax.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get('PYTHONPATH')]))
         self._process = subprocess.Popen(
-            [sys.executable, '-m', 'retool_jax.sandbox.supervisor', str(theirs.fileno())], pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, 'PYTHONPATH': path})
+            [sys.executable, '-m', 'retool_jax.sandbox.supervisor', str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, 'PYTHONPATH': path},
+        )
         theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 26)
         self._writer.write(frames.pack(self.settings.fields()))
@@ -266,8 +279,10 @@ class Pool:
             calls = [self._take(id_) for id_ in lost]
             self._unsent, self._sent = collections.deque(self._waiting), 0
         for call in calls:
-            self._answer(call, Outcome(ExecResult(
-                Verdict.SANDBOX_ERROR, '', 'its supervisor died every time', fault=Fault.POOL), {}))
+            self._answer(
+                call,
+                Outcome(ExecResult(Verdict.SANDBOX_ERROR, '', 'its supervisor died every time', fault=Fault.POOL), {}),
+            )
 
     def _take(self, id_: int) -> _Call | None:
         """Removes a call from those that wait; the lock is held."""

@@ -48,12 +48,24 @@ class SandboxSettings:
     def __post_init__(self):
         for name in ('preload', 'packages'):  # lists, where they come out of JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        check(self, path=one_of(PATHS), zygotes=within(1, 1024), spares=within(1, 1024),
-              concurrency=within(0, 2**16), recycle=within(1, MANY), processes=within(1, 2**22),
-              files=within(1, 2**20), scratch_inodes=within(1, MANY), output_bytes=within(1, MANY), preload=_MODULE,
-              packages=_PACKAGE, retries=within(0, 1000), queue=within(1, MANY),
-              **{name: above(0, most) for name, most in MOST.items()},
-              **dict.fromkeys(('scratch_mb', 'queue_mb'), above(0, MOST['memory_mb'])))
+        check(
+            self,
+            path=one_of(PATHS),
+            zygotes=within(1, 1024),
+            spares=within(1, 1024),
+            concurrency=within(0, 2**16),
+            recycle=within(1, MANY),
+            processes=within(1, 2**22),
+            files=within(1, 2**20),
+            scratch_inodes=within(1, MANY),
+            output_bytes=within(1, MANY),
+            preload=_MODULE,
+            packages=_PACKAGE,
+            retries=within(0, 1000),
+            queue=within(1, MANY),
+            **{name: above(0, most) for name, most in MOST.items()},
+            **dict.fromkeys(('scratch_mb', 'queue_mb'), above(0, MOST['memory_mb'])),
+        )
 
     def fields(self) -> dict[str, Any]:
         """The values by name, without what a subclass adds."""

@@ -64,8 +64,14 @@ def _within_descriptors(settings: SandboxSettings) -> tuple[int, int, str]:
     if limit == settings.concurrency:
         return limit, room, ''
     needed = _RESERVED + _DESCRIPTORS * (settings.concurrency + settings.zygotes * settings.spares)
-    return limit, room, (f'sandbox.concurrency={settings.concurrency}: needs {needed} descriptors, {soft} is the hard '
-                         f'limit here, so {limit} snippets run at once; raise it (ulimit -Hn, LimitNOFILE=)')
+    return (
+        limit,
+        room,
+        (
+            f'sandbox.concurrency={settings.concurrency}: needs {needed} descriptors, {soft} is the hard '
+            f'limit here, so {limit} snippets run at once; raise it (ulimit -Hn, LimitNOFILE=)'
+        ),
+    )
 
 
 class Supervisor:
@@ -79,13 +85,21 @@ class Supervisor:
             print(self._capped, file=sys.stderr)
         self.groups = Groups()
         if settings.require_groups and self.groups.missing:
-            raise RuntimeError(f'sandbox: no control group for {", ".join(self.groups.missing)} may be written here '
-                               '(run as root, or delegate one); or set sandbox.require_groups=False')
+            raise RuntimeError(
+                f'sandbox: no control group for {", ".join(self.groups.missing)} may be written here '
+                '(run as root, or delegate one); or set sandbox.require_groups=False'
+            )
         nsjail = jail.binary()
         guest = guest_lib.ensure(settings.packages, lambda line: print(f'guest root: {line}', file=sys.stderr))
         self._resources = Resources(settings, nsjail, guest, self.groups, collections.deque(_UIDS), itertools.count(1))
-        self._reports = Reports(self.dispatch, self._on_child_ready, self._on_child_end, self._on_worker_death,
-                                self._run_short, self._complain)
+        self._reports = Reports(
+            self.dispatch,
+            self._on_child_ready,
+            self._on_child_end,
+            self._on_worker_death,
+            self._run_short,
+            self._complain,
+        )
         self.running: dict[int, Child] = {}
         self.counters = collections.Counter(retried=0, respawned=0, recycled=0)
         self._link = link
@@ -248,18 +262,27 @@ class Supervisor:
 
     def _break(self) -> None:
         if not self._broken:
-            self._broken = (f'sandbox: no isolated worker can be started here, so no code is run: {self._words}; '
-                            '`python -m retool_jax.sandbox.doctor` names the remedy')
+            self._broken = (
+                f'sandbox: no isolated worker can be started here, so no code is run: {self._words}; '
+                '`python -m retool_jax.sandbox.doctor` names the remedy'
+            )
             self._say({'op': 'broken', 'reason': self._broken})
 
     def _prove(self, outcome: dict) -> None:
         """Opens the pool where the canary sang, ends it where not."""
         if outcome['verdict'] == Verdict.OK and outcome['stdout'] == self._canary.expected:
             self._proven = True
-            self._say({'op': 'ready', 'missing': self.groups.missing, 'groups': self.groups.version,
-                       'guest': str(self._resources.guest.root), 'capped': self._capped})
+            self._say(
+                {
+                    'op': 'ready',
+                    'missing': self.groups.missing,
+                    'groups': self.groups.version,
+                    'guest': str(self._resources.guest.root),
+                    'capped': self._capped,
+                }
+            )
         else:
-            self._words = f"the isolation does not hold ({outcome['verdict']}: {outcome['stderr'][-200:]})"
+            self._words = f'the isolation does not hold ({outcome["verdict"]}: {outcome["stderr"][-200:]})'
             self._break()
 
     def _deliver(self, request: Request, outcome: dict) -> None:

@@ -71,8 +71,14 @@ class Jail:
             stack.callback(os.close, read)
             try:
                 self.process = subprocess.Popen(
-                    argv, stdin=subprocess.DEVNULL, stdout=write, stderr=write, pass_fds=descriptors,
-                    preexec_fn=_die_with_parent, start_new_session=True)
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=write,
+                    stderr=write,
+                    pass_fds=descriptors,
+                    preexec_fn=_die_with_parent,
+                    start_new_session=True,
+                )
             finally:
                 os.close(write)
             stack.callback(self.process.wait)
@@ -122,10 +128,16 @@ class Warm:
         self._heard = time.monotonic()
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         settings = resources.settings
-        words = json.dumps({
-            'preload': list(settings.preload), 'scratch_mb': settings.scratch_mb, 'files': settings.files,
-            'scratch_inodes': settings.scratch_inodes, 'processes': settings.processes,
-            'single_uid': jail.single_uid()})
+        words = json.dumps(
+            {
+                'preload': list(settings.preload),
+                'scratch_mb': settings.scratch_mb,
+                'files': settings.files,
+                'scratch_inodes': settings.scratch_inodes,
+                'processes': settings.processes,
+                'single_uid': jail.single_uid(),
+            }
+        )
         config = jail.warm(resources.guest, theirs.fileno(), words)
         with theirs, contextlib.ExitStack() as stack:
             stack.callback(self.link.close)
@@ -165,7 +177,8 @@ class Warm:
         while not self.dead:
             try:
                 data, ancillary, flags, _ = self.link.recvmsg(
-                    protocol.UP.size, socket.CMSG_SPACE(4 * protocol.CHILD_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC)
+                    protocol.UP.size, socket.CMSG_SPACE(4 * protocol.CHILD_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 return
             except OSError:
@@ -200,8 +213,16 @@ class Warm:
         self.pids[pid] = number
         self.uids[number] = self.ordered.pop(number)
         self.children[number] = Child(
-            number, pidfd, socket.socket(fileno=control), out, err, lease,
-            self._reports.child_ready, self._on_child_end, self._resources.settings.output_bytes)
+            number,
+            pidfd,
+            socket.socket(fileno=control),
+            out,
+            err,
+            lease,
+            self._reports.child_ready,
+            self._on_child_end,
+            self._resources.settings.output_bytes,
+        )
 
     def _refuse(self, number: int, descriptors: array.array, error: OSError | None = None) -> None:
         """A child that cannot be taken in: it ends by itself when its channel is closed."""
@@ -246,8 +267,14 @@ class Cold:
         config = jail.cold(resources.guest, (theirs.fileno(), out_write, err_write), log_write, resources.settings)
         argv, descriptor = jail.command(resources.nsjail, config)
         self.process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=log_write, stderr=log_write, preexec_fn=_die_with_parent,
-            pass_fds=[theirs.fileno(), out_write, err_write, descriptor, log_write], start_new_session=True)
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log_write,
+            stderr=log_write,
+            preexec_fn=_die_with_parent,
+            pass_fds=[theirs.fileno(), out_write, err_write, descriptor, log_write],
+            start_new_session=True,
+        )
         for unneeded in (descriptor, out_write, err_write, log_write):
             os.close(unneeded)
         theirs.close()
@@ -258,8 +285,17 @@ class Cold:
         self._pidfd = os.pidfd_open(self.process.pid)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._pidfd, self._on_exit)
-        self.child = Child(next(resources.numbers), os.dup(self._pidfd), control, out, err, resources.groups.take(),
-                           self._on_ready, self._on_end, resources.settings.output_bytes)
+        self.child = Child(
+            next(resources.numbers),
+            os.dup(self._pidfd),
+            control,
+            out,
+            err,
+            resources.groups.take(),
+            self._on_ready,
+            self._on_end,
+            resources.settings.output_bytes,
+        )
 
     def _on_ready(self, child: Child) -> None:
         try:

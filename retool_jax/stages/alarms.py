@@ -35,10 +35,14 @@ class WatchSettings:
     timeouts: str  # answers count as wrong unjudged: 'ignore', 'warn' or 'stop'. H
 
     def __post_init__(self):
-        check(self, entropy_below=within(0, 1e9), equal_steps=within(1, MANY),
-              **dict.fromkeys(('mismatch_above', 'episode_mismatch_above'), within(0, 1e9)),
-              **dict.fromkeys(('failures_above', 'faults_above', 'timeouts_above'), within(0, 1)),
-              **dict.fromkeys(ALARMS, one_of(ACTIONS)))
+        check(
+            self,
+            entropy_below=within(0, 1e9),
+            equal_steps=within(1, MANY),
+            **dict.fromkeys(('mismatch_above', 'episode_mismatch_above'), within(0, 1e9)),
+            **dict.fromkeys(('failures_above', 'faults_above', 'timeouts_above'), within(0, 1)),
+            **dict.fromkeys(ALARMS, one_of(ACTIONS)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +73,11 @@ class Watch:
         right = bool(episodes) and episodes[0].reward.correct
         of = lambda name: metrics.get(name, 0.0)
         entropy = metrics.get('actor/entropy')
-        why = ('weights move faster than carried episodes end; raise ppo.quanta or lower optimizer.lr'
-               if of('partial/stale_tokens') else
-               'sampler and trainer disagree; compare sampler.dtype with forward.dtype')
+        why = (
+            'weights move faster than carried episodes end; raise ppo.quanta or lower optimizer.lr'
+            if of('partial/stale_tokens')
+            else 'sampler and trainer disagree; compare sampler.dtype with forward.dtype'
+        )
         found = {
             'entropy': (entropy is not None and entropy < s.entropy_below,
                         f'actor/entropy {entropy or 0.0:.3g} is below {s.entropy_below:g}: the policy has collapsed; '

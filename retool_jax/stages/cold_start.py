@@ -80,22 +80,34 @@ def run(stage: ColdStart) -> None:
             model = parts.open_model(stage.model, directory)
             console.banner(model=model, sandbox=pool, run=directory)
             if rewritten is not None:
-                made, counts = verify(rewritten, pool, stage.feedback, model.template, model.tokenizer,
-                                      grader.equal, stage.max_tokens)
+                made, counts = verify(
+                    rewritten, pool, stage.feedback, model.template, model.tokenizer, grader.equal, stage.max_tokens
+                )
             else:
                 drawn = arithmetic.problems('train', stage.problems, stage.run.seed)
-                made, counts = build(drawn, stage.mix, pool, stage.feedback, model.template, model.tokenizer,
-                                     stage.run.seed, stage.max_tokens)
+                made, counts = build(
+                    drawn,
+                    stage.mix,
+                    pool,
+                    stage.feedback,
+                    model.template,
+                    model.tokenizer,
+                    stage.run.seed,
+                    stage.max_tokens,
+                )
             unverified = sum(episode.problem.id in own for episode in made)
             keep(directory, model, made, counts, unverified)
     console.table('traces', ('', 'number', 'share'), shares(counts))
     if own:
-        console.say(f'answers: {len(made) - unverified} of {len(made)} traces kept were verified; {unverified} have no '
-                    'gold answer but their own last box, which verifies nothing: --config.golds=FILE names one')
+        console.say(
+            f'answers: {len(made) - unverified} of {len(made)} traces kept were verified; {unverified} have no '
+            'gold answer but their own last box, which verifies nothing: --config.golds=FILE names one'
+        )
 
 
-def keep(directory: Path, model: Model, made: Sequence[Episode], counts: Mapping[str, int],
-         unverified: int = 0) -> None:
+def keep(
+    directory: Path, model: Model, made: Sequence[Episode], counts: Mapping[str, int], unverified: int = 0
+) -> None:
     """Writes the traces to `episodes/` of a run's folder and last of all its summary.json."""
     if not made:
         raise UserError(f'no trace was kept: {counts}')
@@ -314,8 +326,10 @@ def bears_out(result: ExecResult, claim: str, feedback: FeedbackSettings) -> boo
     character and ending with its last.
     """
     whole = dataclasses.replace(feedback, max_chars=MANY, max_frames=MANY)
-    said, printed, claimed = (re.sub(r'</?interpreter>', '', text).strip() for text in (
-        wrap_feedback(render(result, whole)), wrap_feedback(result.stdout), claim))
+    said, printed, claimed = (
+        re.sub(r'</?interpreter>', '', text).strip()
+        for text in (wrap_feedback(render(result, whole)), wrap_feedback(result.stdout), claim)
+    )
     if result.verdict == Verdict.OK:  # what was printed, or what this project adds to it where it is nothing
         return _shows(claimed, printed) or _shows(claimed, said)
     *above, last = claimed.splitlines() or ['']

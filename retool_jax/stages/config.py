@@ -83,8 +83,10 @@ class SandboxBlock(SandboxSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        url = Rule(lambda x: x.startswith(('http://', 'https://')) and bool(x.partition('://')[2].strip('/ ')),
-                   'must be http://host:port or https://host:port')
+        url = Rule(
+            lambda x: x.startswith(('http://', 'https://')) and bool(x.partition('://')[2].strip('/ ')),
+            'must be http://host:port or https://host:port',
+        )
         check(self, addresses=url)
 
 
@@ -102,8 +104,14 @@ class RewardSettings:
     workers: int  # children that judge, 1 to 1,024
 
     def __post_init__(self):
-        check(self, style=one_of(grader.STYLES), unreadable=one_of(UNREADABLE), time_limit_s=above(0, 3600),
-              memory_mb=within(256, 2**20), workers=within(1, 1024))
+        check(
+            self,
+            style=one_of(grader.STYLES),
+            unreadable=one_of(UNREADABLE),
+            time_limit_s=above(0, 3600),
+            memory_mb=within(256, 2**20),
+            workers=within(1, 1024),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,12 +203,21 @@ class RecipeSettings:
     samples: int  # answers per problem in evaluation, 1 to 65,536. H
 
     def __post_init__(self):
-        check(self, problems_seen=within(1, PROBLEMS), text_needy=within(0, 1), sft_steps=within(1, MANY),
-              lead_steps=within(1, MANY), sft_batch_tokens=within(1, MANY), problems=within(1, PROBLEMS),
-              apart_problems=within(1, PROBLEMS), samples=within(1, 2**16))
+        check(
+            self,
+            problems_seen=within(1, PROBLEMS),
+            text_needy=within(0, 1),
+            sft_steps=within(1, MANY),
+            lead_steps=within(1, MANY),
+            sft_batch_tokens=within(1, MANY),
+            problems=within(1, PROBLEMS),
+            apart_problems=within(1, PROBLEMS),
+            samples=within(1, 2**16),
+        )
         if self.lead_steps > self.sft_steps:
-            raise UserError(f'lead_steps={self.lead_steps} are the first of recipe.sft_steps={self.sft_steps}; '
-                            'choose fewer')
+            raise UserError(
+                f'lead_steps={self.lead_steps} are the first of recipe.sft_steps={self.sft_steps}; choose fewer'
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,11 +314,15 @@ class Rollouts:
     def __post_init__(self):
         fit_cache(self.turns, self.sampler)
         if self.turns.max_tokens > self.forward.row_width:
-            raise UserError(f'turns.max_tokens={self.turns.max_tokens} exceeds forward.row_width='
-                            f'{self.forward.row_width}, the longest episode that can be trained on; change one of them')
+            raise UserError(
+                f'turns.max_tokens={self.turns.max_tokens} exceeds forward.row_width='
+                f'{self.forward.row_width}, the longest episode that can be trained on; change one of them'
+            )
         if self.ppo.overlong_buffer > self.turns.max_tokens:
-            raise UserError(f'ppo.overlong_buffer={self.ppo.overlong_buffer} exceeds '
-                            f'turns.max_tokens={self.turns.max_tokens}; choose a smaller one')
+            raise UserError(
+                f'ppo.overlong_buffer={self.ppo.overlong_buffer} exceeds '
+                f'turns.max_tokens={self.turns.max_tokens}; choose a smaller one'
+            )
         ppo.check(self.ppo, self.advantage, self.loss, self.train_sampling)
 
 
@@ -318,12 +339,16 @@ class Reinforcement(Rollouts):
     def __post_init__(self):
         super().__post_init__()
         if self.ppo.quanta and not (self.halves.train and self.halves.episodes is None):
-            raise UserError(f'ppo.quanta={self.ppo.quanta} carries episodes over to the weights of the next step, '
-                            'which one half alone has not; set ppo.quanta=0')
+            raise UserError(
+                f'ppo.quanta={self.ppo.quanta} carries episodes over to the weights of the next step, '
+                'which one half alone has not; set ppo.quanta=0'
+            )
         if self.halves.episodes is not None and self.loss.correction == 'none':
-            raise UserError(f'halves.episodes={self.halves.episodes!r} trains on tokens of other weights, which '
-                            'loss.correction=none takes for those of the current ones; set loss.correction=token or '
-                            'sequence')
+            raise UserError(
+                f'halves.episodes={self.halves.episodes!r} trains on tokens of other weights, which '
+                'loss.correction=none takes for those of the current ones; set loss.correction=token or '
+                'sequence'
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -348,5 +373,7 @@ def require_path(model: ModelSettings) -> None:
 def fit_cache(turns: Budgets, sampler: SamplerSettings) -> None:
     """Refuses a budget that a row's cache does not hold."""
     if turns.max_tokens > sampler.slots:
-        raise UserError(f'turns.max_tokens={turns.max_tokens} exceeds sampler.slots={sampler.slots}, the KV slots of '
-                        'a row; change one of them')
+        raise UserError(
+            f'turns.max_tokens={turns.max_tokens} exceeds sampler.slots={sampler.slots}, the KV slots of '
+            'a row; change one of them'
+        )

@@ -63,15 +63,18 @@ class Story:
         self.stage, self.recipe, self.seed = stage, stage.recipe, stage.run.seed
         self.directory, self.executor, self.grader, self.writer = directory, executor, grader, writer
         self.mesh = parts.make_mesh(stage.mesh)
-        self.models = {tools: parts.open_model(dataclasses.replace(stage.model, tools=tools), directory)
-                       for tools in (True, False)}  # before they have learnt anything
+        self.models = {
+            tools: parts.open_model(dataclasses.replace(stage.model, tools=tools), directory) for tools in (True, False)
+        }  # before they have learnt anything
         self.clock = 0  # metrics lines written
 
     @functools.cached_property
     def samplers(self) -> dict[bool, Sampler]:
         """One compiled sampler per kind of model, for rollouts and evaluations alike."""
-        return {tools: parts.make_sampler(model, self.stage.sampler, self.stage.turns, self.mesh)
-                for tools, model in self.models.items()}
+        return {
+            tools: parts.make_sampler(model, self.stage.sampler, self.stage.turns, self.mesh)
+            for tools, model in self.models.items()
+        }
 
     def common(self, tools: bool, name: str, start: Path | None = None) -> dict:
         """The blocks that every stage of a line has: its folder, and the model that it begins with."""
@@ -82,15 +85,29 @@ class Story:
     def cold_start(self, tools: bool) -> Path:
         """The traces of one line, as a folder of episodes; what verification dropped is printed."""
         stage, model = self.stage, self.models[tools]
-        stage = ColdStart(**self.common(tools, 'cold_start'), traces=None, golds=None,
-                          problems=self.recipe.problems_seen, mix=stage.mix if tools else TEXT_ONLY,
-                          max_tokens=min(stage.turns.max_tokens, stage.forward.row_width), sandbox=stage.sandbox,
-                          feedback=stage.feedback, reward=stage.reward)
+        stage = ColdStart(
+            **self.common(tools, 'cold_start'),
+            traces=None,
+            golds=None,
+            problems=self.recipe.problems_seen,
+            mix=stage.mix if tools else TEXT_ONLY,
+            max_tokens=min(stage.turns.max_tokens, stage.forward.row_width),
+            sandbox=stage.sandbox,
+            feedback=stage.feedback,
+            reward=stage.reward,
+        )
         with folder.claimed(stage, free=PLACES) as directory:
             if not (directory / 'summary.json').exists():
-                made, counts = cold_start.build(self.problems(tools), stage.mix, self.executor if tools else None,
-                                                stage.feedback, model.template, model.tokenizer, self.seed,
-                                                max_tokens=stage.max_tokens)
+                made, counts = cold_start.build(
+                    self.problems(tools),
+                    stage.mix,
+                    self.executor if tools else None,
+                    stage.feedback,
+                    model.template,
+                    model.tokenizer,
+                    self.seed,
+                    max_tokens=stage.max_tokens,
+                )
                 cold_start.keep(directory, model, made, counts)
             counts = json.loads((directory / 'summary.json').read_text())['counts']
         console.say(f'cold start ({_kind(tools)}): ' + ', '.join(f'{n} {reason}' for reason, n in counts.items()))
@@ -101,24 +118,41 @@ class Story:
         if tools:
             return arithmetic.problems('train', self.recipe.problems_seen, self.seed)
         rng = random.Random(f'text-only/{self.seed}')
-        return [problem for problem in arithmetic.problems('train', 2 * self.recipe.problems_seen, self.seed)
-                if arithmetic.BY_NAME[problem.family].mental or rng.random() < self.recipe.text_needy]
+        return [
+            problem
+            for problem in arithmetic.problems('train', 2 * self.recipe.problems_seen, self.seed)
+            if arithmetic.BY_NAME[problem.family].mental or rng.random() < self.recipe.text_needy
+        ]
 
     def fine_tune(self, tools: bool, traces: Path) -> Path:
         """Supervised fine-tuning of the random model; the folder of the one that it becomes."""
         stage, recipe = self.stage, self.recipe
-        stage = FineTuning(**self.common(tools, 'sft'), traces=str(traces), unreadable='refuse', mesh=stage.mesh,
-                           forward=stage.forward, optimizer=stage.sft_optimizer, checkpoints=SFT_SAVES,
-                           sft=SFTSettings(steps=recipe.sft_steps, epochs=0, batch_tokens=recipe.sft_batch_tokens,
-                                           evaluation_share=0.0))
+        stage = FineTuning(
+            **self.common(tools, 'sft'),
+            traces=str(traces),
+            unreadable='refuse',
+            mesh=stage.mesh,
+            forward=stage.forward,
+            optimizer=stage.sft_optimizer,
+            checkpoints=SFT_SAVES,
+            sft=SFTSettings(
+                steps=recipe.sft_steps, epochs=0, batch_tokens=recipe.sft_batch_tokens, evaluation_share=0.0
+            ),
+        )
         with folder.claimed(stage, free=PLACES) as directory:
             if not (directory / sft.FINAL).exists():
                 made = episode_files.read(traces)
                 # Digits of long mental arithmetic look random to such a model and drown what it can learn, to
                 # copy operands: it starts with traces that need nothing else.
                 easiest = [trace for trace in made if trace.calls or _mental(trace)]
-                sft.go_on(stage, directory, parts.open_model(stage.model, directory), made, lead=easiest,
-                          lead_steps=recipe.lead_steps)
+                sft.go_on(
+                    stage,
+                    directory,
+                    parts.open_model(stage.model, directory),
+                    made,
+                    lead=easiest,
+                    lead_steps=recipe.lead_steps,
+                )
         self.log(f'sft_{_kind(tools)}', metrics.read(directory))
         return directory / sft.FINAL
 
@@ -126,20 +160,33 @@ class Story:
         """PPO from the model in a folder; the folder of the one that it becomes."""
         blocks = {field.name: getattr(self.stage, field.name) for field in dataclasses.fields(Rollouts)}
         stage = Reinforcement(
-            **blocks | self.common(tools, 'ppo', start), data=DataSettings(sources=(), weights=()),
-            halves=HalvesSettings(episodes=None, train=True), watch=UNWATCHED, checkpoints=PPO_SAVES,
-            validation=ValidationSettings(problems=None, limit=None, every=1, samples=1))
+            **blocks | self.common(tools, 'ppo', start),
+            data=DataSettings(sources=(), weights=()),
+            halves=HalvesSettings(episodes=None, train=True),
+            watch=UNWATCHED,
+            checkpoints=PPO_SAVES,
+            validation=ValidationSettings(problems=None, limit=None, every=1, samples=1),
+        )
         with folder.claimed(stage, free=PLACES) as directory:
             if not (directory / 'summary.json').exists():
                 asked = stage.ppo.problems_per_step * max(stage.ppo.dynamic_rounds, 1)
                 stream = arithmetic.problems('train', asked * stage.ppo.steps, seed=self.seed + 1_000_003)
-                ppo.go_on(stage, directory, parts.build(stage, directory), self.samplers[tools],
-                          self.executor if tools else None, self.grader, stream)
+                ppo.go_on(
+                    stage,
+                    directory,
+                    parts.build(stage, directory),
+                    self.samplers[tools],
+                    self.executor if tools else None,
+                    self.grader,
+                    stream,
+                )
         self.log(f'ppo_{_kind(tools)}', metrics.read(directory))
         for step in range(stage.ppo.steps):
             for suffix in ('npz', 'jsonl'):  # the text last: it is what says that a part is there
-                _copy(directory / 'episodes' / f'train_{step:05d}.{suffix}',
-                      self.directory / 'episodes' / f'{_kind(tools)}_{step:05d}.{suffix}')
+                _copy(
+                    directory / 'episodes' / f'train_{step:05d}.{suffix}',
+                    self.directory / 'episodes' / f'{_kind(tools)}_{step:05d}.{suffix}',
+                )
         return directory / ppo.FINAL
 
     def score(self, name: str, tools: bool, path: Path | None = None, apart: bool = True) -> dict:
@@ -147,21 +194,42 @@ class Story:
         stage, model, sampler = self.stage, self.models[tools], self.samplers[tools]
         settings = dataclasses.replace(stage.model, path=str(path)) if path else stage.model
         weights = sampler.sync(parts.load_policy(settings, model, self.seed, self.mesh))
-        engine = parts.make_engine(model, sampler, stage.turns, stage.feedback, stage.evaluate_sampling,
-                                   self.executor if tools else None, self.seed, parts.EVALUATION)
+        engine = parts.make_engine(
+            model,
+            sampler,
+            stage.turns,
+            stage.feedback,
+            stage.evaluate_sampling,
+            self.executor if tools else None,
+            self.seed,
+            parts.EVALUATION,
+        )
         sets = {HELD_OUT: self.recipe.problems} | ({s: self.recipe.apart_problems for s in APART} if apart else {})
         scores = {}
-        with (console.progress(f'evaluate {name}', sum(sets.values()) * self.recipe.samples) as advance,
-              contextlib.closing(folder.open_journal(self.directory)) as journal):
+        with (
+            console.progress(f'evaluate {name}', sum(sets.values()) * self.recipe.samples) as advance,
+            contextlib.closing(folder.open_journal(self.directory)) as journal,
+        ):
             for split, count in sets.items():
                 made = evaluate.run_kept(
-                    engine, weights, arithmetic.problems(split, count, seed=self.seed + 7), self.recipe.samples,
-                    self.directory / 'episodes', f'val_{name}_{split}', model.template, model.tokenizer, self.grader,
-                    journal, advance)
+                    engine,
+                    weights,
+                    arithmetic.problems(split, count, seed=self.seed + 7),
+                    self.recipe.samples,
+                    self.directory / 'episodes',
+                    f'val_{name}_{split}',
+                    model.template,
+                    model.tokenizer,
+                    self.grader,
+                    journal,
+                    advance,
+                )
                 scores[split] = summarise(made, self.grader.equal)
                 scores[split]['code_ratio_needy'] = needy_code_ratio(made)
-        self.log(f'val_{name}', [{'step': 0} | {
-            f'val/{split}/avg@{self.recipe.samples}': s['avg'] for split, s in scores.items()}])
+        self.log(
+            f'val_{name}',
+            [{'step': 0} | {f'val/{split}/avg@{self.recipe.samples}': s['avg'] for split, s in scores.items()}],
+        )
         return scores[HELD_OUT] | {'apart': {split: scores[split] for split in scores if split != HELD_OUT}}
 
     def log(self, name: str, lines: Sequence[dict]) -> None:
@@ -213,7 +281,10 @@ def run(stage: Demo) -> dict:
         seconds = json.loads(target.read_text())['seconds'] if target.exists() else time.perf_counter() - began
         summary = scores | {
             'code_ratio': {'before': scores['sft']['code_ratio_needy'], 'after': scores['tool_rl']['code_ratio_needy']},
-            'steps': stage.ppo.steps, 'seconds': seconds, 'seed': story.seed}
+            'steps': stage.ppo.steps,
+            'seconds': seconds,
+            'seed': story.seed,
+        }
         folder.write(target, summary)
     return summary
 
@@ -223,15 +294,23 @@ def show(summary: dict) -> None:
     names = [name for name in ('base', 'sft', 'tool_rl', 'text_sft', 'text_rl') if name in summary]
     percent = lambda x: f'{100 * x:.1f}'
     k, problems = summary['sft']['k'], summary['sft']['problems']
-    rows = [[f'avg@{k}', *(percent(summary[n]['avg']) for n in names)],
-            ['95 % interval', *('–'.join(percent(x) for x in summary[n]['ci']) for n in names)]]
+    rows = [
+        [f'avg@{k}', *(percent(summary[n]['avg']) for n in names)],
+        ['95 % interval', *('–'.join(percent(x) for x in summary[n]['ci']) for n in names)],
+    ]
     for split in APART:
-        rows.append([split, *(percent(summary[n]['apart'][split]['avg']) if split in summary[n]['apart'] else ''
-                              for n in names)])
+        rows.append(
+            [
+                split,
+                *(percent(summary[n]['apart'][split]['avg']) if split in summary[n]['apart'] else '' for n in names),
+            ]
+        )
     rows.append(['answers in the right form', *(percent(summary[n]['format']) for n in names)])
     rows.append(['code run where it is needed', *(percent(summary[n]['code_ratio_needy']) for n in names)])
-    rows += [[f'  {family}', *(percent(summary[n]['families'][family]) for n in names)]
-             for family in summary['sft']['families']]
+    rows += [
+        [f'  {family}', *(percent(summary[n]['families'][family]) for n in names)]
+        for family in summary['sft']['families']
+    ]
     print()
     console.table(f'{problems} held-out problems × {k} samples, %', ['', *names], rows)
     print(f'{summary["steps"]} RL steps, {summary["seconds"]:.0f} s, seed {summary["seed"]}')

@@ -46,46 +46,67 @@ def run(stage: Reinforcement) -> dict[str, float]:
     """
     require_path(stage.model)
     processes.join()
-    with (open_grader(stage.reward) as grader, tempfile.TemporaryDirectory() as place, folder.stoppable()):
+    with open_grader(stage.reward) as grader, tempfile.TemporaryDirectory() as place, folder.stoppable():
         intake = Intake(stage.reward.unreadable, grader.parses)
         datasets, held_out = open_datasets(stage, intake), open_validation(stage.validation, intake)
         parts = build(stage, Path(place))
         problems = open_stream(stage, datasets, intake, parts.model)
         tell_overlong(held_out, parts.model, stage.turns.max_tokens)
-        console.banner(model=parts.model, mesh=dict(parts.mesh.shape), sandbox=FakeTools(),
-                           run='none: a dry run')
+        console.banner(model=parts.model, mesh=dict(parts.mesh.shape), sandbox=FakeTools(), run='none: a dry run')
         sampler = parts.sampler()
         table = memory(parts, sampler)
         source = parts.source(sampler, FakeTools() if stage.model.tools else None, problems, grader)
         results, began = [], time.perf_counter()
         # A step in which the policy is held compiles less than the run needs.
         once = dataclasses.replace(stage.ppo, steps=1, critic_warmup_steps=0)
-        ppo.train(parts.learner, parts.progress, once, collect=source, seed=stage.run.seed,
-                  residency=parts.residency, report=results.append)
+        ppo.train(
+            parts.learner,
+            parts.progress,
+            once,
+            collect=source,
+            seed=stage.run.seed,
+            residency=parts.residency,
+            report=results.append,
+        )
         seconds = time.perf_counter() - began
     table |= peaks()
     metrics = results[0].metrics
     if not processes.leads():
         return table
     console.table('memory', ('buffer', 'GiB'), [(name, f'{size / GIB:.3f}') for name, size in table.items()])
-    console.table('one step', ('', ''), [
-        ('seconds, compilation included', f'{seconds:.1f}'), ('episodes', len(results[0].episodes)),
-        *((name, f'{metrics[name]:.4g}') for name in (
-            'time/rollout_s', 'time/update_s', 'response_length/mean', 'mismatch/logprob_abs_max', 'actor/grad_norm'))])
+    console.table(
+        'one step',
+        ('', ''),
+        [
+            ('seconds, compilation included', f'{seconds:.1f}'),
+            ('episodes', len(results[0].episodes)),
+            *(
+                (name, f'{metrics[name]:.4g}')
+                for name in (
+                    'time/rollout_s',
+                    'time/update_s',
+                    'response_length/mean',
+                    'mismatch/logprob_abs_max',
+                    'actor/grad_norm',
+                )
+            ),
+        ],
+    )
     return table
 
 
 def memory(parts: Parts, sampler: Sampler) -> dict[str, float]:
     """Bytes of the large buffers, over all devices; which of them are there at once: train/residency.py."""
     params = parts.progress.state.params
-    to_sampling = functools.partial(decoder.to_sampling, parts.model.config,
-                                    dtype=jnp.dtype(sampler.settings.dtype))
-    sizes = {'policy, f32': size(params['policy']),
-             'critic': size(params.get('critic')),
-             'optimizer state': size(parts.progress.state.opt_state),
-             'reference policy': size(parts.residency.reference),
-             'sampling weights': size(jax.eval_shape(to_sampling, params['policy'])),
-             'KV cache': size(jax.eval_shape(sampler.empty).cache)}
+    to_sampling = functools.partial(decoder.to_sampling, parts.model.config, dtype=jnp.dtype(sampler.settings.dtype))
+    sizes = {
+        'policy, f32': size(params['policy']),
+        'critic': size(params.get('critic')),
+        'optimizer state': size(parts.progress.state.opt_state),
+        'reference policy': size(parts.residency.reference),
+        'sampling weights': size(jax.eval_shape(to_sampling, params['policy'])),
+        'KV cache': size(jax.eval_shape(sampler.empty).cache),
+    }
     return {name: found for name, found in sizes.items() if found}
 
 

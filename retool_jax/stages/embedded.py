@@ -21,9 +21,13 @@ from retool_jax.text.tokenizer import train_bpe
 CORPUS = 1500  # traces that the tokenizer is trained on
 VOCAB_SIZE = 640  # BPE entries, special tokens among them: a word of the task is one id
 # Last lines of what Python says to the mistakes in the traces.
-ERRORS = ("NameError: name 'math' is not defined", "SyntaxError: '(' was never closed", 'SyntaxError: invalid syntax',
-          "TypeError: int() can't convert non-string with explicit base",
-          "AttributeError: module 'math' has no attribute 'binom'")
+ERRORS = (
+    "NameError: name 'math' is not defined",
+    "SyntaxError: '(' was never closed",
+    'SyntaxError: invalid syntax',
+    "TypeError: int() can't convert non-string with explicit base",
+    "AttributeError: module 'math' has no attribute 'binom'",
+)
 PREVIOUS_HEADS, PREVIOUS_PAIRS, PREVIOUS_GAIN = 1, 3, 5.0  # heads, rotary pairs, size of the biases in `init`
 EMBED_GAIN, VALUE_GAIN, MATCH_GAIN = 3.0, 0.5, 1.0  # of the embedding and the orthogonal matrices in `init`
 
@@ -57,9 +61,11 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads != kv_heads or heads * config.head_dim != config.hidden_size:
-        raise ValueError(f'the embedded model cannot begin by copying with {heads} heads, {kv_heads} KV heads, '
-                         f'head_dim {config.head_dim} and hidden_size {config.hidden_size}: heads must equal KV heads, '
-                         'and heads × head_dim hidden_size')
+        raise ValueError(
+            f'the embedded model cannot begin by copying with {heads} heads, {kv_heads} KV heads, '
+            f'head_dim {config.head_dim} and hidden_size {config.hidden_size}: heads must equal KV heads, '
+            'and heads × head_dim hidden_size'
+        )
     params = decoder.init(config, key)
     params['embed_tokens']['weight'] *= EMBED_GAIN
     attention = params['layers']['self_attn']
@@ -76,7 +82,7 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     angle = config.rope_theta ** (-np.arange(pairs) / half)
     query, back = np.zeros((2, config.head_dim), np.float32)
     query[:pairs] = PREVIOUS_GAIN
-    back[:pairs], back[half:half + pairs] = PREVIOUS_GAIN * np.cos(angle), PREVIOUS_GAIN * np.sin(angle)
+    back[:pairs], back[half : half + pairs] = PREVIOUS_GAIN * np.cos(angle), PREVIOUS_GAIN * np.sin(angle)
     for name, bias in (('q_proj', query), ('k_proj', back)):
         attention[name]['bias'] = attention[name]['bias'].at[0, :PREVIOUS_HEADS].set(bias)
     return params

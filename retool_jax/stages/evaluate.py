@@ -51,18 +51,37 @@ def run(stage: Evaluation) -> dict:
         sampler = parts.make_sampler(model, stage.sampler, stage.turns, mesh)
         params = parts.load_policy(stage.model, model, stage.run.seed, mesh)
         pool = stack.enter_context(parts.open_guarded(stage.sandbox, stage.model.tools))
-        engine = parts.make_engine(model, sampler, stage.turns, stage.feedback, stage.sampling, pool, stage.run.seed,
-                                   parts.EVALUATION)
+        engine = parts.make_engine(
+            model, sampler, stage.turns, stage.feedback, stage.sampling, pool, stage.run.seed, parts.EVALUATION
+        )
         journal = stack.enter_context(contextlib.closing(folder.open_journal(directory)))
-        console.banner(model=model, mesh=dict(mesh.shape), sandbox=pool or 'none',
-                        problems=f'{len(problems)} of {name} × {stage.samples} samples', run=directory)
+        console.banner(
+            model=model,
+            mesh=dict(mesh.shape),
+            sandbox=pool or 'none',
+            problems=f'{len(problems)} of {name} × {stage.samples} samples',
+            run=directory,
+        )
         advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * stage.samples))
-        episodes = run_kept(engine, sampler.sync(params), problems, stage.samples, directory / 'episodes',
-                            f'val_{name}', model.template, model.tokenizer, grader, journal, advance)
+        episodes = run_kept(
+            engine,
+            sampler.sync(params),
+            problems,
+            stage.samples,
+            directory / 'episodes',
+            f'val_{name}',
+            model.template,
+            model.tokenizer,
+            grader,
+            journal,
+            advance,
+        )
         found = {name: summary.summarise(episodes, grader.equal)}
     if faults := found[name]['stops'].get(Stop.FAULT, 0):
-        console.say(f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
-                     'see python -m retool_jax.sandbox.doctor')
+        console.say(
+            f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
+            'see python -m retool_jax.sandbox.doctor'
+        )
     if not processes.leads():
         return found
     folder.write(directory / 'summary.json', found)
@@ -72,9 +91,19 @@ def run(stage: Evaluation) -> dict:
     return found
 
 
-def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], samples: int, directory: Path,
-             name: str, template: Template, tokenizer: Tokenizer, grader: Grader, journal: Journal,
-             advance: Callable[..., None]) -> list[Episode]:
+def run_kept(
+    engine: Engine,
+    params: Params,
+    problems: Sequence[Problem],
+    samples: int,
+    directory: Path,
+    name: str,
+    template: Template,
+    tokenizer: Tokenizer,
+    grader: Grader,
+    journal: Journal,
+    advance: Callable[..., None],
+) -> list[Episode]:
     """`evaluate.run` whose finished episodes are kept below `directory`; those that are there are not made again.
 
     While it runs they are parts of `directory`/unfinished, in the end the one part `name`. What an episode holds
@@ -92,8 +121,10 @@ def run_kept(engine: Engine, params: Params, problems: Sequence[Problem], sample
     names = [name] if folder_of == directory else episode_files.names(unfinished)
     found = {(e.problem.id, e.sample): e for part in names for e in episode_files.read(folder_of, part)}
     if any(key not in asked or asked[key].problem != e.problem for key, e in found.items()):
-        raise UserError(f'{folder_of} holds other problems than those asked for: the problem file has changed; '
-                        'choose another run.dir')
+        raise UserError(
+            f'{folder_of} holds other problems than those asked for: the problem file has changed; '
+            'choose another run.dir'
+        )
     advance(n=len(found))
     missing = [request for key, request in asked.items() if key not in found]
     processes.wait()  # until all have read what is there
@@ -142,20 +173,36 @@ def times(episodes: Sequence[Episode]) -> dict[str, float]:
 def show(name: str, scores: dict) -> None:
     """Prints scores with intervals, what else is known of the episodes and calls, and each problem."""
     percent, k = lambda x: f'{100 * x:.1f} %', scores['k']
-    rows = [(title, percent(scores[key]), ' – '.join(percent(x) for x in scores[ci])) for title, key, ci in (
-        (f'avg@{k}', 'avg', 'ci'), (f'pass@{k}', 'pass', 'pass_ci'), (f'maj@{k}', 'maj', 'maj_ci'),
-        (f'avg@{k}, exact string', 'exact', 'exact_ci'), (f'avg@{k}, lenient rule', 'lenient', 'lenient_ci'))]
+    rows = [
+        (title, percent(scores[key]), ' – '.join(percent(x) for x in scores[ci]))
+        for title, key, ci in (
+            (f'avg@{k}', 'avg', 'ci'),
+            (f'pass@{k}', 'pass', 'pass_ci'),
+            (f'maj@{k}', 'maj', 'maj_ci'),
+            (f'avg@{k}, exact string', 'exact', 'exact_ci'),
+            (f'avg@{k}, lenient rule', 'lenient', 'lenient_ci'),
+        )
+    ]
     rows += [(f'pass@{j}', percent(value), '') for j, value in scores['pass_at'].items() if int(j) != k]
     console.table(f'{name}: {scores["problems"]} problems × {k} samples', ('score', 'value', '95 % interval'), rows)
     episodes = scores['problems'] * k
     of_all = lambda counts: ', '.join(f'{n} {word}' for word, n in counts.items()) or '–'
-    console.table('', (f'{episodes} episodes', ''), [
-        ('answered in form', percent(scores['format'])),
-        ('cut off at the budget (LENGTH)', percent(scores['truncated'])),
-        ('void', percent(scores['void'])), ('ended by', of_all(scores['stops'])),
-        ('tokens written', f'{scores["length"]:.0f}'), ('turns', f'{scores["turns"]:.2f}'),
-        ('ran code', percent(scores['code_ratio'])), ('calls', f'{scores["calls"]:.2f}'),
-        ('calls that failed', percent(scores['call_failures'])), ('verdicts of calls', of_all(scores['verdicts']))])
+    console.table(
+        '',
+        (f'{episodes} episodes', ''),
+        [
+            ('answered in form', percent(scores['format'])),
+            ('cut off at the budget (LENGTH)', percent(scores['truncated'])),
+            ('void', percent(scores['void'])),
+            ('ended by', of_all(scores['stops'])),
+            ('tokens written', f'{scores["length"]:.0f}'),
+            ('turns', f'{scores["turns"]:.2f}'),
+            ('ran code', percent(scores['code_ratio'])),
+            ('calls', f'{scores["calls"]:.2f}'),
+            ('calls that failed', percent(scores['call_failures'])),
+            ('verdicts of calls', of_all(scores['verdicts'])),
+        ],
+    )
     if len(scores['families']) > 1:
         console.table('', ('family', f'avg@{k}'), [(f, percent(x)) for f, x in scores['families'].items()])
     if len(scores['by_problem']) > LISTED:
@@ -163,9 +210,20 @@ def show(name: str, scores: dict) -> None:
         return
     shares = ('avg', 'maj', 'exact', 'lenient', 'code', 'truncated')
     columns = ('problem, %', f'avg@{k}', 'maj', 'exact', 'lenient', 'code', 'LENGTH', 'tokens', 'gold', 'answer')
-    console.table('', columns, [
-        (problem, *(f'{100 * r[key]:.0f}' for key in shares), f'{r["length"]:.0f}', _brief(r['gold']),
-         _brief(r['answer']) or '–') for problem, r in scores['by_problem'].items()])
+    console.table(
+        '',
+        columns,
+        [
+            (
+                problem,
+                *(f'{100 * r[key]:.0f}' for key in shares),
+                f'{r["length"]:.0f}',
+                _brief(r['gold']),
+                _brief(r['answer']) or '–',
+            )
+            for problem, r in scores['by_problem'].items()
+        ],
+    )
 
 
 def _brief(text: str) -> str:

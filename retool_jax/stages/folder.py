@@ -75,8 +75,10 @@ def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
         found = settings.differences(before, stage, ignore=('run.dir', *RETIRED, *free), renamed=RENAMED)
         # A run that was refused before its first result left a configuration that binds nobody.
         if found and has_results(directory):
-            raise UserError(f'run.dir={str(directory)!r} holds a run of another configuration '
-                            f'({settings.describe(found)}); choose another folder')
+            raise UserError(
+                f'run.dir={str(directory)!r} holds a run of another configuration '
+                f'({settings.describe(found)}); choose another folder'
+            )
     # Empty folders are nobody's: a thread that opens checkpoints may make one after its run was told to stop.
     elif any(path.name not in ('config.json.new', NAME) and not path.is_dir() for path in directory.rglob('*')):
         raise UserError(f'run.dir={str(directory)!r} holds other files; choose a new or empty folder')
@@ -108,8 +110,10 @@ def _bind(directory: Path, found: Mapping[str, Mapping[str, int | str]]) -> None
         before = json.loads(file.read_text())
         for name, now in found.items():
             if before.get(name, now) != now:
-                raise UserError(f'{name} is not what the run in {str(directory)!r} began with ({before[name]["count"]} '
-                                f'entries then, {now["count"]} now, or others); put it back, or choose another run.dir')
+                raise UserError(
+                    f'{name} is not what the run in {str(directory)!r} began with ({before[name]["count"]} '
+                    f'entries then, {now["count"]} now, or others); put it back, or choose another run.dir'
+                )
     write(file, found)
 
 

@@ -50,8 +50,7 @@ class Intake:
     def open(self, sources: Sequence[stream.Source]) -> list[grain.MapDataset]:
         """The sources of a stream (`data.open_sources`), without unreadable gold answers."""
         with gym.maker() as child:
-            training = lambda path: (self._drawn(path, gym.TRAINING, child=child) if gym.named(path) else
-                                     self.read(path))
+            training = lambda path: self._drawn(path, gym.TRAINING, child=child) if gym.named(path) else self.read(path)
             return self._sifted(stream.open_sources(sources, training), self._gold_fault)
 
     def worked[T](self, pairs: Sequence[tuple[Problem, T]]) -> list[tuple[Problem, T]]:
@@ -65,8 +64,7 @@ class Intake:
             console.say(f'{len(left)} of {len(pairs)} worked answers are left out: {describe(left)}')
         return [pair for pair, text in found if not text]
 
-    def fit(self, datasets: Sequence[grain.MapDataset], model: Model,
-            max_tokens: int) -> list[grain.MapDataset]:
+    def fit(self, datasets: Sequence[grain.MapDataset], model: Model, max_tokens: int) -> list[grain.MapDataset]:
         """The datasets without problems whose prompt leaves no room for an answer.
 
         Raises: UserError where a source has no other problems.
@@ -79,16 +77,16 @@ class Intake:
             lines = [json.dumps({'id': name, 'why': why}, ensure_ascii=False) + '\n' for name, why in self.left]
             (directory / FILE).write_text(''.join(lines))
 
-    def _drawn(self, source: str | Path, split: str, limit: int | None = None,
-               child: Child | None = None) -> list[Problem]:
+    def _drawn(
+        self, source: str | Path, split: str, limit: int | None = None, child: Child | None = None
+    ) -> list[Problem]:
         """Problems of a generator."""
         drawn = gym.read(source, split, limit, child)
         for line in drawn.remarks:
             console.say(line)
         return drawn.problems
 
-    def _sifted(self, datasets: Sequence[grain.MapDataset],
-                fault: Callable[[Problem], str]) -> list[grain.MapDataset]:
+    def _sifted(self, datasets: Sequence[grain.MapDataset], fault: Callable[[Problem], str]) -> list[grain.MapDataset]:
         kept, found = stream.leave_out(datasets, fault)
         left = [(problem.id, text) for problem, text in found]
         self.left += left
@@ -103,8 +101,10 @@ class Intake:
             return ''
         text = f'answer {problem.answer[:80]!r} cannot be read as mathematics'
         if not self.leaves_out:
-            raise UserError(f'problem {problem.id!r} of {problem.source}: {text}: correct it in the file, or set '
-                            f'{self.key}=leave_out')
+            raise UserError(
+                f'problem {problem.id!r} of {problem.source}: {text}: correct it in the file, or set '
+                f'{self.key}=leave_out'
+            )
         return text
 
 

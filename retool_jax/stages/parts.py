@@ -79,9 +79,11 @@ def check_context(model: Model, tokens: int, key: str) -> None:
         scaling = model.config.rope_scaling
         trained = scaling.original_max_position_embeddings if scaling else context
         factor = -(-tokens // trained)
-        raise UserError(f'{key}={tokens} exceeds the {context} positions of the model (max_position_embeddings in '
-                        f'config.json); lower it, or stretch them there with "rope_scaling": {{"rope_type": "yarn", '
-                        f'"factor": {factor}.0, "original_max_position_embeddings": {trained}}}')
+        raise UserError(
+            f'{key}={tokens} exceeds the {context} positions of the model (max_position_embeddings in '
+            f'config.json); lower it, or stretch them there with "rope_scaling": {{"rope_type": "yarn", '
+            f'"factor": {factor}.0, "original_max_position_embeddings": {trained}}}'
+        )
 
 
 def load_policy(settings: ModelSettings, model: Model, seed: int, mesh: jax.sharding.Mesh) -> Params:
@@ -91,14 +93,16 @@ def load_policy(settings: ModelSettings, model: Model, seed: int, mesh: jax.shar
     shardings = sharding.shardings(mesh, decoder.logical_axes(sizes), rules)
     if settings.path is None:
         key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))  # plain numbers lie on no device
-        return jax.jit(lambda data: embedded.init(sizes, jax.random.wrap_key_data(data)),
-                       out_shardings=shardings)(key_data)
+        return jax.jit(lambda data: embedded.init(sizes, jax.random.wrap_key_data(data)), out_shardings=shardings)(
+            key_data
+        )
     with console.progress('loading weights', sum(len(leaf.names) for leaf in hf.leaves(sizes))) as advance:
         return hf.load(settings.path, sizes, shardings, progress=lambda done, total: advance())
 
 
-def make_sampler(model: Model, sizes: SamplerSettings, turns: Budgets,
-                 mesh: jax.sharding.Mesh | None = None) -> Sampler:
+def make_sampler(
+    model: Model, sizes: SamplerSettings, turns: Budgets, mesh: jax.sharding.Mesh | None = None
+) -> Sampler:
     """The compiled half of rollout, over `mesh` where it has more than one device.
 
     Of several processes each has its own, over its part of `mesh`, unless the weights need the devices of more than
@@ -117,8 +121,11 @@ def make_sampler(model: Model, sizes: SamplerSettings, turns: Budgets,
 
 @functools.lru_cache(maxsize=4)
 def _table(tokenizer: Tokenizer, width: int, tools: bool, answer_ends: bool) -> tags.TagTable:
-    stops = {tag: stop for tag, stop in tags.TAGS.items()
-             if (stop == tags.CODE and tools) or (stop == tags.ANSWER and answer_ends)}
+    stops = {
+        tag: stop
+        for tag, stop in tags.TAGS.items()
+        if (stop == tags.CODE and tools) or (stop == tags.ANSWER and answer_ends)
+    }
     table = tags.build_table(tokenizer.token_bytes, width, stops or tags.TAGS)
     return table if stops else dataclasses.replace(table, stops=np.zeros_like(table.stops))
 
@@ -128,15 +135,22 @@ def make_table(model: Model, on_answer: str) -> tags.TagTable:
     return _table(model.tokenizer, model.config.vocab_size, model.template.tools, on_answer == 'end')
 
 
-def make_engine(model: Model, sampler: Sampler, turns: Budgets, feedback: FeedbackSettings,
-                sampling: SamplingSettings, executor: Executor | None, seed: int, purpose: int) -> Engine:
+def make_engine(
+    model: Model,
+    sampler: Sampler,
+    turns: Budgets,
+    feedback: FeedbackSettings,
+    sampling: SamplingSettings,
+    executor: Executor | None,
+    seed: int,
+    purpose: int,
+) -> Engine:
     """The engine of one purpose (TRAINING, EVALUATION). Engines may share a sampler.
 
     With several processes, each must make this call with the same arguments.
     """
     budgets = TurnSettings(tools=model.template.tools, **dataclasses.asdict(turns))
-    rules = Rules(budgets, model.tokenizer, make_table(model, turns.on_answer),
-                  lambda result: render(result, feedback))
+    rules = Rules(budgets, model.tokenizer, make_table(model, turns.on_answer), lambda result: render(result, feedback))
     if sampler.table.is_fully_addressable:
         kind = Engine if jax.process_count() == 1 else hosts.Apart
         return kind(sampler, rules, sampling, executor, seed, purpose)
@@ -144,8 +158,9 @@ def make_engine(model: Model, sampler: Sampler, turns: Budgets, feedback: Feedba
 
 
 @functools.lru_cache(maxsize=1)
-def make_tuner(forward: ForwardSettings, optimizer: OptimizerSettings, steps: int, config: ModelConfig,
-               mesh: jax.sharding.Mesh) -> Learner:
+def make_tuner(
+    forward: ForwardSettings, optimizer: OptimizerSettings, steps: int, config: ModelConfig, mesh: jax.sharding.Mesh
+) -> Learner:
     """The learner of `steps` supervised steps; the same one where the same is asked for again."""
     return Learner(config, forward, make_optimizer(optimizer, steps), mesh)
 
@@ -156,14 +171,31 @@ def make_learner(stage: Rollouts, config: ModelConfig, mesh: jax.sharding.Mesh |
     Stages of one process that differ in nothing but their folders share it, compiled as it is.
     """
     critic = stage.critic_optimizer if stage.ppo.critic != 'none' else None
-    return _learner(stage.ppo, stage.optimizer, critic, stage.forward, stage.loss, stage.advantage,
-                    stage.train_sampling.temperature, config, mesh)
+    return _learner(
+        stage.ppo,
+        stage.optimizer,
+        critic,
+        stage.forward,
+        stage.loss,
+        stage.advantage,
+        stage.train_sampling.temperature,
+        config,
+        mesh,
+    )
 
 
 @functools.lru_cache(maxsize=1)
-def _learner(sizes: PPOSettings, policy: OptimizerSettings, critic: OptimizerSettings | None, forward: ForwardSettings,
-             loss: LossSettings, advantage: AdvantageSettings, temperature: float, config: ModelConfig,
-             mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Learner:
+def _learner(
+    sizes: PPOSettings,
+    policy: OptimizerSettings,
+    critic: OptimizerSettings | None,
+    forward: ForwardSettings,
+    loss: LossSettings,
+    advantage: AdvantageSettings,
+    temperature: float,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+) -> Learner:
     updates = sizes.minibatches * sizes.epochs
     optimizer = make_optimizer(policy, sizes.steps * updates, critic, sizes.critic_warmup_steps * updates)
     return Learner(config, forward, optimizer, mesh, loss=loss, advantage=advantage, temperature=temperature)
@@ -189,15 +221,23 @@ class Parts:
         return make_sampler(self.model, self.stage.sampler, self.stage.turns, self.mesh)
 
     def engine(self, sampler: Sampler, executor: Executor | None, sampling: SamplingSettings, purpose: int) -> Engine:
-        return make_engine(self.model, sampler, self.stage.turns, self.stage.feedback, sampling, executor,
-                           self.stage.run.seed, purpose)
+        return make_engine(
+            self.model, sampler, self.stage.turns, self.stage.feedback, sampling, executor, self.stage.run.seed, purpose
+        )
 
-    def source(self, sampler: Sampler, executor: Executor | None, stream: sources.Problems, grader: Grader,
-               journal: Journal | None = None) -> sources.Source:
+    def source(
+        self,
+        sampler: Sampler,
+        executor: Executor | None,
+        stream: sources.Problems,
+        grader: Grader,
+        journal: Journal | None = None,
+    ) -> sources.Source:
         """Rollouts with the current weights."""
         engine = self.engine(sampler, executor, self.stage.train_sampling, TRAINING)
-        return sources.sampled(engine, self.stage.ppo, stream, self.model.template, self.model.tokenizer, grader,
-                               journal)
+        return sources.sampled(
+            engine, self.stage.ppo, stream, self.model.template, self.model.tokenizer, grader, journal
+        )
 
 
 def build(stage: Rollouts, directory: Path) -> Parts:
@@ -208,8 +248,9 @@ def build(stage: Rollouts, directory: Path) -> Parts:
     policy = load_policy(stage.model, model, stage.run.seed, mesh)
     reference = jax.tree.map(jnp.copy, policy) if stage.loss.needs_reference else None
     learner = make_learner(stage, model.config, mesh)
-    return Parts(stage, model, mesh, learner, begin(learner, stage.ppo.critic, policy),
-                 Residency(stage.ppo.offload, reference))
+    return Parts(
+        stage, model, mesh, learner, begin(learner, stage.ppo.critic, policy), Residency(stage.ppo.offload, reference)
+    )
 
 
 def make_sandbox(sandbox: SandboxBlock) -> Sandbox:
@@ -218,9 +259,16 @@ def make_sandbox(sandbox: SandboxBlock) -> Sandbox:
         return Pool(sandbox)
     from retool_jax.sandbox.http.client import Remote, RemoteSettings  # of the extra `server`
 
-    return Remote(RemoteSettings(  # the token comes from where config.json cannot hold it
-        addresses=sandbox.addresses, token=os.environ.get('RETOOL_SANDBOX_TOKEN', ''), cpu_s=sandbox.cpu_s,
-        wall_s=sandbox.wall_s, memory_mb=sandbox.memory_mb, queue=sandbox.queue))
+    return Remote(
+        RemoteSettings(  # the token comes from where config.json cannot hold it
+            addresses=sandbox.addresses,
+            token=os.environ.get('RETOOL_SANDBOX_TOKEN', ''),
+            cpu_s=sandbox.cpu_s,
+            wall_s=sandbox.wall_s,
+            memory_mb=sandbox.memory_mb,
+            queue=sandbox.queue,
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -253,8 +301,9 @@ def open_guarded(settings: SandboxBlock, tools: bool) -> Iterator[Guard | None]:
 @contextlib.contextmanager
 def open_grader(reward: RewardSettings) -> Iterator[Grader]:
     """A grader, closed behind the block."""
-    grader = Grader(style=reward.style, time_limit_s=reward.time_limit_s, memory_mb=reward.memory_mb,
-                    workers=reward.workers)
+    grader = Grader(
+        style=reward.style, time_limit_s=reward.time_limit_s, memory_mb=reward.memory_mb, workers=reward.workers
+    )
     try:
         yield grader
     finally:

@@ -53,14 +53,22 @@ def run(stage: Reinforcement) -> None:
             intake.write(directory)
             sampler = parts.sampler() if rolls or held_out else None
             with open_guarded(stage.sandbox, stage.model.tools and sampler is not None) as executor:
-                console.banner(model=parts.model, mesh=dict(parts.mesh.shape), sandbox=executor or 'none',
-                               run=directory)
+                console.banner(
+                    model=parts.model, mesh=dict(parts.mesh.shape), sandbox=executor or 'none', run=directory
+                )
                 go_on(stage, directory, parts, sampler, executor, grader, problems, held_out)
 
 
-def go_on(stage: Reinforcement, directory: Path, parts: Parts, sampler: Sampler | None,
-          executor: Executor | None, grader: Grader, problems: sources.Problems, held_out: Sequence[Problem] = ()
-          ) -> None:
+def go_on(
+    stage: Reinforcement,
+    directory: Path,
+    parts: Parts,
+    sampler: Sampler | None,
+    executor: Executor | None,
+    grader: Grader,
+    problems: sources.Problems,
+    held_out: Sequence[Problem] = (),
+) -> None:
     """`run` in a folder that is its own, with all that it needs; sampler: None where nothing is sampled."""
     sizes, halves, saving, validation = stage.ppo, stage.halves, stage.checkpoints, stage.validation
     progress, model, watch = parts.progress, parts.model, Watch(stage.watch)
@@ -71,8 +79,11 @@ def go_on(stage: Reinforcement, directory: Path, parts: Parts, sampler: Sampler 
         journal = stack.enter_context(contextlib.closing(folder.open_journal(directory)))
         restore(progress, checkpoints, directory, halves, stage.run.seed)
         folder.rewind(directory, progress.done, writer)
-        source = (parts.source(sampler, executor, problems, grader, journal) if rolls else
-                  sources.dumped(halves.episodes, model.config.vocab_size, stage.forward.row_width))
+        source = (
+            parts.source(sampler, executor, problems, grader, journal)
+            if rolls
+            else sources.dumped(halves.episodes, model.config.vocab_size, stage.forward.row_width)
+        )
         advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
         validates = lambda done: bool(held_out) and (done == sizes.steps or done % validation.every == 0)
         saves = lambda done: done == sizes.steps or done % saving.every == 0
@@ -84,8 +95,17 @@ def go_on(stage: Reinforcement, directory: Path, parts: Parts, sampler: Sampler 
 
         def validate(step: int) -> dict[str, float]:
             engine = parts.engine(sampler, executor, stage.evaluate_sampling, EVALUATION)
-            made = grading.run(engine, sampler.sync(progress.state.params['policy']), step, held_out,
-                                validation.samples, model.template, model.tokenizer, grader, step=step)
+            made = grading.run(
+                engine,
+                sampler.sync(progress.state.params['policy']),
+                step,
+                held_out,
+                validation.samples,
+                model.template,
+                model.tokenizer,
+                grader,
+                step=step,
+            )
             keep('episodes', f'val_{step:05d}', made)
             found = summary.summarise(made, grader.equal)
             score.update({'score': found['avg']})
@@ -99,8 +119,12 @@ def go_on(stage: Reinforcement, directory: Path, parts: Parts, sampler: Sampler 
                 episode_files.remove(directory / CARRIED, {carried_part(step) for step in there})
             if progress.carried:
                 keep(CARRIED, carried_part(progress.done), progress.carried, progress.done)
-            meta = {'step': progress.done, 'cursor': progress.cursor, 'seed': stage.run.seed,
-                    'carried': len(progress.carried)} | score
+            meta = {
+                'step': progress.done,
+                'cursor': progress.cursor,
+                'seed': stage.run.seed,
+                'carried': len(progress.carried),
+            } | score
             checkpoints.save(progress.done, parts.residency.whole(progress.state), meta, wait=wait)
             journal.forget(progress.oldest if wait else saved[-1])  # the save before this one is complete
             saved.append(progress.oldest)
@@ -122,9 +146,17 @@ def go_on(stage: Reinforcement, directory: Path, parts: Parts, sampler: Sampler 
 
         try:
             if halves.train:
-                ppo.train(parts.learner, progress, sizes, collect=source, seed=stage.run.seed,
-                          residency=parts.residency, report=report, due=lambda done: saves(done) or validates(done),
-                          spoiled=lambda step, episodes: keep('alarms', f'not_finite_{step:05d}', episodes))
+                ppo.train(
+                    parts.learner,
+                    progress,
+                    sizes,
+                    collect=source,
+                    seed=stage.run.seed,
+                    residency=parts.residency,
+                    report=report,
+                    due=lambda done: saves(done) or validates(done),
+                    spoiled=lambda step, episodes: keep('alarms', f'not_finite_{step:05d}', episodes),
+                )
             else:
                 roll_out(source, progress, sizes.steps, report, journal)
         except KeyboardInterrupt:
@@ -138,8 +170,7 @@ def go_on(stage: Reinforcement, directory: Path, parts: Parts, sampler: Sampler 
         folder.write(directory / 'summary.json', summarise(stage, directory))
 
 
-def restore(progress: Progress, checkpoints: Checkpoints, directory: Path, halves: HalvesSettings,
-            seed: int) -> None:
+def restore(progress: Progress, checkpoints: Checkpoints, directory: Path, halves: HalvesSettings, seed: int) -> None:
     """Sets `progress` to the last checkpoint; rollouts alone go on behind the last line of metrics."""
     if not halves.train:
         lines = metrics.read(directory)
@@ -163,8 +194,9 @@ def carried_part(step: int) -> str:
     return f'after_{step:05d}'
 
 
-def roll_out(source: sources.Source, progress: Progress, steps: int, report: Callable[[StepResult], None],
-             journal: Journal) -> None:
+def roll_out(
+    source: sources.Source, progress: Progress, steps: int, report: Callable[[StepResult], None], journal: Journal
+) -> None:
     """Rollouts without training: the episodes and what they say of themselves."""
     for step in range(progress.done, steps):
         made = source(progress.state.params['policy'], step, progress.cursor)
@@ -189,8 +221,13 @@ def export(parts: Parts, directory: Path) -> None:
     """Writes the policy as a Hugging Face directory, `final/`."""
     target = directory / FINAL
     if not target.exists():
-        hf.save(target, parts.model.config, parts.progress.state.params['policy'],
-                jnp.dtype(parts.stage.forward.dtype), parts.stage.model.path or directory / 'model')
+        hf.save(
+            target,
+            parts.model.config,
+            parts.progress.state.params['policy'],
+            jnp.dtype(parts.stage.forward.dtype),
+            parts.stage.model.path or directory / 'model',
+        )
     console.say(f'model: {target} (a Hugging Face directory)')
 
 
@@ -201,9 +238,12 @@ def summarise(stage: Reinforcement, directory: Path) -> dict:
     if stage.validation.problems and part in episode_files.names(directory / 'episodes'):
         name = stream.title(stage.validation.problems)
         found[name] = summary.summarise(episode_files.read(directory / 'episodes', part))
-    return found | {'steps': len(lines), 'seed': stage.run.seed,
-                    'seconds': sum(line.get('time/step_s', line['time/rollout_s']) for line in lines),
-                    'correct': {'first': lines[0]['rewards/correct'], 'last': lines[-1]['rewards/correct']}}
+    return found | {
+        'steps': len(lines),
+        'seed': stage.run.seed,
+        'seconds': sum(line.get('time/step_s', line['time/rollout_s']) for line in lines),
+        'correct': {'first': lines[0]['rewards/correct'], 'last': lines[-1]['rewards/correct']},
+    }
 
 
 def open_datasets(stage: Reinforcement, intake: Intake) -> list[grain.MapDataset]:
@@ -213,8 +253,9 @@ def open_datasets(stage: Reinforcement, intake: Intake) -> list[grain.MapDataset
     return intake.open(stage.data.sources)
 
 
-def open_stream(stage: Reinforcement, datasets: list[grain.MapDataset], intake: Intake,
-                model: Model) -> grain.MapDataset:
+def open_stream(
+    stage: Reinforcement, datasets: list[grain.MapDataset], intake: Intake, model: Model
+) -> grain.MapDataset:
     """The endless dataset of problems that leave room for an answer."""
     fitting = intake.fit(datasets, model, stage.turns.max_tokens)
     return stream.stream(fitting, list(stage.data.weights) or None, stage.run.seed)
@@ -222,8 +263,10 @@ def open_stream(stage: Reinforcement, datasets: list[grain.MapDataset], intake: 
 
 def fingerprints(stage: Reinforcement, datasets: list[grain.MapDataset]) -> dict[str, dict[str, int | str]]:
     """What a run is held to of its data (`folder.bind`)."""
-    return {f'data.sources={path!r}': {'count': len(dataset), 'sha256': stream.fingerprint(dataset)}
-            for path, dataset in zip(stage.data.sources, datasets)}
+    return {
+        f'data.sources={path!r}': {'count': len(dataset), 'sha256': stream.fingerprint(dataset)}
+        for path, dataset in zip(stage.data.sources, datasets)
+    }
 
 
 def open_validation(validation: ValidationSettings, intake: Intake) -> list[Problem]:

@@ -43,22 +43,37 @@ def run(stage: FineTuning) -> None:
         everything = [trace for _, trace in intake.worked([(trace.problem, trace) for trace in everything])]
     traces, held_out = sft.hold_out(everything, sizes.evaluation_share)
     if not traces or (sizes.evaluation_share and not held_out):
-        raise UserError(f'sft.evaluation_share={sizes.evaluation_share} holds out {len(held_out)} of '
-                        f'{len(everything)} traces; choose a share that leaves some on both sides, or 0')
+        raise UserError(
+            f'sft.evaluation_share={sizes.evaluation_share} holds out {len(held_out)} of '
+            f'{len(everything)} traces; choose a share that leaves some on both sides, or 0'
+        )
     with folder.claimed(stage, free=('checkpoints',)) as directory, folder.stoppable():
         model = parts.open_model(stage.model, directory)
         check_ids(everything, model, stage.traces)
         parts.check_context(model, max(len(trace.tokens) for trace in everything), 'the longest trace')
-        folder.bind(directory, {f'traces={stage.traces!r}': {'count': len(everything),
-                                                              'sha256': fingerprint(everything)}})
-        console.banner(model=model, mesh=dict(parts.make_mesh(stage.mesh).shape), traces=len(traces),
-                       held_out=len(held_out), run=directory)
+        folder.bind(
+            directory, {f'traces={stage.traces!r}': {'count': len(everything), 'sha256': fingerprint(everything)}}
+        )
+        console.banner(
+            model=model,
+            mesh=dict(parts.make_mesh(stage.mesh).shape),
+            traces=len(traces),
+            held_out=len(held_out),
+            run=directory,
+        )
         go_on(stage, directory, model, traces, held_out)
     console.say(f'model: {directory / FINAL} (a Hugging Face directory)')
 
 
-def go_on(stage: FineTuning, directory: Path, model: Model, traces: Sequence[Episode],
-          held_out: Sequence[Episode] = (), lead: Sequence[Episode] = (), lead_steps: int = 0) -> None:
+def go_on(
+    stage: FineTuning,
+    directory: Path,
+    model: Model,
+    traces: Sequence[Episode],
+    held_out: Sequence[Episode] = (),
+    lead: Sequence[Episode] = (),
+    lead_steps: int = 0,
+) -> None:
     """`run` in a folder that is its own; the first `lead_steps` steps see the traces of `lead`."""
     sizes, saving, forward = sft.settle(stage.sft, traces, stage.run.seed), stage.checkpoints, stage.forward
     mesh = parts.make_mesh(stage.mesh)
@@ -97,8 +112,13 @@ def go_on(stage: FineTuning, directory: Path, model: Model, traces: Sequence[Epi
                 state, _ = checkpoints.restore(best, like)
     export = directory / FINAL
     if not export.exists():
-        hf.save(export, model.config, state.params['policy'], jnp.dtype(forward.dtype),
-                stage.model.path or directory / 'model')
+        hf.save(
+            export,
+            model.config,
+            state.params['policy'],
+            jnp.dtype(forward.dtype),
+            stage.model.path or directory / 'model',
+        )
 
 
 def read_traces(path: str, width: int) -> list[Episode]:
@@ -110,8 +130,10 @@ def read_traces(path: str, width: int) -> list[Episode]:
     if not fitting:
         raise UserError(f'config.traces={path!r}: no trace fits forward.row_width={width}; raise it')
     if len(fitting) < len(traces):
-        console.say(f'{len(traces) - len(fitting)} of {len(traces)} traces are longer than forward.row_width={width} '
-                    'and left out')
+        console.say(
+            f'{len(traces) - len(fitting)} of {len(traces)} traces are longer than forward.row_width={width} '
+            'and left out'
+        )
     return fitting
 
 
@@ -127,7 +149,9 @@ def check_ids(traces: list[Episode], model: Model, path: str) -> None:
     """Refuses traces that were written for another tokenizer."""
     first = traces[0]
     if max(max(trace.tokens) for trace in traces) >= model.tokenizer.size:
-        raise UserError(f'config.traces={path!r} holds ids beyond the tokenizer of model.path: '
-                        'the traces were written for another model')
-    if first.problem.question not in model.tokenizer.decode(first.tokens[:first.prompt_length]):
+        raise UserError(
+            f'config.traces={path!r} holds ids beyond the tokenizer of model.path: '
+            'the traces were written for another model'
+        )
+    if first.problem.question not in model.tokenizer.decode(first.tokens[: first.prompt_length]):
         raise UserError(f'config.traces={path!r} was written with another tokenizer than that of model.path')

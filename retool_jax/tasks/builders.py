@@ -88,5 +88,3 @@ class RetoolSft(_ProblemSet):
     SPLIT = 'train'
     HOMEPAGE = 'https://huggingface.co/datasets/JoeYing/ReTool-SFT'
     traces = True
-
-

@@ -38,8 +38,11 @@ class Turn:
 
 def is_chat(value: object) -> bool:
     """Whether a value is a list of messages."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(m, Mapping) and ('role' in m or 'from' in m) for m in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, Mapping) and ('role' in m or 'from' in m) for m in value)
+    )
 
 
 def question(messages: object, where: str, field: str) -> str:
@@ -48,8 +51,9 @@ def question(messages: object, where: str, field: str) -> str:
     Raises: UserError for a chat without a question, or with more than one, whose last would be without its context.
     """
     turns = _read(messages, where, field)
-    asked = [i for i, turn in enumerate(turns)
-             if turn.role == 'user' and turn.text.strip() and _result(turns, i) is None]
+    asked = [
+        i for i, turn in enumerate(turns) if turn.role == 'user' and turn.text.strip() and _result(turns, i) is None
+    ]
     if not asked:
         raise UserError(f'{where}: field {field!r} holds no user message with text content')
     if len(asked) > 1:
@@ -95,9 +99,10 @@ def _as_call(text: str, where: str, field: str) -> str:
     """The answer with its last block of Python, which a result follows, written as a call."""
     block = _BLOCK.search(text)
     if block is None:
-        raise UserError(f'{where}: field {field!r} holds a result that no call precedes; write calls as '
-                        '<code>```python …```</code>')
-    return f'{text[:block.start()]}{wrap_snippet(block[1])}'
+        raise UserError(
+            f'{where}: field {field!r} holds a result that no call precedes; write calls as <code>```python …```</code>'
+        )
+    return f'{text[: block.start()]}{wrap_snippet(block[1])}'
 
 
 def _open(text: str) -> bool:
@@ -150,7 +155,8 @@ def _text(content: object, where: str, field: str) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(
-            isinstance(part, Mapping) and isinstance(part.get('text'), str) for part in content):
+        isinstance(part, Mapping) and isinstance(part.get('text'), str) for part in content
+    ):
         return '\n'.join(part['text'] for part in content)
     raise UserError(f'{where}: field {field!r} has a message with content other than text')
 
@@ -173,8 +179,11 @@ def _code(call: object, where: str, field: str) -> str:
     if isinstance(arguments, str):
         return arguments
     texts = [value for value in arguments.values() if isinstance(value, str)] if isinstance(arguments, Mapping) else []
-    named = [arguments[key] for key in ('code', 'script', 'python', 'source') if isinstance(arguments, Mapping)
-             and isinstance(arguments.get(key), str)]
+    named = [
+        arguments[key]
+        for key in ('code', 'script', 'python', 'source')
+        if isinstance(arguments, Mapping) and isinstance(arguments.get(key), str)
+    ]
     if named or len(texts) == 1:
         return (named or texts)[0]
     raise UserError(f'{where}: field {field!r} calls {name!r} without a script: {str(arguments)[:60]!r}')

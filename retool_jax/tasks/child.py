@@ -72,8 +72,9 @@ class Child:
             self.receive(time.monotonic() + START_LIMIT_S)
         except (TimeoutError, EOFError) as e:
             self.kill()
-            raise RuntimeError(f'a process does not start: run `{" ".join(["python", *self.command[1:]])}` to see why'
-                               ) from e
+            raise RuntimeError(
+                f'a process does not start: run `{" ".join(["python", *self.command[1:]])}` to see why'
+            ) from e
         self.ready = True
 
     def send(self, data: bytes, deadline: float) -> None:

@@ -90,8 +90,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
         where = f'{path}: record {number}'
         if isinstance(row, Mapping) and isinstance(row.get('row'), Mapping):  # the data viewer's form of a row
             if row.get('truncated_cells'):
-                raise UserError(f'{where}: the data viewer cut its cells {row["truncated_cells"]}; '
-                                'download the file itself')
+                raise UserError(
+                    f'{where}: the data viewer cut its cells {row["truncated_cells"]}; download the file itself'
+                )
             row = row['row']
         yield where, row
 

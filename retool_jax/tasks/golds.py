@@ -26,8 +26,11 @@ def own(rewritten: Iterable[tuple[Problem, str]], path: str | Path) -> set[str]:
     return {problem.id for problem, _ in rewritten if _asked(problem.question) in bare}
 
 
-def join(rewritten: Sequence[tuple[Problem, str]], ids: set[str], golds: Iterable[Problem],
-         ) -> tuple[list[tuple[Problem, str]], set[str]]:
+def join(
+    rewritten: Sequence[tuple[Problem, str]],
+    ids: set[str],
+    golds: Iterable[Problem],
+) -> tuple[list[tuple[Problem, str]], set[str]]:
     """Gives the traces named by `ids` the answers that `golds` has for their questions.
 
     Returns all traces, and those of `ids` that have no answer still. Questions that differ in spacing alone are one;
@@ -46,8 +49,10 @@ def join(rewritten: Sequence[tuple[Problem, str]], ids: set[str], golds: Iterabl
             problem = Problem(problem.id, problem.question, gold, problem.source, problem.family)
         joined.append((problem, text))
     if ids and left == ids:
-        raise UserError('golds: no question of this file is that of a trace without a gold answer of its own; name the '
-                        'problem file that the traces were written for')
+        raise UserError(
+            'golds: no question of this file is that of a trace without a gold answer of its own; name the '
+            'problem file that the traces were written for'
+        )
     return joined, left
 
 

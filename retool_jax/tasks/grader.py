@@ -49,8 +49,7 @@ class Grader:
             raise UserError(f'reward style is {style!r}: take one of {", ".join(STYLES)}')
         if not (time_limit_s > 0 and memory_mb >= 256 and workers >= 1):
             raise UserError(
-                f'grader: time_limit_s={time_limit_s} must be > 0, memory_mb={memory_mb} >= 256, '
-                f'workers={workers} >= 1'
+                f'grader: time_limit_s={time_limit_s} must be > 0, memory_mb={memory_mb} >= 256, workers={workers} >= 1'
             )
         self.style, self.time_limit_s, self.max_length = style, time_limit_s, max_length
         self.timeouts = self.deaths = 0  # answers that were late, and judges that died

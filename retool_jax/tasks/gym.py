@@ -117,11 +117,14 @@ def parse(source: str) -> Source:
     if name in REFUSED:
         raise UserError(f'{source}: the data set {name} is refused: {REFUSED[name]}')
     if 'seed' in parameters:
-        raise UserError(f'{source}: a seed is not given here, because neighbouring seeds hold the same problems; '
-                        'run.seed shuffles the training problems')
+        raise UserError(
+            f'{source}: a seed is not given here, because neighbouring seeds hold the same problems; '
+            'run.seed shuffles the training problems'
+        )
     own = {field.name for field in dataclasses.fields(Source)} - {'name', 'parameters'}
-    found = Source(name, {k: v for k, v in parameters.items() if k not in own},
-                   **{k: v for k, v in parameters.items() if k in own})
+    found = Source(
+        name, {k: v for k, v in parameters.items() if k not in own}, **{k: v for k, v in parameters.items() if k in own}
+    )
     for key, low, high in (('size', 1, SPAN - RESERVED), ('held_out_templates', 0, SPAN)):
         value = getattr(found, key)
         if type(value) is not int or not low <= value <= high:
@@ -161,8 +164,10 @@ def read(source: str | Path, split: str, limit: int | None = None, child: Child 
     kept = [item for item in made if item is None or item.problem.question not in asked]
     remarks = []
     if len(kept) < len(made):
-        remarks.append(f'{source}: {len(made) - len(kept)} of {len(made)} training problems ask what a held-out one '
-                       'asks and are left out')
+        remarks.append(
+            f'{source}: {len(made) - len(kept)} of {len(made)} training problems ask what a held-out one '
+            'asks and are left out'
+        )
     drawn = _whole(source, kept, remarks)
     return dataclasses.replace(drawn, items=drawn.items[:limit])
 
@@ -208,12 +213,13 @@ def _templates(source: str, found: Source, child: Child) -> list[int] | None:
     """Which template each index is made from, None where there are none; UserError for a wrong name or parameter."""
     reply = child.ask({'do': 'check', 'name': found.name, 'parameters': found.parameters})
     if 'names' in reply:
-        raise UserError(f'{source}: reasoning_gym has no data set {found.name!r}'
-                        f'{nearest(found.name, reply["names"])}')
+        raise UserError(f'{source}: reasoning_gym has no data set {found.name!r}{nearest(found.name, reply["names"])}')
     if 'parameters' in reply:
         known = [*reply['parameters'], 'size', 'held_out_templates', 'templates']
-        raise UserError(f'{source}: {found.name} has no parameter {reply["unknown"]!r}'
-                        f'{nearest(reply["unknown"], known)}; it has {", ".join(known)}')
+        raise UserError(
+            f'{source}: {found.name} has no parameter {reply["unknown"]!r}'
+            f'{nearest(reply["unknown"], known)}; it has {", ".join(known)}'
+        )
     if 'fault' in reply:
         raise UserError(f'{source}: {reply["fault"]}')
     if 'died' in reply:
@@ -223,8 +229,10 @@ def _templates(source: str, found: Source, child: Child) -> list[int] | None:
     if found.held_out_templates and not kinds:
         raise UserError(f'{source}: {found.name} has no templates to hold out; gsm_symbolic and list_functions have')
     if found.held_out_templates and found.held_out_templates >= kinds:
-        raise UserError(f'{source}: held_out_templates={found.held_out_templates} must be less than the {kinds} '
-                        f'templates of {found.name}')
+        raise UserError(
+            f'{source}: held_out_templates={found.held_out_templates} must be less than the {kinds} '
+            f'templates of {found.name}'
+        )
     return templates
 
 
@@ -234,7 +242,7 @@ def _split(source: str, found: Source, templates: list[int] | None) -> dict[str,
     if found.templates == 'held_out':
         return {EVALUATION: [i for i in range(SPAN) if templates[i] in apart]}
     trained = [i for i in range(SPAN) if not apart or templates[i] not in apart]
-    training = [i for i in trained if i >= RESERVED][:found.size]
+    training = [i for i in trained if i >= RESERVED][: found.size]
     if len(training) < found.size:
         raise UserError(f'{source}: size={found.size} is more than its {len(training)} training problems; lower it')
     return {EVALUATION: [i for i in trained if i < RESERVED], TRAINING: training}
@@ -267,8 +275,11 @@ def _item(found: Source, place: str, index: int, item: dict) -> Item:
 def _whole(source: str, made: list[Item | None], remarks: list[str]) -> Drawn:
     items = [item for item in made if item]
     if len(items) < len(made):
-        remarks = [*remarks, f'{source}: {len(made) - len(items)} of {len(made)} problems have no answer, or one that '
-                             'their own verifier refuses, and are left out']
+        remarks = [
+            *remarks,
+            f'{source}: {len(made) - len(items)} of {len(made)} problems have no answer, or one that '
+            'their own verifier refuses, and are left out',
+        ]
     if not items:
         said = f' ({remarks[0].removeprefix(f"{source}: ")})' if remarks else ''
         raise UserError(f'{source}: no problem is left{said}; change its parameters')

@@ -111,9 +111,13 @@ def _item(name: str, parameters: str, index: int) -> dict | None:
         return None
     templates = getattr(dataset, 'task_indices', None)
     worked = found['metadata'].get('answer_cot')
-    return {'question': found['question'], 'answer': gold, 'judge': judge,
-            'template': None if templates is None else int(templates[index]),
-            'worked': worked if isinstance(worked, str) and worked.strip() else None}
+    return {
+        'question': found['question'],
+        'answer': gold,
+        'judge': judge,
+        'template': None if templates is None else int(templates[index]),
+        'worked': worked if isinstance(worked, str) and worked.strip() else None,
+    }
 
 
 def _right(dataset, found: dict, answer: str) -> bool:

@@ -29,8 +29,14 @@ _ACCENTS = frozenset((
 ))  # fmt: skip
 _NAMES = {'Re': 're', 'Im': 'im', 'lg': 'lg'}
 _OPEN = {'(': ')', '[': ']', '{': '}'}
-_BRACKETS = {r'\lfloor': (r'\rfloor', sympy.floor), r'\lceil': (r'\rceil', sympy.ceiling), r'\lvert': (r'\rvert', abs),
-             r'\vert': (r'\vert', abs), r'\mid': (r'\mid', abs), '|': ('|', abs)}
+_BRACKETS = {
+    r'\lfloor': (r'\rfloor', sympy.floor),
+    r'\lceil': (r'\rceil', sympy.ceiling),
+    r'\lvert': (r'\rvert', abs),
+    r'\vert': (r'\vert', abs),
+    r'\mid': (r'\mid', abs),
+    '|': ('|', abs),
+}
 _TIMES, _OVER = ('*', r'\cdot', r'\times', r'\ast'), ('/', r'\div')
 _MANY = frozenset(('gcd', 'lcm', 'max', 'min', 'binomial', 'comb'))
 

@@ -97,7 +97,8 @@ def _agree(a: sympy.Expr, b: sympy.Expr, working: int, digits: int) -> bool:
         real = [pair for pair in computed if all(abs(mpmath.im(v)) <= lost * abs(v) for v in pair)]
         pairs = real if len(real) >= 2 else computed
         return bool(pairs) and all(
-            near(x, y, digits) or (max(abs(x), abs(y)) < lost and sympy.simplify(a - b) == 0) for x, y in pairs)
+            near(x, y, digits) or (max(abs(x), abs(y)) < lost and sympy.simplify(a - b) == 0) for x, y in pairs
+        )
 
 
 def _at(a: sympy.Expr, b: sympy.Expr, point: dict):

@@ -36,8 +36,10 @@ class Loaded:
         """Lines for people: which files were read together, and what was left out."""
         lines = _remarks(path, self.files, self.unreadable)
         if self.repeated or self.conflicting:
-            lines.append(f'{path}: of {self.rows} rows {self.repeated} repeated ones are left out, and '
-                         f'{self.conflicting} questions with conflicting answers')
+            lines.append(
+                f'{path}: of {self.rows} rows {self.repeated} repeated ones are left out, and '
+                f'{self.conflicting} questions with conflicting answers'
+            )
         return lines
 
 
@@ -47,8 +49,10 @@ def _remarks(path: str | Path, files: Mapping[str, int], unreadable: Sequence[st
         parts = ', '.join(f'{name} ({count} rows)' for name, count in files.items())
         lines.append(f'{path}: {len(files)} files are read together: {parts}')
     if unreadable:
-        lines.append(f'{path}: {len(unreadable)} of {sum(files.values())} rows cannot be read and are left out, '
-                     f'the first: {unreadable[0]}')
+        lines.append(
+            f'{path}: {len(unreadable)} of {sum(files.values())} rows cannot be read and are left out, '
+            f'the first: {unreadable[0]}'
+        )
     return lines
 
 

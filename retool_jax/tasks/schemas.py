@@ -32,13 +32,11 @@ _INSTRUCTION = re.compile(
     re.DOTALL,
 )
 # ReTool-SFT's user turn wraps the question in the whole tool prompt.
-_RETOOL = re.compile(
-    r'\*?user question:?\*?:?\s*(.*?)(?:\s*Remember to place the final answer.*)?$', re.DOTALL
-)
+_RETOOL = re.compile(r'\*?user question:?\*?:?\s*(.*?)(?:\s*Remember to place the final answer.*)?$', re.DOTALL)
 _RETOOL_ASK = re.compile(r'^Answer the following Math Problem[^\n]*\\boxed\{[^\n]*\n+')
 _MARKED = re.compile(r'(?:\A|\n)[ \t]*####[ \t]*([^\n]*\S)\s*\Z')  # GSM8K: the answer behind the working
 _GROUPED = re.compile(r'[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?')
-_LISTED = re.compile(r'''\s*\[\s*(?:"|'([^']*)'\s*\]\s*\Z)''')  # texts as JSON lists them, one as Python does
+_LISTED = re.compile(r"""\s*\[\s*(?:"|'([^']*)'\s*\]\s*\Z)""")  # texts as JSON lists them, one as Python does
 _PROSE = re.compile(r'(?<![A-Za-z\\])[A-Za-z]{3,}')
 
 
@@ -76,8 +74,9 @@ def read_trace(row: Mapping, where: str) -> str:
     for name in ('messages', 'conversations'):
         if not _blank(row.get(name)):
             return chats.trace(_unpacked(row[name]), where, name)
-    name = next((n for n in TRACE_FIELDS if not _blank(row.get(n)) and (
-        isinstance(row[n], str) or chats.is_chat(row[n]))), None)
+    name = next(
+        (n for n in TRACE_FIELDS if not _blank(row.get(n)) and (isinstance(row[n], str) or chats.is_chat(row[n]))), None
+    )
     if name is None:
         wanted = ', '.join(('messages', *TRACE_FIELDS))
         raise UserError(f'{where}: no worked answer: none of the fields {wanted} is there')
@@ -113,8 +112,10 @@ def read_answer(value: object, where: str, field: str) -> str:
     if not text:
         raise UserError(f'{where}: field {field!r} is empty: every problem needs its answer')
     if answers.is_no_answer(text):
-        raise UserError(f'{where}: field {field!r} is {text!r}, which stands for no answer; '
-                        'set reward.unreadable=leave_out to go on without such rows')
+        raise UserError(
+            f'{where}: field {field!r} is {text!r}, which stands for no answer; '
+            'set reward.unreadable=leave_out to go on without such rows'
+        )
     if _GROUPED.fullmatch(text):
         text = text.replace(',', '')
     return answers.integer(text) or text
@@ -195,8 +196,10 @@ def _of_solution(text: str, where: str, field: str) -> str:
     bare = re.sub(r'\\[A-Za-z]+(?:\{[A-Za-z ]*\})?', '', text.strip())
     if _MARKED.search(text) or re.fullmatch(r'\w+', bare) or not ('\n' in bare or _PROSE.search(bare)):
         return text
-    raise UserError(f'{where}: field {field!r} is {brief(text)}: a solution has its answer in a box or behind ####, '
-                    'or is nothing else')
+    raise UserError(
+        f'{where}: field {field!r} is {brief(text)}: a solution has its answer in a box or behind ####, '
+        'or is nothing else'
+    )
 
 
 def _written(messages: object) -> str:
@@ -214,8 +217,11 @@ def _first_filled(fields: Mapping[str, object]) -> tuple[str | None, object]:
 
 
 def _blank(value: object) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip()) or (
-        isinstance(value, list | tuple) and not value)
+    return (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, list | tuple) and not value)
+    )
 
 
 def _unpacked(value: object) -> object:

@@ -24,8 +24,9 @@ from retool_jax.tasks import gym, problems
 Source = Sequence[Problem] | str | Path
 
 
-def stream(sources: Sequence[Source | grain.MapDataset], weights: Sequence[float] | None,
-           seed: int) -> grain.MapDataset:
+def stream(
+    sources: Sequence[Source | grain.MapDataset], weights: Sequence[float] | None, seed: int
+) -> grain.MapDataset:
     """An endless dataset of Problems: each source shuffled anew every epoch, mixed by `weights`.
 
     Sources are what `open_sources` takes or what it gave. Weights None: every problem of every source equally often.
@@ -46,8 +47,9 @@ def stream(sources: Sequence[Source | grain.MapDataset], weights: Sequence[float
     return grain.MapDataset.mix(endless, [weight / total for weight in weights])
 
 
-def open_sources(sources: Sequence[Source | grain.MapDataset],
-                 read: Callable[[Path], Sequence[Problem]] | None = None) -> list[grain.MapDataset]:
+def open_sources(
+    sources: Sequence[Source | grain.MapDataset], read: Callable[[Path], Sequence[Problem]] | None = None
+) -> list[grain.MapDataset]:
     """Each source as a dataset of Problems, each once, in order, with ids that are unique over all of them.
 
     A source is a list of problems, the path of anything that `problems.read` reads, or a generator's name (`gym`),
@@ -66,8 +68,7 @@ def open_sources(sources: Sequence[Source | grain.MapDataset],
     return [dataset.map(functools.partial(_qualify, name)) for dataset, name in zip(opened, names(sources))]
 
 
-def open_source(source: Source,
-                read: Callable[[Path], Sequence[Problem]] | None = None) -> grain.MapDataset:
+def open_source(source: Source, read: Callable[[Path], Sequence[Problem]] | None = None) -> grain.MapDataset:
     """One source as a dataset of Problems, each once, in order."""
     if isinstance(source, str | Path):
         path = Path(source)
@@ -82,8 +83,7 @@ def open_source(source: Source,
 
 def names(sources: Sequence[Source]) -> list[str]:
     """A name for each source that no other has: the end of its path, as long as it takes, or the number of a list."""
-    paths = [Path(s).absolute() if isinstance(s, str | Path) else Path(str(number))
-             for number, s in enumerate(sources)]
+    paths = [Path(s).absolute() if isinstance(s, str | Path) else Path(str(number)) for number, s in enumerate(sources)]
     depth, named = 0, {}
     while len(set(named)) < len(set(paths)):
         depth += 1
@@ -103,16 +103,18 @@ def once(dataset: grain.MapDataset) -> Iterator[Problem]:
     return (dataset[i] for i in range(len(dataset)))
 
 
-def leave_out(datasets: Sequence[grain.MapDataset], fault: Callable[[Problem], str]
-              ) -> tuple[list[grain.MapDataset], list[tuple[Problem, str]]]:
+def leave_out(
+    datasets: Sequence[grain.MapDataset], fault: Callable[[Problem], str]
+) -> tuple[list[grain.MapDataset], list[tuple[Problem, str]]]:
     """The datasets without the problems in which `fault` finds something, and those with what it is."""
     kept, left = [], []
     for dataset in datasets:
         verdicts = [(problem, fault(problem)) for problem in once(dataset)]
         left += [(problem, text) for problem, text in verdicts if text]
         indices = [i for i, (_, text) in enumerate(verdicts) if not text]
-        kept.append(dataset if len(indices) == len(dataset) else
-                    grain.MapDataset.source(indices).map(dataset.__getitem__))
+        kept.append(
+            dataset if len(indices) == len(dataset) else grain.MapDataset.source(indices).map(dataset.__getitem__)
+        )
     return kept, left
 
 

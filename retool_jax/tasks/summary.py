@@ -33,8 +33,15 @@ def count_votes(episodes: Sequence[Episode], equal: Equal) -> list[list[Episode]
         reward = episode.reward
         if not reward.answer:
             continue
-        joined = next((given for given in answers if given[0].reward.correct == reward.correct and (
-            reward.correct or equal(reward.answer, given[0].reward.answer))), None)
+        joined = next(
+            (
+                given
+                for given in answers
+                if given[0].reward.correct == reward.correct
+                and (reward.correct or equal(reward.answer, given[0].reward.answer))
+            ),
+            None,
+        )
         if joined is None:
             answers.append(joined := [])
         joined.append(episode)
@@ -100,20 +107,30 @@ def summarise(episodes: Sequence[Episode], equal: Equal | None = None) -> dict:
     calls = [call for e in episodes for call in e.calls]
     right = [sum(e.reward.correct for e in group) for group in by_problem.values()]
     passed = [pass_at(k, c, k) for c in right]
-    scores = {'avg': column('avg'), 'pass': passed, 'maj': column('maj'), 'exact': column('exact'),
-              'lenient': column('lenient')}
+    scores = {
+        'avg': column('avg'),
+        'pass': passed,
+        'maj': column('maj'),
+        'exact': column('exact'),
+        'lenient': column('lenient'),
+    }
     intervals = {'ci' if name == 'avg' else f'{name}_ci': interval(values) for name, values in scores.items()}
     return {
-        'k': k, 'problems': len(by_problem), **{name: float(np.mean(values)) for name, values in scores.items()},
+        'k': k,
+        'problems': len(by_problem),
+        **{name: float(np.mean(values)) for name, values in scores.items()},
         **intervals,
         'pass_at': {str(j): float(np.mean([pass_at(j, c, k) for c in right])) for j in _counts(k)},
         'code_ratio': mean(lambda e: any(c.code for c in e.calls)),
         'format': mean(lambda e: bool(e.reward.answer) and e.stop in (Stop.ANSWER, Stop.EOS)),
-        'length': mean(lambda e: e.acted_count), 'turns': mean(lambda e: e.turns),
-        'truncated': mean(lambda e: e.stop == Stop.LENGTH), 'void': mean(lambda e: e.void),
+        'length': mean(lambda e: e.acted_count),
+        'turns': mean(lambda e: e.turns),
+        'truncated': mean(lambda e: e.stop == Stop.LENGTH),
+        'void': mean(lambda e: e.void),
         'calls': len(calls) / max(len(episodes), 1),
         'call_failures': float(np.mean([c.verdict != Verdict.OK for c in calls])) if calls else 0.0,
-        'verdicts': _tally(c.verdict for c in calls), 'stops': _tally(e.stop for e in episodes),
+        'verdicts': _tally(c.verdict for c in calls),
+        'stops': _tally(e.stop for e in episodes),
         'families': {name: float(np.mean(x)) for name, x in sorted(families.items())},
         'by_problem': records,
     }
@@ -127,17 +144,20 @@ def _record(group: Sequence[Episode], equal: Equal) -> dict:
         'avg': share(lambda e: e.reward.correct),
         'maj': sum(e.reward.correct for e in most_frequent) / max(len(most_frequent), 1),
         'exact': share(lambda e: e.reward.exact),
-        'lenient': share(lambda e: e.reward.lenient), 'gold': group[0].problem.answer,
+        'lenient': share(lambda e: e.reward.lenient),
+        'gold': group[0].problem.answer,
         'answer': most_frequent[0].reward.answer[:LONGEST_ANSWER] if most_frequent else '',
         'family': group[0].problem.family,
-        'code': share(lambda e: any(c.code for c in e.calls)), 'calls': share(lambda e: len(e.calls)),
-        'length': share(lambda e: e.acted_count), 'truncated': share(lambda e: e.stop == Stop.LENGTH),
+        'code': share(lambda e: any(c.code for c in e.calls)),
+        'calls': share(lambda e: len(e.calls)),
+        'length': share(lambda e: e.acted_count),
+        'truncated': share(lambda e: e.stop == Stop.LENGTH),
     }
 
 
 def _counts(k: int) -> list[int]:
     """1, 2, 4, … and k."""
-    return sorted({*(2 ** i for i in range(k.bit_length())), k})
+    return sorted({*(2**i for i in range(k.bit_length())), k})
 
 
 def _tally(values: Iterable) -> dict[str, int]:

@@ -28,8 +28,9 @@ def read(tokenizer: Tokenizer) -> tuple[str, str, str]:
     whole = render(tokenizer, [asked, {'role': 'assistant', 'content': ANSWERED}], False)
     ends = [i for i in tokenizer.split(whole.partition(ANSWERED)[2]) if isinstance(i, int)]
     if not ends or ends[0] not in tokenizer.eos_ids:
-        raise UserError(f'{where} ends an answer with no token that ends a turn; name it as eos_token in '
-                        'tokenizer_config.json')
+        raise UserError(
+            f'{where} ends an answer with no token that ends a turn; name it as eos_token in tokenizer_config.json'
+        )
     turn_end = next(name for name, i in tokenizer.special_ids.items() if i == ends[0])
     return parts[0], parts[1], turn_end
 
@@ -43,15 +44,19 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, str]], generate: bool)
 
     def refuse(message: str):
         raise jinja2.TemplateError(message)
+
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+    )
     environment.filters['tojson'] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals['raise_exception'] = refuse
     try:
         return environment.from_string(source).render(messages=messages, add_generation_prompt=generate, **names)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError(f'chat template of {str(tokenizer.directory)!r} cannot be rendered '
-                        f'({str(error).splitlines()[0]}); name a template with model.template') from None
+        raise UserError(
+            f'chat template of {str(tokenizer.directory)!r} cannot be rendered '
+            f'({str(error).splitlines()[0]}); name a template with model.template'
+        ) from None
 
 
 def _source(directory: Path | None) -> tuple[str, dict[str, str]]:
@@ -63,8 +68,10 @@ def _source(directory: Path | None) -> tuple[str, dict[str, str]]:
     if isinstance(source, list):  # several of them, by name
         source = next((entry['template'] for entry in source if entry.get('name') == 'default'), None)
     if not isinstance(source, str):
-        raise UserError(f'model.template=own: {str(directory)!r} holds no chat template (tokenizer_config.json or '
-                        'chat_template.jinja); name a template of the model\'s family')
+        raise UserError(
+            f'model.template=own: {str(directory)!r} holds no chat template (tokenizer_config.json or '
+            "chat_template.jinja); name a template of the model's family"
+        )
     spell = lambda token: token.get('content') if isinstance(token, dict) else token
     names = {key: spell(value) for key, value in config.items() if key.endswith('_token') and spell(value)}
     return source, {'bos_token': '', 'eos_token': ''} | names

@@ -135,8 +135,10 @@ def make_template(
         content = instruction.replace(QUESTION, chat.ASKED)
         rendered = chat.render(tokenizer, [{'role': 'user', 'content': content}], True)
         if prompt_ids(made, tokenizer, chat.ASKED) != tokenizer.encode(rendered, specials=True):
-            raise UserError(f'chat template of {str(tokenizer.directory)!r} changes the words of a message; name a '
-                            'template with model.template')
+            raise UserError(
+                f'chat template of {str(tokenizer.directory)!r} changes the words of a message; name a '
+                'template with model.template'
+            )
     return made
 
 
@@ -153,8 +155,9 @@ def read_instruction(path: str | Path, tools: bool = True) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f'{named} is not UTF-8 (byte {error.start}): save it as UTF-8') from None
     except OSError as error:
-        raise UserError(f'{named} cannot be read: {error.strerror}; give a file, or one of '
-                        f'{", ".join(INSTRUCTIONS)}') from None
+        raise UserError(
+            f'{named} cannot be read: {error.strerror}; give a file, or one of {", ".join(INSTRUCTIONS)}'
+        ) from None
     if (times := text.count(QUESTION)) != 1:
         raise UserError(f'{named} holds {QUESTION} {times} times; it has to stand there once, where the problem goes')
     return text.removesuffix('\n').removesuffix('\r')
@@ -212,7 +215,7 @@ def extract_snippet(turn_text: str) -> Snippet | None:
         position = min(opening.end() + 1, len(body))
         python, other = PYTHON.match(opening[3]), opening[3].strip()
         closing = _closing(opening[2], scripts=bool(python) or not other, body=body, start=position)
-        code = body[position:closing.start()].rstrip('\r\n') if closing else ''
+        code = body[position : closing.start()].rstrip('\r\n') if closing else ''
         snippet = Snippet(_dedented(code, opening[1]), begin + position) if code.strip() else None
         if python:
             marked.append(snippet)

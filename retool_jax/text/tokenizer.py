@@ -166,8 +166,7 @@ def train_bpe(texts: Iterable[str], size: int, directory: str | Path) -> Tokeniz
     # Digits stand alone, so that arithmetic sees aligned columns. Tags, fences and TeX commands may
     # become one id each, which halves a short trace. They and a run of signs take the newlines after
     # them, as in Qwen's vocabulary, so that small models meet the same overshoot at tag ends.
-    pattern = tokenizers.Regex(
-        r'</?\p{L}+>\n*|`+\p{L}*\n*|\\\p{L}+\{| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+\n*|\s+')
+    pattern = tokenizers.Regex(r'</?\p{L}+>\n*|`+\p{L}*\n*|\\\p{L}+\{| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+\n*|\s+')
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -279,8 +278,7 @@ def _open_sentencepiece(path: Path):
     token_bytes, special_ids, matched = [], {}, []
     for i in range(model.get_piece_size()):
         piece = model.id_to_piece(i)
-        plain = piece in tags.SPOKEN or not (
-            model.is_control(i) or model.is_unknown(i) or CONTROL.fullmatch(piece))
+        plain = piece in tags.SPOKEN or not (model.is_control(i) or model.is_unknown(i) or CONTROL.fullmatch(piece))
         token_bytes.append(_sentencepiece_bytes(piece, model.is_byte(i)) if plain else b'')
         if not plain:
             special_ids[piece] = i
@@ -297,9 +295,7 @@ def _open_sentencepiece(path: Path):
     return token_bytes, special_ids, _keep_block(encode_text, token_bytes)
 
 
-def _keep_block(
-    encode_text: Callable[[str], list[int]], token_bytes: list[bytes]
-) -> Callable[[str], list[int]]:
+def _keep_block(encode_text: Callable[[str], list[int]], token_bytes: list[bytes]) -> Callable[[str], list[int]]:
     """SentencePiece writes a space as U+2581, so that sign itself goes in as its three bytes."""
     block = '▁'.encode()
     if not all(bytes([b]) in token_bytes for b in block):

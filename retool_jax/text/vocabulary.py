@@ -43,8 +43,10 @@ def save(metadata: Mapping[str, object], directory: Path, where: str) -> None:
     get = lambda key, default=None: metadata.get(f'tokenizer.ggml.{key}', default)
     tokens, kind = get('tokens'), get('model')
     if kind not in ('gpt2', 'llama') or not tokens:
-        raise UserError(f'{where}: tokenizer.ggml.model={kind} is not supported; supported are gpt2 (byte-level BPE) '
-                        'and llama (SentencePiece)')
+        raise UserError(
+            f'{where}: tokenizer.ggml.model={kind} is not supported; supported are gpt2 (byte-level BPE) '
+            'and llama (SentencePiece)'
+        )
     kinds = get('token_type') or [1] * len(tokens)
     try:
         made = _byte_level(get, tokens, kinds, where) if kind == 'gpt2' else _sentencepiece(get, tokens, kinds)
@@ -59,7 +61,9 @@ def save(metadata: Mapping[str, object], directory: Path, where: str) -> None:
     config = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'add_bos_token': bool(get('add_bos_token', kind == 'llama')),
-        'bos_token': name('bos_token_id'), 'eos_token': name('eos_token_id'), 'pad_token': name('padding_token_id'),
+        'bos_token': name('bos_token_id'),
+        'eos_token': name('eos_token_id'),
+        'pad_token': name('padding_token_id'),
         'unk_token': name('unknown_token_id'),
         'clean_up_tokenization_spaces': False,
         'model_max_length': int(metadata.get(f'{metadata.get("general.architecture")}.context_length', 1_000_000)),
@@ -88,9 +92,13 @@ def _byte_level(get, tokens: list[str], kinds: list[int], where: str):
     merges = [tuple(merge.split(' ')) for merge in get('merges') or ()]
     made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name in WHOLE_WORDS))
     cuts = PRE_TOKENIZERS[name]
-    parts = [pre_tokenizers.Digits(individual_digits=True) if cut == 'digits' else
-             pre_tokenizers.Split(tokenizers.Regex(cut), behavior='isolated')
-             for cut in cuts if cut != 'words of gpt-2']
+    parts = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if cut == 'digits'
+        else pre_tokenizers.Split(tokenizers.Regex(cut), behavior='isolated')
+        for cut in cuts
+        if cut != 'words of gpt-2'
+    ]
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex='words of gpt-2' in cuts)
     made.pre_tokenizer = pre_tokenizers.Sequence([*parts, words])
     made.decoder = decoders.ByteLevel()
@@ -103,11 +111,19 @@ def _sentencepiece(get, tokens: list[str], kinds: list[int]):
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = next((token for token, kind in zip(tokens, kinds) if kind == UNKNOWN), None)
-    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(vocabulary, get('scores')),
-                                           unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    made = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_merges(vocabulary, get('scores')),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
     prefix = get('add_space_prefix', True)
     made.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement='▁', prepend_scheme='first' if prefix else 'never', split=False)
+        replacement='▁', prepend_scheme='first' if prefix else 'never', split=False
+    )
     strip = [decoders.Strip(content=' ', left=1, right=0)] if prefix else []
     made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return made
@@ -115,8 +131,12 @@ def _sentencepiece(get, tokens: list[str], kinds: list[int]):
 
 def _merges(vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Every way to make a piece of two, best score first: the order in which SentencePiece joins neighbours."""
-    found = [(scores[i], len(piece[:cut]), piece[:cut], piece[cut:]) for piece, i in vocabulary.items()
-             for cut in range(1, len(piece)) if piece[:cut] in vocabulary and piece[cut:] in vocabulary]
+    found = [
+        (scores[i], len(piece[:cut]), piece[:cut], piece[cut:])
+        for piece, i in vocabulary.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
     found.sort(key=lambda merge: merge[:2], reverse=True)
     return [(left, right) for _, _, left, right in found]
 
@@ -125,7 +145,17 @@ def _add_tokens(made, tokens: list[str], kinds: list[int]) -> None:
     """Tokens that are found whole in a text, whatever surrounds them: control tokens, and those a user defined."""
     from tokenizers import AddedToken
 
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True)
-                             for token, kind in zip(tokens, kinds) if kind in (CONTROL, UNKNOWN)])
-    made.add_tokens([AddedToken(token, normalized=False, special=False)
-                     for token, kind in zip(tokens, kinds) if kind == USER_DEFINED])
+    made.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token, kind in zip(tokens, kinds)
+            if kind in (CONTROL, UNKNOWN)
+        ]
+    )
+    made.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=False)
+            for token, kind in zip(tokens, kinds)
+            if kind == USER_DEFINED
+        ]
+    )

@@ -30,10 +30,13 @@ def grade(episodes: Sequence[Episode], grader: Grader, tokenizer: Tokenizer) -> 
     sees everything after the prompt."""
     judges = [e.problem.judge for e in episodes]
     judged = {'judges': judges} if any(judges) else {}  # a reward of one's own need not know of them
-    rewards = grader.grade_many([final_text(e, tokenizer) for e in episodes], [e.problem.answer for e in episodes],
-                                [len(e.calls) for e in episodes],
-                                [tokenizer.decode(e.tokens[e.prompt_length:]) for e in episodes],
-                                **judged)
+    rewards = grader.grade_many(
+        [final_text(e, tokenizer) for e in episodes],
+        [e.problem.answer for e in episodes],
+        [len(e.calls) for e in episodes],
+        [tokenizer.decode(e.tokens[e.prompt_length :]) for e in episodes],
+        **judged,
+    )
     for episode, reward in zip(episodes, rewards):
         episode.reward = reward
 
@@ -41,20 +44,28 @@ def grade(episodes: Sequence[Episode], grader: Grader, tokenizer: Tokenizer) -> 
 def grade_shared(episodes: Sequence[Episode], grader: Grader, tokenizer: Tokenizer) -> None:
     """`grade` where every process of a run holds all episodes: each judges a share, and all see the same verdicts."""
     count = jax.process_count()
-    mine = episodes[jax.process_index()::count]
+    mine = episodes[jax.process_index() :: count]
     grade(mine, grader, tokenizer)
     for first, rewards in enumerate(processes.gather([e.reward for e in mine])):
         for episode, reward in zip(episodes[first::count], rewards):
             episode.reward = reward
 
 
-def run(engine: Engine, params: Params, version: int, problems: Sequence[Problem], samples: int, template: Template,
-        tokenizer: Tokenizer, grader: Grader, step: int = 0,
-        finished: Callable[[Episode], None] = lambda episode: None) -> list[Episode]:
+def run(
+    engine: Engine,
+    params: Params,
+    version: int,
+    problems: Sequence[Problem],
+    samples: int,
+    template: Template,
+    tokenizer: Tokenizer,
+    grader: Grader,
+    step: int = 0,
+    finished: Callable[[Episode], None] = lambda episode: None,
+) -> list[Episode]:
     """Graded episodes, problem by problem; params are in the sampling layout."""
-    episodes = engine.run(params, version, make_requests(problems, samples, template, tokenizer), step,
-                          finished=finished)
+    episodes = engine.run(
+        params, version, make_requests(problems, samples, template, tokenizer), step, finished=finished
+    )
     grade_shared(episodes, grader, tokenizer)
     return episodes
-
-

@@ -47,24 +47,38 @@ class ForwardSettings:
     row_segments: int  # episodes that a packed row may hold. H 16
 
     def __post_init__(self):
-        check(self, dtype=one_of(DTYPES), attention=one_of(attention.KINDS), remat=one_of(decoder.REMATS),
-              unroll=within(1, 2**16), logprob_chunk=within(1, 2**24), vocab_chunk=within(1, 2**24),
-              micro_rows=within(0, 2**20), row_width=within(1, 2**24), row_segments=within(1, 2**16))
+        check(
+            self,
+            dtype=one_of(DTYPES),
+            attention=one_of(attention.KINDS),
+            remat=one_of(decoder.REMATS),
+            unroll=within(1, 2**16),
+            logprob_chunk=within(1, 2**24),
+            vocab_chunk=within(1, 2**24),
+            micro_rows=within(0, 2**20),
+            row_width=within(1, 2**24),
+            row_segments=within(1, 2**16),
+        )
         if self.row_width % min(self.logprob_chunk, self.row_width):
-            raise UserError(f'logprob_chunk={self.logprob_chunk} does not divide row_width={self.row_width}; '
-                            'choose a divisor')
+            raise UserError(
+                f'logprob_chunk={self.logprob_chunk} does not divide row_width={self.row_width}; choose a divisor'
+            )
         self._check_attention()
 
     def _check_attention(self):
         if self.attention == 'cudnn' and self.dtype == 'float32':
             raise UserError('attention=cudnn has no float32 kernel; set forward.dtype=bfloat16')
         if self.attention == 'cudnn' and self.row_segments > 1:
-            raise UserError(f'row_segments={self.row_segments} contradicts forward.attention=cudnn, which takes one '
-                            'episode per row; set it to 1')
+            raise UserError(
+                f'row_segments={self.row_segments} contradicts forward.attention=cudnn, which takes one '
+                'episode per row; set it to 1'
+            )
         kind = attention.resolve(self.attention, self.row_width, 'tpu')
         if kind in ('splash', 'blocked') and self.row_width % LANES:
-            raise UserError(f'row_width={self.row_width} is no multiple of {LANES}, which attention={self.attention} '
-                            'needs; choose one')
+            raise UserError(
+                f'row_width={self.row_width} is no multiple of {LANES}, which attention={self.attention} '
+                'needs; choose one'
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -83,23 +97,37 @@ class Scores:
 class Learner:
     """Owns the compiled programs of training; states and batches are passed in."""
 
-    def __init__(self, config: ModelConfig, forward: ForwardSettings, optimizer: optax.GradientTransformation,
-                 mesh: jax.sharding.Mesh, *, loss: LossSettings | None = None,
-                 advantage: AdvantageSettings | None = None, temperature: float = 1.0):
+    def __init__(
+        self,
+        config: ModelConfig,
+        forward: ForwardSettings,
+        optimizer: optax.GradientTransformation,
+        mesh: jax.sharding.Mesh,
+        *,
+        loss: LossSettings | None = None,
+        advantage: AdvantageSettings | None = None,
+        temperature: float = 1.0,
+    ):
         """loss and advantage are None for supervised training; temperature is the sampler's."""
         ways = mesh.shape['data'] * mesh.shape['fsdp']
         if forward.micro_rows % ways:
-            raise UserError(f'forward.micro_rows={forward.micro_rows} does not divide over data × fsdp = {ways} '
-                            'devices; choose a multiple, or 0 for one row each')
+            raise UserError(
+                f'forward.micro_rows={forward.micro_rows} does not divide over data × fsdp = {ways} '
+                'devices; choose a multiple, or 0 for one row each'
+            )
         forward = dataclasses.replace(forward, micro_rows=forward.micro_rows or ways)
         if forward.row_width % mesh.shape['tensor']:
-            raise UserError(f'forward.row_width={forward.row_width} does not divide over '
-                            f'tensor={mesh.shape["tensor"]}; choose a multiple')
+            raise UserError(
+                f'forward.row_width={forward.row_width} does not divide over '
+                f'tensor={mesh.shape["tensor"]}; choose a multiple'
+            )
         self.config, self.forward, self.optimizer, self.mesh = config, forward, optimizer, mesh
         self.loss, self.advantage, self.temperature = loss, advantage, temperature
         self.rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))  # of everything with a leading batch axis
-        self._cut = jax.jit(lambda tree, row: jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, row, forward.micro_rows), tree), out_shardings=self.rows)
+        self._cut = jax.jit(
+            lambda tree, row: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, forward.micro_rows), tree),
+            out_shardings=self.rows,
+        )
         self._make_zeros = {}  # compiled for the parameters' shardings when they are first seen
         self._sft = jax.jit(self._add_sft, donate_argnames=('gradients',))
         self._ppo = jax.jit(self._add_ppo, donate_argnames=('gradients',))
@@ -115,8 +143,9 @@ class Learner:
         denominator = self._denominators(batch, 0, stop)[0]
         gradients, found = self._zeros(state.params), []
         for micro in self._micro(batch, 0, stop):
-            gradients, metrics = self._sft(params=state.params, gradients=gradients, micro=micro,
-                                           denominator=denominator)
+            gradients, metrics = self._sft(
+                params=state.params, gradients=gradients, micro=micro, denominator=denominator
+            )
             found.append(metrics)
         state, norms = self._apply(state=state, gradients=gradients)
         return state, _merge(found) | norms
@@ -143,11 +172,18 @@ class Learner:
                 raise ValueError(f'loss.kl_coef is {self.loss.kl_coef} but there is no reference policy')
             reference_BT = join_rows([self._scored({'policy': reference}, m)[0] for m in self._micro(batch, 0, rows)])
         advantage_BT, return_BT = self._advantages(batch, logprob_BT, reference_BT, value_BT, num_groups=num_groups)
-        return Scores(logprob_BT=logprob_BT, entropy_BT=entropy_BT, reference_logprob_BT=reference_BT,
-                      value_BT=value_BT, advantage_BT=advantage_BT, return_BT=return_BT)
+        return Scores(
+            logprob_BT=logprob_BT,
+            entropy_BT=entropy_BT,
+            reference_logprob_BT=reference_BT,
+            value_BT=value_BT,
+            advantage_BT=advantage_BT,
+            return_BT=return_BT,
+        )
 
-    def ppo_step(self, state: TrainState, batch: Batch, scores: Scores, rows: tuple[int, int],
-                 held: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
+    def ppo_step(
+        self, state: TrainState, batch: Batch, scores: Scores, rows: tuple[int, int], held: bool = False
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step over one mini-batch: rows first … last + 1 of a scored batch.
 
         held: the critic alone takes a step. Nothing is differentiated by the policy, and neither its weights nor its
@@ -159,8 +195,9 @@ class Learner:
         for params in models:
             added, found = self._zeros({'critic': params['critic']} if held else params), []
             for micro, scored in self._micro((batch, scores), *rows):
-                added, metrics = add(params=params, gradients=added, micro=micro, scores=scored,
-                                     denominators=denominators)
+                added, metrics = add(
+                    params=params, gradients=added, micro=micro, scores=scored, denominators=denominators
+                )
                 found.append(metrics)
             gradients, merged = gradients | added, merged | _merge(found)
         state, norms = self._apply(state=state, gradients=gradients)
@@ -168,8 +205,9 @@ class Learner:
 
     def put(self, tree):
         """Moves host arrays with a leading batch axis onto the mesh; each process reads its own rows of them."""
-        return jax.tree.map(lambda x: jax.make_array_from_callback(
-            np.shape(x), self.rows, lambda index: np.asarray(x)[index]), tree)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(np.shape(x), self.rows, lambda index: np.asarray(x)[index]), tree
+        )
 
     def _whole(self, batch: Batch) -> Batch:
         """A batch with as many rows as the devices divide."""
@@ -178,8 +216,10 @@ class Learner:
     def _zeros(self, params: Params) -> Params:
         """Gradients to add to, laid out as the parameters are."""
         if tuple(params) not in self._make_zeros:
-            self._make_zeros[tuple(params)] = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params),
-                                                      out_shardings=jax.tree.map(lambda x: x.sharding, params))
+            self._make_zeros[tuple(params)] = jax.jit(
+                lambda params: jax.tree.map(jnp.zeros_like, params),
+                out_shardings=jax.tree.map(lambda x: x.sharding, params),
+            )
         return self._make_zeros[tuple(params)](params)
 
     def _scored(self, params: Params, micro: Batch) -> tuple[jax.Array, ...]:
@@ -191,22 +231,34 @@ class Learner:
         for row in range(start, stop, self.forward.micro_rows):
             yield self._cut(tree, np.int32(row))
 
-    def _evaluate(self, params: Params, micro: Batch,
-                  logprobs: bool = True) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _evaluate(self, params: Params, micro: Batch, logprobs: bool = True) -> tuple[jax.Array, jax.Array, jax.Array]:
         """logprob, entropy and value of every token, [B, T] each; zeros where `params` lacks the part, and for the
         first two without `logprobs`."""
         f = self.forward
         run = lambda weights: decoder.forward(
-            self.config, weights, micro.tokens_BT, micro.positions_BT, micro.segment_ids_BT,
-            dtype=jnp.dtype(f.dtype), attend=f.attention, remat=f.remat, unroll=f.unroll)
+            self.config,
+            weights,
+            micro.tokens_BT,
+            micro.positions_BT,
+            micro.segment_ids_BT,
+            dtype=jnp.dtype(f.dtype),
+            attend=f.attention,
+            remat=f.remat,
+            unroll=f.unroll,
+        )
         logprob_BT = entropy_BT = value_BT = jnp.zeros(micro.tokens_BT.shape, jnp.float32)
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             if 'policy' in params:
                 hidden_BTD = run(params['policy'])
                 if logprobs:
                     logprob_BT, entropy_BT = token_logprobs(
-                        params['policy'], hidden_BTD, micro.tokens_BT, temperature=self.temperature,
-                        chunk=f.logprob_chunk, vocab_chunk=f.vocab_chunk)
+                        params['policy'],
+                        hidden_BTD,
+                        micro.tokens_BT,
+                        temperature=self.temperature,
+                        chunk=f.logprob_chunk,
+                        vocab_chunk=f.vocab_chunk,
+                    )
             if 'critic' in params:
                 critic = params['critic']
                 if 'backbone' in critic:
@@ -218,9 +270,17 @@ class Learner:
     def _estimate(self, batch: Batch, logprob_BT, reference_BT, value_BT, num_groups: int):
         reward_BT = reward_on_last_acted(batch.reward_BN, batch.acted_BT, batch.segment_ids_BT)
         reward_BT = losses.reward_less_kl(self.loss, reward_BT, logprob_BT, reference_BT, batch.acted_BT)
-        return advantages(self.advantage, reward_BT, batch.acted_BT, batch.segment_ids_BT,
-                          baseline_BN=batch.baseline_BN, update_BN=batch.update_BN, value_BT=value_BT,
-                          group_BN=batch.group_BN, num_groups=num_groups)
+        return advantages(
+            self.advantage,
+            reward_BT,
+            batch.acted_BT,
+            batch.segment_ids_BT,
+            baseline_BN=batch.baseline_BN,
+            update_BN=batch.update_BN,
+            value_BT=value_BT,
+            group_BN=batch.group_BN,
+            num_groups=num_groups,
+        )
 
     def _mask(self, batch: Batch) -> jax.Array:
         return segments.in_update(batch.acted_BT, batch.update_BN, batch.segment_ids_BT)
@@ -232,16 +292,20 @@ class Learner:
         tokens = aggregation.denominator('token-mean', mask_BT, batch.segment_ids_BT, n)
         if self.loss is None:
             return tokens, tokens
-        return aggregation.denominator(self.loss.aggregation, mask_BT, batch.segment_ids_BT, n,
-                                  self.loss.aggregation_constant), tokens
+        return aggregation.denominator(
+            self.loss.aggregation, mask_BT, batch.segment_ids_BT, n, self.loss.aggregation_constant
+        ), tokens
 
     def _add_sft(self, params, gradients, micro: Batch, denominator):
         def objective(params):
             logprob_BT, entropy_BT, _ = self._evaluate(params, micro)
             mask_BT = self._mask(micro)
             loss = -jnp.where(mask_BT, logprob_BT, 0.0).sum() / jnp.maximum(denominator, 1.0)
-            return loss, {'sft/loss': tallies.mean_over(-logprob_BT, mask_BT),
-                          'sft/entropy': tallies.mean_over(entropy_BT, mask_BT)}
+            return loss, {
+                'sft/loss': tallies.mean_over(-logprob_BT, mask_BT),
+                'sft/entropy': tallies.mean_over(entropy_BT, mask_BT),
+            }
+
         found, metrics = jax.grad(objective, has_aux=True)(params)
         return jax.tree.map(jnp.add, gradients, found), metrics
 
@@ -255,6 +319,7 @@ class Learner:
                 value_loss, more = self._critic_loss(value_BT, micro, scores, denominators[1])
                 loss, metrics = loss + value_loss, metrics | more
             return loss, metrics
+
         found, metrics = jax.grad(objective, has_aux=True)(params)
         return jax.tree.map(jnp.add, gradients, found), metrics
 
@@ -264,20 +329,35 @@ class Learner:
         def objective(critic):
             value_BT = self._evaluate(trunk | {'critic': critic}, micro, logprobs=False)[2]
             return self._critic_loss(value_BT, micro, scores, denominators[1])
+
         found, metrics = jax.grad(objective, has_aux=True)(params['critic'])
         _, more = self._actor_loss(scores.logprob_BT, scores.entropy_BT, micro, scores, denominators[0])
         return jax.tree.map(jnp.add, gradients, {'critic': found}), metrics | more
 
     def _actor_loss(self, logprob_BT, entropy_BT, micro: Batch, scores: Scores, denominator):
         return losses.actor_loss(
-            self.loss, logprob_BT=logprob_BT, entropy_BT=entropy_BT, old_logprob_BT=scores.logprob_BT,
-            sampler_logprob_BT=micro.sampler_logprob_BT, advantage_BT=scores.advantage_BT, mask_BT=self._mask(micro),
-            segment_ids_BT=micro.segment_ids_BT, num_segments=self.forward.row_segments, denominator=denominator,
-            reference_logprob_BT=scores.reference_logprob_BT)
+            self.loss,
+            logprob_BT=logprob_BT,
+            entropy_BT=entropy_BT,
+            old_logprob_BT=scores.logprob_BT,
+            sampler_logprob_BT=micro.sampler_logprob_BT,
+            advantage_BT=scores.advantage_BT,
+            mask_BT=self._mask(micro),
+            segment_ids_BT=micro.segment_ids_BT,
+            num_segments=self.forward.row_segments,
+            denominator=denominator,
+            reference_logprob_BT=scores.reference_logprob_BT,
+        )
 
     def _critic_loss(self, value_BT, micro: Batch, scores: Scores, denominator):
-        return losses.critic_loss(self.loss, value_BT=value_BT, old_value_BT=scores.value_BT,
-                                  return_BT=scores.return_BT, mask_BT=self._mask(micro), denominator=denominator)
+        return losses.critic_loss(
+            self.loss,
+            value_BT=value_BT,
+            old_value_BT=scores.value_BT,
+            return_BT=scores.return_BT,
+            mask_BT=self._mask(micro),
+            denominator=denominator,
+        )
 
     def _apply_gradients(self, state: TrainState, gradients: Params):
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
@@ -312,6 +392,8 @@ def mean_metrics(step: int, steps: list[dict[str, jax.Array]]) -> dict[str, floa
     found = {name: float(reduce(name)([m[name] for m in host])) for name in (host[0] if host else {})}
     broken = [name for name, x in found.items() if name.endswith(('loss', 'grad_norm')) and not np.isfinite(x)]
     if broken:
-        raise UserError(f'step {step}: {broken[0]} is {found[broken[0]]}; the last checkpoint is intact: go on from '
-                        'it with a lower optimizer.lr or a lower optimizer.grad_clip')
+        raise UserError(
+            f'step {step}: {broken[0]} is {found[broken[0]]}; the last checkpoint is intact: go on from '
+            'it with a lower optimizer.lr or a lower optimizer.grad_clip'
+        )
     return found

@@ -32,8 +32,16 @@ def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
-def pack(episodes: Sequence[Episode], *, width: int, rows: int, segments: int, groups: Sequence[int] | None = None,
-         baseline: Sequence[bool] | None = None, update: Sequence[bool] | None = None) -> Batch:
+def pack(
+    episodes: Sequence[Episode],
+    *,
+    width: int,
+    rows: int,
+    segments: int,
+    groups: Sequence[int] | None = None,
+    baseline: Sequence[bool] | None = None,
+    update: Sequence[bool] | None = None,
+) -> Batch:
     """The batch of these episodes, numpy arrays of rows × `width`.
 
     rows: a micro-batch; the number of rows is rounded up to a multiple of it.
@@ -43,15 +51,24 @@ def pack(episodes: Sequence[Episode], *, width: int, rows: int, segments: int, g
       default: all.
     An episode without a reward counts as 0 (supervised traces have none).
     """
-    dealt = [part[i:i + segments] for part in first_fit([len(e.tokens) for e in episodes], width)
-              for i in range(0, len(part), segments)]
+    dealt = [
+        part[i : i + segments]
+        for part in first_fit([len(e.tokens) for e in episodes], width)
+        for i in range(0, len(part), segments)
+    ]
     count = max(rows, -(-len(dealt) // rows) * rows)
     ints = lambda *shape: np.zeros(shape, np.int32)
     batch = Batch(
-        tokens_BT=ints(count, width), segment_ids_BT=ints(count, width), positions_BT=ints(count, width),
-        acted_BT=np.zeros((count, width), bool), sampler_logprob_BT=np.zeros((count, width), np.float32),
-        reward_BN=np.zeros((count, segments), np.float32), group_BN=np.full((count, segments), -1, np.int32),
-        baseline_BN=np.zeros((count, segments), bool), update_BN=np.zeros((count, segments), bool))
+        tokens_BT=ints(count, width),
+        segment_ids_BT=ints(count, width),
+        positions_BT=ints(count, width),
+        acted_BT=np.zeros((count, width), bool),
+        sampler_logprob_BT=np.zeros((count, width), np.float32),
+        reward_BN=np.zeros((count, segments), np.float32),
+        group_BN=np.full((count, segments), -1, np.int32),
+        baseline_BN=np.zeros((count, segments), bool),
+        update_BN=np.zeros((count, segments), bool),
+    )
     for r, members in enumerate(dealt):
         start = 0
         for n, i in enumerate(members):
@@ -79,8 +96,9 @@ def join(batches: Sequence[Batch], rows: int = 1) -> tuple[Batch, list[tuple[int
     total = rows
     while total < ends[-1]:
         total *= 2
-    empty = pack([], width=batches[0].tokens_BT.shape[1], rows=total - ends[-1] or 1,
-                 segments=batches[0].reward_BN.shape[1])
+    empty = pack(
+        [], width=batches[0].tokens_BT.shape[1], rows=total - ends[-1] or 1, segments=batches[0].reward_BN.shape[1]
+    )
     parts = [*batches, empty] if total > ends[-1] else list(batches)
     fields = {f: np.concatenate([getattr(b, f) for b in parts]) for f in batches[0].__dataclass_fields__}
     return Batch(**fields), list(zip([0, *ends[:-1]], ends))

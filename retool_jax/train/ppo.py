@@ -46,11 +46,19 @@ class PPOSettings(RolloutSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.check(self, steps=within(1, MANY), minibatches=within(1, 2**20), epochs=within(1, 10**6),
-                     critic=one_of(CRITICS), critic_warmup_steps=within(0, MANY))
+        checks.check(
+            self,
+            steps=within(1, MANY),
+            minibatches=within(1, 2**20),
+            epochs=within(1, 10**6),
+            critic=one_of(CRITICS),
+            critic_warmup_steps=within(0, MANY),
+        )
         if self.critic_warmup_steps and self.critic == 'none':
-            raise UserError(f'critic_warmup_steps={self.critic_warmup_steps} holds the policy while a critic '
-                            "learns, and ppo.critic='none' has none: set ppo.critic_warmup_steps=0")
+            raise UserError(
+                f'critic_warmup_steps={self.critic_warmup_steps} holds the policy while a critic '
+                "learns, and ppo.critic='none' has none: set ppo.critic_warmup_steps=0"
+            )
 
 
 def check(sizes: PPOSettings, advantage: AdvantageSettings, loss: LossSettings, sampling: SamplingSettings) -> None:
@@ -60,21 +68,29 @@ def check(sizes: PPOSettings, advantage: AdvantageSettings, loss: LossSettings, 
     """
     if advantage.needs_values == (sizes.critic == 'none'):
         remedy = 'head or backbone' if advantage.needs_values else 'none'
-        raise UserError(f'ppo.critic={sizes.critic!r} contradicts advantage.kind={advantage.kind!r}, which '
-                        f'{"needs" if advantage.needs_values else "reads no"} values; set ppo.critic={remedy}')
+        raise UserError(
+            f'ppo.critic={sizes.critic!r} contradicts advantage.kind={advantage.kind!r}, which '
+            f'{"needs" if advantage.needs_values else "reads no"} values; set ppo.critic={remedy}'
+        )
     if advantage.needs_groups and sizes.samples < 2:
-        raise UserError(f'advantage.kind={advantage.kind!r} compares the samples of a problem, of which there is '
-                        f'ppo.samples={sizes.samples}: its advantage would be the bare reward; set ppo.samples=2 or '
-                        'more, or advantage.kind=gae or reinforce_pp')
+        raise UserError(
+            f'advantage.kind={advantage.kind!r} compares the samples of a problem, of which there is '
+            f'ppo.samples={sizes.samples}: its advantage would be the bare reward; set ppo.samples=2 or '
+            'more, or advantage.kind=gae or reinforce_pp'
+        )
     if sizes.quanta and loss.correction == 'none':
-        raise UserError(f'ppo.quanta={sizes.quanta} trains on tokens of older weights, which loss.correction=none '
-                        'takes for those of the current ones; set loss.correction=token or sequence')
+        raise UserError(
+            f'ppo.quanta={sizes.quanta} trains on tokens of older weights, which loss.correction=none '
+            'takes for those of the current ones; set loss.correction=token or sequence'
+        )
     if sampling.temperature == 0:
         raise UserError('train_sampling.temperature=0.0 draws one answer only; choose one above 0')
     if sampling.truncates:  # ratios are between whole distributions
-        raise UserError(f'train_sampling.top_p={sampling.top_p}, train_sampling.top_k={sampling.top_k}, '
-                        f'train_sampling.min_p={sampling.min_p}: the update knows no truncation; set top_p=1, top_k=0, '
-                        'min_p=0')
+        raise UserError(
+            f'train_sampling.top_p={sampling.top_p}, train_sampling.top_k={sampling.top_k}, '
+            f'train_sampling.min_p={sampling.min_p}: the update knows no truncation; set top_p=1, top_k=0, '
+            'min_p=0'
+        )
 
 
 @dataclasses.dataclass
@@ -138,10 +154,18 @@ class _Clock(threading.Thread):
         return self._ended - self._began
 
 
-def train(learner: Learner, progress: Progress, settings: PPOSettings, *, collect: Source, seed: int,
-          residency: Residency | None = None, report: Callable[[StepResult], None] = lambda result: None,
-          due: Callable[[int], bool] = lambda done: False,
-          spoiled: Callable[[int, Sequence[Episode]], None] = lambda step, episodes: None) -> TrainState:
+def train(
+    learner: Learner,
+    progress: Progress,
+    settings: PPOSettings,
+    *,
+    collect: Source,
+    seed: int,
+    residency: Residency | None = None,
+    report: Callable[[StepResult], None] = lambda result: None,
+    due: Callable[[int], bool] = lambda done: False,
+    spoiled: Callable[[int, Sequence[Episode]], None] = lambda step, episodes: None,
+) -> TrainState:
     """Steps progress.done … settings.steps − 1; `progress` is moved on after each.
 
     `report(result)` is called one step late, so that the host waits for the device only where it needs tokens. It is
@@ -174,8 +198,10 @@ def train(learner: Learner, progress: Progress, settings: PPOSettings, *, collec
             with uninterrupted():
                 late = update(learner, progress, settings, collected.episodes, seed, step, residency)
                 progress.done, progress.cursor, progress.carried = step + 1, collected.cursor, collected.carried
-                late.metrics.update(collected.metrics | {
-                    'data/cursor': float(collected.cursor), 'time/step_s': time.perf_counter() - began})
+                late.metrics.update(
+                    collected.metrics
+                    | {'data/cursor': float(collected.cursor), 'time/step_s': time.perf_counter() - began}
+                )
             if due(step + 1):
                 flush()
     except KeyboardInterrupt:
@@ -186,30 +212,42 @@ def train(learner: Learner, progress: Progress, settings: PPOSettings, *, collec
     return progress.state
 
 
-def update(learner: Learner, progress: Progress, settings: PPOSettings, episodes: Sequence[Episode], seed: int,
-           step: int, residency: Residency) -> _Pending:
+def update(
+    learner: Learner,
+    progress: Progress,
+    settings: PPOSettings,
+    episodes: Sequence[Episode],
+    seed: int,
+    step: int,
+    residency: Residency,
+) -> _Pending:
     """Scores the episodes and takes every optimizer step over them; nothing waits for the device."""
     began = time.perf_counter()
     progress.state = residency.enter('score', progress.state)
     batch, minibatches = make_batch(episodes, settings, learner.forward, seed, step)
     if (groups := 1 + int(batch.group_BN.max())) > settings.problems_per_step:  # of a run with other sizes
-        raise UserError(f'step {step} holds {groups} groups of ppo.samples={settings.samples}, more than '
-                        f'ppo.problems_per_step={settings.problems_per_step}; set both as the episodes were made')
+        raise UserError(
+            f'step {step} holds {groups} groups of ppo.samples={settings.samples}, more than '
+            f'ppo.problems_per_step={settings.problems_per_step}; set both as the episodes were made'
+        )
     batch = learner.put(batch)
-    scores = learner.score(progress.state.params, batch, minibatches[-1][1], residency.reference,
-                           num_groups=settings.problems_per_step)
+    scores = learner.score(
+        progress.state.params, batch, minibatches[-1][1], residency.reference, num_groups=settings.problems_per_step
+    )
     progress.state, found = residency.enter('update', progress.state), []
     for _ in range(settings.epochs):
         for rows in minibatches:
-            progress.state, metrics = learner.ppo_step(progress.state, batch, scores, rows,
-                                                       held=step < settings.critic_warmup_steps)
+            progress.state, metrics = learner.ppo_step(
+                progress.state, batch, scores, rows, held=step < settings.critic_warmup_steps
+            )
             found.append(metrics)
     explained = _explained(batch, scores) if settings.critic != 'none' else None
     return _Pending(step, list(episodes), found, explained, {}, _Clock(began, found[-1]))
 
 
-def make_batch(episodes: Sequence[Episode], settings: PPOSettings, forward: ForwardSettings, seed: int,
-               step: int) -> tuple[Batch, list[tuple[int, int]]]:
+def make_batch(
+    episodes: Sequence[Episode], settings: PPOSettings, forward: ForwardSettings, seed: int, step: int
+) -> tuple[Batch, list[tuple[int, int]]]:
     """The global batch and the rows of each mini-batch: episodes are dealt at random, then packed.
 
     Every process makes the same batch from the same episodes. A group is `samples` samples of a problem that were
@@ -220,16 +258,28 @@ def make_batch(episodes: Sequence[Episode], settings: PPOSettings, forward: Forw
         key = (episode.problem.id, episode.step, episode.sample // settings.samples)
         groups.append(number.setdefault(key, len(number)))
     fault = np.array([e.stop == Stop.FAULT for e in episodes])
-    baseline, update = episode_masks(np.array([e.void for e in episodes]),
-                                     np.array([e.stop == Stop.LENGTH for e in episodes]), ~fault,
-                                     drop_void=settings.drop_void, mask_truncated=settings.mask_truncated)
+    baseline, update = episode_masks(
+        np.array([e.void for e in episodes]),
+        np.array([e.stop == Stop.LENGTH for e in episodes]),
+        ~fault,
+        drop_void=settings.drop_void,
+        mask_truncated=settings.mask_truncated,
+    )
     order = np.random.default_rng((seed, step)).permutation(len(episodes))
     parts = []
     for chosen in np.array_split(order, min(settings.minibatches, len(order))):
         pick = lambda values: [values[i] for i in chosen]  # noqa: B023
-        parts.append(pack(pick(episodes), width=forward.row_width, rows=forward.micro_rows,
-                          segments=forward.row_segments, groups=pick(groups), baseline=pick(baseline),
-                          update=pick(update)))
+        parts.append(
+            pack(
+                pick(episodes),
+                width=forward.row_width,
+                rows=forward.micro_rows,
+                segments=forward.row_segments,
+                groups=pick(groups),
+                baseline=pick(baseline),
+                update=pick(update),
+            )
+        )
     return join(parts, forward.micro_rows)
 
 

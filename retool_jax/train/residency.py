@@ -49,8 +49,10 @@ class Residency:
 
 def _move(tree, kind: str):
     """Every array of a tree in the memory `kind` of its own devices."""
+
     def put(x):
         if not isinstance(x, jax.Array) or x.sharding.memory_kind == kind:
             return x
         return jax.device_put(x, x.sharding.with_memory_kind(kind))
+
     return jax.tree.map(put, tree)

@@ -31,8 +31,13 @@ class SFTSettings:
     evaluation_share: float
 
     def __post_init__(self):
-        check(self, steps=within(1, MANY), epochs=within(0, 10**6), batch_tokens=within(1, MANY),
-              evaluation_share=below(0, 1))
+        check(
+            self,
+            steps=within(1, MANY),
+            epochs=within(0, 10**6),
+            batch_tokens=within(1, MANY),
+            evaluation_share=below(0, 1),
+        )
 
 
 def hold_out(episodes: Sequence[Episode], share: float) -> tuple[list[Episode], list[Episode]]:
@@ -40,7 +45,7 @@ def hold_out(episodes: Sequence[Episode], share: float) -> tuple[list[Episode], 
 
     All traces of a question are on one side, and on the same one whatever else the folder holds.
     """
-    apart = [zlib.crc32(e.problem.question.encode('utf-8', 'surrogatepass')) < share * 2 ** 32 for e in episodes]
+    apart = [zlib.crc32(e.problem.question.encode('utf-8', 'surrogatepass')) < share * 2**32 for e in episodes]
     return ([e for e, out in zip(episodes, apart) if not out], [e for e, out in zip(episodes, apart) if out])
 
 
@@ -74,8 +79,9 @@ def settle(settings: SFTSettings, episodes: Sequence[Episode], seed: int) -> SFT
     return dataclasses.replace(settings, steps=count)
 
 
-def batches(episodes: Sequence[Episode], settings: SFTSettings, forward: ForwardSettings, seed: int,
-            start: int = 0) -> Iterator[Batch]:
+def batches(
+    episodes: Sequence[Episode], settings: SFTSettings, forward: ForwardSettings, seed: int, start: int = 0
+) -> Iterator[Batch]:
     """Step `start`, `start + 1`, …: epochs of shuffled episodes cut at `batch_tokens`, packed into rows.
 
     A step depends on the seed and its number alone, so a resumed run sees what the whole one would.
@@ -91,10 +97,17 @@ def packed(episodes: Sequence[Episode], forward: ForwardSettings) -> Batch:
     return pack(episodes, width=forward.row_width, rows=forward.micro_rows, segments=forward.row_segments)
 
 
-def train(learner: Learner, state: TrainState, episodes: Sequence[Episode], settings: SFTSettings, seed: int,
-          log: Callable[[int, dict[str, float]], None],
-          save: Callable[[int, TrainState, dict[str, float]], None] | None = None, save_every: int = 1,
-          held_out: Sequence[Episode] = ()) -> TrainState:
+def train(
+    learner: Learner,
+    state: TrainState,
+    episodes: Sequence[Episode],
+    settings: SFTSettings,
+    seed: int,
+    log: Callable[[int, dict[str, float]], None],
+    save: Callable[[int, TrainState, dict[str, float]], None] | None = None,
+    save_every: int = 1,
+    held_out: Sequence[Episode] = (),
+) -> TrainState:
     """Runs the remaining steps of `state`.
 
     `log(step, metrics)` is called one step late, so that the host never waits for the step in flight;

@@ -42,11 +42,19 @@ class RolloutSettings:
     quanta: int
 
     def __post_init__(self):
-        check(self, problems_per_step=within(1, 2**20), samples=within(1, 2**16), dynamic_rounds=within(0, 2**16),
-              overlong_buffer=within(0, MANY), quanta=within(0, MANY))
+        check(
+            self,
+            problems_per_step=within(1, 2**20),
+            samples=within(1, 2**16),
+            dynamic_rounds=within(0, 2**16),
+            overlong_buffer=within(0, MANY),
+            quanta=within(0, MANY),
+        )
         if self.dynamic_rounds and self.samples < 2:
-            raise UserError(f'dynamic_rounds={self.dynamic_rounds} compares the samples of a problem, of which there '
-                            f'is samples={self.samples}; raise it, or set dynamic_rounds=0')
+            raise UserError(
+                f'dynamic_rounds={self.dynamic_rounds} compares the samples of a problem, of which there '
+                f'is samples={self.samples}; raise it, or set dynamic_rounds=0'
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +82,16 @@ class Problems(Protocol):
     def __getitem__(self, index: int) -> Problem: ...
 
 
-def sampled(engine: Engine, settings: RolloutSettings, stream: Problems, template: Template, tokenizer: Tokenizer,
-            grader: Grader, journal: Journal | None = None,
-            finished: Callable[[Episode], None] = lambda episode: None) -> Source:
+def sampled(
+    engine: Engine,
+    settings: RolloutSettings,
+    stream: Problems,
+    template: Template,
+    tokenizer: Tokenizer,
+    grader: Grader,
+    journal: Journal | None = None,
+    finished: Callable[[Episode], None] = lambda episode: None,
+) -> Source:
     """The source that rolls out: current weights in the sampling layout, every token stamped with its step.
 
     With `dynamic_rounds` it asks for `problems_per_step` further problems of the stream until that many groups
@@ -101,8 +116,11 @@ def sampled(engine: Engine, settings: RolloutSettings, stream: Problems, templat
             asked = [stream[i] for i in range(cursor, cursor + room)]
             requests = [Request.resume(copied(e)) for group in open_groups for e in group if e.stop is None]
             requests += number(grading.make_requests(asked, settings.samples, template, tokenizer), seen)
-            made = iter(engine.run(weights, step, requests, step, journal=journal, quanta=settings.quanta or None,
-                                   finished=finished))
+            made = iter(
+                engine.run(
+                    weights, step, requests, step, journal=journal, quanta=settings.quanta or None, finished=finished
+                )
+            )
             groups = [[next(made) if e.stop is None else e for e in group] for group in open_groups]
             groups += split(list(made), settings.samples)
             whole = [group for group in groups if all(e.stop is not None for e in group)]
@@ -119,9 +137,12 @@ def sampled(engine: Engine, settings: RolloutSettings, stream: Problems, templat
                 cursor -= len(whole) - 1 - next(i for i, group in enumerate(whole) if group is found[missing - 1])
         episodes = [e for group in taken or first for e in group]
         metrics = spent.summary() | {
-            'time/rollout_s': spent.total_s, 'time/tools_blocked_s': spent.tools_blocked_s,
-            'time/decode_s': spent.decode_s, 'time/extend_s': spent.extend_s,
-            'rollout/correct': tally['correct'] / max(tally['made'], 1)}  # before any group was replaced
+            'time/rollout_s': spent.total_s,
+            'time/tools_blocked_s': spent.tools_blocked_s,
+            'time/decode_s': spent.decode_s,
+            'time/extend_s': spent.extend_s,
+            'rollout/correct': tally['correct'] / max(tally['made'], 1),
+        }  # before any group was replaced
         if settings.dynamic_rounds or settings.quanta:
             metrics |= {'rollout/rounds': float(tally['rounds']), 'rollout/groups_taken': float(len(taken))}
         carried = tuple(e for group in open_groups for e in group)
@@ -129,18 +150,20 @@ def sampled(engine: Engine, settings: RolloutSettings, stream: Problems, templat
             metrics |= describe_carried(episodes, carried, step)
         shape_overlong(episodes, settings.overlong_buffer, engine.rules.settings.max_tokens)
         return Collected(episodes, cursor, metrics, carried)
+
     return collect
 
 
 def split(episodes: Sequence[Episode], samples: int) -> list[list[Episode]]:
     """Groups of so many samples each, in order."""
-    return [list(episodes[i:i + samples]) for i in range(0, len(episodes), samples)]
+    return [list(episodes[i : i + samples]) for i in range(0, len(episodes), samples)]
 
 
 def copied(episode: Episode) -> Episode:
     """An episode that may go on while the original stays as a checkpoint has it."""
-    return dataclasses.replace(episode, **{name: list(getattr(episode, name)) for name in (
-        'tokens', 'acted', 'logprobs', 'versions', 'calls')})
+    return dataclasses.replace(
+        episode, **{name: list(getattr(episode, name)) for name in ('tokens', 'acted', 'logprobs', 'versions', 'calls')}
+    )
 
 
 def number(requests: Sequence[Request], seen: collections.Counter) -> list[Request]:
@@ -161,8 +184,9 @@ def differs(group: Sequence[Episode], drop_void: bool) -> bool:
     wrong throughout would pass for groups that say something.
     """
     counts = np.array([e.stop != Stop.FAULT and not (drop_void and e.void) for e in group])
-    return bool(unequal_groups(np.array([e.reward.correct for e in group], float), np.zeros(len(group), int),
-                               counts, 1)[0])
+    return bool(
+        unequal_groups(np.array([e.reward.correct for e in group], float), np.zeros(len(group), int), counts, 1)[0]
+    )
 
 
 def shape_overlong(episodes: Sequence[Episode], buffer: int, budget: int) -> None:
@@ -188,19 +212,25 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
     share = lambda *verdicts: float(np.mean([c.verdict in verdicts for c in calls])) if calls else 0.0
     waits = [c.wall_s for c in calls if c.verdict not in (Verdict.FORMAT, Verdict.CAP)] or [0.0]  # those that ran
     return {
-        'rewards/mean': mean(lambda e: e.reward.value), 'rewards/correct': mean(lambda e: e.reward.correct),
+        'rewards/mean': mean(lambda e: e.reward.value),
+        'rewards/correct': mean(lambda e: e.reward.correct),
         'grader/timeout_frequency': mean(lambda e: e.reward.late),
         'response_length/mean': mean(lambda e: e.acted_count),
         'response_length/clip_ratio': mean(lambda e: e.stop == Stop.LENGTH),
-        'num_turns/mean': mean(lambda e: e.turns), 'void_turn_ratio': mean(lambda e: e.void),
+        'num_turns/mean': mean(lambda e: e.turns),
+        'void_turn_ratio': mean(lambda e: e.void),
         'tools/calls': len(calls) / len(episodes),
         'tools/code_ratio': mean(lambda e: any(c.code for c in e.calls)),
         'tools/failure_frequency': 1.0 - share(Verdict.OK) if calls else 0.0,
         'tools/timeout_frequency': share(Verdict.TIMEOUT),
         'tools/fault_frequency': share(Verdict.SANDBOX_ERROR),
-        **{f'tools/fault_{fault}': float(np.mean([c.fault == fault for c in calls]))  # the kinds that there were
-           for fault in Fault if any(c.fault == fault for c in calls)},
-        'tools/seconds_p50': float(np.quantile(waits, 0.5)), 'tools/seconds_p99': float(np.quantile(waits, 0.99)),
+        **{
+            f'tools/fault_{fault}': float(np.mean([c.fault == fault for c in calls]))  # the kinds that there were
+            for fault in Fault
+            if any(c.fault == fault for c in calls)
+        },
+        'tools/seconds_p50': float(np.quantile(waits, 0.5)),
+        'tools/seconds_p99': float(np.quantile(waits, 0.99)),
     }
 
 
@@ -208,9 +238,12 @@ def describe_carried(episodes: Sequence[Episode], carried: Sequence[Episode], st
     """How much a step leaves unfinished, and how old what it trains on is, in steps."""
     ages = [step - e.step for e in episodes]
     versions = np.array([v for e in episodes for v, acted in zip(e.versions, e.acted) if acted])
-    return {'partial/carried': float(sum(e.stop is None for e in carried)), 'partial/age_mean': float(np.mean(ages)),
-            'partial/age_max': float(max(ages)),
-            'partial/stale_tokens': float(np.mean(versions < step)) if len(versions) else 0.0}
+    return {
+        'partial/carried': float(sum(e.stop is None for e in carried)),
+        'partial/age_mean': float(np.mean(ages)),
+        'partial/age_max': float(max(ages)),
+        'partial/stale_tokens': float(np.mean(versions < step)) if len(versions) else 0.0,
+    }
 
 
 def part_names(directory: str) -> list[str]:
@@ -238,7 +271,10 @@ def dumped(directory: str, vocab_size: int, width: int | None = None) -> Source:
             raise UserError(f'{directory}/{name}.jsonl holds ids beyond the model: it was written for another one')
         longest = max(episodes, key=lambda e: len(e.tokens))
         if width is not None and len(longest.tokens) > width:
-            raise UserError(f'{directory}/{name}.jsonl: an episode of problem {longest.problem.id!r} has '
-                            f'{len(longest.tokens)} tokens, more than forward.row_width={width}; raise it')
+            raise UserError(
+                f'{directory}/{name}.jsonl: an episode of problem {longest.problem.id!r} has '
+                f'{len(longest.tokens)} tokens, more than forward.row_width={width}; raise it'
+            )
         return Collected(episodes, cursor, {'time/rollout_s': 0.0, 'time/tools_blocked_s': 0.0})
+
     return collect

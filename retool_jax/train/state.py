@@ -33,24 +33,35 @@ class OptimizerSettings:
     grad_clip: float  # largest global norm of a part's gradient, policy and critic apart. R 1
 
     def __post_init__(self):
-        check(self, lr=within(0, 1e3), schedule=one_of(SCHEDULES), warmup_steps=within(0, MANY), b1=below(0, 1),
-              b2=below(0, 1), weight_decay=within(0, 1e3), grad_clip=above(0, 1e9))
+        check(
+            self,
+            lr=within(0, 1e3),
+            schedule=one_of(SCHEDULES),
+            warmup_steps=within(0, MANY),
+            b1=below(0, 1),
+            b2=below(0, 1),
+            weight_decay=within(0, 1e3),
+            grad_clip=above(0, 1e9),
+        )
 
 
 def make_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     """Learning rate over `steps` optimizer steps."""
     s = settings
     rest = max(steps - s.warmup_steps, 1)
-    after = {'constant': lambda: optax.constant_schedule(s.lr),
-             'cosine': lambda: optax.cosine_decay_schedule(s.lr, rest),
-             'linear': lambda: optax.linear_schedule(s.lr, 0.0, rest),
-             'wsd': lambda: optax.linear_schedule(s.lr, 0.0, rest // 4, transition_begin=rest - rest // 4)}
+    after = {
+        'constant': lambda: optax.constant_schedule(s.lr),
+        'cosine': lambda: optax.cosine_decay_schedule(s.lr, rest),
+        'linear': lambda: optax.linear_schedule(s.lr, 0.0, rest),
+        'wsd': lambda: optax.linear_schedule(s.lr, 0.0, rest // 4, transition_begin=rest - rest // 4),
+    }
     warmup = optax.linear_schedule(0.0, s.lr, max(s.warmup_steps, 1))
     return optax.join_schedules([warmup, after[s.schedule]()], [s.warmup_steps])
 
 
-def make_optimizer(policy: OptimizerSettings, steps: int, critic: OptimizerSettings | None = None,
-                   critic_warmup_steps: int = 0) -> optax.GradientTransformation:
+def make_optimizer(
+    policy: OptimizerSettings, steps: int, critic: OptimizerSettings | None = None, critic_warmup_steps: int = 0
+) -> optax.GradientTransformation:
     """AdamW for the tree {'policy', 'critic'}, each part clipped, scheduled and counted on its own.
 
     Gradients may lack a part, which then keeps parameters, moments and count: so the policy is held for the first
@@ -63,9 +74,12 @@ def make_optimizer(policy: OptimizerSettings, steps: int, critic: OptimizerSetti
     def update(gradients, state, params):
         found = {name: parts[name].update(part, state[name], params[name]) for name, part in gradients.items()}
         return {name: changes for name, (changes, _) in found.items()}, state | {
-            name: own for name, (_, own) in found.items()}
+            name: own for name, (_, own) in found.items()
+        }
+
     return optax.GradientTransformation(
-        lambda params: {name: parts[name].init(part) for name, part in params.items()}, update)
+        lambda params: {name: parts[name].init(part) for name, part in params.items()}, update
+    )
 
 
 def _adamw(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
@@ -76,10 +90,12 @@ def _adamw(settings: OptimizerSettings, steps: int) -> optax.GradientTransformat
     """
     schedule = make_schedule(settings, steps)
     matrices = lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, x: path[-1].key == 'weight' and 'norm' not in jax.tree_util.keystr(path), params)
+        lambda path, x: path[-1].key == 'weight' and 'norm' not in jax.tree_util.keystr(path), params
+    )
     return optax.chain(
         optax.clip_by_global_norm(settings.grad_clip),
-        optax.adamw(schedule, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay, mask=matrices))
+        optax.adamw(schedule, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay, mask=matrices),
+    )
 
 
 def init_value_head(config: ModelConfig) -> Params:
@@ -116,4 +132,5 @@ def _everywhere(tree, params: Params):
     def spread(x):
         held = np.asarray(x)
         return jax.make_array_from_callback(held.shape, whole, held.__getitem__)
+
     return jax.tree.map(lambda x: x if x.sharding == whole else spread(x), tree)

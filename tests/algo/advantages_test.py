@@ -22,9 +22,7 @@ def choose(kind: str, gamma: float = 0.9, lam: float = 0.8, whiten: bool | None 
 
 @jax.jit
 def gae(arrays, gamma, lam):
-    return advantages.gae(
-        arrays['reward'], arrays['old_value'], arrays['acted'], gamma, lam, arrays['segment_ids']
-    )
+    return advantages.gae(arrays['reward'], arrays['old_value'], arrays['acted'], gamma, lam, arrays['segment_ids'])
 
 
 def run_gae(layout: slow.Layout, gamma: float, lam: float):
@@ -34,8 +32,15 @@ def run_gae(layout: slow.Layout, gamma: float, lam: float):
 @functools.partial(jax.jit, static_argnums=0)
 def estimate(settings: AdvantageSettings, arrays):
     return advantages.advantages(
-        settings, arrays['reward'], arrays['acted'], arrays['segment_ids'], baseline_BN=arrays['baseline'],
-        update_BN=arrays['update'], value_BT=arrays['old_value'], group_BN=arrays['group'], num_groups=3,
+        settings,
+        arrays['reward'],
+        arrays['acted'],
+        arrays['segment_ids'],
+        baseline_BN=arrays['baseline'],
+        update_BN=arrays['update'],
+        value_BT=arrays['old_value'],
+        group_BN=arrays['group'],
+        num_groups=3,
     )
 
 
@@ -74,8 +79,7 @@ def test_deleting_tool_spans_leaves_gae_unchanged(seed):
     episodes = slow.tales(seed)
     whole = slow.arrangements(episodes)['plain']
     cut = [
-        slow.Tale([True] * sum(t.acted), {name: t.at(name) for name in slow.FIELDS}, t.score, t.group)
-        for t in episodes
+        slow.Tale([True] * sum(t.acted), {name: t.at(name) for name in slow.FIELDS}, t.score, t.group) for t in episodes
     ]
     bare = slow.arrangements(cut)['plain']
     for before, after in zip(run_gae(whole, 0.9, 0.8), run_gae(bare, 0.9, 0.8)):
@@ -200,8 +204,12 @@ def test_reinforce_pp_returns_are_the_discounted_reward_to_go():
     acted = jnp.array([[True, False, True, True]])
     reward = advantages.reward_on_last_acted(jnp.array([2.0]), acted)
     _, returns = advantages.advantages(
-        choose('reinforce_pp', gamma=0.5), reward, acted, segments.whole_rows(acted),
-        baseline_BN=jnp.ones((1, 1), bool), update_BN=jnp.ones((1, 1), bool),
+        choose('reinforce_pp', gamma=0.5),
+        reward,
+        acted,
+        segments.whole_rows(acted),
+        baseline_BN=jnp.ones((1, 1), bool),
+        update_BN=jnp.ones((1, 1), bool),
     )
     np.testing.assert_array_equal(returns, [[0.5, 0, 1, 2]])
 

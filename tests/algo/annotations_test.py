@@ -69,9 +69,17 @@ def test_the_shapes_of_a_packed_batch_pass_and_wrong_ones_are_caught():
     checked('losses.kl')('k3', x.logprob, x.reference, x.acted)
     checked('correction.correction')(settings, x.old, x.sampler, *row, n)
     loss, _ = checked('losses.actor_loss')(
-        settings, logprob_BT=x.logprob, entropy_BT=x.entropy, old_logprob_BT=x.old,
-        sampler_logprob_BT=x.sampler, advantage_BT=x.advantage, mask_BT=x.acted,
-        segment_ids_BT=x.segment_ids, num_segments=n, denominator=total, reference_logprob_BT=x.reference,
+        settings,
+        logprob_BT=x.logprob,
+        entropy_BT=x.entropy,
+        old_logprob_BT=x.old,
+        sampler_logprob_BT=x.sampler,
+        advantage_BT=x.advantage,
+        mask_BT=x.acted,
+        segment_ids_BT=x.segment_ids,
+        num_segments=n,
+        denominator=total,
+        reference_logprob_BT=x.reference,
     )
     assert loss.shape == ()
     for wrong in (x.old_value[:, 1:], x.old_value[0], x.acted):

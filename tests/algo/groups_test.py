@@ -36,9 +36,7 @@ def test_group_advantages_equal_the_slow_reference_in_any_order(kind):
     reward = rng.choice([-1.0, 0.3, 1.0], 40).astype(np.float32)
     group, valid = rng.integers(0, 7, 40).astype(np.int32), rng.random(40) < 0.7
     peers = {g: [float(r) for r, h, v in zip(reward, group, valid) if v and h == g] for g in range(7)}
-    expected = [
-        slow.group_advantage(kind, float(r), peers[g]) if v else 0.0 for r, g, v in zip(reward, group, valid)
-    ]
+    expected = [slow.group_advantage(kind, float(r), peers[g]) if v else 0.0 for r, g, v in zip(reward, group, valid)]
     found = np.asarray(advantage(kind, reward, group, valid, 7))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     order = rng.permutation(40)

@@ -19,8 +19,12 @@ CASES = {
         clip_high=0.28, dual_clip=1.3, correction='token', correction_cap=1.1, kl_kind='k1', **EVERYTHING
     ),
     'ppo, GRPO means, sequence correction, k3': loss_settings(
-        aggregation='seq-mean-token-mean', correction='sequence', correction_low=0.8, correction_high=1.25,
-        correction_cap=1.1, **EVERYTHING,
+        aggregation='seq-mean-token-mean',
+        correction='sequence',
+        correction_low=0.8,
+        correction_high=1.25,
+        correction_cap=1.1,
+        **EVERYTHING,
     ),
     'ppo, Dr. GRPO means, KL in the reward': loss_settings(
         aggregation='seq-mean-token-sum', aggregation_constant=16.0, kl_in='reward', **EVERYTHING
@@ -44,10 +48,17 @@ def actor(settings, arrays, denominator):
 
     def objective(logprob, entropy):
         return losses.actor_loss(
-            settings, logprob_BT=logprob, entropy_BT=entropy, old_logprob_BT=arrays['old'],
-            sampler_logprob_BT=arrays['sampler'], advantage_BT=arrays['advantage'], mask_BT=mask,
-            segment_ids_BT=arrays['segment_ids'], num_segments=arrays['update'].shape[1],
-            denominator=denominator, reference_logprob_BT=arrays['reference'],
+            settings,
+            logprob_BT=logprob,
+            entropy_BT=entropy,
+            old_logprob_BT=arrays['old'],
+            sampler_logprob_BT=arrays['sampler'],
+            advantage_BT=arrays['advantage'],
+            mask_BT=mask,
+            segment_ids_BT=arrays['segment_ids'],
+            num_segments=arrays['update'].shape[1],
+            denominator=denominator,
+            reference_logprob_BT=arrays['reference'],
         )
 
     grad = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
@@ -61,8 +72,12 @@ def critic(settings, arrays, denominator):
 
     def objective(value):
         return losses.critic_loss(
-            settings, value_BT=value, old_value_BT=arrays['old_value'], return_BT=arrays['returns'],
-            mask_BT=mask, denominator=denominator,
+            settings,
+            value_BT=value,
+            old_value_BT=arrays['old_value'],
+            return_BT=arrays['returns'],
+            mask_BT=mask,
+            denominator=denominator,
         )
 
     (loss, found), gradient = jax.value_and_grad(objective, has_aux=True)(arrays['value'])
@@ -146,8 +161,9 @@ def test_before_any_update_the_ratio_is_one_and_nothing_is_clipped(kind):
     assert float(metrics['actor/ratio_max']) == 1
     # and each loss is then the policy gradient, −A ∇ℓ
     mask = np.asarray(segments.in_update(layout.acted, layout.update, layout.segment_ids))
-    counts = np.asarray(segments.per_token(
-        segments.per_segment(jnp.asarray(mask), layout.segment_ids, 4), layout.segment_ids))
+    counts = np.asarray(
+        segments.per_token(segments.per_segment(jnp.asarray(mask), layout.segment_ids, 4), layout.segment_ids)
+    )
     sequences = float(denominators(settings, layout.arrays)[0])
     advantage = np.where(mask, layout.advantage, 0)
     if kind == 'gspo':
@@ -200,8 +216,13 @@ def test_absurd_log_ratios_stay_finite():
         settings = loss_settings(kind=kind, aggregation='seq-mean-token-mean')
         mask = np.ones((2, 1), bool)
         loss, found = losses.policy_loss(
-            settings, np.float32([[-1e5], [0]]), np.float32([[0], [-1e5]]), -np.ones((2, 1), np.float32),
-            mask, segments.whole_rows(mask), 1,
+            settings,
+            np.float32([[-1e5], [0]]),
+            np.float32([[0], [-1e5]]),
+            -np.ones((2, 1), np.float32),
+            mask,
+            segments.whole_rows(mask),
+            1,
         )
         assert np.all(np.isfinite(loss))
         assert float(found['actor/ratio_max'].value) == pytest.approx(math.exp(20))
@@ -280,8 +301,15 @@ def test_a_kl_penalty_without_a_reference_is_refused():
     one = jnp.ones((1, 1))
     with pytest.raises(ValueError, match=r'loss.kl_coef=0.5 needs reference_logprob_BT'):
         losses.actor_loss(
-            loss_settings(kl_coef=0.5), logprob_BT=one, entropy_BT=one, old_logprob_BT=one, sampler_logprob_BT=one,
-            advantage_BT=one, mask_BT=one > 0, segment_ids_BT=one.astype(int), num_segments=1,
+            loss_settings(kl_coef=0.5),
+            logprob_BT=one,
+            entropy_BT=one,
+            old_logprob_BT=one,
+            sampler_logprob_BT=one,
+            advantage_BT=one,
+            mask_BT=one > 0,
+            segment_ids_BT=one.astype(int),
+            num_segments=1,
             denominator=1.0,
         )
 

@@ -8,9 +8,22 @@ from retool_jax.algo.settings import LOSS_CHOICES, AdvantageSettings, LossSettin
 def loss_settings(**changes) -> LossSettings:
     """Plain PPO, changed."""
     plain = dict(
-        kind='ppo', clip_low=0.2, clip_high=0.2, dual_clip=None, aggregation='token-mean',
-        aggregation_constant=None, entropy_coef=0.0, kl_coef=0.0, kl_kind='k3', kl_in='loss', value_coef=1.0,
-        value_clip=None, correction='none', correction_cap=2.0, correction_low=0.5, correction_high=2.0,
+        kind='ppo',
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=None,
+        aggregation='token-mean',
+        aggregation_constant=None,
+        entropy_coef=0.0,
+        kl_coef=0.0,
+        kl_kind='k3',
+        kl_in='loss',
+        value_coef=1.0,
+        value_clip=None,
+        correction='none',
+        correction_cap=2.0,
+        correction_low=0.5,
+        correction_high=2.0,
     )
     return LossSettings(**(plain | changes))
 

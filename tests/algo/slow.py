@@ -73,9 +73,7 @@ class Layout:
         return self.arrays[name]
 
 
-def lay_out(
-    episodes: list[Tale], rows: list[list[int]], width: int, segments: int, fill: float = 0.0
-) -> Layout:
+def lay_out(episodes: list[Tale], rows: list[list[int]], width: int, segments: int, fill: float = 0.0) -> Layout:
     """Writes episodes into rows of `width` tokens; padding holds `fill` (NaN to see that nobody reads it)."""
     arrays = {name: np.full((len(rows), width), fill, np.float32) for name in FIELDS}
     arrays |= {'acted': np.zeros((len(rows), width), bool)}

@@ -15,9 +15,26 @@ from retool_jax.core.cli import ROOT
 from retool_jax.core.records import Stop
 from retool_jax.model import decoder
 
-SMALL = {'layers': 1, 'width': 32, 'mlp': 48, 'heads': 2, 'kv_heads': 1, 'vocab': 64, 'slots': 320, 'short_slots': 288,
-         'prompt': 16, 'new': 16, 'rows': (2,), 'tunix_rows': 2, 'quota': 8, 'chunk': 16, 'tool_s': 0.02,
-         'tool_rows': (4,), 'long': 288, 'calls': 2}
+SMALL = {
+    'layers': 1,
+    'width': 32,
+    'mlp': 48,
+    'heads': 2,
+    'kv_heads': 1,
+    'vocab': 64,
+    'slots': 320,
+    'short_slots': 288,
+    'prompt': 16,
+    'new': 16,
+    'rows': (2,),
+    'tunix_rows': 2,
+    'quota': 8,
+    'chunk': 16,
+    'tool_s': 0.02,
+    'tool_rows': (4,),
+    'long': 288,
+    'calls': 2,
+}
 
 
 def test_sides_are_measured_in_turns_and_compared_by_medians():
@@ -26,6 +43,7 @@ def test_sides_are_measured_in_turns_and_compared_by_medians():
 
     def side(name):
         return lambda i: order.append((name, i)) or next(answers[name])
+
     assert timing.in_turns({'a': side('a'), 'b': side('b')}, 3) == {'a': 2.0, 'b': 4.0}
     assert order == [(name, i) for i in range(4) for name in 'ab']
 
@@ -78,6 +96,7 @@ def test_behind_a_barrier_the_same_episodes_are_written_and_no_slot_is_given_awa
         held[episode.problem.id] = episode
         rounds.append(len(tool.waiting))
         release(episode)
+
     tool.finished = finished
     case.run(weights, tool, 9, 1)
     assert {k: (e.tokens, e.stop) for k, e in held.items()} == {k: (e.tokens, e.stop) for k, e in free.items()}
@@ -109,12 +128,22 @@ def test_long_and_short_caches_and_a_late_tool_are_measured():
 
 @pytest.mark.slow
 def test_the_binary_ends_in_one_line_of_json_with_the_peers_beside_it():
-    done = subprocess.run([sys.executable, ROOT / 'launch/bench_rollout.py', f'--shape={SMALL}', '--repeats=1'],
-                          text=True, capture_output=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'launch/bench_rollout.py', f'--shape={SMALL}', '--repeats=1'],
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    ratios = ['share_of_floor_2', 'tools_over_instant', 'tools_over_barrier_4', 'decode_long_over_short',
-              'extend_long_over_short', 'prefill_over_resume']
+    ratios = [
+        'share_of_floor_2',
+        'tools_over_instant',
+        'tools_over_barrier_4',
+        'decode_long_over_short',
+        'extend_long_over_short',
+        'prefill_over_resume',
+    ]
     for name, (environment, _) in rollout.PEERS.items():
         if (ROOT / '.baselines' / environment / 'bin' / 'python').exists():
             ratios.append({'transformers': 'over_transformers_2', 'tunix': 'over_tunix'}[name])
@@ -127,6 +156,7 @@ def test_the_binary_ends_in_one_line_of_json_with_the_peers_beside_it():
 
 
 def test_a_part_that_is_not_measured_is_named():
-    done = subprocess.run([sys.executable, ROOT / 'launch/bench_rollout.py', '--parts=sandbox'], text=True,
-                          capture_output=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'launch/bench_rollout.py', '--parts=sandbox'], text=True, capture_output=True, cwd=ROOT
+    )
     assert done.returncode == 2 and done.stderr.strip() == 'error: --parts=sandbox: choose of peers, tools, cache'

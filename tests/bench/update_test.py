@@ -10,8 +10,18 @@ from retool_jax.bench import update
 from retool_jax.bench.update import Shape
 from retool_jax.core.cli import ROOT
 
-SMALL = {'layers': 1, 'width': 32, 'mlp': 48, 'heads': 2, 'kv_heads': 2, 'vocab': 64, 'tokens': 32, 'rows': 8,
-         'micro_rows': 8, 'vocab_chunk': 64}
+SMALL = {
+    'layers': 1,
+    'width': 32,
+    'mlp': 48,
+    'heads': 2,
+    'kv_heads': 2,
+    'vocab': 64,
+    'tokens': 32,
+    'rows': 8,
+    'micro_rows': 8,
+    'vocab_chunk': 64,
+}
 
 
 def test_operations_are_those_of_the_matrices_and_of_the_square_of_attention():
@@ -32,15 +42,23 @@ def test_a_small_shape_is_measured(monkeypatch):
 
 
 def test_a_field_that_a_shape_has_not_is_named():
-    done = subprocess.run([sys.executable, ROOT / 'launch/bench_update.py', "--shape={'depth': 3}"], text=True,
-                          capture_output=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'launch/bench_update.py', "--shape={'depth': 3}"],
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: unknown config key 'shape.depth'")
 
 
 @pytest.mark.slow
 def test_the_binary_ends_in_one_line_of_json_with_torch_beside_it():
-    done = subprocess.run([sys.executable, ROOT / 'launch/bench_update.py', f'--shape={SMALL}', '--repeats=2'],
-                          text=True, capture_output=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'launch/bench_update.py', f'--shape={SMALL}', '--repeats=2'],
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found['share_of_matmul'] > 0

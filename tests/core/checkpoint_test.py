@@ -20,9 +20,7 @@ from retool_jax.core.pytrees import TrainState
 
 
 def state(width: int = 8) -> dict:
-    params = {
-        'layers': {'q': jax.random.normal(jax.random.key(0), (4, width)), 'bias': jnp.ones(width, jnp.bfloat16)}
-    }
+    params = {'layers': {'q': jax.random.normal(jax.random.key(0), (4, width)), 'bias': jnp.ones(width, jnp.bfloat16)}}
     transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     return {'policy': TrainState(jnp.int32(3), params, transform.init(params)), 'key': jax.random.key(7)}
 

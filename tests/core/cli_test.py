@@ -112,7 +112,7 @@ def test_overrides_reach_main_with_their_types(door):
         '--config=configs/some.py:large', '--config.ppo.clip=1', '--config.problems=a=b.jsonl',
         '--noconfig.ppo.whiten', '--config.ppo.sizes=(3,)',
     )  # fmt: skip
-    assert (code, out, err) == (0, "1000 a=b.jsonl 1.0 False (3,)\n", '')
+    assert (code, out, err) == (0, '1000 a=b.jsonl 1.0 False (3,)\n', '')
 
 
 def test_the_default_config_is_used_where_none_is_named(door):
@@ -168,8 +168,13 @@ def test_a_stopped_process_says_so_in_one_line(door, number, status, act):
 def test_help_lists_every_key_with_its_default(door):
     code, out, _ = door('--help', '--config=configs/some.py:large')
     assert code == 0
-    for text in ('Tries the door.', '--act=show', '--config.steps=1000  (int)\n      of the whole run\n',
-                 '--config.ppo.clip=0.2  (float)\n      of the ratio\n', '--config.problems=None  (str | None)\n'):
+    for text in (
+        'Tries the door.',
+        '--act=show',
+        '--config.steps=1000  (int)\n      of the whole run\n',
+        '--config.ppo.clip=0.2  (float)\n      of the ratio\n',
+        '--config.problems=None  (str | None)\n',
+    ):
         assert text in out
 
 
@@ -217,8 +222,10 @@ def test_arguments_without_a_name_stand_for_the_flags_that_a_binary_names(monkey
 
 def test_a_library_of_an_extra_is_named_with_the_extra():
     missing = ModuleNotFoundError("No module named 'httpx'", name='httpx')
-    assert cli.explain(missing) == "httpx is not installed; it comes with the extra `server`: " \
-                                   "pip install 'retool_jax[server]'"
+    assert (
+        cli.explain(missing) == 'httpx is not installed; it comes with the extra `server`: '
+        "pip install 'retool_jax[server]'"
+    )
     assert cli.explain(ModuleNotFoundError("No module named 'numpy'", name='numpy')) is None
 
 
@@ -231,8 +238,9 @@ def test_an_installed_package_has_its_configurations_inside(tmp_path, monkeypatc
     inside = tmp_path / 'site-packages' / 'retool_jax' / '_configs'
     (tmp_path / 'elsewhere').mkdir()
     inside.mkdir(parents=True)
-    (inside / 'ppo.py').write_text('from ml_collections import ConfigDict\n\ndef get_config():\n'
-                                   '    return ConfigDict(dict(steps=1))\n')
+    (inside / 'ppo.py').write_text(
+        'from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict(dict(steps=1))\n'
+    )
     monkeypatch.setattr(cli, 'ROOT', tmp_path / 'site-packages')
     monkeypatch.chdir(tmp_path / 'elsewhere')
     assert cli.load_config('configs/ppo.py').steps == 1

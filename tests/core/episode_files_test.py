@@ -108,13 +108,19 @@ def test_damaged_files_are_named(tmp_path):
         episode_files.read(tmp_path, 'a')
 
 
-@pytest.mark.parametrize('spoil', [
-    lambda path: path.write_text(''), lambda path: path.write_text('[]\n'),
-    lambda path: path.write_text('{"schema": 1}\n'),
-    lambda path: path.write_text(path.read_text().replace('"problem"', '"poem"')),
-    lambda path: path.write_text(path.read_text().replace('"stop": "', '"stop": "un')),
-    lambda path: path.with_suffix('.npz').write_bytes(b'junk'), lambda path: path.with_suffix('.npz').write_bytes(b''),
-    lambda path: path.with_suffix('.npz').write_bytes(path.with_suffix('.npz').read_bytes()[:-40])])
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        lambda path: path.write_text(''),
+        lambda path: path.write_text('[]\n'),
+        lambda path: path.write_text('{"schema": 1}\n'),
+        lambda path: path.write_text(path.read_text().replace('"problem"', '"poem"')),
+        lambda path: path.write_text(path.read_text().replace('"stop": "', '"stop": "un')),
+        lambda path: path.with_suffix('.npz').write_bytes(b'junk'),
+        lambda path: path.with_suffix('.npz').write_bytes(b''),
+        lambda path: path.with_suffix('.npz').write_bytes(path.with_suffix('.npz').read_bytes()[:-40]),
+    ],
+)
 def test_files_that_are_something_else_are_one_line(tmp_path, spoil):
     path = episode_files.write(tmp_path, 'a', [make(1)], decode)
     spoil(path)

@@ -151,5 +151,8 @@ class Derived(Base):
 
 def test_the_words_of_a_field_are_the_comments_beside_and_above_it():
     assert settings.words(Derived) == {
-        'rows': 'episodes in flight', 'silent': '', 'quota': 'A long story, of more lines than one. decode steps',
-        'sign': "'#' in a string is no comment:"}
+        'rows': 'episodes in flight',
+        'silent': '',
+        'quota': 'A long story, of more lines than one. decode steps',
+        'sign': "'#' in a string is no comment:",
+    }

@@ -45,6 +45,7 @@ def test_other_threads_do_their_work():
     def work():
         with uninterrupted():
             done.append(1)
+
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()

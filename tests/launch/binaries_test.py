@@ -28,8 +28,10 @@ def test_every_configuration_builds_and_says_how_it_is_run(name, arg):
     assert 'Hardware:' in text
 
 
-@pytest.mark.parametrize(('arg', 'size'), [('official', 'qwen2_5_32b'), ('official_tiny', 'tiny'),
-                                           ('official_r1_distill_qwen_32b', 'r1_distill_qwen_32b')])
+@pytest.mark.parametrize(
+    ('arg', 'size'),
+    [('official', 'qwen2_5_32b'), ('official_tiny', 'tiny'), ('official_r1_distill_qwen_32b', 'r1_distill_qwen_32b')],
+)
 def test_the_authors_evaluation_is_a_preset(arg, size):
     config, plain = (cli.load_config(f'configs/evaluate.py:{name}') for name in (arg, size))
     assert config.run.dir == f'runs/evaluate_{arg}' and config.model == plain.model
@@ -118,8 +120,9 @@ def test_a_machine_without_user_namespaces_is_told_so(launch, files, tmp_path):
 
 def test_a_full_disk_is_named(launch, files, tmp_path):
     (tmp_path / 'disk').mkdir()
-    done = launch(*evaluate(files, tmp_path / 'disk' / 'run'), '--config.model.tools=False',
-                  disk=str(tmp_path / 'disk'))
+    done = launch(
+        *evaluate(files, tmp_path / 'disk' / 'run'), '--config.model.tools=False', disk=str(tmp_path / 'disk')
+    )
     if done.returncode == launcher.REFUSED:
         pytest.skip('no user namespace to mount a small disk in')
     check_line(done, ['No space left on device', 'disk/run'])
@@ -136,21 +139,33 @@ def test_a_port_that_is_taken_is_named(launch):
 def test_a_checkpoint_of_another_architecture_is_named(launch, files, tmp_path):
     done = launch('convert', '--to=orbax', f'--source={files}/wide', f'--target={tmp_path}/wide')
     assert done.returncode == 0, done.stderr
-    done = launch('convert', '--to=hf', f'--source={tmp_path}/wide', f'--like={files}/model',
-                  f'--target={tmp_path}/new')
+    done = launch(
+        'convert', '--to=hf', f'--source={tmp_path}/wide', f'--like={files}/model', f'--target={tmp_path}/new'
+    )
     check_line(done, ['params.policy does not fit', '[272, 64]', '[272, 32]'])
     assert not (tmp_path / 'new').exists()
 
 
 def test_a_start_without_a_launcher_is_the_same():
-    done = subprocess.run([sys.executable, ROOT / 'launch/evaluate.py', *mistakes.CASES['unknown key'][0][1:]], cwd='/',
-                          env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'launch/evaluate.py', *mistakes.CASES['unknown key'][0][1:]],
+        cwd='/',
+        env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 2 and done.stdout == ''
     assert done.stderr == "error: unknown config key 'sampels' (did you mean samples?)\n"
 
 
 def test_an_extra_that_is_unknown_is_refused_before_anything_is_installed():
-    done = subprocess.run(['bash', ROOT / 'launch/setup.sh'], env=os.environ | {'EXTRA': 'gpu'}, capture_output=True,
-                          text=True, timeout=60)
+    done = subprocess.run(
+        ['bash', ROOT / 'launch/setup.sh'],
+        env=os.environ | {'EXTRA': 'gpu'},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout) == (1, '')
     assert done.stderr == 'setup: EXTRA=gpu is unknown; choose tpu, cuda12, cuda13 or plan\n'

@@ -39,16 +39,23 @@ class Launcher:
     def __init__(self, process: subprocess.Popen, folder: Path):
         self._process, self._folder = process, folder
 
-    def __call__(self, name: str, *arguments, env: dict[str, str] | None = None, disk: str = '',
-                 namespaces: bool = True) -> Done:
+    def __call__(
+        self, name: str, *arguments, env: dict[str, str] | None = None, disk: str = '', namespaces: bool = True
+    ) -> Done:
         """Runs launch/NAME.py to its end.
 
         disk: a directory that becomes a file system of 32 KiB, for this start alone; namespaces: whether the
         machine seems to have user namespaces.
         """
         streams = [self._folder / 'out', self._folder / 'err']
-        request = {'script': str(ROOT / 'launch' / f'{name}.py'), 'arguments': list(map(str, arguments)),
-                   'env': env or {}, 'disk': disk, 'namespaces': namespaces, 'streams': list(map(str, streams))}
+        request = {
+            'script': str(ROOT / 'launch' / f'{name}.py'),
+            'arguments': list(map(str, arguments)),
+            'env': env or {},
+            'disk': disk,
+            'namespaces': namespaces,
+            'streams': list(map(str, streams)),
+        }
         self._process.stdin.write(json.dumps(request) + '\n')
         self._process.stdin.flush()
         status = int(self._process.stdout.readline())
@@ -59,8 +66,14 @@ class Launcher:
 def start() -> Iterator[Launcher]:
     """A launcher that ends with its block."""
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''})
+        process = subprocess.Popen(
+            [sys.executable, __file__],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
+        )
         try:
             yield Launcher(process, Path(folder))
         finally:

@@ -20,14 +20,23 @@ from retool_jax.model.config import ModelConfig
 from retool_jax.model.tensor_files import INDEX, SINGLE
 from retool_jax.text.tokenizer import train_bpe
 
-SIZES = ModelConfig(model_type='qwen2', vocab_size=272, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                    num_attention_heads=4, num_key_value_heads=4, head_dim=8)
+SIZES = ModelConfig(
+    model_type='qwen2',
+    vocab_size=272,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+)
 POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4976698672\n'
 GOOD = {'id': 'a', 'problem': 'What is 1 + 1?', 'answer': '2'}
 
 
 def write_files(folder: Path) -> None:
     """Everything that CASES name, below one folder."""
+
     def put(name, content):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 

@@ -12,34 +12,58 @@ from tests import several
 
 LR = 3e-4
 TINY = {
-    'ppo.steps': 2, 'ppo.problems_per_step': 4, 'ppo.samples': 2, 'ppo.overlong_buffer': 40, 'checkpoints.every': 1,
-    'validation.every': 2, 'validation.samples': 1, 'evaluate_sampling.top_p': 1.0, 'advantage.whiten': False,
-    'turns.max_tokens': 96, 'turns.max_turn_tokens': 96, 'sampler.slots': 128, 'sampler.min_bound': 128,
-    'forward.micro_rows': 4, 'forward.row_width': 96, 'forward.logprob_chunk': 96, 'forward.unroll': 1,
+    'ppo.steps': 2,
+    'ppo.problems_per_step': 4,
+    'ppo.samples': 2,
+    'ppo.overlong_buffer': 40,
+    'checkpoints.every': 1,
+    'validation.every': 2,
+    'validation.samples': 1,
+    'evaluate_sampling.top_p': 1.0,
+    'advantage.whiten': False,
+    'turns.max_tokens': 96,
+    'turns.max_turn_tokens': 96,
+    'sampler.slots': 128,
+    'sampler.min_bound': 128,
+    'forward.micro_rows': 4,
+    'forward.row_width': 96,
+    'forward.logprob_chunk': 96,
+    'forward.unroll': 1,
     'mesh.tensor': 2,
-    'sandbox.zygotes': 1, 'sandbox.spares': 1, 'optimizer.lr': LR}
+    'sandbox.zygotes': 1,
+    'sandbox.spares': 1,
+    'optimizer.lr': LR,
+}
 
 
 @pytest.fixture
 def problems(tmp_path):
     path = tmp_path / 'problems.jsonl'
-    path.write_text(''.join(json.dumps({'problem': f'What is {i} + 4?', 'answer': str(i + 4)}) + '\n'
-                            for i in range(3)))
+    path.write_text(
+        ''.join(json.dumps({'problem': f'What is {i} + 4?', 'answer': str(i + 4)}) + '\n' for i in range(3))
+    )
     return path
 
 
 def launch(count, name, directory, **keys):
     """A binary on eight devices, of so many processes in all; rows are as many for each device."""
     keys = {'run.dir': directory, 'sampler.rows': 16 // count} | keys
-    written = several.run(count, [f'launch/{name}.py', f'--config=configs/{name}.py:tiny',
-                                  *(f'--config.{key}={value}' for key, value in keys.items())])
+    written = several.run(
+        count,
+        [
+            f'launch/{name}.py',
+            f'--config=configs/{name}.py:tiny',
+            *(f'--config.{key}={value}' for key, value in keys.items()),
+        ],
+    )
     return directory, written
 
 
 def same_episodes(a, b, name):
     a, b = (episode_files.read(directory / 'episodes', name) for directory in (a, b))
     assert [(e.problem.id, e.sample, e.tokens, e.acted, e.reward) for e in a] == [
-        (e.problem.id, e.sample, e.tokens, e.acted, e.reward) for e in b]
+        (e.problem.id, e.sample, e.tokens, e.acted, e.reward) for e in b
+    ]
     for x, y in zip(a, b):
         np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-4)
 
@@ -75,8 +99,9 @@ def test_rl_of_two_processes_is_that_of_one(problems, tmp_path):
 
 @pytest.mark.slow
 def test_an_evaluation_of_two_processes_is_that_of_one(problems, tmp_path):
-    keys = {name: value for name, value in TINY.items() if name.partition('.')[0] in ('turns', 'sampler', 'mesh',
-                                                                                      'sandbox')}
+    keys = {
+        name: value for name, value in TINY.items() if name.partition('.')[0] in ('turns', 'sampler', 'mesh', 'sandbox')
+    }
     keys |= {'problems': problems, 'samples': 2, 'sampling.top_p': 1.0}
     (one, _), (two, _) = (launch(count, 'evaluate', tmp_path / f'run{count}', **keys) for count in (1, 2))
     same_episodes(one, two, 'val_problems')

@@ -50,15 +50,31 @@ def files(tmp_path_factory):
 
 
 def evaluate_flags(files, run, problems='sums.jsonl', **changes):
-    changes = {'problems': files / problems, 'model.path': files / 'model', 'run.dir': run, 'samples': 2,
-               'sampler.rows': 4, 'sampler.slots': 256, 'sampler.min_bound': 256, 'turns.max_tokens': 256,
-               'turns.max_turn_tokens': 24, 'sandbox.zygotes': 1} | changes
+    changes = {
+        'problems': files / problems,
+        'model.path': files / 'model',
+        'run.dir': run,
+        'samples': 2,
+        'sampler.rows': 4,
+        'sampler.slots': 256,
+        'sampler.min_bound': 256,
+        'turns.max_tokens': 256,
+        'turns.max_turn_tokens': 24,
+        'sandbox.zygotes': 1,
+    } | changes
     return ['--config=configs/evaluate.py:tiny', *(f'--config.{key}={value}' for key, value in changes.items())]
 
 
 def sft_flags(files, run, **changes):
-    changes = {'traces': files / 'traces', 'model.path': files / 'model', 'run.dir': run, 'sft.batch_tokens': 150,
-               'sft.steps': 12, 'checkpoints.every': 4, 'forward.micro_rows': 8} | changes
+    changes = {
+        'traces': files / 'traces',
+        'model.path': files / 'model',
+        'run.dir': run,
+        'sft.batch_tokens': 150,
+        'sft.steps': 12,
+        'checkpoints.every': 4,
+        'forward.micro_rows': 8,
+    } | changes
     return ['--config=configs/sft.py:tiny', *(f'--config.{key}={value}' for key, value in changes.items())]
 
 
@@ -71,8 +87,14 @@ def command(name, flags):
 
 
 def start(name, flags):
-    return subprocess.Popen(command(name, flags), cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command(name, flags),
+        cwd=ROOT,
+        env=os.environ | {'XLA_FLAGS': ''},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def end(name, flags):
@@ -101,7 +123,14 @@ def test_an_evaluation_from_files_to_report(files, tmp_path):
     for words in ('12 problems × 2 samples', 'avg@2', 'pass@2', 'maj@2', 'exact string', 'lenient rule', 'LENGTH'):
         assert words in done.stdout
     assert {path.name for path in (tmp_path / 'run').iterdir()} == {
-        'config.json', 'episodes', 'journal.jsonl', 'metrics.jsonl', 'report.html', 'summary.json', 'tensorboard'}
+        'config.json',
+        'episodes',
+        'journal.jsonl',
+        'metrics.jsonl',
+        'report.html',
+        'summary.json',
+        'tensorboard',
+    }
     found = json.loads((tmp_path / 'run/summary.json').read_text())['sums']
     assert (found['problems'], found['k'], len(found['by_problem'])) == (12, 2, 12)
     assert found['by_problem']['p1']['truncated'] == 1.0 and found['by_problem']['p1']['length'] == 0.0
@@ -132,6 +161,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_model(files, tmp_path, monkey
             write(self, step, values)
             if step == stop_at:
                 signal.raise_signal(signal.SIGINT)
+
         with monkeypatch.context() as patch:
             patch.setattr(metrics.Metrics, 'write', stopping)
             sft.run(tuning(files, tmp_path / name))
@@ -187,8 +217,9 @@ def kept(run):
 @pytest.mark.slow
 @needs_data
 def test_a_killed_evaluation_of_aime_ends_with_the_same_result(files, tmp_path):
-    flags = lambda name: evaluate_flags(files, tmp_path / name, problems=AIME, **{
-        'sampler.slots': 1024, 'turns.max_tokens': 1024, 'sampler.rows': 8})
+    flags = lambda name: evaluate_flags(
+        files, tmp_path / name, problems=AIME, **{'sampler.slots': 1024, 'turns.max_tokens': 1024, 'sampler.rows': 8}
+    )
     end('evaluate', flags('whole'))
     for number, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
         before = kept(tmp_path / 'killed')
@@ -207,8 +238,15 @@ def test_a_killed_evaluation_of_aime_ends_with_the_same_result(files, tmp_path):
 @pytest.mark.slow
 @needs_data
 def test_every_problem_of_math500_is_counted(files, tmp_path):
-    end('evaluate', evaluate_flags(files, tmp_path / 'run', problems=MATH, **{
-        'samples': 1, 'sampler.slots': 1024, 'turns.max_tokens': 1024, 'sampler.rows': 32}))
+    end(
+        'evaluate',
+        evaluate_flags(
+            files,
+            tmp_path / 'run',
+            problems=MATH,
+            **{'samples': 1, 'sampler.slots': 1024, 'turns.max_tokens': 1024, 'sampler.rows': 32},
+        ),
+    )
     found = json.loads((tmp_path / 'run/summary.json').read_text())['math500']
     assert found['problems'] == len(found['by_problem']) == 500 and sum(found['stops'].values()) == 500
     assert len(found['families']) == 7

@@ -19,18 +19,24 @@ ROOT = Path(__file__).parents[2]
 UV = Path(sys.prefix) / 'bin' / 'uv'
 SCRIPTS = ('cold-start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan', 'doctor', 'report', 'sandbox')
 SMALL = ['--config.sandbox.zygotes=1', '--config.sampler.rows=8', '--config.run.seed=1']
-STEP = ['--config.ppo.steps=1', '--config.ppo.problems_per_step=8', '--config.ppo.samples=2',
-        '--config.turns.max_turn_tokens=32']
+STEP = [
+    '--config.ppo.steps=1',
+    '--config.ppo.problems_per_step=8',
+    '--config.ppo.samples=2',
+    '--config.turns.max_turn_tokens=32',
+]
 
 
 def interpreter(version: str) -> str:
     """The path of a CPython of that version: of this test, on PATH, or pyenv's."""
     places = [sys.executable, shutil.which(f'python{version}') or '']
-    places += map(str, (Path(os.environ.get('PYENV_ROOT', Path.home() / '.pyenv')) / 'versions').glob(
-        f'{version}.*/bin/python3'))
+    places += map(
+        str, (Path(os.environ.get('PYENV_ROOT', Path.home() / '.pyenv')) / 'versions').glob(f'{version}.*/bin/python3')
+    )
     for place in filter(None, places):
-        found = subprocess.run([place, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])'], text=True,
-                               capture_output=True)
+        found = subprocess.run(
+            [place, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])'], text=True, capture_output=True
+        )
         if found.returncode == 0 and found.stdout.strip() == version:
             return place
     pytest.skip(f'no Python {version} on this machine')
@@ -40,8 +46,9 @@ def interpreter(version: str) -> str:
 def wheel(tmp_path_factory):
     """Built from a copy of what git knows, so that nothing is left in the repository."""
     folder = tmp_path_factory.mktemp('source')
-    listed = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT, text=True,
-                            capture_output=True)
+    listed = subprocess.run(
+        ['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT, text=True, capture_output=True
+    )
     if not UV.exists() or listed.returncode:
         pytest.skip('a wheel is built by uv from what git lists')
     for name in listed.stdout.split('\n'):
@@ -58,8 +65,20 @@ def environment(request, wheel, tmp_path_factory):
     """The bin/ of an environment that holds the wheel with its extra `server`, at the pinned versions."""
     folder = tmp_path_factory.mktemp('environment') / 'env'
     subprocess.run([UV, 'venv', '-q', '--python', interpreter(request.param), folder], check=True)
-    subprocess.run([UV, 'pip', 'install', '-q', '--python', folder / 'bin' / 'python', '-c', ROOT / 'requirements.lock',
-                    f'{wheel}[server]'], check=True)
+    subprocess.run(
+        [
+            UV,
+            'pip',
+            'install',
+            '-q',
+            '--python',
+            folder / 'bin' / 'python',
+            '-c',
+            ROOT / 'requirements.lock',
+            f'{wheel}[server]',
+        ],
+        check=True,
+    )
     return folder / 'bin'
 
 
@@ -70,8 +89,14 @@ def call(environment, tmp_path_factory):
     env = {name: value for name, value in os.environ.items() if name not in ('PYTHONPATH', 'XLA_FLAGS')}
 
     def run(script: str, *arguments: object, status: int = 0) -> str:
-        done = subprocess.run([environment / f'retool-{script}', *map(str, arguments)], cwd=folder, text=True,
-                              capture_output=True, timeout=600, env=env | {'JAX_PLATFORMS': 'cpu'})
+        done = subprocess.run(
+            [environment / f'retool-{script}', *map(str, arguments)],
+            cwd=folder,
+            text=True,
+            capture_output=True,
+            timeout=600,
+            env=env | {'JAX_PLATFORMS': 'cpu'},
+        )
         assert done.returncode == status, f'{script}: {done.returncode}\n{done.stdout}\n{done.stderr}'
         return done.stdout + done.stderr
 
@@ -104,8 +129,15 @@ def test_the_stages_follow_each_other(call):
     assert (call.folder / final / 'model.safetensors').is_file()
     call('ppo', '--config=configs/ppo.py:tiny', f'--config.model.path={final}', *SMALL, *STEP)
     (call.folder / 'sums.jsonl').write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n')
-    call('evaluate', '--config=configs/evaluate.py:tiny', '--config.problems=sums.jsonl', '--config.samples=2',
-         f'--config.model.path={final}', '--config.turns.max_turn_tokens=32', *SMALL)
+    call(
+        'evaluate',
+        '--config=configs/evaluate.py:tiny',
+        '--config.problems=sums.jsonl',
+        '--config.samples=2',
+        f'--config.model.path={final}',
+        '--config.turns.max_turn_tokens=32',
+        *SMALL,
+    )
     summary = json.loads((call.folder / 'runs/evaluate_tiny/summary.json').read_text())
     assert summary['sums']['problems'] == 1 and summary['sums']['k'] == 2
     assert 'written' in call('convert', '--to=orbax', f'--source={final}', '--target=converted')
@@ -117,8 +149,14 @@ def test_the_stages_follow_each_other(call):
 
 @pytest.mark.slow
 def test_the_demo_is_told_to_its_end(call):
-    sizes = {'recipe.problems_seen': 120, 'recipe.sft_steps': 4, 'recipe.lead_steps': 2, 'recipe.problems': 12,
-             'recipe.apart_problems': 12, 'recipe.samples': 1}
+    sizes = {
+        'recipe.problems_seen': 120,
+        'recipe.sft_steps': 4,
+        'recipe.lead_steps': 2,
+        'recipe.problems': 12,
+        'recipe.apart_problems': 12,
+        'recipe.samples': 1,
+    }
     call('demo', *(f'--config.{key}={value}' for key, value in sizes.items()), *SMALL, *STEP)
     assert (call.folder / 'runs/demo_tiny/report.html').is_file()
 
@@ -128,7 +166,8 @@ def test_a_configuration_of_the_folder_goes_before_that_of_the_package_and_may_b
     (call.folder / 'configs').mkdir()
     (call.folder / 'configs' / 'mine.py').write_text(
         'from configs import base\n\ndef get_config(arg):\n    config = base.reinforcement(arg, "mine")\n'
-        '    config.ppo.steps = 7\n    return config\n')
+        '    config.ppo.steps = 7\n    return config\n'
+    )
     assert '--config.ppo.steps=7 ' in call('ppo', '--config=configs/mine.py:tiny', '--help')
     assert '--config.ppo.steps=20 ' in call('ppo', '--config=configs/ppo.py:tiny', '--help')
     shutil.rmtree(call.folder / 'configs')
@@ -147,10 +186,18 @@ def test_the_sandbox_serves_until_it_is_told_to_stop(call):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([call.bin / 'retool-sandbox', f'--port={port}', '--zygotes=1'], cwd=call.folder,
-                              env=call.env, stderr=subprocess.PIPE, text=True)
-    request = urllib.request.Request(f'http://127.0.0.1:{port}/run_code', headers={'Content-Type': 'application/json'},
-                                     data=json.dumps({'code': 'print(6 * 7)', 'language': 'python'}).encode())
+    server = subprocess.Popen(
+        [call.bin / 'retool-sandbox', f'--port={port}', '--zygotes=1'],
+        cwd=call.folder,
+        env=call.env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    request = urllib.request.Request(
+        f'http://127.0.0.1:{port}/run_code',
+        headers={'Content-Type': 'application/json'},
+        data=json.dumps({'code': 'print(6 * 7)', 'language': 'python'}).encode(),
+    )
     for _ in range(600):
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:

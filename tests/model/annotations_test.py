@@ -24,9 +24,13 @@ CONFIG = make_config('qwen2')
 def over_arrays(module: str):
     """Public functions of a module that annotate an array, by name."""
     module = importlib.import_module(f'retool_jax.model.{module}')
-    return {name: f for name, f in inspect.getmembers(module, inspect.isfunction)
-            if f.__module__ == module.__name__ and not name.startswith('_')
-            and any('[Array' in str(a) for a in f.__annotations__.values())}
+    return {
+        name: f
+        for name, f in inspect.getmembers(module, inspect.isfunction)
+        if f.__module__ == module.__name__
+        and not name.startswith('_')
+        and any('[Array' in str(a) for a in f.__annotations__.values())
+    }
 
 
 FUNCTIONS = {f'{m}.{name}': f for m in MODULES for name, f in over_arrays(m).items()}
@@ -43,9 +47,20 @@ def checked(name: str):
 
 
 def test_every_function_that_computes_is_among_them():
-    assert set(FUNCTIONS) >= {'attention.dense', 'attention.blocked', 'attention.cached', 'kernels.splash',
-                              'kernels.cudnn', 'layers.rope_table', 'layers.rotate', 'logprobs.token_logprobs',
-                              'logprobs.score', 'decoder.forward', 'decoder.extend', 'decoder.unembed'}
+    assert set(FUNCTIONS) >= {
+        'attention.dense',
+        'attention.blocked',
+        'attention.cached',
+        'kernels.splash',
+        'kernels.cudnn',
+        'layers.rope_table',
+        'layers.rotate',
+        'logprobs.token_logprobs',
+        'logprobs.score',
+        'decoder.forward',
+        'decoder.extend',
+        'decoder.unembed',
+    }
 
 
 @pytest.mark.parametrize('name', FUNCTIONS)
@@ -69,9 +84,11 @@ def test_true_shapes_pass():
 
     def cached(params):
         cache = kv_cache.empty(CONFIG, 2, 16)
-        hidden, cache = checked('decoder.extend')(CONFIG, decoder.to_sampling(CONFIG, params), cache, tokens,
-                                               np.full(2, 8, np.int32), 16)
+        hidden, cache = checked('decoder.extend')(
+            CONFIG, decoder.to_sampling(CONFIG, params), cache, tokens, np.full(2, 8, np.int32), 16
+        )
         return checked('decoder.unembed')(params, hidden)
+
     assert jax.eval_shape(full, params)[0].shape == (2, 8)
     assert jax.eval_shape(cached, params).shape == (2, 8, CONFIG.vocab_size)
     x = jax.ShapeDtypeStruct((2, 512, 4, 16), jnp.float32)

@@ -32,7 +32,7 @@ def reference(q_BTNH, k_BSKH, v_BSKH, allowed_BTS) -> np.ndarray:
 def inputs(heads, kv_heads, head_dim=8, length=24, slots=None, dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
     make = lambda t, n, scale=1.0: jnp.asarray(scale * rng.normal(size=(3, t, n, head_dim)), dtype)
-    return (make(length, heads, head_dim ** -0.5), make(slots or length, kv_heads), make(slots or length, kv_heads))
+    return (make(length, heads, head_dim**-0.5), make(slots or length, kv_heads), make(slots or length, kv_heads))
 
 
 def allowed(segment_ids_BT) -> np.ndarray:
@@ -67,8 +67,11 @@ def test_blocked_attention_has_the_gradients_of_dense(block):
 def test_blocked_attention_holds_no_square_of_scores():
     shape = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
     loss = lambda q, k, v, s: attention.blocked(q, k, v, s, block=256).sum()
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(
-        shape, shape, shape, jax.ShapeDtypeStruct((1, 4096), jnp.int32)).compile()
+    compiled = (
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        .lower(shape, shape, shape, jax.ShapeDtypeStruct((1, 4096), jnp.int32))
+        .compile()
+    )
     block = 2 * 256 * 4096 * 4  # bytes of one block of scores
     assert compiled.memory_analysis().temp_size_in_bytes < 6 * block
     assert 6 * block < 2 * 4096 * 4096 * 4
@@ -91,8 +94,9 @@ def test_slots_beyond_the_queries_may_hold_anything_finite():
     stale = np.arange(16) > positions_BC.max(axis=1)[:, None]
     cache = lambda x, fill: jnp.moveaxis(jnp.where(stale[:, :, None, None], fill, x), 1, 2)
     run = jax.jit(attention.cached)
-    np.testing.assert_array_equal(run(q, cache(k, 0.0), cache(v, 0.0), positions_BC),
-                                  run(q, cache(k, 1e30), cache(v, -1e30), positions_BC))
+    np.testing.assert_array_equal(
+        run(q, cache(k, 0.0), cache(v, 0.0), positions_BC), run(q, cache(k, 1e30), cache(v, -1e30), positions_BC)
+    )
 
 
 def test_the_choice_is_by_name_or_by_length():

@@ -26,7 +26,8 @@ CONFIG = make_config('qwen3', tie_word_embeddings=True)
 def same(a, b) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
 
 
 @pytest.fixture
@@ -37,16 +38,27 @@ def model(tmp_path) -> Path:
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, 'launch/convert.py', *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    return subprocess.run(
+        [sys.executable, 'launch/convert.py', *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )
 
 
 @pytest.mark.slow
 def test_the_binary_goes_both_ways_bit_for_bit_and_overwrites_nothing(model, tmp_path):
     forth = run('--to=orbax', f'--source={model}', f'--target={tmp_path / "orbax"}')
     assert forth.returncode == 0, forth.stderr
-    back = ['--to=hf', f'--source={tmp_path / "orbax"}', f'--target={tmp_path / "again"}', f'--like={model}',
-            '--dtype=float32']
+    back = [
+        '--to=hf',
+        f'--source={tmp_path / "orbax"}',
+        f'--target={tmp_path / "again"}',
+        f'--like={model}',
+        '--dtype=float32',
+    ]
     child = run(*back)
     assert child.returncode == 0, child.stderr
     assert child.stderr.endswith(f'{tmp_path / "again"}: written\n')
@@ -54,8 +66,9 @@ def test_the_binary_goes_both_ways_bit_for_bit_and_overwrites_nothing(model, tmp
     assert (tmp_path / 'again' / 'tokenizer.json').is_file()
     child = run(*back)
     assert child.returncode == 2
-    assert child.stderr.splitlines()[-1] == (f'error: {tmp_path / "again"} already exists and is never overwritten; '
-                                             'give another directory')
+    assert child.stderr.splitlines()[-1] == (
+        f'error: {tmp_path / "again"} already exists and is never overwritten; give another directory'
+    )
     child = run('--to=hf', f'--source={tmp_path / "orbax"}', f'--target={tmp_path / "other"}')
     assert (child.returncode, child.stderr) == (2, 'error: --like is missing; see --help\n')
     sorted(model.glob('*.safetensors'))[0].unlink()
@@ -98,6 +111,8 @@ def test_what_does_not_fit_is_named(model, tmp_path):
         export(part='params.actor')
     with pytest.raises(ValueError) as caught:
         export()
-    assert 'layers.mlp.up_proj.weight is missing; norm.bias is not part of this architecture; ' \
-           'norm.weight is [5], config.json makes it [32]' in str(caught.value)
+    assert (
+        'layers.mlp.up_proj.weight is missing; norm.bias is not part of this architecture; '
+        'norm.weight is [5], config.json makes it [32]' in str(caught.value)
+    )
     assert not (tmp_path / 'out').exists()

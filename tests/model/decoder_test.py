@@ -46,7 +46,7 @@ def extend_all(kind: str, chunks, bound: int = SLOTS):
     width = max(chunks)
     for n in chunks:
         fed = np.full((3, width), 7, np.int32)
-        fed[:, :n] = tokens[:, start:start + n]
+        fed[:, :n] = tokens[:, start : start + n]
         hidden, cache = program(kind, bound)(sampling_params(kind), cache, fed, np.full(3, n, np.int32))
         parts.append(hidden[:, :n])
         start += n
@@ -100,12 +100,12 @@ def test_a_row_feels_neither_neighbours_nor_slot_nor_what_a_former_episode_left(
     expected, _ = run(params, state_of('qwen2'), fed, count)
     left_over, _ = run(params, state_of('qwen2', fill=50.0), fed, count)
     for row in range(3):
-        np.testing.assert_array_equal(expected[row, :count[row]], left_over[row, :count[row]])
+        np.testing.assert_array_equal(expected[row, : count[row]], left_over[row, : count[row]])
     order = np.array([2, 0, 1])
     moved = jax.tree.map(lambda x: x[order], state_of('qwen2'))
     shuffled, _ = run(params, moved, fed[order], count[order])
     for row in range(3):
-        np.testing.assert_array_equal(shuffled[row, :count[order][row]], expected[order[row], :count[order][row]])
+        np.testing.assert_array_equal(shuffled[row, : count[order][row]], expected[order[row], : count[order][row]])
 
 
 def test_entries_beyond_the_last_slot_are_dropped():
@@ -130,7 +130,7 @@ def test_packed_episodes_see_only_themselves():
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
     hidden = jax.jit(functools.partial(decoder.forward, config))(params, packed, positions, segments)
     for i, (n, start) in enumerate(zip(lengths, (0, 3, 8))):
-        np.testing.assert_allclose(hidden[0, start:start + n], whole('qwen3')[i, :n], atol=2e-5)
+        np.testing.assert_allclose(hidden[0, start : start + n], whole('qwen3')[i, :n], atol=2e-5)
 
 
 def loss_of(config, tokens, **options):
@@ -140,6 +140,7 @@ def loss_of(config, tokens, **options):
     def loss(params):
         hidden = decoder.forward(config, params, tokens, positions, np.ones_like(tokens), **options)
         return (hidden.astype(jnp.float32) @ weight).sum()
+
     return jax.jit(jax.value_and_grad(loss))
 
 
@@ -148,8 +149,11 @@ def plain_gradients():
     return loss_of(CONFIGS['qwen3'], make_tokens(CONFIGS['qwen3'], 2, 8))(PARAMS['qwen3'])
 
 
-@pytest.mark.parametrize('options', [{'remat': 'full'}, {'remat': 'dots', 'unroll': 2}, pytest.param(
-    {'remat': 'offload'}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [{'remat': 'full'}, {'remat': 'dots', 'unroll': 2}, pytest.param({'remat': 'offload'}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_recomputing_and_unrolling_change_neither_loss_nor_gradients(options):
     config, params = CONFIGS['qwen3'], PARAMS['qwen3']
     tokens = make_tokens(config, 2, 8)
@@ -165,8 +169,10 @@ def test_recomputing_and_unrolling_change_neither_loss_nor_gradients(options):
 def test_recomputing_everything_keeps_fewer_bytes():
     config = make_config(num_hidden_layers=8)
     params, tokens = decoder.abstract_params(config), np.zeros((4, 64), np.int32)
-    used = {remat: loss_of(config, tokens, remat=remat).lower(params).compile().memory_analysis().temp_size_in_bytes
-            for remat in ('none', 'full')}
+    used = {
+        remat: loss_of(config, tokens, remat=remat).lower(params).compile().memory_analysis().temp_size_in_bytes
+        for remat in ('none', 'full')
+    }
     assert used['full'] < used['none'] / 2
 
 
@@ -185,21 +191,24 @@ def test_the_sampling_layout_keeps_layers_apart_and_a_head_of_its_own():
     config, params = CONFIGS['qwen3'], PARAMS['qwen3']
     sampling = decoder.to_sampling(config, params, jnp.bfloat16)
     assert len(sampling['layers']) == config.num_hidden_layers
-    np.testing.assert_array_equal(sampling['lm_head']['weight'],
-                                  params['embed_tokens']['weight'].T.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        sampling['lm_head']['weight'], params['embed_tokens']['weight'].T.astype(jnp.bfloat16)
+    )
     gains = {'norm', 'input_layernorm', 'post_attention_layernorm', 'q_norm', 'k_norm'}
     for path, x in jax.tree_util.tree_leaves_with_path(sampling):
         gain = bool(gains & {getattr(entry, 'key', None) for entry in path})
         assert x.dtype == (jnp.float32 if gain else jnp.bfloat16), path
     x_BD = jnp.ones((2, config.hidden_size))
-    np.testing.assert_allclose(decoder.unembed(decoder.to_sampling(config, params), x_BD),
-                               decoder.unembed(params, x_BD), rtol=1e-5)
+    np.testing.assert_allclose(
+        decoder.unembed(decoder.to_sampling(config, params), x_BD), decoder.unembed(params, x_BD), rtol=1e-5
+    )
 
 
 def deviation(kind: str, drift: float, rounded: bool) -> float:
     """Standard deviation of trainer − sampler logprobs in bfloat16, the gains of norms being 1 + `drift`·N(0, 1)."""
-    config = make_config(kind, hidden_size=64, intermediate_size=128, num_hidden_layers=4, head_dim=32,
-                         initializer_range=0.1)
+    config = make_config(
+        kind, hidden_size=64, intermediate_size=128, num_hidden_layers=4, head_dim=32, initializer_range=0.1
+    )
     rng = np.random.default_rng(0)
 
     def drifted(path, x):
@@ -207,6 +216,7 @@ def deviation(kind: str, drift: float, rounded: bool) -> float:
             return x
         moved = x * (1 + drift * rng.normal(size=x.shape).astype(np.float32))
         return moved.astype(jnp.bfloat16).astype(jnp.float32) if rounded else moved
+
     params = jax.tree_util.tree_map_with_path(drifted, decoder.init(config, jax.random.key(0)))
     tokens, t = make_tokens(config, 8, 64), 64
     positions = np.broadcast_to(np.arange(t), tokens.shape)
@@ -237,8 +247,9 @@ def test_queries_are_scaled_once_before_they_are_rounded(dtype):
     def attend(q, k, v):
         seen.extend((q, k))
         return jnp.zeros_like(q)
+
     module(x_BTD, rope, attend)
-    for found, projection, scale in zip(seen, (module.q_proj, module.k_proj), (32 ** -0.5, 1.0)):
+    for found, projection, scale in zip(seen, (module.q_proj, module.k_proj), (32**-0.5, 1.0)):
         exact = layers.rotate(projection(x_BTD).astype(jnp.float32), rope) * scale
         np.testing.assert_array_equal(found, exact.astype(dtype))
 

@@ -18,7 +18,7 @@ def decode(data: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 def half(blocks: np.ndarray, offset: int) -> np.ndarray:
-    return np.ascontiguousarray(blocks[:, offset:offset + 2]).view(np.float16).astype(np.float32)
+    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view(np.float16).astype(np.float32)
 
 
 def nibbles(packed: np.ndarray) -> np.ndarray:
@@ -46,7 +46,7 @@ def q4_k(b):  # two scales, 8 × (6 bits of scale, 6 of least) in 12 bytes, 8 ×
         else:
             scale = packed[:, j + 4] & 15 | packed[:, j - 4] >> 6 << 4
             least = packed[:, j + 4] >> 4 | packed[:, j] >> 6 << 4
-        bytes_ = b[:, 16 + j // 2 * 32:][:, :32]
+        bytes_ = b[:, 16 + j // 2 * 32 :][:, :32]
         number = (bytes_ >> 4 if j % 2 else bytes_ & 15).astype(np.float32)
         parts.append(half(b, 0) * scale[:, None] * number - half(b, 2) * least[:, None])
     return np.concatenate(parts, axis=1)
@@ -56,10 +56,10 @@ def q6_k(b):  # 256 × 4 low bits, 256 × 2 high bits, 16 signed scales, a scale
     scales, parts = np.ascontiguousarray(b[:, 192:208]).view(np.int8).astype(np.float32), []
     for j in range(8):  # runs of 32 numbers
         side, run = divmod(j, 4)
-        low = b[:, side * 64 + run % 2 * 32:][:, :32].astype(np.int32)
+        low = b[:, side * 64 + run % 2 * 32 :][:, :32].astype(np.int32)
         low = low >> 4 if run >= 2 else low & 15
-        high = b[:, 128 + side * 32:][:, :32].astype(np.int32) >> 2 * run & 3
-        parts.append(half(b, 208) * np.repeat(scales[:, 2 * j:2 * j + 2], 16, axis=1) * ((low | high << 4) - 32))
+        high = b[:, 128 + side * 32 :][:, :32].astype(np.int32) >> 2 * run & 3
+        parts.append(half(b, 208) * np.repeat(scales[:, 2 * j : 2 * j + 2], 16, axis=1) * ((low | high << 4) - 32))
     return np.concatenate(parts, axis=1)
 
 

@@ -88,8 +88,9 @@ def test_yarn_is_read_from_the_header_and_llama_3_from_its_tensor(tmp_path, voca
     path = make(tmp_path, vocab, make_config('qwen2', vocab_size=600, rope_scaling=yarn))
     assert gguf.load_config(gguf.read(path)).rope_scaling == yarn
 
-    scaling = Llama3Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                            original_max_position_embeddings=8192)
+    scaling = Llama3Scaling(
+        factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
     config = make_config('llama', vocab_size=600, rope_theta=500000.0, head_dim=64)
     slowed = layers.inverse_frequencies(dataclasses.replace(config, rope_scaling=scaling))[0]
     factors = (layers.inverse_frequencies(config)[0] / slowed).astype(np.float32)
@@ -98,28 +99,32 @@ def test_yarn_is_read_from_the_header_and_llama_3_from_its_tensor(tmp_path, voca
     assert gguf.load_config(gguf.read(path)).rope_scaling == scaling
     path = make(tmp_path, vocab, config, change=with_factors(np.ones_like(factors)))
     assert gguf.load_config(gguf.read(path)).rope_scaling is None
-    path = make(tmp_path, vocab, config, change=with_factors(factors ** 2))
+    path = make(tmp_path, vocab, config, change=with_factors(factors**2))
     with pytest.raises(UserError, match='rope_freqs.weight is no scaling of Llama 3'):
         gguf.load_config(gguf.read(path))
 
 
-@pytest.mark.parametrize('key, value, message', [
-    ('llama.expert_count', 8, 'mixtures of experts are not supported'),
-    ('llama.attention.sliding_window', 32, 'sliding_window=32; only full attention'),
-    ('llama.rope.dimension_count', 16, 'dimension_count=16 of heads of 32; only whole heads'),
-    ('llama.attention.head_count_kv', [2, 4], 'head_count_kv differs from layer to layer'),
-    ('llama.rope.scaling.type', 'linear', 'rope_scaling type linear is not supported'),
-    ('llama.embedding_length', None, 'field hidden_size is missing'),
-    ('split.count', 3, 'one of 3 parts; join them'),
-    ('tokenizer.ggml.pre', 'banana', 'tokenizer.ggml.pre=banana is not known; known are default, gpt-2, smollm'),
-    ('tokenizer.ggml.model', 'bert', 'tokenizer.ggml.model=bert is not supported'),
-    ('tokenizer.ggml.eos_token_id', None, None),
-])
+@pytest.mark.parametrize(
+    'key, value, message',
+    [
+        ('llama.expert_count', 8, 'mixtures of experts are not supported'),
+        ('llama.attention.sliding_window', 32, 'sliding_window=32; only full attention'),
+        ('llama.rope.dimension_count', 16, 'dimension_count=16 of heads of 32; only whole heads'),
+        ('llama.attention.head_count_kv', [2, 4], 'head_count_kv differs from layer to layer'),
+        ('llama.rope.scaling.type', 'linear', 'rope_scaling type linear is not supported'),
+        ('llama.embedding_length', None, 'field hidden_size is missing'),
+        ('split.count', 3, 'one of 3 parts; join them'),
+        ('tokenizer.ggml.pre', 'banana', 'tokenizer.ggml.pre=banana is not known; known are default, gpt-2, smollm'),
+        ('tokenizer.ggml.model', 'bert', 'tokenizer.ggml.model=bert is not supported'),
+        ('tokenizer.ggml.eos_token_id', None, None),
+    ],
+)
 def test_what_is_not_supported_is_refused_by_name_and_nothing_is_written(tmp_path, vocab, key, value, message):
     def change(metadata, tensors):
         metadata.pop(key, None)
         if value is not None:
             metadata[key] = value
+
     path = make(tmp_path, vocab, change=change)
     if message is None:  # the chat mark still ends a turn
         convert.from_gguf(gguf.read(path), tmp_path / 'out')
@@ -139,12 +144,21 @@ def test_another_architecture_is_refused_by_name(tmp_path, vocab):
         gguf.load_config(gguf.read(tmp_path / 'model.gguf'))
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda t: t.pop('blk.1.ffn_up.weight'), 'blk.1.ffn_up.weight is missing'),
-    (lambda t: t.update({'blk.0.ffn_up_exps.weight': t['output_norm.weight']}), 'ffn_up_exps.weight is not part of'),
-    (lambda t: t.update({'output_norm.weight': (np.zeros(9, 'f4'), Kind.F32)}), 'is [9], the header makes it [256]'),
-    (lambda t: t.update({'output_norm.weight': (np.zeros(256, np.int32), Kind.I32)}), 'stored as I32'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda t: t.pop('blk.1.ffn_up.weight'), 'blk.1.ffn_up.weight is missing'),
+        (
+            lambda t: t.update({'blk.0.ffn_up_exps.weight': t['output_norm.weight']}),
+            'ffn_up_exps.weight is not part of',
+        ),
+        (
+            lambda t: t.update({'output_norm.weight': (np.zeros(9, 'f4'), Kind.F32)}),
+            'is [9], the header makes it [256]',
+        ),
+        (lambda t: t.update({'output_norm.weight': (np.zeros(256, np.int32), Kind.I32)}), 'stored as I32'),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, vocab, change, message):
     path = make(tmp_path, vocab, change=lambda metadata, tensors: change(tensors))
     with pytest.raises(UserError, match=re.escape(message)):
@@ -197,8 +211,13 @@ def test_converting_holds_no_more_than_a_part_of_a_tensor(tmp_path, vocab):
     config = gguf_files.wide('llama', vocab_size=60_000, **sizes)
     gguf_files.write(tmp_path / 'model.gguf', config, vocab, (Kind.Q4_K, Kind.Q8_0))
     assert 4 * config.parameter_count() > 1.5e9
-    child = subprocess.run([sys.executable, '-c', WATCH, str(tmp_path / 'model.gguf'), str(tmp_path / 'out')],
-                           env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=300)
+    child = subprocess.run(
+        [sys.executable, '-c', WATCH, str(tmp_path / 'model.gguf'), str(tmp_path / 'out')],
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert child.returncode == 0, child.stderr
     # A part in f32, what the library needs to make it (three times as much), its bytes; beside it the tokenizer.
     assert int(child.stdout) <= 5 * 4 * gguf.BLOCK + (64 << 20)
@@ -208,8 +227,13 @@ def test_converting_holds_no_more_than_a_part_of_a_tensor(tmp_path, vocab):
 def test_the_binary_takes_two_names(tmp_path, vocab):
     path = make(tmp_path, vocab, kinds=QUANTS)
     run = lambda *arguments: subprocess.run(
-        [sys.executable, 'launch/convert.py', *map(str, arguments)], cwd=ROOT, text=True, capture_output=True,
-        timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
+        [sys.executable, 'launch/convert.py', *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )
     child = run(path, tmp_path / 'out')
     assert (child.returncode, child.stderr.splitlines()[-1]) == (0, f'{tmp_path / "out"}: written')
     assert hf.load(tmp_path / 'out', load_config(tmp_path / 'out'))
@@ -218,7 +242,9 @@ def test_the_binary_takes_two_names(tmp_path, vocab):
     assert (child.returncode, child.stderr) == (2, 'error: --target is missing; see --help\n')
     child = run(path, tmp_path / 'other', 'more')
     assert (child.returncode, child.stderr) == (
-        2, "error: unexpected argument 'more'; flags are written --name=value\n")
+        2,
+        "error: unexpected argument 'more'; flags are written --name=value\n",
+    )
     child = run('--to=orbax', path, tmp_path / 'other')
     assert child.returncode == 2 and 'becomes a Hugging Face directory first' in child.stderr
 
@@ -235,8 +261,15 @@ PEERS = {  # transformers reads qwen3 with heads of 128 alone, and drops biases 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [*PEERS, pytest.param('given', marks=pytest.mark.skipif(
-    'RETOOL_GGUF' not in os.environ, reason='RETOOL_GGUF names no file'))])
+@pytest.mark.parametrize(
+    'name',
+    [
+        *PEERS,
+        pytest.param(
+            'given', marks=pytest.mark.skipif('RETOOL_GGUF' not in os.environ, reason='RETOOL_GGUF names no file')
+        ),
+    ],
+)
 def test_logits_and_ids_are_those_of_transformers_own_reading_of_the_file(tmp_path, name):
     path = tmp_path / 'model.gguf'
     if name == 'given':

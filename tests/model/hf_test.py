@@ -31,8 +31,13 @@ CONFIGS = {
     'qwen3_untied': make_config('qwen3', num_attention_heads=6, num_key_value_heads=3, head_dim=8),
 }
 LARGE = 5_000_000_000  # bytes of a file: all tensors in one
-QUICK = {('qwen2_untied', 'float32', LARGE), ('qwen2_tied', 'bfloat16', 20_000), ('qwen3_tied', 'float32', 20_000),
-         ('qwen3_untied', 'bfloat16', LARGE), ('llama_biased', 'bfloat16', 20_000)}
+QUICK = {
+    ('qwen2_untied', 'float32', LARGE),
+    ('qwen2_tied', 'bfloat16', 20_000),
+    ('qwen3_tied', 'float32', 20_000),
+    ('qwen3_untied', 'bfloat16', LARGE),
+    ('llama_biased', 'bfloat16', 20_000),
+}
 
 
 def assert_same(a, b):
@@ -42,9 +47,15 @@ def assert_same(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.mark.parametrize('name, dtype, file_bytes', [
-    pytest.param(name, dtype, file_bytes, marks=() if (name, dtype, file_bytes) in QUICK else pytest.mark.slow)
-    for name in CONFIGS for dtype in ('float32', 'bfloat16') for file_bytes in (LARGE, 20_000)])
+@pytest.mark.parametrize(
+    'name, dtype, file_bytes',
+    [
+        pytest.param(name, dtype, file_bytes, marks=() if (name, dtype, file_bytes) in QUICK else pytest.mark.slow)
+        for name in CONFIGS
+        for dtype in ('float32', 'bfloat16')
+        for file_bytes in (LARGE, 20_000)
+    ],
+)
 def test_a_round_trip_is_bit_equal_in_one_file_and_in_many(tmp_path, name, dtype, file_bytes):
     config = CONFIGS[name]
     params = jax.tree.map(lambda x: x.astype(dtype), make_params(config))
@@ -151,9 +162,15 @@ def test_rotary_tables_of_old_exports_and_a_second_copy_of_a_tied_head_are_left_
     config = CONFIGS['qwen2_tied']
     params = make_params(config)
     hf.save(tmp_path / 'model', config, params, 'float32', file_bytes=20_000)
-    rewrite(tmp_path / 'model', lambda t: t.update({
-        'model.layers.0.self_attn.rotary_emb.inv_freq': np.zeros(8, np.float32),
-        'lm_head.weight': t['model.embed_tokens.weight'].copy()}))
+    rewrite(
+        tmp_path / 'model',
+        lambda t: t.update(
+            {
+                'model.layers.0.self_attn.rotary_emb.inv_freq': np.zeros(8, np.float32),
+                'lm_head.weight': t['model.embed_tokens.weight'].copy(),
+            }
+        ),
+    )
     assert_same(hf.load(tmp_path / 'model', config), params)
 
 
@@ -190,16 +207,28 @@ def test_a_pointer_of_git_lfs_is_named(saved, name):
     fails(config, directory, f'{file} is a pointer of Git LFS')
 
 
-@pytest.mark.parametrize('content', ['', '{}', '[]', 'null', '{"weight_map": {}}', '{"weight_map": ["a"]}',
-                                     '{"weight_map": {"a": 1}}', '{"metadata": {"total_size": 1}}'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        '',
+        '{}',
+        '[]',
+        'null',
+        '{"weight_map": {}}',
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": 1}}',
+        '{"metadata": {"total_size": 1}}',
+    ],
+)
 def test_an_index_without_a_map_of_weights_is_named(saved, content):
     config, directory = saved
     (directory / INDEX).write_text(content)
     fails(config, directory, f'{directory / INDEX} holds no weight_map')
 
 
-@pytest.mark.parametrize('header', ['[]', '{"a": 1}', '{"a": {}}', '{"a": {"data_offsets": [0]}}',
-                                    '{"a": {"data_offsets": [0, 4]}}'])
+@pytest.mark.parametrize(
+    'header', ['[]', '{"a": 1}', '{"a": {}}', '{"a": {"data_offsets": [0]}}', '{"a": {"data_offsets": [0, 4]}}']
+)
 def test_a_header_of_another_form_is_named(saved, header):
     config, directory = saved
     first = sorted(directory.glob('*.safetensors'))[0]
@@ -230,6 +259,7 @@ def test_nothing_is_overwritten_and_a_save_that_died_leaves_no_model(saved):
     def stop(done, total):
         if done == 5:
             raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         hf.save(directory.parent / 'other', config, make_params(config), progress=stop)
     assert not (directory.parent / 'other').exists()
@@ -271,14 +301,26 @@ print(memory('VmHWM') - before - sum(x.nbytes for x in jax.tree.leaves(params)))
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='/proc/self/clear_refs cannot be written')
 def test_loading_holds_no_more_than_one_tensor_beside_the_parameters(tmp_path):
-    config = make_config(vocab_size=40_000, hidden_size=768, intermediate_size=3072, num_hidden_layers=10,
-                         num_attention_heads=12, head_dim=64, tie_word_embeddings=True)
+    config = make_config(
+        vocab_size=40_000,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=10,
+        num_attention_heads=12,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decoder.abstract_params(config))
     hf.save(tmp_path / 'model', config, zeros, 'float32')
     largest = 4 * config.vocab_size * config.hidden_size
     assert 4 * config.parameter_count() > 3 * largest
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
-    child = subprocess.run([sys.executable, '-c', WATCH, str(tmp_path / 'model')], env=environment,
-                           capture_output=True, text=True, timeout=300)
+    child = subprocess.run(
+        [sys.executable, '-c', WATCH, str(tmp_path / 'model')],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert child.returncode == 0, child.stderr
     assert int(child.stdout) <= largest + (128 << 20)

@@ -28,8 +28,10 @@ twin = functools.partial(kernels.cudnn, implementation='xla')
 
 def inputs(rows=2, heads=4, kv_heads=2, head_dim=64, dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    return [jnp.asarray(scale * rng.normal(size=(rows, LENGTH, n, head_dim)), dtype)
-            for n, scale in ((heads, head_dim ** -0.5), (kv_heads, 1.0), (kv_heads, 1.0))]
+    return [
+        jnp.asarray(scale * rng.normal(size=(rows, LENGTH, n, head_dim)), dtype)
+        for n, scale in ((heads, head_dim**-0.5), (kv_heads, 1.0), (kv_heads, 1.0))
+    ]
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 5e-6), (jnp.bfloat16, 3e-2)])
@@ -63,6 +65,7 @@ def test_a_kernel_runs_on_each_devices_rows_and_heads(form, segments, sizes):
     def run(q, k, v, s):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return form(q, k, v, s)
+
     place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(('data', 'fsdp'))))
     compiled = jax.jit(run).lower(*map(place, (q, k, v, segments))).compile()
     out = compiled(*map(place, (q, k, v, segments)))
@@ -85,8 +88,10 @@ def test_what_a_kernel_cannot_do_is_refused_by_name():
     with pytest.raises(ValueError, match='splash needs rows of a multiple of 128 tokens, not 200; change forward.row'):
         splash(q[:, :200], k[:, :200], v[:, :200], PACKED[:, :200])
     mesh = sharding.make_mesh({'data': 8, 'fsdp': 1, 'tensor': 1})
-    with (jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
-          pytest.raises(ValueError, match='forward.micro_rows: 2 rows do not divide over 8 devices')):
+    with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+        pytest.raises(ValueError, match='forward.micro_rows: 2 rows do not divide over 8 devices'),
+    ):
         splash(q, k, v, PACKED)
 
 
@@ -117,7 +122,13 @@ print(compiled.memory_analysis().temp_size_in_bytes)
 @pytest.mark.slow
 @pytest.mark.skipif(chips.compiler() is None, reason='needs the TPU compiler: bash launch/baselines.sh plan')
 def test_the_tpu_compiler_takes_32768_tokens_without_a_matrix_of_scores():
-    child = subprocess.run([sys.executable, '-c', COMPILE], cwd=ROOT, capture_output=True, text=True, timeout=500,
-                           env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''})
+    child = subprocess.run(
+        [sys.executable, '-c', COMPILE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''},
+    )
     assert child.returncode == 0, child.stderr[-3000:]
     assert int(child.stdout.split()[-1]) < 32768 * 32768 * 2 / 4  # one head's scores in bfloat16, a quarter of it

@@ -52,7 +52,7 @@ def test_pieces_of_the_vocabulary_on_any_part_of_a_mesh_give_values_and_gradient
         return found[0].sum() + 0.3 * found[1].sum(), found
 
     run = lambda **kwargs: jax.jit(jax.value_and_grad(functools.partial(loss, **kwargs), (0, 1), has_aux=True))
-    mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'tensor': tensor}, jax.devices()[:2 * tensor])
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'tensor': tensor}, jax.devices()[: 2 * tensor])
     place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         found = run(vocab_chunk=vocab_chunk)(place(HEAD, 'fsdp', 'tensor'), place(HIDDEN, 'fsdp'))
@@ -71,13 +71,15 @@ def test_gradients_are_those_of_log_softmax():
     def pieces(head, hidden):
         logprob, entropy = token_logprobs({'lm_head': {'weight': head}}, hidden, TOKENS, chunk=4)
         return logprob.sum() + 0.3 * entropy.sum()
+
     for a, b in zip(jax.jit(jax.grad(pieces, (0, 1)))(HEAD, HIDDEN), jax.jit(jax.grad(plain, (0, 1)))(HEAD, HIDDEN)):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_no_array_of_all_positions_times_the_vocabulary_exists():
-    loss = lambda params, hidden: sum(x.sum() for x in token_logprobs(params, hidden, tokens, chunk=16,
-                                                                      vocab_chunk=512))
+    loss = lambda params, hidden: sum(
+        x.sum() for x in token_logprobs(params, hidden, tokens, chunk=16, vocab_chunk=512)
+    )
     tokens = np.zeros((2, 512), np.int32)
     shape = jax.ShapeDtypeStruct((2, 512, D), jnp.float32)
     head = {'lm_head': {'weight': jax.ShapeDtypeStruct((D, 4096), jnp.float32)}}

@@ -22,17 +22,42 @@ LENGTHS = (28, 17, 5)  # right-padded rows
 PLAIN = {'rope_type': 'default'}
 YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 8}
 # Of 8 pairs at base 100 two are kept, five slowed by the whole factor, one by a part of it.
-LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-          'original_max_position_embeddings': 16}
+LLAMA3 = {
+    'rope_type': 'llama3',
+    'factor': 8.0,
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 16,
+}
 KINDS = {'llama': transformers.LlamaConfig, 'qwen2': transformers.Qwen2Config, 'qwen3': transformers.Qwen3Config}
 
 
-def make(kind: type, heads: int, kv_heads: int, head_dim: int, tied: bool, *, theta=1e6, rope=PLAIN, width=None,
-         scale=1, **more) -> transformers.PretrainedConfig:
-    return kind(vocab_size=40, hidden_size=(width or heads * head_dim) * scale, intermediate_size=24 * scale,
-                num_hidden_layers=2, num_attention_heads=heads * scale, num_key_value_heads=kv_heads * scale,
-                head_dim=head_dim, tie_word_embeddings=tied, max_position_embeddings=32,
-                rope_parameters=rope | {'rope_theta': theta}, **more)
+def make(
+    kind: type,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    tied: bool,
+    *,
+    theta=1e6,
+    rope=PLAIN,
+    width=None,
+    scale=1,
+    **more,
+) -> transformers.PretrainedConfig:
+    return kind(
+        vocab_size=40,
+        hidden_size=(width or heads * head_dim) * scale,
+        intermediate_size=24 * scale,
+        num_hidden_layers=2,
+        num_attention_heads=heads * scale,
+        num_key_value_heads=kv_heads * scale,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
+        max_position_embeddings=32,
+        rope_parameters=rope | {'rope_theta': theta},
+        **more,
+    )
 
 
 def cases(scale: int) -> dict[str, transformers.PretrainedConfig]:
@@ -64,9 +89,15 @@ def random_cases(count: int, seed: int) -> dict[str, transformers.PretrainedConf
             kv_heads = int(rng.integers(1, 4))
             heads = int(rng.integers(2, 6)) if number == 0 else kv_heads * int(rng.integers(1, 4))
             found[f'{name}_{number}'] = make(
-                kind, heads, 1 if number == 0 else kv_heads, 2 * int(rng.integers(1, 9)), bool(number % 2),
-                theta=float(10 ** rng.uniform(2, 6)), rope=(PLAIN, LLAMA3, YARN)[number % 3],
-                width=heads * int(rng.integers(3, 12)))
+                kind,
+                heads,
+                1 if number == 0 else kv_heads,
+                2 * int(rng.integers(1, 9)),
+                bool(number % 2),
+                theta=float(10 ** rng.uniform(2, 6)),
+                rope=(PLAIN, LLAMA3, YARN)[number % 3],
+                width=heads * int(rng.integers(3, 12)),
+            )
     return found
 
 
@@ -77,8 +108,11 @@ def golden(model, seed: int) -> dict[str, np.ndarray]:
     valid = np.arange(tokens.shape[1]) < np.array(LENGTHS)[:, None]
     with torch.no_grad():
         logits = model(torch.tensor(tokens), attention_mask=torch.tensor(valid.astype(np.int64))).logits
-    return {'tokens': tokens.astype(np.int32), 'lengths': np.array(LENGTHS, np.int32),
-            'logits': np.where(valid[..., None], logits.float().numpy(), 0.0)}
+    return {
+        'tokens': tokens.astype(np.int32),
+        'lengths': np.array(LENGTHS, np.int32),
+        'logits': np.where(valid[..., None], logits.float().numpy(), 0.0),
+    }
 
 
 def main() -> None:

@@ -23,8 +23,17 @@ from tests.model.sizes import make_config, make_params, make_tokens
 DEVICES = 8
 CONFIG = make_config('qwen2', num_attention_heads=8, num_key_value_heads=2, head_dim=8, intermediate_size=64)
 BIASED = dataclasses.replace(CONFIG, model_type='llama', attention_bias=True, mlp_bias=True)
-FORWARD = ForwardSettings(dtype='float32', attention='dense', remat='none', unroll=1, logprob_chunk=8, vocab_chunk=40,
-                          micro_rows=8, row_width=16, row_segments=2)
+FORWARD = ForwardSettings(
+    dtype='float32',
+    attention='dense',
+    remat='none',
+    unroll=1,
+    logprob_chunk=8,
+    vocab_chunk=40,
+    micro_rows=8,
+    row_width=16,
+    row_segments=2,
+)
 SIZES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == DEVICES]
 QUICK = ((1, 2, 4),)  # more tensor parts than KV heads
 LR = 1e-2
@@ -46,16 +55,25 @@ def make_batch() -> Batch:
     positions = np.where(segments == 2, place - ends[:, :1], place).astype(np.int32)
     acted = (np.random.default_rng(1).random((16, 16)) < 0.7) & (segments > 0) & (positions > 0)
     n = (16, 2)
-    return Batch(tokens_BT=tokens, segment_ids_BT=segments, positions_BT=positions, acted_BT=acted,
-                 sampler_logprob_BT=np.zeros((16, 16), np.float32), reward_BN=np.zeros(n, np.float32),
-                 group_BN=np.zeros(n, np.int32), baseline_BN=np.ones(n, bool), update_BN=np.ones(n, bool))
+    return Batch(
+        tokens_BT=tokens,
+        segment_ids_BT=segments,
+        positions_BT=positions,
+        acted_BT=acted,
+        sampler_logprob_BT=np.zeros((16, 16), np.float32),
+        reward_BN=np.zeros(n, np.float32),
+        group_BN=np.zeros(n, np.int32),
+        baseline_BN=np.ones(n, bool),
+        update_BN=np.ones(n, bool),
+    )
 
 
 def step_on(mesh, optimizer, config=CONFIG):
     """Parameters before and after one supervised step, and its metrics."""
     rules = decoder.fit_rules(config, mesh, sharding.TRAIN_RULES)
-    params = {'policy': jax.device_put(make_params(config),
-                                       sharding.shardings(mesh, decoder.logical_axes(config), rules))}
+    params = {
+        'policy': jax.device_put(make_params(config), sharding.shardings(mesh, decoder.logical_axes(config), rules))
+    }
     before = jax.device_get(params)
     learner = Learner(config, FORWARD, optimizer, mesh)
     state, metrics = learner.sft_step(init_state(params, optimizer), make_batch())
@@ -80,10 +98,14 @@ def distance(found, expected) -> float:
     return total(jax.tree.map(np.subtract, found, expected)) / total(expected)
 
 
-@pytest.mark.parametrize('config, sizes', [
-    *(pytest.param(CONFIG, s, marks=() if s in QUICK else pytest.mark.slow) for s in SIZES),
-    pytest.param(BIASED, (2, 2, 2), marks=pytest.mark.slow)],
-    ids=lambda x: 'x'.join(map(str, x)) if isinstance(x, tuple) else x.model_type)
+@pytest.mark.parametrize(
+    'config, sizes',
+    [
+        *(pytest.param(CONFIG, s, marks=() if s in QUICK else pytest.mark.slow) for s in SIZES),
+        pytest.param(BIASED, (2, 2, 2), marks=pytest.mark.slow),
+    ],
+    ids=lambda x: 'x'.join(map(str, x)) if isinstance(x, tuple) else x.model_type,
+)
 def test_loss_and_gradients_are_those_of_one_device(config, sizes):
     before, after, metrics = step_on(make_mesh(sizes), optimizer_of('gradient'), config)
     start, end, expected = on_one_device('gradient', config)
@@ -135,6 +157,7 @@ def test_a_weight_is_gathered_over_fsdp_in_the_matmuls_dtype_and_its_gradient_is
     def gather(w, *words):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return sharding.gather(w, jnp.bfloat16, *words)
+
     out, whole = jax.jit(lambda w: gather(w, 'embed', 'mlp'))(w), jax.NamedSharding(mesh, jax.P(None, 'tensor'))
     assert out.dtype == jnp.bfloat16 and out.sharding.is_equivalent_to(whole, 2)
     gradient = jax.jit(jax.grad(lambda w: jnp.square(gather(w, 'embed', 'mlp').astype(jnp.float32)).sum()))(w)
@@ -157,7 +180,8 @@ def collectives(compiled) -> list[tuple[str, str]]:
 def sharded_cache(mesh):
     rules = decoder.fit_rules(CONFIG, mesh, sharding.SAMPLE_RULES)
     place = lambda shape, dtype, *words: jax.ShapeDtypeStruct(
-        shape, dtype, sharding=jax.NamedSharding(mesh, sharding.spec(words, rules)))
+        shape, dtype, sharding=jax.NamedSharding(mesh, sharding.spec(words, rules))
+    )
     kv = lambda: [place((8, 2, SLOTS, 8), jnp.float32, 'batch', 'kv_heads', None, 'head_dim') for _ in range(2)]
     return KVCache(k=kv(), v=kv(), length_B=place((8,), jnp.int32, 'batch')), place
 
@@ -187,6 +211,7 @@ def test_a_step_of_decoding_moves_activations_alone():
     def step(params, cache, fed, count):
         hidden, cache = decoder.extend(CONFIG, params, cache, fed, count, SLOTS)
         return decoder.unembed(params, hidden[:, 0]), cache
+
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(step, donate_argnums=1).lower(params, cache, fed, count).compile()
     found = collectives(compiled)
@@ -199,8 +224,11 @@ def test_training_gathers_no_logits_of_the_whole_vocabulary():
     mesh = make_mesh((2, 2, 2))
     rules = decoder.fit_rules(CONFIG, mesh, sharding.TRAIN_RULES)
     placed = sharding.shardings(mesh, decoder.logical_axes(CONFIG), rules)
-    params = {'policy': jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                                     decoder.abstract_params(CONFIG), placed)}
+    params = {
+        'policy': jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), decoder.abstract_params(CONFIG), placed
+        )
+    }
     learner = Learner(CONFIG, FORWARD, optax.sgd(1.0), mesh)
     rows = jax.NamedSharding(mesh, jax.P(('data', 'fsdp')))
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype, sharding=rows), make_batch())
@@ -210,8 +238,11 @@ def test_training_gathers_no_logits_of_the_whole_vocabulary():
     assert [x for x in found if is_logits(x[1])] == []
     # Logits that are asked for whole are gathered, and seen.
     whole = jax.NamedSharding(mesh, jax.P(('data', 'fsdp'), None, None))
-    naive = jax.jit(lambda x, w: x @ w, out_shardings=whole).lower(
-        jax.ShapeDtypeStruct((8, 8, 32), jnp.float32, sharding=rows), params['policy']['lm_head']['weight']).compile()
+    naive = (
+        jax.jit(lambda x, w: x @ w, out_shardings=whole)
+        .lower(jax.ShapeDtypeStruct((8, 8, 32), jnp.float32, sharding=rows), params['policy']['lm_head']['weight'])
+        .compile()
+    )
     assert [x for x in collectives(naive) if is_logits(x[1])]
 
 

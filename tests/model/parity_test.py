@@ -43,7 +43,7 @@ def cached_logits(config, params, tokens_BT, lengths_B):
     step = jax.jit(functools.partial(decoder.extend, config), static_argnums=(4,))
     found = []
     for t in range(width):
-        hidden_BCD, cache = step(params, cache, tokens_BT[:, t:t + 1], (lengths_B > t).astype(np.int32), slots)
+        hidden_BCD, cache = step(params, cache, tokens_BT[:, t : t + 1], (lengths_B > t).astype(np.int32), slots)
         found.append(decoder.unembed(params, hidden_BCD))
     np.testing.assert_array_equal(cache.length_B, lengths_B)
     return np.concatenate(found, axis=1)
@@ -74,8 +74,12 @@ def test_logits_are_those_of_transformers_in_full_and_incrementally(case):
 def test_fixtures_hold_what_their_names_say():
     configs = {case: load_config(FIXTURES / case) for case in CASES}
     kinds = {case: type(c.rope_scaling).__name__ for case, c in configs.items() if c.rope_scaling is not None}
-    assert kinds == {'llama_yarn': 'YarnScaling', 'qwen2_yarn': 'YarnScaling', 'qwen3_yarn': 'YarnScaling',
-                     'llama_llama3': 'Llama3Scaling'}
+    assert kinds == {
+        'llama_yarn': 'YarnScaling',
+        'qwen2_yarn': 'YarnScaling',
+        'qwen3_yarn': 'YarnScaling',
+        'llama_llama3': 'Llama3Scaling',
+    }
     assert {case for case, c in configs.items() if c.attention_bias} == {'llama_biased', 'qwen3_biased'}
     assert {case for case, c in configs.items() if c.mlp_bias} == {'llama_biased'}
     for kind in ('llama', 'qwen2', 'qwen3'):
@@ -92,15 +96,27 @@ def test_parity_would_notice_a_bias_a_norm_a_head_or_a_rotation_left_out(case):
     attention = params['layers']['self_attn']
     part = 'k_norm' if config.qk_norm else 'o_proj' if config.attention_bias else 'v_proj'
     name = 'bias' if 'bias' in attention[part] else 'weight'
-    broken = [params | {'layers': params['layers'] | {'self_attn': attention | {
-        part: attention[part] | {name: attention[part][name] * 0.9}}}}]
+    broken = [
+        params
+        | {
+            'layers': params['layers']
+            | {'self_attn': attention | {part: attention[part] | {name: attention[part][name] * 0.9}}}
+        }
+    ]
     o_LNHD = attention['o_proj']['weight']
-    broken.append(params | {'layers': params['layers'] | {'self_attn': attention | {
-        'o_proj': attention['o_proj'] | {'weight': o_LNHD[:, ::-1]}}}})
+    broken.append(
+        params
+        | {
+            'layers': params['layers']
+            | {'self_attn': attention | {'o_proj': attention['o_proj'] | {'weight': o_LNHD[:, ::-1]}}}
+        }
+    )
     if config.mlp_bias:
         mlp = params['layers']['mlp']
-        broken += [params | {'layers': params['layers'] | {'mlp': mlp | {
-            part: mlp[part] | {'bias': mlp[part]['bias'] * 0.9}}}} for part in mlp]
+        broken += [
+            params | {'layers': params['layers'] | {'mlp': mlp | {part: mlp[part] | {'bias': mlp[part]['bias'] * 0.9}}}}
+            for part in mlp
+        ]
     tried = [(config, changed) for changed in broken]
     if config.rope_scaling is not None:
         tried.append((dataclasses.replace(config, rope_scaling=None), params))
@@ -124,9 +140,13 @@ def peer() -> str | None:
 def run_peer(*arguments, script: str = 'make_fixtures.py') -> None:
     if peer() is None:
         pytest.skip('needs torch and transformers: make baselines')
-    child = subprocess.run([peer(), str(Path(__file__).parent / script), *map(str, arguments)], capture_output=True,
-                           text=True, timeout=300,
-                           env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
+    child = subprocess.run(
+        [peer(), str(Path(__file__).parent / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'},
+    )
     assert child.returncode == 0, child.stderr[-2000:]
 
 

@@ -23,7 +23,8 @@ def main() -> None:
     path, out, strings = (Path(argument) for argument in sys.argv[1:])
     torch.set_num_threads(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
     out.mkdir(exist_ok=True)
     np.savez_compressed(out / 'golden.npz', **golden(model, seed=0))
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

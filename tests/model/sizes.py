@@ -13,8 +13,17 @@ from retool_jax.model.config import ModelConfig
 
 def make_config(model_type: str = 'qwen2', **changes) -> ModelConfig:
     """Four query heads, two KV heads, a head size that is not width / heads."""
-    sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=16, rope_theta=10000.0, max_position_embeddings=256)
+    sizes = dict(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_theta=10000.0,
+        max_position_embeddings=256,
+    )
     return ModelConfig(model_type=model_type, **(sizes | changes))
 
 
@@ -26,6 +35,7 @@ def make_params(config: ModelConfig, seed: int = 0) -> Params:
     def make(path, leaf):
         mean = 0.0 if len(leaf.shape) >= 3 or centred & {key.key for key in path} else 1.0
         return jnp.asarray(rng.normal(mean, 0.15, leaf.shape), jnp.float32)
+
     return jax.tree_util.tree_map_with_path(make, decoder.abstract_params(config))
 
 

@@ -18,13 +18,23 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {'sync layer', 'sync ends', 'apply', 'score policy', 'update policy', 'score critic', 'update critic',
             'extend', 'decode'}  # fmt: skip
 # Whole vectors of 128 everywhere: nothing is padded, and bytes of shapes are bytes of memory.
-MODEL = dataclasses.replace(TINY, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
-                            num_key_value_heads=2, head_dim=128, tie_word_embeddings=False)
+MODEL = dataclasses.replace(
+    TINY,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=128,
+    tie_word_embeddings=False,
+)
 WEIGHTS = 4 * MODEL.parameter_count()  # bytes in f32
 TENSOR = FSDP = 2
 ROWS, QUOTA = 64, 16  # of the tiny sampler
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    chips.compiler() is None, reason='needs the TPU compiler: bash launch/baselines.sh plan')]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(chips.compiler() is None, reason='needs the TPU compiler: bash launch/baselines.sh plan'),
+]
 
 
 @pytest.fixture(scope='module')
@@ -34,13 +44,25 @@ def plan(tmp_path_factory):
     (folder / 'config.json').write_text(json.dumps(to_hf(MODEL)))
 
     def run(*overrides: str) -> tuple[int, dict]:
-        command = [sys.executable, 'launch/plan.py', '--config=configs/ppo.py:tiny', '--topology=v5e:2x2', '--json',
-                   f'--config.model.path={folder}', '--config.mesh.tensor=2', '--config.ppo.critic=backbone',
-                   '--config.ppo.offload=True', f'--config.sampler.rows={ROWS}', *overrides]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900,
-                              env=os.environ | {'XLA_FLAGS': ''})
+        command = [
+            sys.executable,
+            'launch/plan.py',
+            '--config=configs/ppo.py:tiny',
+            '--topology=v5e:2x2',
+            '--json',
+            f'--config.model.path={folder}',
+            '--config.mesh.tensor=2',
+            '--config.ppo.critic=backbone',
+            '--config.ppo.offload=True',
+            f'--config.sampler.rows={ROWS}',
+            *overrides,
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ | {'XLA_FLAGS': ''}
+        )
         assert done.returncode in (0, 1), done.stderr[-3000:]
         return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
     return run
 
 
@@ -63,7 +85,8 @@ def test_every_program_is_compiled_and_every_phase_holds_its_largest(fitting):
         assert programs[f'update {name}']['arguments'] == pytest.approx(2 * resident[name], rel=0.15)
     assert programs['sync layer']['temporaries'] < resident['policy'] / MODEL.num_hidden_layers  # one layer, not all
     assert programs['apply']['arguments'] == pytest.approx(
-        sum(resident[key] for key in ('policy', 'critic', 'optimizer', 'gradients')), rel=0.15)
+        sum(resident[key] for key in ('policy', 'critic', 'optimizer', 'gradients')), rel=0.15
+    )
 
 
 def test_what_is_exchanged_is_what_the_layout_asks_for(fitting):

@@ -37,8 +37,12 @@ def test_a_loop_without_a_length_counts_as_often_as_it_is_told():
 
 def test_the_body_of_a_shard_map_is_one_devices():
     mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 4})
-    split = jax.shard_map(lambda x, w: x @ w[0], mesh=mesh, in_specs=(jax.P('fsdp'), jax.P(None, None, 'tensor')),
-                          out_specs=jax.P('fsdp', 'tensor'))
+    split = jax.shard_map(
+        lambda x, w: x @ w[0],
+        mesh=mesh,
+        in_specs=(jax.P('fsdp'), jax.P(None, None, 'tensor')),
+        out_specs=jax.P('fsdp', 'tensor'),
+    )
     assert counted(split, X, W) == LAYERS / 5
 
 

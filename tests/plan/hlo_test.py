@@ -73,7 +73,9 @@ ENTRY %main (a: s32[], b: bf16[1,256], c: f32[8,128], d: f32[5,1024]) -> f32[8,1
 def test_an_exchange_in_fused_steps_counts_once_and_its_loop_by_its_length():
     found = hlo.Module(TEXT).collectives()
     assert [(c.kind, c.bytes, c.group, c.times) for c in found] == [
-        ('all-gather', 4 * 256 * 2, 4, 5), ('reduce-scatter', 8 * 128 * 4, 2, 5)]
+        ('all-gather', 4 * 256 * 2, 4, 5),
+        ('reduce-scatter', 8 * 128 * 4, 2, 5),
+    ]
     assert [c.sent for c in found] == [5 * 2048 * 3 / 4, 5 * 4096 / 2]
 
 
@@ -82,13 +84,16 @@ def test_memory_is_counted_by_what_is_sliced_and_not_where_a_layout_stays_on_chi
     assert hlo.Module(TEXT).bytes_moved() == 5 * (read + 4)  # and the counter
 
 
-@pytest.mark.parametrize('line, moved', [
-    ('(f32[4,256]{1,0}, f32[4,256]{1,0}, u32[]) copy-start(%c)', 2 * 4096 + 4),
-    ('(f32[4,256]{1,0:S(1)}, f32[4,256]{1,0}, u32[]{:S(2)}) copy-start(%c)', 4096),
-    ('((f32[4,256]{1,0}), f32[2,256]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%c), slice={[0:2], [0:256]}', 2048 + 4),
-    ('f32[4,256]{1,0} all-reduce-start(%c), channel_id=1', 2 * 4096),
-    ('((f32[4,256]{1,0}), f32[4,256]{1,0}, s32[]) call-start(%c), calls=%other', 4096 + 4096 // 2),
-])
+@pytest.mark.parametrize(
+    'line, moved',
+    [
+        ('(f32[4,256]{1,0}, f32[4,256]{1,0}, u32[]) copy-start(%c)', 2 * 4096 + 4),
+        ('(f32[4,256]{1,0:S(1)}, f32[4,256]{1,0}, u32[]{:S(2)}) copy-start(%c)', 4096),
+        ('((f32[4,256]{1,0}), f32[2,256]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%c), slice={[0:2], [0:256]}', 2048 + 4),
+        ('f32[4,256]{1,0} all-reduce-start(%c), channel_id=1', 2 * 4096),
+        ('((f32[4,256]{1,0}), f32[4,256]{1,0}, s32[]) call-start(%c), calls=%other', 4096 + 4096 // 2),
+    ],
+)
 def test_what_begins_ahead_of_its_use_moves_what_it_brings(line, moved):
     text = f"""
 %other (p: f32[4,256]) -> f32[4,256] {{
@@ -111,9 +116,16 @@ def test_a_loop_without_a_constant_limit_takes_the_callers():
     assert {c.times for c in hlo.Module(known).collectives()} == {9}
 
 
-@pytest.mark.parametrize('written, size', [
-    ("replica_groups=mesh['data'=1,'fsdp'=16,'tensor'=4] {'fsdp'}", 16), ('replica_groups=[4,2]<=[2,4]T(1,0)', 2),
-    ('replica_groups={{0,1,2},{3,4,5}}', 3), ('source_target_pairs={{0,1},{1,0}}', 2), ('', 1)])
+@pytest.mark.parametrize(
+    'written, size',
+    [
+        ("replica_groups=mesh['data'=1,'fsdp'=16,'tensor'=4] {'fsdp'}", 16),
+        ('replica_groups=[4,2]<=[2,4]T(1,0)', 2),
+        ('replica_groups={{0,1,2},{3,4,5}}', 3),
+        ('source_target_pairs={{0,1},{1,0}}', 2),
+        ('', 1),
+    ],
+)
 def test_groups_are_read_however_they_are_written(written, size):
     assert hlo.group_size(f'channel_id=1, {written}, dimensions=0') == size
 
@@ -134,7 +146,9 @@ def test_a_program_compiled_here_is_read_as_written():
         def layer(x, w):
             hidden = jnp.tanh(x @ w)  # [8, 64] split over tensor
             return jax.lax.with_sharding_constraint(hidden @ w.T, put('fsdp')), None
+
         return jax.lax.scan(layer, x, w)[0]
+
     compiled = jax.jit(f).lower(place((8, 32), 'fsdp'), place((6, 32, 64), None, None, 'tensor')).compile()
     module = hlo.Module(compiled.as_text())
     sums = collections.Counter()

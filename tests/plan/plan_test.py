@@ -107,8 +107,18 @@ def test_a_program_is_as_slow_as_its_slowest_resource():
 
 
 def test_a_step_runs_each_program_as_often_as_its_episodes_need():
-    sizes = Sizes(episodes=64, minibatches=2, epochs=3, micro_rows=4, row_width=200, engines=2, decode_rows=8, quota=10,
-                  feed_rows=4, layers=48)
+    sizes = Sizes(
+        episodes=64,
+        minibatches=2,
+        epochs=3,
+        micro_rows=4,
+        row_width=200,
+        engines=2,
+        decode_rows=8,
+        quota=10,
+        feed_rows=4,
+        layers=48,
+    )
     a = Assumptions(tokens=100, packing=1.0, occupancy=0.5, feeds=4)
     assert sizes.micro_batches(a) == 8  # 32 rows in two mini-batches of 4 micro-batches
     expected = {'sync layer': 48, 'sync ends': 1, 'apply': 6, 'score policy': 8, 'update critic': 24, 'extend': 32,
@@ -156,8 +166,14 @@ def test_a_program_that_the_compiler_refused_does_not_fit_whatever_it_seemed_to_
 
 
 def test_temporaries_are_what_is_allocated_beside_the_arguments():
-    told = types.SimpleNamespace(total_allocation_bytes=100, argument_size_in_bytes=30, output_size_in_bytes=20,
-                                 alias_size_in_bytes=15, temp_size_in_bytes=90, generated_code_size_in_bytes=1)
+    told = types.SimpleNamespace(
+        total_allocation_bytes=100,
+        argument_size_in_bytes=30,
+        output_size_in_bytes=20,
+        alias_size_in_bytes=15,
+        temp_size_in_bytes=90,
+        generated_code_size_in_bytes=1,
+    )
     assert facts.beside_arguments(told, held=False) == 71 and facts.beside_arguments(told, held=True) == 66
     del told.total_allocation_bytes  # an older jaxlib
     assert facts.beside_arguments(told, held=False) == 96
@@ -176,6 +192,7 @@ def test_programs_compile_side_by_side_and_are_given_in_order():
 
     def wrong(x):
         raise ValueError('a size that does not divide')
+
     with pytest.raises(ValueError, match='does not divide'):
         facts.compile_all([toy('sum', lambda x: x.sum()), toy('wrong', wrong)], heard.append)
 

@@ -33,8 +33,17 @@ def transcript(parts: list[str | ToolCall], right: bool) -> Transcript:
         if part is not None:
             segments.append(Segment('tool', 5, wrap_feedback(part.feedback)))
         said = ''
-    return Transcript(Problem('p', 'q', '1', 's', 'f'), 0, 0, tuple(s for s in segments if s.text), tuple(calls),
-                      len(calls) + 1, Stop.EOS, False, Reward(1.0 if right else -1.0, right, right, right, '1'))
+    return Transcript(
+        Problem('p', 'q', '1', 's', 'f'),
+        0,
+        0,
+        tuple(s for s in segments if s.text),
+        tuple(calls),
+        len(calls) + 1,
+        Stop.EOS,
+        False,
+        Reward(1.0 if right else -1.0, right, right, right, '1'),
+    )
 
 
 def test_the_metrics_of_a_small_set_are_those_counted_by_hand():
@@ -44,8 +53,10 @@ def test_the_metrics_of_a_small_set_are_those_counted_by_hand():
     mental = transcript(['in the head'], right=True)
     found = analysis.analyse([good, bad, refused, mental])
     assert (found.answers, found.correct, found.code_ratio) == (4, 0.5, 0.5)
-    assert found.response_length == sum(
-        s.tokens for t in (good, bad, refused, mental) for s in t.segments if s.kind == 'model') / 4
+    assert (
+        found.response_length
+        == sum(s.tokens for t in (good, bad, refused, mental) for s in t.segments if s.kind == 'model') / 4
+    )
     assert found.code_lines == (2 + 1 + 1) / 4  # the blank line and the note do not count
     assert found.correct_codes == 2
     assert (found.last_pass_right, found.last_pass_wrong) == (1.0, 1.0)
@@ -64,8 +75,9 @@ def test_what_cannot_be_counted_is_none_and_never_zero():
 
 def test_the_last_snippet_decides_and_right_and_wrong_answers_are_apart():
     fails = [call('a'), call('b', Verdict.TIMEOUT)]
-    found = analysis.analyse([transcript(fails, right=True), transcript([call('a')], right=True),
-                              transcript(fails[::-1], right=False)])
+    found = analysis.analyse(
+        [transcript(fails, right=True), transcript([call('a')], right=True), transcript(fails[::-1], right=False)]
+    )
     assert (found.last_pass_right, found.last_pass_wrong) == (0.5, 1.0)
 
 
@@ -78,7 +90,8 @@ def test_code_ratio_length_and_score_agree_with_the_evaluation_of_the_same_episo
         found = analysis.analyse(run.transcripts(part))
         theirs = summary.summarise(episode_files.read(tmp_path / 'run/episodes', part.name))
         assert (found.code_ratio, found.correct, found.response_length) == pytest.approx(
-            (theirs['code_ratio'], theirs['avg'], theirs['length']))
+            (theirs['code_ratio'], theirs['avg'], theirs['length'])
+        )
 
 
 REPAIRS = {
@@ -150,8 +163,18 @@ def test_snippets_are_parsed_and_never_run(tmp_path):
     assert not target.exists()
 
 
-@pytest.mark.parametrize('code', ['(' * 5_000, '-' * 9_000 + '1', 'x=' * 9_000 + '1', '[' * 90 + ']' * 90,
-                                  '1+' * 9_000 + '1', 'print(1)\n' * 10_000, '"\\d" "\\w"'])
+@pytest.mark.parametrize(
+    'code',
+    [
+        '(' * 5_000,
+        '-' * 9_000 + '1',
+        'x=' * 9_000 + '1',
+        '[' * 90 + ']' * 90,
+        '1+' * 9_000 + '1',
+        'print(1)\n' * 10_000,
+        '"\\d" "\\w"',
+    ],
+)
 def test_hostile_snippets_get_a_purpose_too(code):
     assert analysis.purpose(code) in analysis.PURPOSES
     assert analysis.alikeness(code, code) == 1.0

@@ -90,8 +90,9 @@ def test_each_filter_leaves_the_episodes_that_the_data_says(window, page):
         expected = sum(map(passes, rows))
         assert 0 < expected < len(rows)
         assert count(window) == expected, name
-        label = window.run('const s = document.querySelector(arguments[0]); return s.selectedOptions[0].text',
-                           f'#filter-{name}')
+        label = window.run(
+            'const s = document.querySelector(arguments[0]); return s.selectedOptions[0].text', f'#filter-{name}'
+        )
         assert label.endswith(f'({expected})')
         window.click('#clear')
         assert count(window) == len(rows)
@@ -190,8 +191,9 @@ def test_no_window_is_too_narrow_for_the_page(window, width):
     window.resize(width, 800)
     assert window.run('return document.documentElement.scrollWidth') <= width
     for selector in ('#tokens', '#filter-words', '#list'):
-        left, right = window.run('const b = document.querySelector(arguments[0]).getBoundingClientRect(); '
-                                 'return [b.left, b.right]', selector)
+        left, right = window.run(
+            'const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.left, b.right]', selector
+        )
         assert 0 <= left < right <= width
 
 

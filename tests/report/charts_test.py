@@ -56,14 +56,23 @@ def test_small_shares_get_an_axis_of_their_own_and_large_ones_the_whole():
     assert '100 %' in large and '100 %' not in small and '0 %' in small
 
 
-@pytest.mark.parametrize('value, unit, text', [
-    (0.97, '%', '97 %'), (0.0, '', '0'), (0.0025, '', '0.0025'), (3.1e-6, '', '3.1e-06'), (12_400, '', '12.4k'),
-    (-4e11, '', '-4.0e+11'), (7, '', '7')])
+@pytest.mark.parametrize(
+    'value, unit, text',
+    [
+        (0.97, '%', '97 %'),
+        (0.0, '', '0'),
+        (0.0025, '', '0.0025'),
+        (3.1e-6, '', '3.1e-06'),
+        (12_400, '', '12.4k'),
+        (-4e11, '', '-4.0e+11'),
+        (7, '', '7'),
+    ],
+)
 def test_numbers_are_short(value, unit, text):
     assert charts.number(value, unit) == text
 
 
 def test_names_cannot_inject_markup():
     figure = charts.line_chart('<b>"x', "<i>'&", [Series('<script>', 'tool', [(0, 1)])], legend=True)
-    assert '<script>' not in figure and '<b>"' not in figure and '<i>\'' not in figure
+    assert '<script>' not in figure and '<b>"' not in figure and "<i>'" not in figure
     assert data_of(figure)['series'][0]['label'] == '<script>'

@@ -37,12 +37,15 @@ class Browser:
         return _ask('POST', f'{self._session}/execute/sync', {'script': script, 'args': list(arguments)})
 
     def resize(self, width: int, height: int) -> None:
-        self.command('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1,
-                     mobile=False)
+        self.command(
+            'Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
 
     def dark(self, on: bool) -> None:
-        self.command('Emulation.setEmulatedMedia',
-                     features=[{'name': 'prefers-color-scheme', 'value': 'dark' if on else 'light'}])
+        self.command(
+            'Emulation.setEmulatedMedia',
+            features=[{'name': 'prefers-color-scheme', 'value': 'dark' if on else 'light'}],
+        )
 
     def command(self, name: str, **parameters: Any) -> Any:
         """One command of the DevTools protocol."""
@@ -50,16 +53,23 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """A real click of the pointer in the middle of the first element found, scrolled into sight."""
-        box = self.run("""const e = document.querySelector(arguments[0]);
+        box = self.run(
+            """const e = document.querySelector(arguments[0]);
             e.scrollIntoView({block: 'center', behavior: 'instant'});
-            const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2];""", selector)
+            const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2];""",
+            selector,
+        )
         for kind in ('mousePressed', 'mouseReleased'):
             self.command('Input.dispatchMouseEvent', type=kind, x=box[0], y=box[1], button='left', clickCount=1)
 
     def choose(self, selector: str, value: str) -> None:
         """Picks an option of a select, as a user's choice does."""
-        self.run("""const e = document.querySelector(arguments[0]); e.value = arguments[1];
-            e.dispatchEvent(new Event('change', {bubbles: true}));""", selector, value)
+        self.run(
+            """const e = document.querySelector(arguments[0]); e.value = arguments[1];
+            e.dispatchEvent(new Event('change', {bubbles: true}));""",
+            selector,
+            value,
+        )
 
     def type(self, selector: str, text: str) -> None:
         self.click(selector)
@@ -97,8 +107,12 @@ def start() -> Iterator[Browser]:
 
 
 def _ask(method: str, url: str, body: Any = None) -> Any:
-    request = urllib.request.Request(url, method=method, data=None if body is None else json.dumps(body).encode(),
-                                     headers={'Content-Type': 'application/json'})
+    request = urllib.request.Request(
+        url,
+        method=method,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={'Content-Type': 'application/json'},
+    )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=60) as answer:

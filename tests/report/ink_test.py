@@ -18,6 +18,7 @@ def make(output='4'):
     def write(text):
         ids = TOKENIZER.encode(text)
         episode.append(ids, acted=True, logprobs=[-0.1] * len(ids))
+
     write('I compute it.\n' + wrap_snippet('print(2 + 2)'))
     episode.append(TOKENIZER.encode(wrap_feedback(output)), acted=False)
     write('So: ' + wrap_answer('4') + '<code>left open')
@@ -28,17 +29,24 @@ def make(output='4'):
 
 def test_every_piece_stands_under_its_author():
     assert ink.paint(make(), TOKENIZER).pieces == (
-        ('prompt', '<|im_start|>user\nWhat is 2 + 2?<|im_end|>'), ('model', 'I compute it.\n'),
-        ('code', wrap_snippet('print(2 + 2)')), ('tool', wrap_feedback('4')), ('model', 'So: '),
-        ('answer', wrap_answer('4')), ('code', '<code>left open'))
+        ('prompt', '<|im_start|>user\nWhat is 2 + 2?<|im_end|>'),
+        ('model', 'I compute it.\n'),
+        ('code', wrap_snippet('print(2 + 2)')),
+        ('tool', wrap_feedback('4')),
+        ('model', 'So: '),
+        ('answer', wrap_answer('4')),
+        ('code', '<code>left open'),
+    )
 
 
 def test_a_terminal_gets_colours_and_nothing_else_that_moves_it():
     text = str(ink.paint(make('\x1b[2J\x07\u202e<b>'), TOKENIZER))
     assert '\x1b[94m<code>' in text and '\x1b[33m\n<interpreter>' in text and '␛[2J␇�' in text
     assert all(c.isprintable() for c in re.sub(r'\x1b\[[\d;]+m|[\n\t]', '', text))
-    assert text.endswith('── p7 · sample 1 · ' + f'{make().acted_count} tokens written · ok in 12 ms · '
-                         'ended by answer · reward +1 (gold 4)')
+    assert text.endswith(
+        '── p7 · sample 1 · ' + f'{make().acted_count} tokens written · ok in 12 ms · '
+        'ended by answer · reward +1 (gold 4)'
+    )
 
 
 def test_a_notebook_gets_escaped_html():

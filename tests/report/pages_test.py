@@ -81,8 +81,19 @@ def test_every_problem_has_its_row(run_dir):
 
 
 def test_an_evaluation_of_one_set_shows_its_three_scores_and_each_problem_s_answers(tmp_path):
-    record = {'avg': 0.5, 'maj': 1.0, 'exact': 0.5, 'lenient': 1.0, 'gold': r'\frac{1}{2}', 'answer': '<b>',
-              'family': '', 'code': 0.5, 'calls': 1.0, 'length': 123.4, 'truncated': 0.25}
+    record = {
+        'avg': 0.5,
+        'maj': 1.0,
+        'exact': 0.5,
+        'lenient': 1.0,
+        'gold': r'\frac{1}{2}',
+        'answer': '<b>',
+        'family': '',
+        'code': 0.5,
+        'calls': 1.0,
+        'length': 123.4,
+        'truncated': 0.25,
+    }
     scores = {'avg': 0.5, 'ci': [0.4, 0.6], 'pass': 0.9, 'pass_ci': [0.8, 1.0], 'maj': 0.7, 'maj_ci': [0.6, 0.8]}
     summary = {'aime24': scores | {'k': 4, 'problems': 1, 'by_problem': {'p-1': record}}}
     (tmp_path / 'summary.json').write_text(json.dumps(summary))
@@ -114,7 +125,7 @@ def test_every_embedded_episode_is_the_saved_one_token_for_token(run_dir):
         assert [c[1] for c in body['c']] == row[6] == [str(c.verdict) for c in episode.calls]
         for (place, *_), call in zip(body['c'], episode.calls):  # each call beside what it was answered with
             assert body['s'][place][0] == 't' and call.feedback.strip() in body['s'][place][1]
-        spelled = ''.join(index['vocabulary'][str(i)] for i in episode.tokens[episode.prompt_length:])
+        spelled = ''.join(index['vocabulary'][str(i)] for i in episode.tokens[episode.prompt_length :])
         assert spelled == ''.join(text for kind, text in body['s'] if kind != 'p')
     assert len(seen) == 300
 
@@ -187,13 +198,16 @@ def test_hostile_text_stays_data(run_dir):
     assert any(problem[1] == harmless for problem in index_of(text)['problems'])
 
 
-@pytest.mark.parametrize('name, damage, told', [
-    ('episodes/tool_00001.jsonl', '{"schema": 1, "episodes": 1}\n{"oops": 1}\n', 'tool_00001.jsonl'),
-    ('episodes/tool_00001.jsonl', 'not json\n', 'tool_00001.jsonl'),
-    ('episodes/tool_00001.jsonl', '{"schema": 99, "episodes": 0}\n', 'schema 99'),
-    ('summary.json', '{', 'summary.json'),
-    ('metrics.jsonl', '{"step": 0}\nnonsense\n', 'metrics.jsonl:2'),
-])
+@pytest.mark.parametrize(
+    'name, damage, told',
+    [
+        ('episodes/tool_00001.jsonl', '{"schema": 1, "episodes": 1}\n{"oops": 1}\n', 'tool_00001.jsonl'),
+        ('episodes/tool_00001.jsonl', 'not json\n', 'tool_00001.jsonl'),
+        ('episodes/tool_00001.jsonl', '{"schema": 99, "episodes": 0}\n', 'schema 99'),
+        ('summary.json', '{', 'summary.json'),
+        ('metrics.jsonl', '{"step": 0}\nnonsense\n', 'metrics.jsonl:2'),
+    ],
+)
 def test_a_damaged_file_is_named_and_the_old_report_stays(run_dir, name, damage, told):
     (run_dir / 'report.html').write_text('the old one')
     (run_dir / name).write_text(damage)
@@ -223,17 +237,20 @@ def test_the_command_writes_the_page_and_says_where(run_dir):
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
-    for arguments, told in (([str(tmp_path / 'none')], 'does not exist'), ([str(tmp_path)], 'nothing to report'),
-                            ([str(tmp_path), '--episodes', '0'], 'give 1 or more')):
+    for arguments, told in (
+        ([str(tmp_path / 'none')], 'does not exist'),
+        ([str(tmp_path)], 'nothing to report'),
+        ([str(tmp_path), '--episodes', '0'], 'give 1 or more'),
+    ):
         done = command('-m', 'retool_jax.report', *arguments)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and told in done.stderr
 
 
 def test_a_page_is_written_without_matplotlib_or_jax(run_dir):
-    program = f'''import sys
+    program = f"""import sys
 from retool_jax.report import pages, plots
 pages.write({str(run_dir)!r})
-print(*sorted({{'matplotlib', 'jax', 'torch', 'flax'}} & set(sys.modules)))'''
+print(*sorted({{'matplotlib', 'jax', 'torch', 'flax'}} & set(sys.modules)))"""
     done = command('-W', 'error', '-c', program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ''

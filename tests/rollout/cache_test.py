@@ -40,8 +40,9 @@ def test_eight_bits_take_a_quarter_of_the_memory_and_a_scale():
 def test_a_smaller_cache_stays_near_the_trainer_and_replays(dtype, allowed):
     """The gap of logprobs on episodes of a model with large weights (seen: 0.09 at 16 bits); bit-equality in
     another order, whatever the cache holds."""
-    sampler = Sampler(CONFIG, dataclasses.replace(SIZES, cache_dtype=dtype), TABLE.next_state, TABLE.stops,
-                      TOKENIZER.eos_ids)
+    sampler = Sampler(
+        CONFIG, dataclasses.replace(SIZES, cache_dtype=dtype), TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids
+    )
     params = decoder.init(CONFIG, jax.random.key(0))
     weights, asked = sampler.sync(params), requests(problems=4)
     assert isinstance(sampler.empty().cache.k[0], Int8KV) == (dtype == 'int8')
@@ -61,21 +62,44 @@ def test_a_smaller_cache_stays_near_the_trainer_and_replays(dtype, allowed):
 @pytest.mark.parametrize('dtype', ['float32', 'int8'])
 def test_no_call_copies_the_cache(dtype, decode_rows):
     """A cache eight times as long takes no more beside it where as much of it is read."""
+
     def temporaries(slots: int) -> dict[str, int]:
         sizes = dataclasses.replace(SIZES, slots=slots, decode_rows=decode_rows, min_bound=32, cache_dtype=dtype)
         sampler = Sampler(CONFIG, sizes, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids)
         state, ints = jax.eval_shape(sampler.empty), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         weights = jax.eval_shape(lambda p: decoder.to_sampling(CONFIG, p), decoder.abstract_params(CONFIG))
         row, chosen = ints(sizes.feed_rows), ints(decode_rows) if sampler.chooses else None
-        chunks = Chunks(row_R=row, tokens_RC=ints(sizes.feed_rows, sizes.chunk), count_R=row, allowance_R=row,
-                        tag_R=row, live_R=jax.ShapeDtypeStruct(row.shape, bool))
+        chunks = Chunks(
+            row_R=row,
+            tokens_RC=ints(sizes.feed_rows, sizes.chunk),
+            count_R=row,
+            allowance_R=row,
+            tag_R=row,
+            live_R=jax.ShapeDtypeStruct(row.shape, bool),
+        )
         calls = {
             'extend': sampler._extend.lower(params=weights, state=state, chunks=chunks, bound=64),
-            'decode': sampler._decode.lower(params=weights, table=sampler.table, stops=sampler.stops, state=state,
-                                            row_R=chosen, bound=64, truncate=False),
-            'fork': sampler._fork.lower(state=state, source_R=row, target_R=row, length=ints(), allowance_R=row,
-                                        logits_RV=jax.ShapeDtypeStruct((CONFIG.vocab_size,), jnp.float32), bound=64)}
+            'decode': sampler._decode.lower(
+                params=weights,
+                table=sampler.table,
+                stops=sampler.stops,
+                state=state,
+                row_R=chosen,
+                bound=64,
+                truncate=False,
+            ),
+            'fork': sampler._fork.lower(
+                state=state,
+                source_R=row,
+                target_R=row,
+                length=ints(),
+                allowance_R=row,
+                logits_RV=jax.ShapeDtypeStruct((CONFIG.vocab_size,), jnp.float32),
+                bound=64,
+            ),
+        }
         return {name: call.compile().memory_analysis().temp_size_in_bytes for name, call in calls.items()}
+
     short, long = temporaries(512), temporaries(4096)
     one = CONFIG.num_key_value_heads * CONFIG.head_dim * SIZES.rows * 512  # bytes, at least, of one layer's short cache
     assert all(long[name] < short[name] + one for name in short), (short, long)

@@ -25,16 +25,28 @@ from retool_jax.train.pack import pack
 from tests.fakes import FakePool, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
-CONFIG = dataclasses.replace(TINY, vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                             head_dim=32, initializer_range=0.2)
+CONFIG = dataclasses.replace(
+    TINY, vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32, initializer_range=0.2
+)
 # A random model never spells a tag, so single letters stand for them: calls and answers are frequent.
-TABLE = tags.build_table(TOKENIZER.token_bytes, 264, {'a': tags.CODE, 'e': tags.CODE, 'f': tags.CODE,
-                                                            'o': tags.CODE, 'z': tags.ANSWER})
+TABLE = tags.build_table(
+    TOKENIZER.token_bytes, 264, {'a': tags.CODE, 'e': tags.CODE, 'f': tags.CODE, 'o': tags.CODE, 'z': tags.ANSWER}
+)
 # One bound: on some CPU shapes matmuls round by their extent.
-SIZES = SamplerSettings(rows=8, slots=256, chunk=32, feed_rows=4, quota=8, decode_rows=0, min_bound=256,
-                        dtype='float32', cache_dtype='float32')
-TURNS = turns.TurnSettings(tools=True, max_tokens=150, max_turn_tokens=60, max_turns=6, max_calls=4, on_cap='answer',
-                           on_answer='end')
+SIZES = SamplerSettings(
+    rows=8,
+    slots=256,
+    chunk=32,
+    feed_rows=4,
+    quota=8,
+    decode_rows=0,
+    min_bound=256,
+    dtype='float32',
+    cache_dtype='float32',
+)
+TURNS = turns.TurnSettings(
+    tools=True, max_tokens=150, max_turn_tokens=60, max_turns=6, max_calls=4, on_cap='answer', on_answer='end'
+)
 PLAIN = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
 
 
@@ -111,8 +123,13 @@ def test_a_decode_loop_keyed_by_rows_would_be_noticed(sampler, params, monkeypat
     assign = type(sampler).assign
 
     def keyed_by_row(self, state, key_data, assignment):
-        return assign(self, state, key_data, dataclasses.replace(
-            assignment, problem_R=np.asarray(assignment.row_R).astype(np.uint32)))
+        return assign(
+            self,
+            state,
+            key_data,
+            dataclasses.replace(assignment, problem_R=np.asarray(assignment.row_R).astype(np.uint32)),
+        )
+
     monkeypatch.setattr(type(sampler), 'assign', keyed_by_row)
     first, _ = run(sampler, params)
     again, _ = run(sampler, params, order=list(reversed(range(21))))
@@ -130,6 +147,7 @@ def test_chunks_as_wide_as_the_widest_ready_row_would_be_noticed(sampler, params
         self.settings = dataclasses.replace(SIZES, chunk=max(chunk, 8))
         feed(self, only)
         self.settings = SIZES
+
     reference, _ = run(sampler, params)
     monkeypatch.setattr(Scheduler, '_feed', widest)
     rng = random.Random(0)
@@ -140,8 +158,14 @@ def test_chunks_as_wide_as_the_widest_ready_row_would_be_noticed(sampler, params
 def gaps(params, episodes):
     """Mean |ℓ_trainer − ℓ_sampler| of each episode."""
     batch: Batch = pack(episodes, width=160, rows=1, segments=1)
-    score = jax.jit(lambda b: token_logprobs(params, decoder.forward(
-        CONFIG, params, b.tokens_BT, b.positions_BT, b.segment_ids_BT), b.tokens_BT, chunk=160)[0])
+    score = jax.jit(
+        lambda b: token_logprobs(
+            params,
+            decoder.forward(CONFIG, params, b.tokens_BT, b.positions_BT, b.segment_ids_BT),
+            b.tokens_BT,
+            chunk=160,
+        )[0]
+    )
     gap = np.abs(np.where(batch.acted_BT, np.asarray(score(batch)) - batch.sampler_logprob_BT, 0.0))
     return gap.sum(1) / batch.acted_BT.sum(1)
 
@@ -154,7 +178,7 @@ def test_problems_of_equal_ids_are_sampled_from_their_own_prompts(sampler, param
         prompt = tuple(TOKENIZER.encode(f'question {letter} ' * length)[:120])
         asked += [Request(problem, sample, prompt) for sample in range(5)]
     episodes = make_engine(sampler).run(sampler.sync(params), 0, asked, step=4)
-    assert [tuple(e.tokens[:e.prompt_length]) for e in episodes] == [r.prompt for r in asked]
+    assert [tuple(e.tokens[: e.prompt_length]) for e in episodes] == [r.prompt for r in asked]
     assert gaps(params, episodes).max() < 1e-4
 
 
@@ -174,11 +198,17 @@ def test_sampler_and_trainer_logprobs_agree(sampler, params, count):
     episodes = make_engine(sampler).run(sampler.sync(params), 0, asked, step=4)
     assert sum(e.turns > 1 for e in episodes) > count // 3
     batch: Batch = pack(episodes, width=160, rows=1, segments=4)
-    score = jax.jit(lambda b: token_logprobs(params, decoder.forward(
-        CONFIG, params, b.tokens_BT, b.positions_BT, b.segment_ids_BT), b.tokens_BT, chunk=160)[0])
+    score = jax.jit(
+        lambda b: token_logprobs(
+            params,
+            decoder.forward(CONFIG, params, b.tokens_BT, b.positions_BT, b.segment_ids_BT),
+            b.tokens_BT,
+            chunk=160,
+        )[0]
+    )
     acted, widest = 0, 0.0
     for start in range(0, len(batch.tokens_BT), 8):
-        part = jax.tree.map(lambda x: np.resize(x[start:start + 8], (8, *x.shape[1:])), batch)  # noqa: B023
+        part = jax.tree.map(lambda x: np.resize(x[start : start + 8], (8, *x.shape[1:])), batch)  # noqa: B023
         gap = np.abs(np.where(part.acted_BT, np.asarray(score(part)) - part.sampler_logprob_BT, 0.0))
         acted, widest = acted + part.acted_BT.sum(), max(widest, gap.max())
     assert acted > 12 * count and widest < 1e-4
@@ -203,17 +233,23 @@ def test_a_prompt_beyond_the_budget_is_counted_not_dropped(sampler, params):
 
 @pytest.mark.parametrize('steps', [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_nothing_compiles_after_warm_up(params, steps):
-    sampler = Sampler(CONFIG, dataclasses.replace(SIZES, min_bound=32), TABLE.next_state, TABLE.stops,
-                      TOKENIZER.eos_ids)
+    sampler = Sampler(
+        CONFIG, dataclasses.replace(SIZES, min_bound=32), TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids
+    )
     assert sampler.bounds() == [32, 64, 128, 256]
     weights = sampler.sync(params)
     make_engine(sampler).warm_up(weights)
     compiled, rng = compilations(), random.Random(0)
     tokens = 0
     for step in range(steps):
-        engine = make_engine(sampler, latency_s=lambda code: rng.random() * 0.005, max_calls=rng.randint(0, 4),
-                             max_turn_tokens=rng.randint(1, 60), max_turns=rng.randint(1, 6),
-                             max_tokens=rng.randint(40, 256))
+        engine = make_engine(
+            sampler,
+            latency_s=lambda code: rng.random() * 0.005,
+            max_calls=rng.randint(0, 4),
+            max_turn_tokens=rng.randint(1, 60),
+            max_turns=rng.randint(1, 6),
+            max_tokens=rng.randint(40, 256),
+        )
         engine.sampling = dataclasses.replace(PLAIN, temperature=rng.choice([0.0, 0.5, 1.0]))
         asked = requests(problems=rng.randint(1, 4), samples=rng.randint(1, 3))
         tokens += sum(e.acted_count for e in engine.run(weights, step, asked, step))
@@ -228,6 +264,7 @@ def test_a_journal_replays_without_a_sandbox(sampler, params, tmp_path):
 
     def refuse(code):
         raise AssertionError('the sandbox was asked')
+
     journal = Journal(tmp_path / 'journal.jsonl')
     again = make_engine(sampler, results=refuse).run(sampler.sync(params), 0, requests(), step=4, journal=journal)
     journal.close()

@@ -25,8 +25,14 @@ def run(count: int, work: str, decode_rows: int, directory) -> list:
 def mismatch(episodes) -> float:
     """The largest difference between the sampler's logprobs and those of a full forward pass on one device."""
     params = decoder.init(CONFIG, jax.random.key(0))
-    score = jax.jit(lambda b: token_logprobs(params, decoder.forward(
-        CONFIG, params, b.tokens_BT, b.positions_BT, b.segment_ids_BT), b.tokens_BT, chunk=TURNS.max_tokens)[0])
+    score = jax.jit(
+        lambda b: token_logprobs(
+            params,
+            decoder.forward(CONFIG, params, b.tokens_BT, b.positions_BT, b.segment_ids_BT),
+            b.tokens_BT,
+            chunk=TURNS.max_tokens,
+        )[0]
+    )
     batch = pack(episodes, width=TURNS.max_tokens, rows=1, segments=1)
     return float(np.abs(np.where(batch.acted_BT, np.asarray(score(batch)) - batch.sampler_logprob_BT, 0.0)).max())
 
@@ -74,8 +80,12 @@ def test_a_process_alone_gathers_what_it_gave_and_answers_itself():
 
 
 def test_counts_of_engines_add_up_and_the_longest_time_counts():
-    found = hosts.total([RolloutStats(episodes=2, sampled_tokens=30, total_s=2.0, tool_wall_s=[0.5]),
-                         RolloutStats(episodes=3, sampled_tokens=10, total_s=4.0, decode_s=1.0)])
+    found = hosts.total(
+        [
+            RolloutStats(episodes=2, sampled_tokens=30, total_s=2.0, tool_wall_s=[0.5]),
+            RolloutStats(episodes=3, sampled_tokens=10, total_s=4.0, decode_s=1.0),
+        ]
+    )
     assert (found.episodes, found.sampled_tokens, found.total_s, found.decode_s) == (5, 40, 4.0, 1.0)
     assert found.tool_wall_s == [0.5] and found.tokens_per_s == 10
 

@@ -31,7 +31,8 @@ def test_questions_become_episodes_in_a_few_lines(directory):
     engine = Engine(model, FakePool({}), rows=4, max_tokens=96)
     episodes = engine.ask(['What is 2 + 3?', 'What is 7 * 8?'], samples=3)
     assert [(e.problem.question, e.sample) for e in episodes] == [
-        (q, s) for q in ('What is 2 + 3?', 'What is 7 * 8?') for s in range(3)]
+        (q, s) for q in ('What is 2 + 3?', 'What is 7 * 8?') for s in range(3)
+    ]
     assert all(e.stop is not None and e.acted_count > 0 and len(e.tokens) <= 96 for e in episodes)
     assert len({model.text(e) for e in episodes}) > 1
     again = engine.ask(['What is 7 * 8?'], samples=3)
@@ -54,7 +55,9 @@ def test_a_name_that_is_not_there_is_refused_as_usual():
 
 
 def test_a_process_that_reads_a_journal_is_spared_the_model():
-    program = ('import sys, retool_jax.rollout, retool_jax.rollout.journal; '
-               'print(*sorted({"jax", "flax", "transformers"} & set(sys.modules)))')
+    program = (
+        'import sys, retool_jax.rollout, retool_jax.rollout.journal; '
+        'print(*sorted({"jax", "flax", "transformers"} & set(sys.modules)))'
+    )
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr

@@ -93,6 +93,7 @@ def test_a_journal_replays_carried_episodes_without_a_sandbox(sampler, params, t
 
     def refuse(code):
         raise AssertionError('the sandbox was asked')
+
     journal = Journal(tmp_path / 'journal')
     again = in_parts(sampler, weights, journal=journal, results=refuse)
     journal.close()
@@ -103,8 +104,9 @@ def test_a_tag_that_was_cut_in_the_middle_is_found(params):
     """Of `</code` any further byte ends the tag here: a row taken up there stops after one token."""
     table = tags.build_table(TOKENIZER.token_bytes, 264, {'</code' + chr(b): tags.CODE for b in range(128)})
     sampler = Sampler(CONFIG, SIZES, table.next_state, table.stops, ())
-    rules = turns.Rules(dataclasses.replace(engine_test.TURNS, max_calls=0, on_cap='end'), TOKENIZER, table,
-                        lambda r: r.stdout)
+    rules = turns.Rules(
+        dataclasses.replace(engine_test.TURNS, max_calls=0, on_cap='end'), TOKENIZER, table, lambda r: r.stdout
+    )
     engine = Engine(sampler, rules, dataclasses.replace(engine_test.PLAIN, top_k=1), FakePool({}), seed=0, purpose=0)
     weights = sampler.sync(jax.tree.map(lambda x: x, params))
     for begun, tokens in ((b'text </code', 1), (b'text </cod', None)):

@@ -56,22 +56,26 @@ def test_the_first_in_line_are_chosen_as_far_as_their_shards_have_room():
 def test_what_is_taken_is_put_back_and_nothing_else_is_touched(cache, bound):
     state = make_sampler(dataclasses.replace(SOME, cache_dtype=cache)).empty()
     rng = np.random.default_rng(0)
-    noise = lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.asarray(
-        rng.integers(0, 2 if x.dtype == bool else 20, x.shape).astype(x.dtype))
+    noise = lambda x: (
+        x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        else jnp.asarray(rng.integers(0, 2 if x.dtype == bool else 20, x.shape).astype(x.dtype))
+    )
     state = jax.tree.map(noise, state)
     row_R = np.array([6, 1, 8, 3], np.int32)
     part = rows.take(state, row_R, bound, 1)
     assert part.live_B.tolist() == [bool(state.live_B[6]), bool(state.live_B[1]), False, bool(state.live_B[3])]
     longer_B = part.cache.length_B + jnp.array([2, 0, 1, 3])
-    written = dataclasses.replace(part, cache=dataclasses.replace(
-        part.cache, k=jax.tree.map(lambda x: x + 1, part.cache.k), length_B=longer_B))
+    written = dataclasses.replace(
+        part, cache=dataclasses.replace(part.cache, k=jax.tree.map(lambda x: x + 1, part.cache.k), length_B=longer_B)
+    )
     after = rows.put(state, written, row_R, part.cache.length_B, 4, 1)
     values = lambda kv: np.asarray(kv.values if isinstance(kv, Int8KV) else kv)
     for old, new in zip(state.cache.k, after.cache.k):
         changed = values(new) != values(old)
         expected = np.zeros_like(changed)
         for row, count in ((6, 2), (1, 0), (3, 3)):
-            expected[row, :, int(state.cache.length_B[row]):int(state.cache.length_B[row]) + count] = True
+            expected[row, :, int(state.cache.length_B[row]) : int(state.cache.length_B[row]) + count] = True
         assert (changed == expected).all()
     for old, new in zip(jax.tree.leaves(state.cache.v), jax.tree.leaves(after.cache.v)):
         assert (old == new).all()
@@ -99,8 +103,9 @@ def test_carried_episodes_are_cut_where_they_are_under_any_latencies(params):
     sampler, rng = make_sampler(SOME), random.Random(0)
     weights = sampler.sync(params)
     reference = partial_test.in_parts(sampler, weights)
-    again = partial_test.in_parts(sampler, weights, order=list(reversed(range(21))),
-                                  latency_s=lambda code: rng.random() * 0.05)
+    again = partial_test.in_parts(
+        sampler, weights, order=list(reversed(range(21))), latency_s=lambda code: rng.random() * 0.05
+    )
     assert reference.keys() == again.keys()
     assert all(same(e, again[k]) and e.versions == again[k].versions for k, e in reference.items())
 
@@ -115,6 +120,7 @@ def test_who_decodes_goes_on_until_it_stops_and_no_place_stays_empty(params):
         state, out = decode(params, state, row_R, longest, truncate)
         calls.append((set(live), [r for r in row_R if r < 8], out))
         return state, out
+
     sampler.decode = recorded
     engine.run(sampler.sync(params), 0, requests(), step=4)
     waited = 0
@@ -136,11 +142,25 @@ def test_nothing_compiles_after_warm_up(params):
 
 def largest_sent(sampler, weights) -> int:
     """Numbers in the largest array that a collective of a decode call moves."""
-    text = sampler._decode.lower(params=weights, table=sampler.table, stops=sampler.stops, state=sampler.empty(),
-                                 row_R=sampler.choose([]), bound=128, truncate=False).compile().as_text()
+    text = (
+        sampler._decode.lower(
+            params=weights,
+            table=sampler.table,
+            stops=sampler.stops,
+            state=sampler.empty(),
+            row_R=sampler.choose([]),
+            bound=128,
+            truncate=False,
+        )
+        .compile()
+        .as_text()
+    )
     found = re.findall(r' = (.+?) (?:all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(', text)
-    return max(math.prod(int(n) for n in shape.split(',') if n) for line in found
-               for shape in re.findall(r'\w+\[([\d,]*)\]', line))
+    return max(
+        math.prod(int(n) for n in shape.split(',') if n)
+        for line in found
+        for shape in re.findall(r'\w+\[([\d,]*)\]', line)
+    )
 
 
 def test_on_a_mesh_no_cache_crosses_devices(params):
@@ -148,8 +168,9 @@ def test_on_a_mesh_no_cache_crosses_devices(params):
     settings = dataclasses.replace(SOME, min_bound=128)
     sampler = make_sampler(settings, mesh)
     weights = sampler.sync(params)
-    assert isinstance(sampler.decode(weights, sampler.empty(), sampler.choose([5, 2, 7]), 10, False)[1].tokens_BQ,
-                      jax.Array)
+    assert isinstance(
+        sampler.decode(weights, sampler.empty(), sampler.choose([5, 2, 7]), 10, False)[1].tokens_BQ, jax.Array
+    )
     of_row = 128 * CONFIG.head_dim  # what a row may read of one head
     assert 0 < largest_sent(sampler, weights) < of_row
     across = make_sampler(settings, mesh)

@@ -14,8 +14,15 @@ def draw(logits, seed=0, position=0, temperature=1.0, top_p=1.0, top_k=0, min_p=
     keys = jax.random.split(jax.random.key(seed), b)
     full = lambda x, dtype: jnp.full(b, x, dtype)
     u = sampling.uniforms(keys, full(position, jnp.int32)[:, None])[:, 0]
-    return sampling.draw(logits, u, full(temperature, jnp.float32), full(top_p, jnp.float32), full(top_k, jnp.int32),
-                         full(min_p, jnp.float32), truncate=truncate)
+    return sampling.draw(
+        logits,
+        u,
+        full(temperature, jnp.float32),
+        full(top_p, jnp.float32),
+        full(top_k, jnp.int32),
+        full(min_p, jnp.float32),
+        truncate=truncate,
+    )
 
 
 def kept_set(logits, **settings):
@@ -23,8 +30,13 @@ def kept_set(logits, **settings):
     z = logits - logits.max(-1, keepdims=True)
     args = {'top_p': 1.0, 'top_k': 0, 'min_p': 0.0} | settings
     b = len(logits)
-    bound = sampling.threshold(jnp.asarray(z), jnp.exp(jnp.asarray(z)), jnp.full(b, args['top_p'], jnp.float32),
-                               jnp.full(b, args['top_k'], jnp.int32), jnp.full(b, args['min_p'], jnp.float32))
+    bound = sampling.threshold(
+        jnp.asarray(z),
+        jnp.exp(jnp.asarray(z)),
+        jnp.full(b, args['top_p'], jnp.float32),
+        jnp.full(b, args['top_k'], jnp.int32),
+        jnp.full(b, args['min_p'], jnp.float32),
+    )
     return np.asarray(z >= np.asarray(bound)[:, None])
 
 
@@ -109,9 +121,16 @@ def test_inversion_at_the_ends_never_takes_a_weightless_token():
 
 def test_keys_depend_on_step_problem_and_sample_alone():
     base = jax.random.key(3)
-    keys = lambda step, problems, samples: np.asarray(jax.random.key_data(sampling.row_keys(
-        base, jnp.full(len(problems), step, jnp.uint32), jnp.asarray(problems, jnp.uint32),
-        jnp.asarray(samples, jnp.int32))))
+    keys = lambda step, problems, samples: np.asarray(
+        jax.random.key_data(
+            sampling.row_keys(
+                base,
+                jnp.full(len(problems), step, jnp.uint32),
+                jnp.asarray(problems, jnp.uint32),
+                jnp.asarray(samples, jnp.int32),
+            )
+        )
+    )
     one, other = keys(1, [5, 6, 5], [0, 0, 1]), keys(1, [6, 5, 5], [0, 1, 0])
     assert (one[0] == other[2]).all() and (one[1] == other[0]).all() and (one[2] == other[1]).all()
     assert len(np.unique(np.concatenate([one, keys(2, [5, 6, 5], [0, 0, 1])]), axis=0)) == 6

@@ -12,15 +12,17 @@ from tests.fakes import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 TABLE = tags.build_table(TOKENIZER.token_bytes, 259)
-SETTINGS = TurnSettings(tools=True, max_tokens=600, max_turn_tokens=300, max_turns=4, max_calls=2, on_cap='answer',
-                        on_answer='end')
+SETTINGS = TurnSettings(
+    tools=True, max_tokens=600, max_turn_tokens=300, max_turns=4, max_calls=2, on_cap='answer', on_answer='end'
+)
 SNIPPET = '<code>\n```python\nprint(6*7)\n```\n</code>'
 OK = ExecResult(Verdict.OK, '42\n', '', exit_code=0)
 
 
 def rules(**changes):
-    return Rules(dataclasses.replace(SETTINGS, **changes), TOKENIZER, TABLE,
-                 lambda result: result.stdout or result.stderr)
+    return Rules(
+        dataclasses.replace(SETTINGS, **changes), TOKENIZER, TABLE, lambda result: result.stdout or result.stderr
+    )
 
 
 def fresh(prompt='What is 6*7?'):
@@ -40,13 +42,17 @@ def call(the_rules, episode, text=SNIPPET, result=OK):
     return the_rules.resume(episode, following.code, result)
 
 
-@pytest.mark.parametrize(('text', 'verdict', 'code', 'void'), [
-    (SNIPPET, Verdict.OK, 'print(6*7)', False),
-    ('<code>\n```python\n1\n```\n```python\nprint(2)\n```\n</code>', Verdict.OK, 'print(2)', False),
-    ('no opening tag</code>', Verdict.FORMAT, '', True),
-    ('<code>no fence</code>', Verdict.FORMAT, '', True),
-    ('<code>\n```python\n\n```\n</code>', Verdict.FORMAT, '', True),
-], ids=['a snippet is run', 'of several fences the last', 'no opening tag', 'no fence', 'empty'])
+@pytest.mark.parametrize(
+    ('text', 'verdict', 'code', 'void'),
+    [
+        (SNIPPET, Verdict.OK, 'print(6*7)', False),
+        ('<code>\n```python\n1\n```\n```python\nprint(2)\n```\n</code>', Verdict.OK, 'print(2)', False),
+        ('no opening tag</code>', Verdict.FORMAT, '', True),
+        ('<code>no fence</code>', Verdict.FORMAT, '', True),
+        ('<code>\n```python\n\n```\n</code>', Verdict.FORMAT, '', True),
+    ],
+    ids=['a snippet is run', 'of several fences the last', 'no opening tag', 'no fence', 'empty'],
+)
 def test_a_closed_code_tag(text, verdict, code, void):
     the_rules, episode = rules(), fresh()
     following = write(the_rules, episode, text, STOP_CODE)
@@ -65,8 +71,12 @@ def test_authors_are_kept_apart_token_by_token():
     following = call(the_rules, episode)
     write(the_rules, episode, '<answer>\\boxed{42}</answer>', STOP_ANSWER, version=6)
     runs = [(acted, TOKENIZER.decode(ids)) for acted, ids in episode.segments()]
-    assert runs == [(False, 'What is 6*7?'), (True, SNIPPET), (False, TOKENIZER.decode(following.ids)),
-                    (True, '<answer>\\boxed{42}</answer>')]
+    assert runs == [
+        (False, 'What is 6*7?'),
+        (True, SNIPPET),
+        (False, TOKENIZER.decode(following.ids)),
+        (True, '<answer>\\boxed{42}</answer>'),
+    ]
     assert len(episode.tokens) == len(episode.acted) == len(episode.logprobs) == len(episode.versions)
     assert {v for v, a in zip(episode.versions, episode.acted) if a} == {5, 6}
     assert {v for v, a in zip(episode.versions, episode.acted) if not a} == {-1}
@@ -105,13 +115,17 @@ def test_feedback_that_would_overflow_is_not_appended():
     assert episode.acted[-1] and len(episode.tokens) == 1 + len(SNIPPET)
 
 
-@pytest.mark.parametrize(('stop', 'ends', 'text', 'void'), [
-    (STOP_EOS, Stop.EOS, '\\boxed{1}', False),
-    (STOP_EOS, Stop.EOS, 'I give up', True),
-    (STOP_EOS, Stop.EOS, '<code>\n```python\nprint(1)', True),
-    (STOP_ANSWER, Stop.ANSWER, '<answer>\\boxed{1}</answer>', False),
-    (STOP_LENGTH, Stop.LENGTH, 'and so on and', True),
-], ids=['EOS after an answer', 'EOS without one', 'EOS inside code', 'an answer', 'the budget'])
+@pytest.mark.parametrize(
+    ('stop', 'ends', 'text', 'void'),
+    [
+        (STOP_EOS, Stop.EOS, '\\boxed{1}', False),
+        (STOP_EOS, Stop.EOS, 'I give up', True),
+        (STOP_EOS, Stop.EOS, '<code>\n```python\nprint(1)', True),
+        (STOP_ANSWER, Stop.ANSWER, '<answer>\\boxed{1}</answer>', False),
+        (STOP_LENGTH, Stop.LENGTH, 'and so on and', True),
+    ],
+    ids=['EOS after an answer', 'EOS without one', 'EOS inside code', 'an answer', 'the budget'],
+)
 def test_what_ends_an_episode(stop, ends, text, void):
     the_rules, episode = rules(), fresh()
     assert write(the_rules, episode, text, stop) == End(ends)

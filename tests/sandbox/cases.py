@@ -14,7 +14,13 @@ from collections.abc import Callable
 from retool_jax.core.records import Verdict
 
 OK, ERROR, SIGNAL, TIMEOUT, OOM, OUTPUT = (
-    Verdict.OK, Verdict.ERROR, Verdict.SIGNAL, Verdict.TIMEOUT, Verdict.OOM, Verdict.OUTPUT_LIMIT)
+    Verdict.OK,
+    Verdict.ERROR,
+    Verdict.SIGNAL,
+    Verdict.TIMEOUT,
+    Verdict.OOM,
+    Verdict.OUTPUT_LIMIT,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +37,12 @@ class Case:
     limits: dict = dataclasses.field(default_factory=dict)
 
 
-CALL = '''import ctypes
+CALL = """import ctypes
 _libc = ctypes.CDLL(None, use_errno=True)
 def call(number, *arguments):
     result = _libc.syscall(number, *arguments)
     return (result, ctypes.get_errno() if result < 0 else 0)
-'''
+"""
 DENIED = '(-1, 1)\n'
 
 

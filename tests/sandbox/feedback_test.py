@@ -59,10 +59,7 @@ def test_long_output_keeps_head_and_tail_and_says_how_much_is_missing():
     text = ''.join(chr(97 + i % 26) for i in range(1000))
     shown = render(result(stdout=text), settings(max_chars=100))
     assert shown == text[:50] + '… [900 characters omitted] …' + text[-50:]
-    assert (
-        render(result(stdout=text), settings(style='official', max_chars=400))
-        == text[:200] + '...' + text[-200:]
-    )
+    assert render(result(stdout=text), settings(style='official', max_chars=400)) == text[:200] + '...' + text[-200:]
     assert render(result(stdout='x' * 100), settings(max_chars=100)) == 'x' * 100
 
 

@@ -50,8 +50,16 @@ def test_a_blocking_socket_gives_the_header_and_keeps_what_follows():
 
 
 def test_a_request_arrives_behind_the_wall_as_it_was_sent():
-    header = protocol.header(code=7, stdin=3, files=[['/box/a', 2], ['/box/b', 0]], seed=5, echo=True, cpu_s=1.5,
-                             address_bytes=1 << 30)
+    header = protocol.header(
+        code=7, stdin=3, files=[['/box/a', 2], ['/box/b', 0]], seed=5, echo=True, cpu_s=1.5, address_bytes=1 << 30
+    )
     request = protocol.read(io.BytesIO(header + b'print()' + b'in\n' + b'\n\xff'))
-    assert request == {'code': b'print()', 'stdin': b'in\n', 'files': {'/box/a': b'\n\xff', '/box/b': b''}, 'seed': 5,
-                       'echo': True, 'cpu_s': 1.5, 'address_bytes': 1 << 30}
+    assert request == {
+        'code': b'print()',
+        'stdin': b'in\n',
+        'files': {'/box/a': b'\n\xff', '/box/b': b''},
+        'seed': 5,
+        'echo': True,
+        'cpu_s': 1.5,
+        'address_bytes': 1 << 30,
+    }

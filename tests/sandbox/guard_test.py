@@ -58,6 +58,7 @@ def test_a_call_that_fails_twice_is_a_fault_and_a_machine_without_sandbox_is_not
     def renew():
         made.append(Scripted(refuse))
         return made[-1]
+
     with Guard(Scripted(refuse), renew, stall_s=60) as guard:
         results = [guard.submit('1').result(5) for _ in range(20)]
     assert {r.verdict for r in results} == {Verdict.SANDBOX_ERROR} and 'the pool is closed' in results[0].stderr

@@ -82,10 +82,14 @@ def test_what_is_unused_or_half_built_goes_and_what_is_used_or_being_built_stays
 
 
 def test_no_directory_of_the_host_stands_in_the_guests_build_variables(pools):
-    result = pools('warm').submit(
-        'import sysconfig\nprint(*[v for v in sysconfig.get_config_vars().values() if isinstance(v, str)])\n'
-        'print(sysconfig.get_path("stdlib"))'
-    ).result(60)
+    result = (
+        pools('warm')
+        .submit(
+            'import sysconfig\nprint(*[v for v in sysconfig.get_config_vars().values() if isinstance(v, str)])\n'
+            'print(sysconfig.get_path("stdlib"))'
+        )
+        .result(60)
+    )
     assert result.stdout and sys.base_prefix not in result.stdout
     assert not any(f'{place}/' in result.stdout for place in ('/root', '/home', '/tmp'))
     assert result.stdout.endswith(f'/python/lib/python3.{sys.version_info.minor}\n')

@@ -164,10 +164,7 @@ def test_processes_of_another_namespace_are_never_named_by_the_number_0(fake_v2)
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='a pid namespace of its own needs root')
 def test_a_pool_in_another_pid_namespace_leaves_this_one_its_groups():
-    intruder = (
-        'from retool_jax.sandbox.cgroups import Groups\nimport os\nassert os.getpid() < 10\n'
-        'Groups().remove()'
-    )
+    intruder = 'from retool_jax.sandbox.cgroups import Groups\nimport os\nassert os.getpid() < 10\nGroups().remove()'
     with Pool(tiny(zygotes=1, concurrency=2)) as pool:
         run_all(pool, ['print(1)'] * 4)
         subprocess.run(

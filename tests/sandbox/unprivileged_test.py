@@ -17,7 +17,7 @@ from tests.sandbox.given import LIMITS, tiny
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
-SCRIPT = '''
+SCRIPT = """
 import json, sys
 from retool_jax.sandbox.pool import Pool
 from retool_jax.sandbox.settings import SandboxSettings
@@ -26,7 +26,7 @@ with Pool(SandboxSettings(**settings)) as pool:
     results = [pool.submit(code).result(120) for code in codes]
     after = [pool.submit('print(%d)' % i).result(120).stdout for i in range(3)]
     print(json.dumps([pool.missing, [[r.verdict, r.stdout, r.stderr] for r in results], after]))
-'''
+"""
 
 
 @pytest.fixture

@@ -44,27 +44,32 @@ OUR_OWN = {  # what a policy could try in order to be counted as a fault
     'its group and everybody killed': (
         'import os, signal\nprint("a", flush=True)\nfor p in (0, -1, 1, os.getppid(), os.getpid()):\n'
         '    for s in (signal.SIGSTOP, signal.SIGKILL, signal.SIGABRT):\n        try: os.kill(p, s)\n'
-        '        except OSError: pass\nos.killpg(0, signal.SIGKILL)'),
+        '        except OSError: pass\nos.killpg(0, signal.SIGKILL)'
+    ),
     'children that stop each other': (
         'import os, signal, time\nprint("a", flush=True)\nfor _ in range(20):\n    if os.fork() == 0:\n'
-        '        os.kill(os.getpid(), signal.SIGSTOP)\nos._exit(3)'),
+        '        os.kill(os.getpid(), signal.SIGSTOP)\nos._exit(3)'
+    ),
     'a fork bomb of vfork': (
         'import ctypes, os\nprint("a", flush=True)\nc = ctypes.CDLL(None)\nwhile True:\n'
-        '    try:\n        if os.fork() == 0: os.setsid()\n    except OSError: pass'),
+        '    try:\n        if os.fork() == 0: os.setsid()\n    except OSError: pass'
+    ),
     'descriptors in flight': (
         'import array, os, socket\nprint("a", flush=True)\nkeep = []\nwhile True:\n    a, b = socket.socketpair()\n'
         '    keep += [a, b]\n    try: a.sendmsg([b"x"], [(1, 1, array.array("i", [1] * 200))])\n'
-        '    except OSError: os._exit(4)'),
+        '    except OSError: os._exit(4)'
+    ),
     'a full pipe without a reader': (
         'import fcntl, os\nprint("a", flush=True)\nfcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 1 << 20)\n'
-        'os.write(1, bytes(200000))\nos._exit(5)'),
+        'os.write(1, bytes(200000))\nos._exit(5)'
+    ),
     'an unknown architecture': (
         'import ctypes, mmap\nprint("a", flush=True)\nm = mmap.mmap(-1, 4096, prot=7)\n'
         'm.write(bytes([0xb8, 20, 0, 0, 0, 0xcd, 0x80, 0xc3]))\n'
-        'ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()'),
+        'ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()'
+    ),
 } | {
-    f'signal {n}': f'import os\nprint("a", flush=True)\nos.kill(os.getpid(), {n})'
-    for n in (4, 6, 7, 8, 11, 15, 24, 31)
+    f'signal {n}': f'import os\nprint("a", flush=True)\nos.kill(os.getpid(), {n})' for n in (4, 6, 7, 8, 11, 15, 24, 31)
 }
 
 
@@ -100,16 +105,18 @@ def test_the_answer_comes_with_the_end_of_the_process_whatever_holds_its_pipes(p
 
 def test_output_beyond_the_limit_is_told_also_where_it_is_found_after_the_end(pools):
     pool = pools('warm')
-    code = ('import fcntl, os\nfcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 1 << 20)\nos.write(1, b"x" * 600000)\nos._exit(0)')
+    code = 'import fcntl, os\nfcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 1 << 20)\nos.write(1, b"x" * 600000)\nos._exit(0)'
     result = pool.submit(code).result(60)
     assert (result.verdict, len(result.stdout)) == (Verdict.OUTPUT_LIMIT, pool.settings.output_bytes)
 
 
 def test_a_dump_of_all_frames_shows_none_of_ours(pools):
     for path in ('warm', 'cold'):
-        for code in ('import faulthandler, ctypes\nfaulthandler.enable()\nctypes.string_at(0)',
-                     'import faulthandler, time\nfaulthandler.dump_traceback_later(0.2, exit=True)\ntime.sleep(30)',
-                     'import traceback\ndef f(): traceback.print_stack()\nf()'):
+        for code in (
+            'import faulthandler, ctypes\nfaulthandler.enable()\nctypes.string_at(0)',
+            'import faulthandler, time\nfaulthandler.dump_traceback_later(0.2, exit=True)\ntime.sleep(30)',
+            'import traceback\ndef f(): traceback.print_stack()\nf()',
+        ):
             shown = pools(path).submit(code).result(60).stderr
             assert 'File "<cell>"' in shown and '/runner/' not in shown and '<string>' not in shown, shown
 

@@ -8,11 +8,30 @@ from retool_jax.core.records import Reward
 from retool_jax.stages.alarms import Watch, WatchSettings
 from tests.train import small
 
-SETTINGS = WatchSettings(entropy_below=0.1, equal_steps=2, mismatch_above=0.05, failures_above=0.9, faults_above=0.5,
-                         timeouts_above=0.02, timeouts='warn', episode_mismatch_above=0.04, episode_mismatch='warn',
-                         entropy='warn', equal_rewards='warn', mismatch='warn', failures='warn', faults='stop')
-CALM = {'actor/entropy': 1.0, 'mismatch/kl': -0.01, 'mismatch/episode_max': 0.04, 'tools/failure_frequency': 0.9,
-        'tools/fault_frequency': 0.5, 'grader/timeout_frequency': 0.02}
+SETTINGS = WatchSettings(
+    entropy_below=0.1,
+    equal_steps=2,
+    mismatch_above=0.05,
+    failures_above=0.9,
+    faults_above=0.5,
+    timeouts_above=0.02,
+    timeouts='warn',
+    episode_mismatch_above=0.04,
+    episode_mismatch='warn',
+    entropy='warn',
+    equal_rewards='warn',
+    mismatch='warn',
+    failures='warn',
+    faults='stop',
+)
+CALM = {
+    'actor/entropy': 1.0,
+    'mismatch/kl': -0.01,
+    'mismatch/episode_max': 0.04,
+    'tools/failure_frequency': 0.9,
+    'tools/fault_frequency': 0.5,
+    'grader/timeout_frequency': 0.02,
+}
 
 
 def episodes(*rewards):
@@ -34,12 +53,18 @@ def test_a_calm_step_rings_nothing():
     assert Watch(SETTINGS).look({}, MIXED) == []  # rollouts alone have no entropy
 
 
-@pytest.mark.parametrize(('name', 'metric', 'value', 'remedy'), [
-    ('entropy', 'actor/entropy', 0.09, 'loss.entropy_coef'), ('mismatch', 'mismatch/kl', 0.06, 'sampler.dtype'),
-    ('mismatch', 'mismatch/kl', -0.06, 'sampler.dtype'), ('failures', 'tools/failure_frequency', 0.95, 'episodes'),
-    ('episode_mismatch', 'mismatch/episode_max', 0.3, 'one episode'),
-    ('faults', 'tools/fault_frequency', 0.6, 'doctor'),
-    ('timeouts', 'grader/timeout_frequency', 0.03, 'reward.time_limit_s')])
+@pytest.mark.parametrize(
+    ('name', 'metric', 'value', 'remedy'),
+    [
+        ('entropy', 'actor/entropy', 0.09, 'loss.entropy_coef'),
+        ('mismatch', 'mismatch/kl', 0.06, 'sampler.dtype'),
+        ('mismatch', 'mismatch/kl', -0.06, 'sampler.dtype'),
+        ('failures', 'tools/failure_frequency', 0.95, 'episodes'),
+        ('episode_mismatch', 'mismatch/episode_max', 0.3, 'one episode'),
+        ('faults', 'tools/fault_frequency', 0.6, 'doctor'),
+        ('timeouts', 'grader/timeout_frequency', 0.03, 'reward.time_limit_s'),
+    ],
+)
 def test_each_threshold_has_its_alarm_with_the_number_and_a_remedy(name, metric, value, remedy):
     (alarm,) = Watch(SETTINGS).look(CALM | {metric: value}, MIXED)
     assert alarm.name == name and metric in alarm.text and str(abs(value)) in alarm.text and remedy in alarm.text
@@ -58,7 +83,15 @@ def test_equal_rewards_ring_after_so_many_steps_in_a_row():
     watch, equal = Watch(SETTINGS), episodes(-1.0, -1.0)
     steps = [equal, MIXED, equal, equal, equal, MIXED, equal, equal]
     assert [names(watch.look(CALM, step)) for step in steps] == [
-        [], [], [], ['equal_rewards'], [], [], [], ['equal_rewards']]
+        [],
+        [],
+        [],
+        ['equal_rewards'],
+        [],
+        [],
+        [],
+        ['equal_rewards'],
+    ]
 
 
 def test_wrong_answers_that_are_shaped_apart_are_equal_all_the_same():

@@ -93,9 +93,7 @@ def test_the_same_seed_draws_the_same_traces_and_the_mix_is_kept_apart_for_easy_
             codes = [c for k, c in arithmetic.trace(p, kind, 7).parts if k == 'code']
             by_code[codes[-1]] = p.answer
     mix = Mix(easy={'mental': 1.0}, needy={'code': 0.75, 'mental': 0.25})
-    build = lambda: cold_start.build(
-        problems, mix, FakePool(by_code), FEEDBACK, TINY, TOKENIZER, 7, progress=False
-    )
+    build = lambda: cold_start.build(problems, mix, FakePool(by_code), FEEDBACK, TINY, TOKENIZER, 7, progress=False)
     episodes, counts = build()
     assert counts['kept'] == 1200
     assert [e.tokens for e in build()[0]] == [e.tokens for e in episodes]
@@ -181,15 +179,22 @@ def test_a_long_output_bears_out_no_other_claim(claim):
     assert _verify(text, {'print(1+1)': LONG + '\n'}) == 'execution'
 
 
-@pytest.mark.parametrize(('claim', 'reason'), [
-    ('Traceback (most recent call last):\n  File "a.py"\nValueError: ' + 'x' * 500, 'kept'),
-    ('Traceback (most recent call last):\n  File "a...' + 'x' * 200, 'kept'),  # cut inside the last line
-    ('ValueError: ' + 'x' * 100 + '...' + 'x' * 200, 'kept'),
-    ('TypeError: ' + 'x' * 100 + '...' + 'x' * 200, 'execution'), ('ValueError: ' + 'x' * 499, 'execution')])
+@pytest.mark.parametrize(
+    ('claim', 'reason'),
+    [
+        ('Traceback (most recent call last):\n  File "a.py"\nValueError: ' + 'x' * 500, 'kept'),
+        ('Traceback (most recent call last):\n  File "a...' + 'x' * 200, 'kept'),  # cut inside the last line
+        ('ValueError: ' + 'x' * 100 + '...' + 'x' * 200, 'kept'),
+        ('TypeError: ' + 'x' * 100 + '...' + 'x' * 200, 'execution'),
+        ('ValueError: ' + 'x' * 499, 'execution'),
+    ],
+)
 def test_a_long_error_is_compared_by_its_last_line_before_it_is_cut(claim, reason):
     error = ExecResult(Verdict.ERROR, '', 'Traceback\nValueError: ' + 'x' * 500 + '\n', exit_code=1)
-    text = (f'{_call("boom")}\n<interpreter>\n{claim}\n</interpreter>\n\n'
-            f'{GOOD}\n<interpreter>\n2\n</interpreter>\n\n{ANSWER}')
+    text = (
+        f'{_call("boom")}\n<interpreter>\n{claim}\n</interpreter>\n\n'
+        f'{GOOD}\n<interpreter>\n2\n</interpreter>\n\n{ANSWER}'
+    )
     assert _verify(text, {'print(1+1)': '2\n', 'boom': error}) == reason
 
 
@@ -226,7 +231,12 @@ def test_traces_over_the_budget_are_counted(max_tokens):
 def test_what_was_dropped_is_told_by_cause_with_its_share():
     rows = cold_start.shares({'kept': 30, 'format': 0, 'execution': 9, 'answer': 1, 'length': 0})
     assert [row[1:] for row in rows] == [
-        ('30', '75.0 %'), ('0', '0.0 %'), ('9', '22.5 %'), ('1', '2.5 %'), ('0', '0.0 %')]
+        ('30', '75.0 %'),
+        ('0', '0.0 %'),
+        ('9', '22.5 %'),
+        ('1', '2.5 %'),
+        ('0', '0.0 %'),
+    ]
     assert 'prints something else' in rows[2][0]
 
 

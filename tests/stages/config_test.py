@@ -113,29 +113,35 @@ def test_every_key_refuses_another_type_and_is_named(spec):
     assert not missed
 
 
-@pytest.mark.parametrize('changes, words', [
-    ({'turns.max_tokens': 300}, 'turns.max_tokens=300 exceeds sampler.slots=256'),
-    ({'turns.max_tokens': 250}, 'turns.max_tokens=250 exceeds forward.row_width=200'),
-    ({'ppo.overlong_buffer': 201}, 'ppo.overlong_buffer=201 exceeds turns.max_tokens=200'),
-    ({'ppo.critic': 'none'}, 'ppo.critic=none.*advantage.kind=gae'.replace('none', "'none'").replace('gae', "'gae'")),
-    ({'advantage.kind': 'grpo'}, "ppo.critic='head' contradicts advantage.kind='grpo'"),
-    ({'train_sampling.top_p': 0.9}, 'train_sampling.top_p=0.9'),
-    ({'train_sampling.temperature': 0.0}, 'train_sampling.temperature=0.0'),
-    ({'ppo.quanta': 2, 'halves.train': False}, 'ppo.quanta=2.*ppo.quanta=0'),
-    ({'ppo.dynamic_rounds': 2, 'ppo.samples': 1}, 'ppo.dynamic_rounds=2.*samples=1'),
-    ({'sampler.decode_rows': 65}, 'sampler.decode_rows=65.*rows=64'),
-    ({'forward.logprob_chunk': 7}, 'forward.logprob_chunk=7 does not divide row_width=200'),
-    ({'forward.attention': 'splash'}, 'forward.row_width=200 is no multiple of 128, which attention=splash'),
-    ({'forward.attention': 'cudnn'}, 'forward.attention=cudnn has no float32 kernel'),
-    ({'forward.attention': 'cudnn', 'forward.dtype': 'bfloat16'}, 'forward.row_segments=8 contradicts'),
-    ({'mesh.data': -1}, 'mesh.data=-1 and mesh.fsdp=-1: only one axis'),
-    ({'data.weights': (1.0,)}, 'data.weights.*0 data.sources'),
-    ({'loss.kind': 'gspo'}, "loss.aggregation='token-mean'"),
-    ({'loss.aggregation': 'seq-mean-token-sum'}, 'loss.aggregation_constant=None must be positive'),
-    ({'advantage.whiten': False, 'advantage.kind': 'reinforce_pp'}, 'advantage.whiten=False contradicts'),
-    ({'sandbox.addresses': ('host:8080',)}, r'sandbox.addresses\[0\].*http://'),
-    ({'sandbox.preload': ('a b',)}, 'sandbox.preload'),
-])
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        ({'turns.max_tokens': 300}, 'turns.max_tokens=300 exceeds sampler.slots=256'),
+        ({'turns.max_tokens': 250}, 'turns.max_tokens=250 exceeds forward.row_width=200'),
+        ({'ppo.overlong_buffer': 201}, 'ppo.overlong_buffer=201 exceeds turns.max_tokens=200'),
+        (
+            {'ppo.critic': 'none'},
+            'ppo.critic=none.*advantage.kind=gae'.replace('none', "'none'").replace('gae', "'gae'"),
+        ),
+        ({'advantage.kind': 'grpo'}, "ppo.critic='head' contradicts advantage.kind='grpo'"),
+        ({'train_sampling.top_p': 0.9}, 'train_sampling.top_p=0.9'),
+        ({'train_sampling.temperature': 0.0}, 'train_sampling.temperature=0.0'),
+        ({'ppo.quanta': 2, 'halves.train': False}, 'ppo.quanta=2.*ppo.quanta=0'),
+        ({'ppo.dynamic_rounds': 2, 'ppo.samples': 1}, 'ppo.dynamic_rounds=2.*samples=1'),
+        ({'sampler.decode_rows': 65}, 'sampler.decode_rows=65.*rows=64'),
+        ({'forward.logprob_chunk': 7}, 'forward.logprob_chunk=7 does not divide row_width=200'),
+        ({'forward.attention': 'splash'}, 'forward.row_width=200 is no multiple of 128, which attention=splash'),
+        ({'forward.attention': 'cudnn'}, 'forward.attention=cudnn has no float32 kernel'),
+        ({'forward.attention': 'cudnn', 'forward.dtype': 'bfloat16'}, 'forward.row_segments=8 contradicts'),
+        ({'mesh.data': -1}, 'mesh.data=-1 and mesh.fsdp=-1: only one axis'),
+        ({'data.weights': (1.0,)}, 'data.weights.*0 data.sources'),
+        ({'loss.kind': 'gspo'}, "loss.aggregation='token-mean'"),
+        ({'loss.aggregation': 'seq-mean-token-sum'}, 'loss.aggregation_constant=None must be positive'),
+        ({'advantage.whiten': False, 'advantage.kind': 'reinforce_pp'}, 'advantage.whiten=False contradicts'),
+        ({'sandbox.addresses': ('host:8080',)}, r'sandbox.addresses\[0\].*http://'),
+        ({'sandbox.preload': ('a b',)}, 'sandbox.preload'),
+    ],
+)
 def test_blocks_that_contradict_each_other_are_refused(changes, words):
     config = load('configs/ppo.py:tiny')
     for key, value in changes.items():
@@ -146,10 +152,16 @@ def test_blocks_that_contradict_each_other_are_refused(changes, words):
         settings.build(Reinforcement, config)
 
 
-@pytest.mark.parametrize('shares, words', [
-    ({'code': 0.9}, 'mix.easy.code=0.9, mix.easy.mental=0.6: the shares must add up to 1'),
-    ({'code': -0.4}, 'mix.easy.code=-0.4'),
-    ({'code': math.nan}, 'mix.easy.code'), ({'mental': 1.4}, 'mix.easy.mental=1.4'), ({'song': 0.0}, 'mix.easy.song')])
+@pytest.mark.parametrize(
+    'shares, words',
+    [
+        ({'code': 0.9}, 'mix.easy.code=0.9, mix.easy.mental=0.6: the shares must add up to 1'),
+        ({'code': -0.4}, 'mix.easy.code=-0.4'),
+        ({'code': math.nan}, 'mix.easy.code'),
+        ({'mental': 1.4}, 'mix.easy.mental=1.4'),
+        ({'song': 0.0}, 'mix.easy.song'),
+    ],
+)
 def test_shares_of_traces_are_shares_of_a_whole(shares, words):
     config = load('configs/cold_start.py:tiny')
     with config.unlocked(), pytest.raises(UserError, match=words):
@@ -157,8 +169,10 @@ def test_shares_of_traces_are_shares_of_a_whole(shares, words):
         settings.build(ColdStart, config)
 
 
-@pytest.mark.parametrize('name, words', [
-    ('ppo', 'model.path'), ('sft', 'config.traces'), ('evaluate', 'config.problems'), ('cold_start', 'model.path')])
+@pytest.mark.parametrize(
+    'name, words',
+    [('ppo', 'model.path'), ('sft', 'config.traces'), ('evaluate', 'config.problems'), ('cold_start', 'model.path')],
+)
 def test_what_must_be_given_is_asked_for(name, words):
     config = cli.load_config(f'configs/{name}.py:qwen2_5_7b')
     with pytest.raises(UserError, match=words):

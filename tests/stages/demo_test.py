@@ -25,8 +25,13 @@ pytestmark = pytest.mark.slow
 
 
 def command(directory):
-    return [sys.executable, ROOT / 'launch/demo.py', '--config=configs/demo.py', f'--config.run.dir={directory}',
-            *(f'--config.{key}={value}' for key, value in SMALL.items())]
+    return [
+        sys.executable,
+        ROOT / 'launch/demo.py',
+        '--config=configs/demo.py',
+        f'--config.run.dir={directory}',
+        *(f'--config.{key}={value}' for key, value in SMALL.items()),
+    ]
 
 
 def tell(directory):
@@ -105,8 +110,9 @@ MOMENTS = {  # what is there when the demo is killed
 def test_killed_at_five_moments_it_ends_as_the_undisturbed_one(run, tmp_path):
     whole, directory = run[0], tmp_path / 'run'
     for name, reached in MOMENTS.items():
-        child = subprocess.Popen(command(directory), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            command(directory), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while not reached(directory):
             assert child.poll() is None, f'ended before it was killed {name}'
             time.sleep(0.01)
@@ -119,7 +125,8 @@ def test_killed_at_five_moments_it_ends_as_the_undisturbed_one(run, tmp_path):
     for path in ('tool_rl/model.safetensors', 'text/ppo/final/model.safetensors'):
         assert (directory / path).read_bytes() == (whole / path).read_bytes()
     clocks = ('time', 'rollout/', 'tools/seconds', 'tools/wait')
-    lines = lambda folder: [{name: x for name, x in line.items() if not name.startswith(clocks)}
-                            for line in metrics.read(folder)]
+    lines = lambda folder: [
+        {name: x for name, x in line.items() if not name.startswith(clocks)} for line in metrics.read(folder)
+    ]
     assert lines(directory) == lines(whole)
     assert episode_files.names(directory / 'episodes') == episode_files.names(whole / 'episodes')

@@ -41,10 +41,22 @@ def test_fake_tools_answer_at_once():
 @pytest.mark.parametrize('name', ['ppo', 'grpo', 'dapo'])
 def test_the_binary_rehearses_every_algorithm_with_the_embedded_model(tmp_path, name):
     done = subprocess.run(
-        [sys.executable, ROOT / 'launch/ppo.py', f'--config=configs/{name}.py:tiny', '--dry_run',
-         f'--config.run.dir={tmp_path / "run"}', '--config.ppo.problems_per_step=4', '--config.turns.max_tokens=128',
-         '--config.turns.max_turn_tokens=64'],
-        cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''}, capture_output=True, text=True, timeout=900)
+        [
+            sys.executable,
+            ROOT / 'launch/ppo.py',
+            f'--config=configs/{name}.py:tiny',
+            '--dry_run',
+            f'--config.run.dir={tmp_path / "run"}',
+            '--config.ppo.problems_per_step=4',
+            '--config.turns.max_tokens=128',
+            '--config.turns.max_turn_tokens=64',
+        ],
+        cwd=ROOT,
+        env=os.environ | {'XLA_FLAGS': ''},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr
     assert 'fake: every snippet prints 42' in done.stderr and not list(tmp_path.iterdir())
     rows = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines() if len(line.split()) > 1)

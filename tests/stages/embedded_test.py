@@ -39,11 +39,14 @@ def files(directory):
 
 
 def test_the_files_are_the_same_in_every_process(directory, tmp_path):
-    code = ('import sys; from pathlib import Path; from retool_jax.stages import embedded; '
-            'embedded.write_model(Path(sys.argv[1]))')
+    code = (
+        'import sys; from pathlib import Path; from retool_jax.stages import embedded; '
+        'embedded.write_model(Path(sys.argv[1]))'
+    )
     root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, '-c', code, str(tmp_path)], check=True, cwd=root,
-                   env=os.environ | {'PYTHONHASHSEED': '1'})
+    subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path)], check=True, cwd=root, env=os.environ | {'PYTHONHASHSEED': '1'}
+    )
     assert files(tmp_path) == files(directory)
     embedded.write_model(tmp_path)  # over what is there
     assert files(tmp_path) == files(directory)
@@ -78,8 +81,10 @@ def test_every_digit_is_one_id_and_so_is_nearly_every_word_of_the_task(directory
 def test_values_and_outputs_undo_each_other_in_every_layer(params):
     attention, size = params['layers']['self_attn'], SMALL.hidden_size
     flat = lambda name: attention[name]['weight'].reshape(SMALL.num_hidden_layers, size, size)
-    for product, gain in ((flat('v_proj') @ flat('o_proj'), embedded.VALUE_GAIN),
-                          (flat('q_proj') @ flat('k_proj').swapaxes(1, 2), embedded.MATCH_GAIN)):
+    for product, gain in (
+        (flat('v_proj') @ flat('o_proj'), embedded.VALUE_GAIN),
+        (flat('q_proj') @ flat('k_proj').swapaxes(1, 2), embedded.MATCH_GAIN),
+    ):
         assert np.abs(product - gain**2 * np.eye(size)).max() < 0.15 * gain
     first, second = flat('v_proj')
     assert np.abs(first - second).max() > 0.1  # each layer has its own matrix
@@ -87,8 +92,9 @@ def test_values_and_outputs_undo_each_other_in_every_layer(params):
 
 def test_all_else_is_the_ordinary_start_and_the_embedding_is_larger(params):
     plain = jax.device_get(decoder.init(SMALL, jax.random.key(0)))
-    np.testing.assert_allclose(params['embed_tokens']['weight'],
-                               embedded.EMBED_GAIN * plain['embed_tokens']['weight'], rtol=1e-6)
+    np.testing.assert_allclose(
+        params['embed_tokens']['weight'], embedded.EMBED_GAIN * plain['embed_tokens']['weight'], rtol=1e-6
+    )
     jax.tree.map(np.testing.assert_array_equal, params['layers']['mlp'], plain['layers']['mlp'])
     assert jax.tree.structure(params) == jax.tree.structure(plain)
 

@@ -45,8 +45,19 @@ def run(parts, directory, problems, after=None):
     engine, counted = small.make_engine(sampler, Stopping), []
     engine.after, engine.asked = after, []
     with contextlib.closing(Journal(directory / 'journal.jsonl')) as journal:
-        made = evaluate.run_kept(engine, params, problems, 2, directory / 'episodes', 'val_set', make_template('tiny'),
-                                small.TOKENIZER, grader, journal, lambda n=1: counted.append(n))
+        made = evaluate.run_kept(
+            engine,
+            params,
+            problems,
+            2,
+            directory / 'episodes',
+            'val_set',
+            make_template('tiny'),
+            small.TOKENIZER,
+            grader,
+            journal,
+            lambda n=1: counted.append(n),
+        )
     return made, engine.asked, sum(counted)
 
 
@@ -95,10 +106,22 @@ def test_seconds_of_calls_are_quantiles(parts, tmp_path):
 def test_the_scores_are_shown_with_their_intervals(capsys):
     evaluate.show('set', summary.summarise([make('a', True), make('b', False, stop=Stop.LENGTH)]))
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ('2 problems × 1 samples', 'avg@1', '50.0 %', '0.0 % – 100.0 %', 'LENGTH',
-                                          'exact string', 'lenient rule', '1 eos, 1 length'))
+    assert all(
+        word in shown
+        for word in (
+            '2 problems × 1 samples',
+            'avg@1',
+            '50.0 %',
+            '0.0 % – 100.0 %',
+            'LENGTH',
+            'exact string',
+            'lenient rule',
+            '1 eos, 1 length',
+        )
+    )
     assert [line.split() for line in shown.splitlines() if line.startswith('a ')] == [
-        ['a', '100', '100', '100', '100', '0', '0', '3', '1', '1']]
+        ['a', '100', '100', '100', '100', '0', '0', '3', '1', '1']
+    ]
 
 
 def test_many_problems_are_left_to_the_files(capsys):

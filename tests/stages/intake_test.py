@@ -20,8 +20,10 @@ from tests.train import killable
 MODEL = Model(TINY, byte_tokenizer(), make_template('tiny'))
 FRAME = len(prompt_ids(MODEL.template, MODEL.tokenizer, ''))
 GOOD = [{'id': f'p{i}', 'problem': f'{i} + {i}?', 'answer': str(2 * i)} for i in range(4)]
-BAD = [{'id': 'words', 'problem': 'Why?', 'answer': '\\begin{cases}'},
-       {'id': 'proof', 'problem': 'Prove it.', 'answer': 'proof'}]
+BAD = [
+    {'id': 'words', 'problem': 'Why?', 'answer': '\\begin{cases}'},
+    {'id': 'proof', 'problem': 'Prove it.', 'answer': 'proof'},
+]
 
 
 def write(path: pathlib.Path, rows) -> pathlib.Path:
@@ -47,7 +49,7 @@ def test_what_cannot_be_read_may_be_left_out_said_and_listed(tmp_path, capsys):
     read = leaving.read(write(tmp_path / 'a.jsonl', [*BAD, *GOOD]), limit=3)
     assert [p.id for p in read] == ['p0', 'p1', 'p2']
     said = capsys.readouterr().err
-    assert "1 of 6 rows cannot be read" in said and "1 of 5 problems are left out: 'words': answer" in said
+    assert '1 of 6 rows cannot be read' in said and "1 of 5 problems are left out: 'words': answer" in said
     leaving.write(tmp_path)
     listed = [json.loads(line) for line in (tmp_path / intake.FILE).read_text().splitlines()]
     assert [(entry['id'], 'proof' in entry['why']) for entry in listed] == [('', True), ('words', False)]
@@ -88,12 +90,14 @@ def test_a_prompt_is_left_out_exactly_where_it_fills_the_budget(question):
     assert intake.overlong(problem, MODEL, size + 1) == ''
     for budget in (size, size - 1, 1):
         assert intake.overlong(problem, MODEL, budget) == (
-            f'a prompt of {size} tokens leaves no room in turns.max_tokens={budget}')
+            f'a prompt of {size} tokens leaves no room in turns.max_tokens={budget}'
+        )
 
 
 def test_over_long_prompts_are_left_out_of_every_source_and_counted(capsys):
-    sources = stream.open_sources([[Problem(f'{n}', 'x' * n, '1', 's', '') for n in sizes]
-                                 for sizes in ((1, 90, 2), (91, 3, 92, 93, 94))])
+    sources = stream.open_sources(
+        [[Problem(f'{n}', 'x' * n, '1', 's', '') for n in sizes] for sizes in ((1, 90, 2), (91, 3, 92, 93, 94))]
+    )
     one = Intake('refuse', parses)
     kept = one.fit(sources, MODEL, FRAME + 64)
     assert [[p.id for p in stream.once(dataset)] for dataset in kept] == [['0/1', '0/2'], ['1/3']]
@@ -115,8 +119,9 @@ def test_an_evaluation_says_which_problems_count_as_wrong_for_their_length(capsy
 def test_a_run_leaves_long_questions_out_and_refuses_data_replaced_under_it(tmp_path, capsys):
     folder = tmp_path / 'world'
     killable.make_model(folder)
-    stage = killable.make_stage(folder, 'run', **{
-        'model.tools': False, 'ppo.steps': 1, 'forward.micro_rows': 0, 'sampler.rows': 8})
+    stage = killable.make_stage(
+        folder, 'run', **{'model.tools': False, 'ppo.steps': 1, 'forward.micro_rows': 0, 'sampler.rows': 8}
+    )
     file = folder / 'problems.jsonl'
     before = file.read_text()
     file.write_text(before + json.dumps({'id': 'long-one', 'problem': '2 + ' * 200 + '2', 'answer': '402'}) + '\n')
@@ -132,6 +137,9 @@ def test_a_run_leaves_long_questions_out_and_refuses_data_replaced_under_it(tmp_
 
 def test_episodes_beyond_the_positions_of_the_model_are_refused_with_the_keys_of_yarn():
     parts.check_context(MODEL, 4096, 'turns.max_tokens')
-    with pytest.raises(UserError, match=r'^turns.max_tokens=9000 exceeds the 4096 positions .*max_position_embeddings'
-                       r'.*"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 4096'):
+    with pytest.raises(
+        UserError,
+        match=r'^turns.max_tokens=9000 exceeds the 4096 positions .*max_position_embeddings'
+        r'.*"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 4096',
+    ):
         parts.check_context(MODEL, 9000, 'turns.max_tokens')

@@ -94,6 +94,7 @@ def test_a_damaged_file_is_no_owner(tmp_path, text):
 def test_without_locks_the_process_is_looked_for(tmp_path, holder, monkeypatch):
     def unsupported(*arguments):
         raise OSError(95, 'Operation not supported')
+
     monkeypatch.setattr(fcntl, 'flock', unsupported)
     with pytest.raises(UserError, match=f'process {holder.pid} on'):
         Owner(tmp_path)

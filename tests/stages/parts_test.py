@@ -23,8 +23,13 @@ BYTES = Model(make_config(vocab_size=300), fakes.byte_tokenizer(), make_template
 
 
 def model_block(path=None, template='tiny', tools=True, instruction=None):
-    return ModelSettings(path=path and str(path), name='tiny', template=template, tools=tools,
-                         instruction=instruction and str(instruction))
+    return ModelSettings(
+        path=path and str(path),
+        name='tiny',
+        template=template,
+        tools=tools,
+        instruction=instruction and str(instruction),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -87,9 +92,15 @@ def test_a_tokenizer_wider_than_the_logits_is_refused(tmp_path):
         parts.load_model(tmp_path, 'tiny', True)
 
 
-@pytest.mark.parametrize(('tools', 'on_answer', 'expected'), [
-    (True, 'end', {8: tags.CODE, 19: tags.ANSWER}), (True, 'eos', {8: tags.CODE}),
-    (False, 'end', {19: tags.ANSWER}), (False, 'eos', {})])
+@pytest.mark.parametrize(
+    ('tools', 'on_answer', 'expected'),
+    [
+        (True, 'end', {8: tags.CODE, 19: tags.ANSWER}),
+        (True, 'eos', {8: tags.CODE}),
+        (False, 'end', {19: tags.ANSWER}),
+        (False, 'eos', {}),
+    ],
+)
 def test_the_table_stops_where_tools_and_answers_do(tools, on_answer, expected):
     model = dataclasses.replace(BYTES, template=make_template('tiny', tools))
     table = parts.make_table(model, on_answer)
@@ -107,8 +118,9 @@ def test_random_weights_follow_their_seed_alone_and_lie_on_the_mesh():
     sizes = make_config(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_hidden_layers=1)
     model = Model(sizes, BYTES.tokenizer, BYTES.template)
     mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 1}, jax.devices()[:2])
-    first, again, other = (parts.load_policy(model_block(), model, seed, mesh)['embed_tokens']['weight']
-                           for seed in (0, 0, 1))
+    first, again, other = (
+        parts.load_policy(model_block(), model, seed, mesh)['embed_tokens']['weight'] for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
     assert first.sharding.shard_shape(first.shape) == (sizes.vocab_size, 16)
@@ -121,7 +133,8 @@ def test_engines_share_a_sampler_and_differ_in_their_randomness(written):
     sampler = parts.make_sampler(model, stage.sampler, stage.turns)
     assert sampler.settings == stage.sampler
     make = lambda model, purpose, executor=None: parts.make_engine(
-        model, sampler, stage.turns, stage.feedback, stage.train_sampling, executor, 0, purpose)
+        model, sampler, stage.turns, stage.feedback, stage.train_sampling, executor, 0, purpose
+    )
     training, evaluation = make(model, parts.TRAINING, fakes.FakePool({})), make(text_only, parts.EVALUATION)
     assert training.sampler is evaluation.sampler is sampler
     assert not (training.key_data == evaluation.key_data).all()

@@ -53,10 +53,23 @@ def run(folder, name, stop_at=None, **values):
         write(self, step, metrics)
         if step == stop_at:
             signal.raise_signal(signal.SIGINT)
-    with (mock.patch.object(metrics.Metrics, 'write', stopping),
-          mock.patch.object(parts, 'make_mesh', lambda sizes: small.one_device())):
-        sft.run(settings.build(FineTuning, cli.parse_config(['sft', '--config=configs/sft.py:tiny', *(
-            f'--config.{key}={value}' for key, value in values.items())])))
+
+    with (
+        mock.patch.object(metrics.Metrics, 'write', stopping),
+        mock.patch.object(parts, 'make_mesh', lambda sizes: small.one_device()),
+    ):
+        sft.run(
+            settings.build(
+                FineTuning,
+                cli.parse_config(
+                    [
+                        'sft',
+                        '--config=configs/sft.py:tiny',
+                        *(f'--config.{key}={value}' for key, value in values.items()),
+                    ]
+                ),
+            )
+        )
     lines = [{k: v for k, v in line.items() if k != 'time'} for line in metrics.read(folder / name)]
     return lines, (folder / name / 'final' / 'model.safetensors').read_bytes()
 

@@ -23,7 +23,5 @@ assert 'tensorflow' not in sys.modules
     write(tmp_path / 'ten.jsonl', TEN)
     write(tmp_path / 'dapo.jsonl', [dapo('Q é', '5', 'u1'), dapo('R', '6', 'u2')])
     write(tmp_path / 'sft.jsonl', [{'id': 'a', **retool('1+1?', r'It is \boxed{2}')}])
-    run = subprocess.run(
-        [sys.executable, '-c', script], cwd=Path(__file__).parents[2], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, '-c', script], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -65,29 +65,40 @@ def test_turns_are_joined_into_one_trace_with_its_calls(messages):
 
 
 def test_several_calls_of_a_turn_each_get_their_result():
-    text = joined(said('', tool_calls=[call({'code': 'a'}), call({'code': 'b'})]), {'role': 'tool', 'content': '1'},
-                  {'role': 'tool', 'content': '</code> 2'}, said(None, tool_calls=[call({'code': 'c'})]),
-                  {'role': 'tool', 'content': '3'}, END)
+    text = joined(
+        said('', tool_calls=[call({'code': 'a'}), call({'code': 'b'})]),
+        {'role': 'tool', 'content': '1'},
+        {'role': 'tool', 'content': '</code> 2'},
+        said(None, tool_calls=[call({'code': 'c'})]),
+        {'role': 'tool', 'content': '3'},
+        END,
+    )
     draft = cold_start.read_draft(None, text)
     assert [extract_snippet(turn).code for turn in draft.turns[:-1]] == ['a', 'b', 'c']
     assert [claim.split('\n')[2] for claim in draft.printed] == ['1', '< /code> 2', '3']
 
 
-@pytest.mark.parametrize('messages, words', [
-    ([], 'holds no assistant message'),
-    ([said(None)], 'holds no assistant message'),
-    ([said('12'), {'role': 'user', 'content': 'And twice that?'}, said('24')], 'holds 2 questions of the user'),
-    ([said('So.'), {'role': 'tool', 'content': '12'}, END], 'a result that no call precedes'),
-    ([said(f'So.\n{SNIPPET}'), {'role': 'tool', 'content': '1'}, {'role': 'tool', 'content': '2'}], 'no call precedes'),
-    ([said('', tool_calls=[call({'query': 'pens'}, 'search')]), END], "calls 'search'"),
-    ([said('', tool_calls=[call({'a': 'x', 'b': 'y'})]), END], 'without a script'),
-    ([said('', tool_calls=[call(None)]), END], 'without a script'),
-    ([said('', tool_calls=['x']), END], 'a call that cannot be read'),
-    ([said('', tool_calls=[{'function': {}}]), END], 'a call that cannot be read'),
-    ([{'role': 'critic', 'content': ''}], "role 'critic'"),
-    ([{'role': 'assistant', 'content': [{'type': 'image_url', 'image_url': 'x'}]}], 'content other than text'),
-    (['12'], 'where a message was expected'),
-])
+@pytest.mark.parametrize(
+    'messages, words',
+    [
+        ([], 'holds no assistant message'),
+        ([said(None)], 'holds no assistant message'),
+        ([said('12'), {'role': 'user', 'content': 'And twice that?'}, said('24')], 'holds 2 questions of the user'),
+        ([said('So.'), {'role': 'tool', 'content': '12'}, END], 'a result that no call precedes'),
+        (
+            [said(f'So.\n{SNIPPET}'), {'role': 'tool', 'content': '1'}, {'role': 'tool', 'content': '2'}],
+            'no call precedes',
+        ),
+        ([said('', tool_calls=[call({'query': 'pens'}, 'search')]), END], "calls 'search'"),
+        ([said('', tool_calls=[call({'a': 'x', 'b': 'y'})]), END], 'without a script'),
+        ([said('', tool_calls=[call(None)]), END], 'without a script'),
+        ([said('', tool_calls=['x']), END], 'a call that cannot be read'),
+        ([said('', tool_calls=[{'function': {}}]), END], 'a call that cannot be read'),
+        ([{'role': 'critic', 'content': ''}], "role 'critic'"),
+        ([{'role': 'assistant', 'content': [{'type': 'image_url', 'image_url': 'x'}]}], 'content other than text'),
+        (['12'], 'where a message was expected'),
+    ],
+)
 def test_what_cannot_be_joined_is_refused_by_name(messages, words):
     with pytest.raises(UserError, match=rf"^f:1: field 'messages' .*{words}") as caught:
         joined(*messages)

@@ -63,8 +63,9 @@ def test_ten_thousand_pairs_of_expressions_are_judged_right(grader, seed):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / 'data').is_dir(), reason='no data sets')
-@pytest.mark.parametrize('name', ['math500.jsonl', 'aime24.jsonl', 'gsm8k_test.jsonl', 'gsm8k_train.jsonl',
-'svamp.json'])
+@pytest.mark.parametrize(
+    'name', ['math500.jsonl', 'aime24.jsonl', 'gsm8k_test.jsonl', 'gsm8k_train.jsonl', 'svamp.json']
+)
 def test_every_gold_answer_equals_itself_boxed_and_in_the_judge(grader, name):
     golds = [problem.answer for problem in problems.read(SHARED / 'data' / name)]
     assert len(golds) >= 30

@@ -51,8 +51,15 @@ def draw(rng: random.Random, depth: int) -> sympy.Expr:
 
 def rewrite(rng: random.Random, expr: sympy.Expr) -> tuple[sympy.Expr, str]:
     """The expression in another form of the same value."""
-    kind, form = rng.choice((('as it is', lambda e: e), ('expanded', sympy.expand), ('factored', sympy.factor),
-                             ('over one denominator', sympy.together), ('cancelled', sympy.cancel)))
+    kind, form = rng.choice(
+        (
+            ('as it is', lambda e: e),
+            ('expanded', sympy.expand),
+            ('factored', sympy.factor),
+            ('over one denominator', sympy.together),
+            ('cancelled', sympy.cancel),
+        )
+    )
     return form(expr), kind
 
 

@@ -58,11 +58,17 @@ def test_a_json_file_with_one_row_is_that_row(tmp_path):
     assert [p.answer for p in problems.read(tmp_path / 'one.json')] == ['1']
 
 
-@pytest.mark.parametrize('content, words', [
-    ({'train': TEN, 'test': TEN}, 'it holds 2 lists of rows, train, test; keep one'),
-    ({'features': [], 'rows': [{'row_idx': 0, 'row': TEN[0], 'truncated_cells': ['problem']}]}, r'record 1: .* cut'),
-    ({'problem': ['Q'], 'answer': ['1', '2']}, "field 'problem' is"),
-])
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        ({'train': TEN, 'test': TEN}, 'it holds 2 lists of rows, train, test; keep one'),
+        (
+            {'features': [], 'rows': [{'row_idx': 0, 'row': TEN[0], 'truncated_cells': ['problem']}]},
+            r'record 1: .* cut',
+        ),
+        ({'problem': ['Q'], 'answer': ['1', '2']}, "field 'problem' is"),
+    ],
+)
 def test_a_json_file_that_holds_less_or_more_than_a_set_is_refused(tmp_path, content, words):
     (tmp_path / 'a.json').write_text(json.dumps(content))
     with pytest.raises(ValueError, match=words):

@@ -8,8 +8,10 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
 from retool_jax.tasks import golds, problems, schemas
 
-CHAT = lambda question, answer: [{'role': 'user', 'content': question},
-                                 {'role': 'assistant', 'content': f'So.\n<answer>\n\\boxed{{{answer}}}\n</answer>'}]
+CHAT = lambda question, answer: [
+    {'role': 'user', 'content': question},
+    {'role': 'assistant', 'content': f'So.\n<answer>\n\\boxed{{{answer}}}\n</answer>'},
+]
 ROWS = [
     {'messages': CHAT('What is 1 + 1?', 2)},  # nothing but what the trace says
     {'messages': CHAT('What is  2 + 2?', 5), 'answer': None},
@@ -34,8 +36,11 @@ def test_rows_whose_answer_is_their_own_last_box_are_named(traces):
 
 def test_a_problem_file_gives_them_their_gold_answers_and_no_others(traces):
     read = problems.read_traces(traces)
-    known = [Problem('x', 'What is 2 + 2?', '4', 's', ''), Problem('y', 'What is 3 + 3?', '99', 's', ''),
-             Problem('z', 'What is 1 + 1?', '2', 's', '')]
+    known = [
+        Problem('x', 'What is 2 + 2?', '4', 's', ''),
+        Problem('y', 'What is 3 + 3?', '99', 's', ''),
+        Problem('z', 'What is 1 + 1?', '2', 's', ''),
+    ]
     found, left = golds.join(read, golds.own(read, traces), known)
     assert [problem.answer for problem, _ in found] == ['2', '4', '6', '8', '10']
     assert [text for _, text in found] == [text for _, text in read] and left == {read[4][0].id}
@@ -51,8 +56,15 @@ def test_a_question_with_two_answers_has_none_and_a_strange_file_is_refused(trac
     assert len(left) == 2
 
 
-@pytest.mark.parametrize(('row', 'has'), [
-    ({'prompt': [], 'reward_model': {'ground_truth': '3'}}, True), ({'reward_model': {'ground_truth': None}}, False),
-    ({'Answer': 0}, True), ({'solution': ''}, False), ({'messages': []}, False)])
+@pytest.mark.parametrize(
+    ('row', 'has'),
+    [
+        ({'prompt': [], 'reward_model': {'ground_truth': '3'}}, True),
+        ({'reward_model': {'ground_truth': None}}, False),
+        ({'Answer': 0}, True),
+        ({'solution': ''}, False),
+        ({'messages': []}, False),
+    ],
+)
 def test_an_answer_beside_the_chat_is_seen_in_every_spelling(row, has):
     assert schemas.has_gold(row) == has

@@ -90,8 +90,16 @@ def test_parameters_reach_the_data_set_and_ids_are_indices(child):
         assert (problem.family, problem.judge) == ('chain_sum', '')
 
 
-@pytest.mark.parametrize('source', ['chain_sum?max_terms=3&max_digits=1&size=400', 'gsm_symbolic?size=600',
-                                    'count_primes?size=300', 'calendar_arithmetic?size=300', 'word_ladder?size=60'])
+@pytest.mark.parametrize(
+    'source',
+    [
+        'chain_sum?max_terms=3&max_digits=1&size=400',
+        'gsm_symbolic?size=600',
+        'count_primes?size=300',
+        'calendar_arithmetic?size=300',
+        'word_ladder?size=60',
+    ],
+)
 def test_no_held_out_question_is_trained_on(child, source):
     trained = gym.read(gym.PREFIX + source, gym.TRAINING, child=child)
     held = gym.read(gym.PREFIX + source, gym.EVALUATION, child=child)
@@ -100,8 +108,9 @@ def test_no_held_out_question_is_trained_on(child, source):
     index = lambda problem: int(problem.id.split('/')[1])
     assert max(map(index, held.problems)) < gym.RESERVED <= min(map(index, trained.problems))
     # Of small numbers some questions come up in both ranges: those are left out of training, and said.
-    assert ('ask what a held-out one asks' in ''.join(trained.remarks)) == (len(trained.problems) < gym.parse(
-        gym.PREFIX + source).size)
+    assert ('ask what a held-out one asks' in ''.join(trained.remarks)) == (
+        len(trained.problems) < gym.parse(gym.PREFIX + source).size
+    )
 
 
 def test_one_digit_sums_repeat_and_their_repetitions_are_left_out(child):
@@ -118,8 +127,13 @@ def test_problems_without_an_answer_are_left_out_and_counted(child):
 def test_templates_that_are_held_out_are_never_trained_on_and_are_asked_apart(child):
     source = 'reasoning_gym:gsm_symbolic?size=2000&held_out_templates=15'
     trained, known, new = (
-        {item.template for item in gym.read(name, split, child=child).items} for name, split in (
-            (source, gym.TRAINING), (source, gym.EVALUATION), (f'{source}&templates=held_out', gym.EVALUATION)))
+        {item.template for item in gym.read(name, split, child=child).items}
+        for name, split in (
+            (source, gym.TRAINING),
+            (source, gym.EVALUATION),
+            (f'{source}&templates=held_out', gym.EVALUATION),
+        )
+    )
     assert len(new) == 15 and not new & trained and not new & known
     assert known <= trained and len(trained) == 70
     asked = gym.read(f'{source}&templates=held_out', gym.EVALUATION, child=child)
@@ -137,12 +151,22 @@ def test_worked_solutions_end_in_the_gold_answer(child):
 
 
 def test_data_sets_that_follow_the_order_of_sets_are_the_same_in_every_process():
-    script = ('from retool_jax.tasks import gym\n'
-              'with gym.maker() as child:\n'
-              '    for name in ("isomorphic_strings", "list_functions", "ransom_note", "word_ladder"):\n'
-              '        print(gym.read(gym.PREFIX + name, gym.EVALUATION, 8, child).problems)')
-    said = [subprocess.run([sys.executable, '-c', script], env=os.environ | {'PYTHONHASHSEED': seed},
-                           capture_output=True, text=True, check=True).stdout for seed in ('1', '2')]
+    script = (
+        'from retool_jax.tasks import gym\n'
+        'with gym.maker() as child:\n'
+        '    for name in ("isomorphic_strings", "list_functions", "ransom_note", "word_ladder"):\n'
+        '        print(gym.read(gym.PREFIX + name, gym.EVALUATION, 8, child).problems)'
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, '-c', script],
+            env=os.environ | {'PYTHONHASHSEED': seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ('1', '2')
+    ]
     assert said[0] == said[1] and said[0].count('Problem(') == 32
 
 
@@ -223,8 +247,9 @@ def test_an_answer_that_a_verifier_would_run_ends_the_child_before_it_runs(tmp_p
     child = Child('retool_jax.tasks.gym_child', gym.MEMORY_MB, 5)
     try:
         for name in ('countdown', 'spiral_matrix', 'simple_integration', 'puzzle24'):
-            reply = child.ask({'do': 'score', 'name': name, 'parameters': {}, 'index': 0,
-                               'answer': ATTACK.format(tmp_path / name)})
+            reply = child.ask(
+                {'do': 'score', 'name': name, 'parameters': {}, 'index': 0, 'answer': ATTACK.format(tmp_path / name)}
+            )
             assert reply == {'died': True}, name
     finally:
         child.kill()
@@ -250,6 +275,9 @@ def test_every_data_set_that_is_not_refused_gives_judges_and_repeats_its_problem
                     faults.append((name, 'refuses', problem.answer))
                 attack = ATTACK.format(tmp_path / name)
                 wrong = [f'{problem.answer} or 5', 'banana', attack, f'[{attack}]', *(HOSTILE if i < 3 else ())]
-                faults += [(name, 'takes', text[:40], problem.answer) for text in wrong
-                           if text.strip() != problem.answer.strip() and right(text)]
+                faults += [
+                    (name, 'takes', text[:40], problem.answer)
+                    for text in wrong
+                    if text.strip() != problem.answer.strip() and right(text)
+                ]
     assert faults == [] and list(tmp_path.iterdir()) == [] and sorted(os.listdir()) == there

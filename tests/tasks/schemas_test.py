@@ -80,7 +80,7 @@ def test_every_schema_of_the_guide_is_read(name, tmp_path):
 
 def test_the_guide_lists_these_schemas_and_no_others():
     guide = (ROOT / 'docs/guide.md').read_text()
-    table = guide[guide.index('| schema |'):].partition('\n\n')[0]
+    table = guide[guide.index('| schema |') :].partition('\n\n')[0]
     assert re.findall(r'^\| ([^|`]+?) \|', table, re.MULTILINE)[1:] == list(SCHEMAS)
 
 
@@ -122,22 +122,29 @@ def test_what_is_no_answer_is_refused_by_field(row, words):
     assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('row, words', [
-    ({'prompt': [*CHAT, WRITTEN, {'role': 'user', 'content': 'And 5?'}], 'label': '1'}, 'holds 2 questions'),
-    ({'prompt': CHAT[:1], 'label': '1'}, "field 'prompt' holds no user message"),
-    ({'prompt': {'a': 1}, 'label': '1'}, "field 'prompt' is"),
-    ({'problem': None, 'answer': '1'}, "field 'problem' is null"),
-    ({'answer': '1'}, 'none of the fields problem'),
-])
+@pytest.mark.parametrize(
+    'row, words',
+    [
+        ({'prompt': [*CHAT, WRITTEN, {'role': 'user', 'content': 'And 5?'}], 'label': '1'}, 'holds 2 questions'),
+        ({'prompt': CHAT[:1], 'label': '1'}, "field 'prompt' holds no user message"),
+        ({'prompt': {'a': 1}, 'label': '1'}, "field 'prompt' is"),
+        ({'problem': None, 'answer': '1'}, "field 'problem' is null"),
+        ({'answer': '1'}, 'none of the fields problem'),
+    ],
+)
 def test_what_is_no_question_is_refused_by_field(row, words):
     with pytest.raises(UserError, match=f'^f:1: .*{words}'):
         only(row)
 
 
-@pytest.mark.parametrize('asked', [
-    'How many?\nRemember to put your answer on its own line after "Answer:".',
-    'How many? Let\'s think step by step and output the final answer after "####".',
-    "How many? Let's think step by step and output the final answer within \\boxed{}."])
+@pytest.mark.parametrize(
+    'asked',
+    [
+        'How many?\nRemember to put your answer on its own line after "Answer:".',
+        'How many? Let\'s think step by step and output the final answer after "####".',
+        "How many? Let's think step by step and output the final answer within \\boxed{}.",
+    ],
+)
 def test_instructions_about_the_form_of_the_answer_go(asked):
     row = {'prompt': [{'role': 'user', 'content': asked}], 'reward_model': {'ground_truth': '1'}}
     assert only(row).question == QUESTION

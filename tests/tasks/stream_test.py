@@ -70,8 +70,9 @@ def test_array_record_files_of_other_schemas_are_read_too(tmp_path):
 
 def write(path, count, offset=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(json.dumps({'id': i, 'problem': f'{offset}+{i}?', 'answer': offset + i}) + '\n'
-                            for i in range(count)))
+    path.write_text(
+        ''.join(json.dumps({'id': i, 'problem': f'{offset}+{i}?', 'answer': offset + i}) + '\n' for i in range(count))
+    )
     return path
 
 
@@ -95,12 +96,17 @@ def test_a_single_source_keeps_its_ids_and_one_named_twice_holds_the_same_proble
     assert sorted(p.id for p in twice) == sorted(2 * [f'train.jsonl/{i}' for i in range(4)])
 
 
-@pytest.mark.parametrize('sources, expected', [
-    (['a.jsonl', 'b.jsonl'], ['a.jsonl', 'b.jsonl']),
-    (['x/a.jsonl', 'y/a.jsonl'], ['x/a.jsonl', 'y/a.jsonl']),
-    (['x/z/a.jsonl', 'y/z/a.jsonl', 'b.parquet'], ['x/z/a.jsonl', 'y/z/a.jsonl', None]),
-    (['a.jsonl', './a.jsonl', 'b.jsonl'], ['a.jsonl', 'a.jsonl', 'b.jsonl']),
-    ([A, B], ['0', '1']), ([A, 'a.jsonl'], ['0', 'a.jsonl'])])
+@pytest.mark.parametrize(
+    'sources, expected',
+    [
+        (['a.jsonl', 'b.jsonl'], ['a.jsonl', 'b.jsonl']),
+        (['x/a.jsonl', 'y/a.jsonl'], ['x/a.jsonl', 'y/a.jsonl']),
+        (['x/z/a.jsonl', 'y/z/a.jsonl', 'b.parquet'], ['x/z/a.jsonl', 'y/z/a.jsonl', None]),
+        (['a.jsonl', './a.jsonl', 'b.jsonl'], ['a.jsonl', 'a.jsonl', 'b.jsonl']),
+        ([A, B], ['0', '1']),
+        ([A, 'a.jsonl'], ['0', 'a.jsonl']),
+    ],
+)
 def test_sources_are_named_by_as_much_of_their_paths_as_tells_them_apart(sources, expected):
     assert all(name == wanted for name, wanted in zip(stream.names(sources), expected) if wanted)
 

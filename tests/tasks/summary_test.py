@@ -63,14 +63,18 @@ def vote(grader, gold, texts):
     return episodes
 
 
-@pytest.mark.parametrize(('gold', 'answers', 'expected'), [
-    ('0.5', ['0.5', r'\frac{1}{2}', ' 0.5 ', r'\frac12', '2', '2'], 1.0),
-    ('25', ['25', '025', '25 ', '$25$', '7', '7'], 1.0),
-    ('25', ['7', '7.0', '25'], 0.0),
-    ('25', ['7', '7.0', '25', '25.0'], 0.5),
-    ('25', [r'\frac{14}{2}', '7', '8', '25'], 0.0),
-    ('(1,2)', ['(1, 2)', r'\left(1,2\right)', '(2,1)', '(2, 1)', r'(\frac{4}{2},1)'], 0.0),
-    (r'\text{Friday}', ['friday', 'Friday', 'Monday', r'\text{monday}', 'Sunday'], 0.5)])
+@pytest.mark.parametrize(
+    ('gold', 'answers', 'expected'),
+    [
+        ('0.5', ['0.5', r'\frac{1}{2}', ' 0.5 ', r'\frac12', '2', '2'], 1.0),
+        ('25', ['25', '025', '25 ', '$25$', '7', '7'], 1.0),
+        ('25', ['7', '7.0', '25'], 0.0),
+        ('25', ['7', '7.0', '25', '25.0'], 0.5),
+        ('25', [r'\frac{14}{2}', '7', '8', '25'], 0.0),
+        ('(1,2)', ['(1, 2)', r'\left(1,2\right)', '(2,1)', '(2, 1)', r'(\frac{4}{2},1)'], 0.0),
+        (r'\text{Friday}', ['friday', 'Friday', 'Monday', r'\text{monday}', 'Sunday'], 0.5),
+    ],
+)
 def test_equal_answers_are_one_vote_however_they_are_written(grader, gold, answers, expected):
     episodes = vote(grader, gold, [rf'\boxed{{{answer}}}' for answer in answers])
     for seed in range(2):
@@ -109,26 +113,57 @@ def test_a_summary_is_what_counting_by_hand_gives():
         make('b', False, family='y', stop=Stop.LENGTH, void=True),
         make('a', False, family='x', sample=1, calls=[call(Verdict.FORMAT, code='')]),
         make('b', False, answer='', family='y', sample=1, stop=Stop.ANSWER),
-        make('c', True, family='y'), make('c', True, family='y', sample=1)]
+        make('c', True, family='y'),
+        make('c', True, family='y', sample=1),
+    ]
     found = summary.summarise(episodes)
     assert (found['k'], found['problems']) == (2, 3)
     assert {name: r['avg'] for name, r in found['by_problem'].items()} == {'a': 0.5, 'b': 0.0, 'c': 1.0}
     assert found['avg'] == found['exact'] == found['lenient'] == 0.5
     assert found['by_problem']['a'] == {
-        'avg': 0.5, 'maj': 0.5, 'exact': 0.5, 'lenient': 0.5, 'gold': '1', 'answer': '1', 'family': 'x', 'code': 0.5,
-        'calls': 1.5, 'length': 3.0, 'truncated': 0.0}
+        'avg': 0.5,
+        'maj': 0.5,
+        'exact': 0.5,
+        'lenient': 0.5,
+        'gold': '1',
+        'answer': '1',
+        'family': 'x',
+        'code': 0.5,
+        'calls': 1.5,
+        'length': 3.0,
+        'truncated': 0.0,
+    }
     assert found['pass_at'] == pytest.approx({'1': 0.5, '2': 2 / 3})
     assert found['verdicts'] == {'error': 1, 'format': 1, 'ok': 1}
     assert found['stops'] == {'answer': 1, 'eos': 4, 'length': 1}
     assert found['families'] == {'x': 0.5, 'y': 0.5}
-    expected = {'pass': 2 / 3, 'maj': 0.5, 'exact': 0.5, 'code_ratio': 1 / 6, 'calls': 0.5, 'call_failures': 2 / 3,
-                'format': 4 / 6, 'truncated': 1 / 6, 'void': 1 / 6, 'length': 3.0, 'turns': 8 / 6}
+    expected = {
+        'pass': 2 / 3,
+        'maj': 0.5,
+        'exact': 0.5,
+        'code_ratio': 1 / 6,
+        'calls': 0.5,
+        'call_failures': 2 / 3,
+        'format': 4 / 6,
+        'truncated': 1 / 6,
+        'void': 1 / 6,
+        'length': 3.0,
+        'turns': 8 / 6,
+    }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    for score, ci in (('avg', 'ci'), ('pass', 'pass_ci'), ('maj', 'maj_ci'), ('exact', 'exact_ci'),
-                      ('lenient', 'lenient_ci')):
+    for score, ci in (
+        ('avg', 'ci'),
+        ('pass', 'pass_ci'),
+        ('maj', 'maj_ci'),
+        ('exact', 'exact_ci'),
+        ('lenient', 'lenient_ci'),
+    ):
         assert found[ci][0] <= found[score] <= found[ci][1] and found[ci][0] < found[ci][1]
     assert summary.as_metrics('set', found) == {
-        'val/set/avg@2': 0.5, 'val/set/pass@2': found['pass'], 'val/set/maj@2': 0.5}
+        'val/set/avg@2': 0.5,
+        'val/set/pass@2': found['pass'],
+        'val/set/maj@2': 0.5,
+    }
 
 
 def test_problems_with_unequal_samples_are_refused():

@@ -15,15 +15,21 @@ from tests.text.corpus import QWEN, TRACES
 QUESTION = 'Let $x^2=2$; find x.\n  Is  it 中文? {braces} %d <|im_end|>'
 TEMPLATES = {
     'chatml': gguf_files.CHATML,
-    'system': ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
-               + gguf_files.CHATML),
-    'headers': ("{{ bos_token }}{%- if date_string is not defined %}{%- set date_string = '1 Jan 2026' %}{%- endif %}"
-                "{{- 'Today: ' + date_string + '\n\n' }}{%- for message in messages %}{{- '<|im_start|>' + "
-                "message.role + '<|endoftext|>\n\n' + message['content'] | trim + eos_token }}{%- endfor %}"
-                "{%- if add_generation_prompt %}{{- '<|im_start|>assistant<|endoftext|>\n\n' }}{%- endif %}"),
-    'thinks': ("{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}"
-               "<|endoftext|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-               "{% if add_generation_prompt %}<|endoftext|><think>\n{% endif %}"),
+    'system': (
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+        + gguf_files.CHATML
+    ),
+    'headers': (
+        "{{ bos_token }}{%- if date_string is not defined %}{%- set date_string = '1 Jan 2026' %}{%- endif %}"
+        "{{- 'Today: ' + date_string + '\n\n' }}{%- for message in messages %}{{- '<|im_start|>' + "
+        "message.role + '<|endoftext|>\n\n' + message['content'] | trim + eos_token }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant<|endoftext|>\n\n' }}{%- endif %}"
+    ),
+    'thinks': (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}"
+        '<|endoftext|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}'
+        '{% if add_generation_prompt %}<|endoftext|><think>\n{% endif %}'
+    ),
 }
 
 
@@ -45,7 +51,8 @@ def theirs(directory, content: str) -> list[int]:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(directory).apply_chat_template(
-        [{'role': 'user', 'content': content}], add_generation_prompt=True, return_dict=False)
+        [{'role': 'user', 'content': content}], add_generation_prompt=True, return_dict=False
+    )
 
 
 @pytest.mark.parametrize('tools', [True, False])
@@ -56,13 +63,15 @@ def test_prompt_ids_are_those_of_the_template_as_transformers_renders_it(trained
     instruction = template.TOOL_INSTRUCTION if tools else template.TEXT_INSTRUCTION
     question = QUESTION.removesuffix(' <|im_end|>')  # transformers makes a chat token of that, we never do
     assert template.prompt_ids(made, tokenizer, question) == theirs(
-        tmp_path, instruction.replace('{question}', question))
+        tmp_path, instruction.replace('{question}', question)
+    )
     assert template.end_ids(made, tokenizer) == [tokenizer.special_ids['<|im_end|>']]
     assert made.opens_think == (name == 'thinks')
     ids = template.prompt_ids(made, tokenizer, QUESTION)
     assert tokenizer.decode(ids, specials=True) == made.before + QUESTION + made.after
     assert len([i for i in ids if i in tokenizer.special_ids.values()]) == len(
-        [i for i in template.prompt_ids(made, tokenizer, 'Q') if i in tokenizer.special_ids.values()])
+        [i for i in template.prompt_ids(made, tokenizer, 'Q') if i in tokenizer.special_ids.values()]
+    )
 
 
 @pytest.mark.skipif(not QWEN.is_dir(), reason='the real Qwen2.5 tokenizer is not here')
@@ -74,33 +83,44 @@ def test_qwens_own_template_gives_the_record_of_its_family(tools):
 
 
 def test_a_template_in_a_file_of_its_own_and_one_among_several_are_found(trained, tmp_path):
-    tokenizer = with_template(trained, tmp_path, [{'name': 'tool_use', 'template': 'x'},
-                                                  {'name': 'default', 'template': TEMPLATES['chatml']}])
+    tokenizer = with_template(
+        trained, tmp_path, [{'name': 'tool_use', 'template': 'x'}, {'name': 'default', 'template': TEMPLATES['chatml']}]
+    )
     assert chat.read(tokenizer)[0] == '<|im_start|>user\n'
     (tmp_path / 'chat_template.jinja').write_text(TEMPLATES['system'])
     assert chat.read(tokenizer)[0].startswith('<|im_start|>system\nYou help.')
 
 
 def test_special_tokens_may_be_records(trained, tmp_path):
-    tokenizer = with_template(trained, tmp_path, TEMPLATES['headers'], bos_token={'content': '<|endoftext|>'},
-                              eos_token={'content': '<|im_end|>', 'special': True})
+    tokenizer = with_template(
+        trained,
+        tmp_path,
+        TEMPLATES['headers'],
+        bos_token={'content': '<|endoftext|>'},
+        eos_token={'content': '<|im_end|>', 'special': True},
+    )
     assert chat.read(tokenizer)[0].startswith('<|endoftext|>Today: 1 Jan 2026\n\n<|im_start|>user')
 
 
-@pytest.mark.parametrize('source, message', [
-    (None, 'holds no chat template'),
-    ('{% for m in messages %}', 'cannot be rendered'),
-    ("{{ raise_exception('system first') }}", 'cannot be rendered .system first.'),
-    ("{{ messages[3]['content']['x'] }}", 'cannot be rendered'),
-    ('{{ [1] + 1 }}', 'cannot be rendered'),
-    ('<|im_start|>', 'writes the message 0 times'),
-    ("{{ messages[0].content + messages[0].content }}", 'writes the message 2 times'),
-    ("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}", 'ends an answer with no token'),
-    ("{% for m in messages %}{{ m.content + '<|im_start|>' }}{% endfor %}", 'ends an answer with no token'),
-    ("{% for m in messages %}{{ m.content | replace('Python', 'Ruby') + '<|im_end|>' }}{% endfor %}",
-     'changes the words of a message'),
-    ("{{ ''.__class__.__mro__ }}", 'cannot be rendered'),
-])
+@pytest.mark.parametrize(
+    'source, message',
+    [
+        (None, 'holds no chat template'),
+        ('{% for m in messages %}', 'cannot be rendered'),
+        ("{{ raise_exception('system first') }}", 'cannot be rendered .system first.'),
+        ("{{ messages[3]['content']['x'] }}", 'cannot be rendered'),
+        ('{{ [1] + 1 }}', 'cannot be rendered'),
+        ('<|im_start|>', 'writes the message 0 times'),
+        ('{{ messages[0].content + messages[0].content }}', 'writes the message 2 times'),
+        ("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}", 'ends an answer with no token'),
+        ("{% for m in messages %}{{ m.content + '<|im_start|>' }}{% endfor %}", 'ends an answer with no token'),
+        (
+            "{% for m in messages %}{{ m.content | replace('Python', 'Ruby') + '<|im_end|>' }}{% endfor %}",
+            'changes the words of a message',
+        ),
+        ("{{ ''.__class__.__mro__ }}", 'cannot be rendered'),
+    ],
+)
 def test_what_cannot_be_read_is_refused_in_a_line(trained, tmp_path, source, message):
     tokenizer = with_template(trained, tmp_path, source)
     with pytest.raises(UserError, match=message) as caught:

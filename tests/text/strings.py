@@ -18,11 +18,20 @@ CODE = ('def f(x):\n    return x**2\n', 'for i in range(10):\n\tprint(i, end="")
 def make_strings(count: int, seed: int = 0) -> list[str]:
     """`count` different strings, the same for a seed: one to twelve pieces of one of the kinds, or of all."""
     rng, found = random.Random(seed), {}
-    number = lambda: rng.choice((str(rng.randrange(10 ** rng.randrange(1, 12))), f'{rng.random() * 1000:.3f}',
-                                 f'{rng.randrange(10 ** 6):,}'))
+    number = lambda: rng.choice(
+        (str(rng.randrange(10 ** rng.randrange(1, 12))), f'{rng.random() * 1000:.3f}', f'{rng.randrange(10**6):,}')
+    )
     letters = lambda: ''.join(rng.choice('etaoinshrdlucmfwypvbgkjqxzETAOIN') for _ in range(rng.randrange(1, 10)))
-    plane = lambda: chr(rng.choice((rng.randrange(0x20, 0x250), rng.randrange(0x250, 0xD800),
-                                    rng.randrange(0xE000, 0xFFFE), rng.randrange(0x10000, 0x20000))))
+    plane = lambda: chr(
+        rng.choice(
+            (
+                rng.randrange(0x20, 0x250),
+                rng.randrange(0x250, 0xD800),
+                rng.randrange(0xE000, 0xFFFE),
+                rng.randrange(0x10000, 0x20000),
+            )
+        )
+    )
     pieces = (lambda: rng.choice(WORDS), number, letters, lambda: rng.choice(SPACES), lambda: rng.choice(CODE), plane)
     while len(found) < count:
         kinds = rng.choice([pieces, *((piece,) for piece in pieces)])

@@ -118,9 +118,7 @@ def test_automaton_and_text_search_agree_on_random_streams(token_bytes, table):
                 ids.append(rng.randrange(table.next_state.shape[1]))
             else:
                 ids.append(rng.choice(specials))
-        seen += check_stream(
-            token_bytes, table, ids, resets={n for n in range(len(ids)) if rng.random() < 0.02}
-        )
+        seen += check_stream(token_bytes, table, ids, resets={n for n in range(len(ids)) if rng.random() < 0.02})
     assert seen > 500
 
 
@@ -225,10 +223,7 @@ def test_in_qwens_vocabulary_almost_every_end_of_a_tag_overshoots():
     assert (len(ends), len(exact)) == (266, 1)
     assert table.states < 32
     ids = tokenizer.encode('so </code>\n')
-    assert (
-        table.stops[table.walk(ids)] == tags.CODE
-        and tags.overshoot(table, tokenizer.token_bytes, ids) == b'\n'
-    )
+    assert table.stops[table.walk(ids)] == tags.CODE and tags.overshoot(table, tokenizer.token_bytes, ids) == b'\n'
 
 
 def test_overshoot_of_ids_that_end_no_tag_is_refused():

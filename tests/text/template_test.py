@@ -76,9 +76,7 @@ def test_the_tool_prompt_says_all_that_the_paper_asks_for(name):
 def test_the_text_only_prompt_never_speaks_of_code(name):
     asked = template.make_template(name, tools=False)
     prompt = asked.before + asked.after
-    assert not any(
-        word in prompt for word in ('code', 'python', 'Python', 'interpreter', 'sandbox', 'script')
-    )
+    assert not any(word in prompt for word in ('code', 'python', 'Python', 'interpreter', 'sandbox', 'script'))
     assert name == 'tiny' or '<answer>\n\\boxed{your final answer}\n</answer>' in prompt
 
 
@@ -148,8 +146,9 @@ def test_an_instruction_of_a_file_takes_the_place_of_our_words(name, tmp_path, r
     assert (asked.turn_end, asked.opens_think) == (ours.turn_end, ours.opens_think)
     text = tokenizer.decode(template.prompt_ids(asked, tokenizer, 'What is 1 + 1?'), specials=True)
     begin, end = template._FAMILIES[name][:2]
-    assert text == (f'{begin}Solve {{this}}. Box it: \\boxed{{x}}\n*user question:*\nWhat is 1 + 1?\n\n'
-                    f'Think in <code> tags.{end}')
+    assert text == (
+        f'{begin}Solve {{this}}. Box it: \\boxed{{x}}\n*user question:*\nWhat is 1 + 1?\n\nThink in <code> tags.{end}'
+    )
 
 
 @needs_qwen
@@ -158,8 +157,13 @@ def test_the_short_instruction_is_short_and_says_how_to_call_and_how_to_answer()
     tool, text = (template.read_instruction('short', tools) for tools in (True, False))
     empty = lambda instruction: instruction.replace(template.QUESTION, '')
     assert len(tokenizer.encode(empty(tool))) <= 60 and len(tokenizer.encode(empty(text))) <= 30
-    for words in ('You may run Python', '<interpreter>', '<code>\n```python\n', '\n```\n</code>',
-                  '<answer>\n\\boxed{result}\n</answer>'):
+    for words in (
+        'You may run Python',
+        '<interpreter>',
+        '<code>\n```python\n',
+        '\n```\n</code>',
+        '<answer>\n\\boxed{result}\n</answer>',
+    ):
         assert words in tool, words
     shown = template.extract_snippet(tool[: tool.index('</code>') + len('</code>')])
     compile(shown.code, 'shown', 'exec')
@@ -176,10 +180,15 @@ def test_an_instruction_is_chosen_by_name(tools):
     assert short.after == template.make_template('tiny').after
 
 
-@pytest.mark.parametrize(('content', 'words'), [
-    (b'Solve it.', r'holds \{question\} 0 times'), (b'{question} {question}', r'holds \{question\} 2 times'),
-    (b'L\xf6se: {question}', 'is not UTF-8'),
-    (None, 'cannot be read: No such file or directory; give a file, or one of paper, short')])
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        (b'Solve it.', r'holds \{question\} 0 times'),
+        (b'{question} {question}', r'holds \{question\} 2 times'),
+        (b'L\xf6se: {question}', 'is not UTF-8'),
+        (None, 'cannot be read: No such file or directory; give a file, or one of paper, short'),
+    ],
+)
 def test_an_instruction_that_cannot_be_asked_is_refused_by_its_file(tmp_path, content, words):
     path = tmp_path / 'prompt.txt'
     if content is not None:
@@ -310,9 +319,7 @@ def test_a_hostile_turn_is_searched_in_time():
     assert time.process_time() - began < 5
 
 
-@pytest.mark.parametrize(
-    'code', ['print(1)', 'import math\n\nprint(math.pi)', 'def f():\n    return 1\nprint(f())']
-)
+@pytest.mark.parametrize('code', ['print(1)', 'import math\n\nprint(math.pi)', 'def f():\n    return 1\nprint(f())'])
 def test_a_written_snippet_is_read_back(code):
     assert template.extract_snippet('Let me see.\n' + template.wrap_snippet(code) + '\n').code == code
 
@@ -408,9 +415,7 @@ def episode_of(tokenizer, *segments):
 def test_final_text_is_what_the_model_wrote_after_the_last_feedback():
     tokenizer = fakes.byte_tokenizer()
     feedback = template.wrap_feedback('5')
-    episode = episode_of(
-        tokenizer, (False, 'Q'), (True, 'a \\boxed{9}</code>'), (False, feedback), (True, 'so 5')
-    )
+    episode = episode_of(tokenizer, (False, 'Q'), (True, 'a \\boxed{9}</code>'), (False, feedback), (True, 'so 5'))
     assert template.final_text(episode, tokenizer) == 'so 5'
     assert template.final_text(episode_of(tokenizer, (False, 'Q'), (True, 'only')), tokenizer) == 'only'
     cut = episode_of(tokenizer, (False, 'Q'), (True, '\\boxed{9}</code>'), (False, feedback))
@@ -435,9 +440,7 @@ def test_a_trace_is_cut_into_the_segments_that_rollout_would_produce():
         (True, second), (False, template.wrap_feedback('2')), (True, last),
     ]  # fmt: skip
     assert template.split_trace(''.join(text for _, text in wanted)) == wanted
-    loose = (
-        first + '  \n<interpreter>\n1\n\n</interpreter>\n' + second + '<interpreter>2</interpreter>' + last
-    )
+    loose = first + '  \n<interpreter>\n1\n\n</interpreter>\n' + second + '<interpreter>2</interpreter>' + last
     assert template.split_trace(loose) == wanted
 
 

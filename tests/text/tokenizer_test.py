@@ -136,9 +136,7 @@ def test_an_unreadable_file_is_named_in_one_line(tmp_path, file):
 def test_a_tokenizer_in_which_nothing_ends_a_turn_is_refused(tmp_path):
     train_bpe(TRACES, 300, tmp_path)
     text = (tmp_path / 'tokenizer.json').read_text()
-    (tmp_path / 'tokenizer.json').write_text(
-        text.replace('im_end', 'im_mid').replace('endoftext', 'midoftext')
-    )
+    (tmp_path / 'tokenizer.json').write_text(text.replace('im_end', 'im_mid').replace('endoftext', 'midoftext'))
     with pytest.raises(ValueError, match='no end-of-turn token'):
         load_tokenizer(tmp_path)
 
@@ -173,9 +171,7 @@ def test_a_tokenizer_that_lowercases_is_refused(tmp_path):
     ('remove_extra_whitespaces', True),
     ('byte_fallback', False),
 ])  # fmt: skip
-def test_a_sentencepiece_model_with_a_lossy_setting_is_refused_and_the_settings_named(
-    tmp_path, setting, value
-):
+def test_a_sentencepiece_model_with_a_lossy_setting_is_refused_and_the_settings_named(tmp_path, setting, value):
     settings = EXACT | {setting: value}
     if setting == 'byte_fallback':
         settings['hard_vocab_limit'] = False
@@ -199,8 +195,7 @@ def test_chat_marks_shipped_without_the_special_flag_are_still_special(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.special_ids['<｜User｜>'] == size and '<think>' not in tokenizer.special_ids
     assert (
-        size not in tokenizer.encode('<｜User｜>')
-        and tokenizer.decode(tokenizer.encode('<｜User｜>')) == '<｜User｜>'
+        size not in tokenizer.encode('<｜User｜>') and tokenizer.decode(tokenizer.encode('<｜User｜>')) == '<｜User｜>'
     )
     assert tokenizer.encode('<think>\n')[0] == size + 2
     assert tokenizer.token_bytes[size + 2] == b'<think>'
@@ -218,19 +213,37 @@ def edited(tmp_path, source, change):
 
 
 TRUNCATION = {'direction': 'Right', 'max_length': 16, 'strategy': 'LongestFirst', 'stride': 0}
-PADDING = {'strategy': {'Fixed': 64}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0, 'pad_type_id': 0,
-           'pad_token': '<|endoftext|>'}
+PADDING = {
+    'strategy': {'Fixed': 64},
+    'direction': 'Right',
+    'pad_to_multiple_of': None,
+    'pad_id': 0,
+    'pad_type_id': 0,
+    'pad_token': '<|endoftext|>',
+}
 
 
-@pytest.mark.parametrize('settings', [
-    {'truncation': TRUNCATION}, {'truncation': TRUNCATION | {'direction': 'Left', 'strategy': 'OnlyFirst'}},
-    {'padding': PADDING}, {'padding': PADDING | {'strategy': 'BatchLongest', 'pad_to_multiple_of': 8}},
-    {'truncation': TRUNCATION, 'padding': PADDING}, {'model': {'dropout': 0.5}}])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {'truncation': TRUNCATION},
+        {'truncation': TRUNCATION | {'direction': 'Left', 'strategy': 'OnlyFirst'}},
+        {'padding': PADDING},
+        {'padding': PADDING | {'strategy': 'BatchLongest', 'pad_to_multiple_of': 8}},
+        {'truncation': TRUNCATION, 'padding': PADDING},
+        {'model': {'dropout': 0.5}},
+    ],
+)
 def test_truncation_and_padding_of_another_program_are_switched_off(tmp_path, settings):
     plain = train_bpe(TRACES, 300, tmp_path / 'plain')
     (tmp_path / 'edited').mkdir()
-    ours = edited(tmp_path / 'edited', plain.directory, lambda content: content.update(
-        {name: content['model'] | value if name == 'model' else value for name, value in settings.items()}))
+    ours = edited(
+        tmp_path / 'edited',
+        plain.directory,
+        lambda content: content.update(
+            {name: content['model'] | value if name == 'model' else value for name, value in settings.items()}
+        ),
+    )
     for text in ('', 'a', 'What is the sum? ' * 400):
         assert ours.encode(text) == plain.encode(text)
         assert ours.decode(ours.encode(text)) == text
@@ -252,8 +265,13 @@ def test_tags_added_as_special_tokens_close_a_call_and_are_what_is_encoded(tmp_p
     size = plain.size
     token = {'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False} | flags
     (tmp_path / 'edited').mkdir()
-    ours = edited(tmp_path / 'edited', plain.directory, lambda content: content['added_tokens'].extend(
-        {'id': size + n, 'content': name, **token} for n, name in enumerate(names)))
+    ours = edited(
+        tmp_path / 'edited',
+        plain.directory,
+        lambda content: content['added_tokens'].extend(
+            {'id': size + n, 'content': name, **token} for n, name in enumerate(names)
+        ),
+    )
     added = {name: size + n for n, name in enumerate(names)}
     table = tags.build_table(ours.token_bytes, ours.size)
     assert table.stops[table.walk([added['</code>']])] == tags.CODE

@@ -65,8 +65,11 @@ def test_control_tokens_are_special_user_tokens_are_text_and_padding_is_left_out
 
 
 def test_every_end_that_the_file_names_ends_a_turn(trained, tmp_path):
-    metadata = trained['qwen2'] | {'tokenizer.ggml.eos_token_id': 0, 'tokenizer.ggml.eot_token_id': 2,
-                                   'tokenizer.ggml.eom_token_id': 1}
+    metadata = trained['qwen2'] | {
+        'tokenizer.ggml.eos_token_id': 0,
+        'tokenizer.ggml.eot_token_id': 2,
+        'tokenizer.ggml.eom_token_id': 1,
+    }
     assert load(metadata, tmp_path).eos_ids == (0, 2, 1)
     assert json.loads((tmp_path / 'generation_config.json').read_text())['eos_token_id'] == [0, 2, 1]
     assert json.loads((tmp_path / 'tokenizer_config.json').read_text())['chat_template'] == gguf_files.CHATML
@@ -99,13 +102,16 @@ def test_pieces_of_sentencepiece_join_by_score_and_no_space_is_added(tmp_path, p
     assert written['pre_tokenizer']['prepend_scheme'] == ('first' if prefix else 'never')
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'tokenizer.ggml.pre': 'viking'}, 'tokenizer.ggml.pre=viking is not known; known are default, gpt-2'),
-    ({'tokenizer.ggml.model': 't5'}, 'tokenizer.ggml.model=t5 is not supported'),
-    ({'tokenizer.ggml.tokens': None}, 'tokenizer.ggml.model=gpt2 is not supported'),
-    ({'tokenizer.ggml.merges': ['x yzzy']}, 'its tokenizer cannot be read'),
-    ({'tokenizer.ggml.merges': ['x']}, 'its tokenizer cannot be read'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'tokenizer.ggml.pre': 'viking'}, 'tokenizer.ggml.pre=viking is not known; known are default, gpt-2'),
+        ({'tokenizer.ggml.model': 't5'}, 'tokenizer.ggml.model=t5 is not supported'),
+        ({'tokenizer.ggml.tokens': None}, 'tokenizer.ggml.model=gpt2 is not supported'),
+        ({'tokenizer.ggml.merges': ['x yzzy']}, 'its tokenizer cannot be read'),
+        ({'tokenizer.ggml.merges': ['x']}, 'its tokenizer cannot be read'),
+    ],
+)
 def test_what_is_not_known_is_refused_by_name(trained, tmp_path, change, message):
     with pytest.raises(UserError, match=f'^model.gguf: .*{message}') as caught:
         vocabulary.save(trained['qwen2'] | change, tmp_path, 'model.gguf')
@@ -124,10 +130,15 @@ def test_tokens_outside_the_alphabet_of_bytes_keep_their_ids(trained, tmp_path):
     metadata = trained['deepseek-r1-qwen']
     marks = ['<｜begin▁of▁sentence｜>', '<｜User｜>', '<｜end▁of▁sentence｜>', '<think>']
     tokens = [*metadata['tokenizer.ggml.tokens'], *marks]
-    tokenizer = load(metadata | {
-        'tokenizer.ggml.tokens': tokens,
-        'tokenizer.ggml.token_type': [*metadata['tokenizer.ggml.token_type'], 3, 3, 3, 4],
-        'tokenizer.ggml.eos_token_id': len(tokens) - 2}, tmp_path)
+    tokenizer = load(
+        metadata
+        | {
+            'tokenizer.ggml.tokens': tokens,
+            'tokenizer.ggml.token_type': [*metadata['tokenizer.ggml.token_type'], 3, 3, 3, 4],
+            'tokenizer.ggml.eos_token_id': len(tokens) - 2,
+        },
+        tmp_path,
+    )
     assert tokenizer.encode(''.join(marks), specials=True) == [*range(len(tokens) - 4, len(tokens))]
     assert tokenizer.eos_ids[0] == len(tokens) - 2 and tokenizer.size == len(tokens)
     assert tokenizer.decode([len(tokens) - 1]) == '<think>'

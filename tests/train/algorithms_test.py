@@ -32,10 +32,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def some_answers_are_right(monkeypatch):
     """A random model solves nothing, so that groups would never differ."""
+
     def grade(episodes, grader, tokenizer):
         for e in episodes:
             right = sum(e.tokens) % 3 == 0
             e.reward = Reward(1.0 if right else -1.0, right, right, right, '1' if right else '')
+
     monkeypatch.setattr(grading, 'grade', grade)
 
 
@@ -67,7 +69,7 @@ def test_dapo_replaces_groups_of_equal_rewards_and_penalises_length(folder):
     assert lines[1]['data/cursor'] > lines[0]['data/cursor'] >= 3
     for step, line in enumerate(lines):
         episodes = episode_files.read(folder / 'dapo' / 'episodes', f'train_{step:05d}')
-        groups = [episodes[i:i + 3] for i in range(0, len(episodes), 3)]
+        groups = [episodes[i : i + 3] for i in range(0, len(episodes), 3)]
         assert len(groups) == line['rollout/groups_taken'] > 0
         assert all(len({e.reward.correct for e in group}) == 2 for group in groups)
 
@@ -82,8 +84,13 @@ def test_every_size_of_every_algorithm_agrees_with_itself(name):
         settings.build(Reinforcement, config)
         assert advantage.needs_groups == (sizes.samples > 1 and sizes.critic == 'none')
         assert sizes.problems_per_step * sizes.samples % sizes.minibatches == 0
-        for kind, key in ((LossSettings, 'loss'), (WatchSettings, 'watch'), (HalvesSettings, 'halves'),
-                          (CheckpointSettings, 'checkpoints'), (OptimizerSettings, 'optimizer')):
+        for kind, key in (
+            (LossSettings, 'loss'),
+            (WatchSettings, 'watch'),
+            (HalvesSettings, 'halves'),
+            (CheckpointSettings, 'checkpoints'),
+            (OptimizerSettings, 'optimizer'),
+        ):
             block(kind, key)
     assert f'python launch/ppo.py --config=configs/{name}.py:tiny' in (cli.ROOT / f'configs/{name}.py').read_text()
 
@@ -141,15 +148,25 @@ VARIANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize('name', VARIANTS)
 def test_every_algorithm_is_a_choice_of_values(folder, name):
-    lines, stage = run(folder, name.replace(' ', '_').replace(',', ''), **NO_CRITIC | {'ppo.samples': 4} |
-                        VARIANTS[name])
+    lines, stage = run(
+        folder, name.replace(' ', '_').replace(',', ''), **NO_CRITIC | {'ppo.samples': 4} | VARIANTS[name]
+    )
     assert ('actor/kl' in lines[0]) == (stage.loss.kl_coef > 0)
 
 
 @pytest.mark.slow
 def test_a_critic_with_a_backbone_warms_up_and_waits_on_the_host(folder):
-    lines, _ = run(folder, 'backbone', **{'ppo.critic': 'backbone', 'ppo.critic_warmup_steps': 1, 'ppo.offload': True,
-                                          'loss.value_clip': 0.2, 'ppo.epochs': 2})
+    lines, _ = run(
+        folder,
+        'backbone',
+        **{
+            'ppo.critic': 'backbone',
+            'ppo.critic_warmup_steps': 1,
+            'ppo.offload': True,
+            'loss.value_clip': 0.2,
+            'ppo.epochs': 2,
+        },
+    )
     assert abs(lines[0]['actor/ppo_kl']) < 1e-6 < abs(lines[1]['actor/ppo_kl'])  # held while the critic warms up
     assert all(line['critic/vf_loss'] > 0 for line in lines)
 
@@ -158,8 +175,9 @@ def test_a_critic_with_a_backbone_warms_up_and_waits_on_the_host(folder):
 def test_a_warm_up_that_is_broken_off_goes_on_as_the_whole_one(folder):
     def run_to(name, *ends):
         for end in ends:  # ppo.steps may change between two starts
-            stage = killable.make_stage(folder, name, **{
-                'ppo.steps': end, 'checkpoints.every': 1, 'ppo.critic_warmup_steps': 2})
+            stage = killable.make_stage(
+                folder, name, **{'ppo.steps': end, 'checkpoints.every': 1, 'ppo.critic_warmup_steps': 2}
+            )
             with killable.tiny_world(folder, name):
                 ppo.run(stage)
             if end < ends[-1]:
@@ -168,6 +186,7 @@ def test_a_warm_up_that_is_broken_off_goes_on_as_the_whole_one(folder):
         assert [line['actor/grad_norm'] > 0 for line in lines] == [False, False, True]
         assert all(line['critic/grad_norm'] > 0 and line['actor/entropy'] > 0 for line in lines)
         return (folder / name / 'final' / 'model.safetensors').read_bytes(), [line['critic/vf_loss'] for line in lines]
+
     whole = run_to('warm', 3)
     assert run_to('broken_off', 1, 3) == whole
 
@@ -193,21 +212,26 @@ def test_rollouts_alone_are_kept_and_trained_on_alone(folder):
     assert lines[0]['mismatch/logprob_abs_max'] < 1e-4 < lines[1]['mismatch/logprob_abs_max']  # off-policy by a step
 
 
-@pytest.mark.parametrize(('values', 'words'), [
-    ({'ppo.critic': 'none'}, "ppo.critic='none' contradicts advantage.kind='gae'"),
-    ({'advantage.kind': 'grpo'}, "ppo.critic='head' contradicts advantage.kind='grpo'"),
-    ({'ppo.dynamic_rounds': 2, 'ppo.samples': 1}, 'dynamic_rounds=2 compares the samples'),
-    ({'watch.faults': 'shout'}, "watch.faults='shout' is unknown; choose one of ignore, warn, stop"),
-    ({'train_sampling.top_p': 0.9}, 'train_sampling.top_p=0.9, .* set top_p=1'),
-    ({'train_sampling.temperature': 0.0}, 'train_sampling.temperature=0.0 .* above 0'),
-    (NO_CRITIC | {'advantage.kind': 'grpo', 'ppo.samples': 1},
-     "advantage.kind='grpo' compares the samples of a problem, .* set ppo.samples=2"),
-    ({'ppo.quanta': 4, 'loss.correction': 'none'}, 'ppo.quanta=4 trains on tokens of older weights'),
-    ({'halves.episodes': '/kept', 'loss.correction': 'none'}, "halves.episodes='/kept' trains on tokens of other"),
-    ({'ppo.critic': 'none', 'ppo.critic_warmup_steps': 1}, 'ppo.critic_warmup_steps=1 holds the policy'),
-    ({'ppo.quanta': 4, 'halves.train': False}, 'ppo.quanta=4 carries episodes over .* set ppo.quanta=0'),
-    ({'halves.episodes': '/nowhere'}, "halves.episodes='/nowhere' holds no training episodes"),
-])
+@pytest.mark.parametrize(
+    ('values', 'words'),
+    [
+        ({'ppo.critic': 'none'}, "ppo.critic='none' contradicts advantage.kind='gae'"),
+        ({'advantage.kind': 'grpo'}, "ppo.critic='head' contradicts advantage.kind='grpo'"),
+        ({'ppo.dynamic_rounds': 2, 'ppo.samples': 1}, 'dynamic_rounds=2 compares the samples'),
+        ({'watch.faults': 'shout'}, "watch.faults='shout' is unknown; choose one of ignore, warn, stop"),
+        ({'train_sampling.top_p': 0.9}, 'train_sampling.top_p=0.9, .* set top_p=1'),
+        ({'train_sampling.temperature': 0.0}, 'train_sampling.temperature=0.0 .* above 0'),
+        (
+            NO_CRITIC | {'advantage.kind': 'grpo', 'ppo.samples': 1},
+            "advantage.kind='grpo' compares the samples of a problem, .* set ppo.samples=2",
+        ),
+        ({'ppo.quanta': 4, 'loss.correction': 'none'}, 'ppo.quanta=4 trains on tokens of older weights'),
+        ({'halves.episodes': '/kept', 'loss.correction': 'none'}, "halves.episodes='/kept' trains on tokens of other"),
+        ({'ppo.critic': 'none', 'ppo.critic_warmup_steps': 1}, 'ppo.critic_warmup_steps=1 holds the policy'),
+        ({'ppo.quanta': 4, 'halves.train': False}, 'ppo.quanta=4 carries episodes over .* set ppo.quanta=0'),
+        ({'halves.episodes': '/nowhere'}, "halves.episodes='/nowhere' holds no training episodes"),
+    ],
+)
 def test_contradictions_are_refused_before_anything_is_written(folder, values, words):
     with killable.tiny_world(folder, 'refused'), pytest.raises(ValueError, match=words) as refused:
         ppo.run(killable.make_stage(folder, 'refused', **values))

@@ -52,8 +52,11 @@ def folder(tmp_path_factory):
 
 def run(folder, name, share, accidents, **values):
     """Two steps; returns (episodes of the first, metrics, guard)."""
-    stage = killable.make_stage(folder, name, **{'ppo.steps': 2, 'ppo.problems_per_step': 12,
-                                                      'watch.faults': 'warn', 'watch.failures': 'ignore'} | values)
+    stage = killable.make_stage(
+        folder,
+        name,
+        **{'ppo.steps': 2, 'ppo.problems_per_step': 12, 'watch.faults': 'warn', 'watch.failures': 'ignore'} | values,
+    )
     first = Faulty(Pool(SMALL), share, accidents)
     with first.pool, Guard(first, lambda: Faulty(Pool(SMALL), share, {}), stall_s=4) as guard:
         with killable.tiny_world(folder, name, executor=guard):
@@ -79,7 +82,7 @@ def test_faults_are_counted_and_leave_the_other_episodes_as_they_were(folder):
             assert same(before, after)
         else:  # it ends where the fault was, and none of the sandbox's words are in it
             assert after.calls[-1].verdict == Verdict.SANDBOX_ERROR and after.calls[-1].feedback == ''
-            assert after.tokens == before.tokens[:len(after.tokens)]
+            assert after.tokens == before.tokens[: len(after.tokens)]
 
 
 @pytest.mark.slow
@@ -92,13 +95,17 @@ def test_a_sandbox_that_dies_again_and_again_costs_no_more_than_time(folder):
 def test_a_sandbox_that_only_fails_stops_the_run_by_name(folder):
     with pytest.raises(UserError, match=r'step 0: faults: tools/fault_frequency 1.00 exceeds 0.5.*alarms/faults_00000'):
         run(folder, 'hopeless', 1.0, {}, **{'watch.faults': 'stop'})
-    assert all(e.stop == Stop.FAULT or not e.calls
-               for e in episode_files.read(folder / 'hopeless' / 'alarms', 'faults_00000'))
+    assert all(
+        e.stop == Stop.FAULT or not e.calls for e in episode_files.read(folder / 'hopeless' / 'alarms', 'faults_00000')
+    )
 
 
 def test_a_pool_that_breaks_and_cannot_be_replaced_rings_with_its_reason(folder):
-    stage = killable.make_stage(folder, 'broken', **{'ppo.steps': 1, 'ppo.problems_per_step': 12,
-                                                          'watch.faults': 'stop', 'watch.failures': 'ignore'})
+    stage = killable.make_stage(
+        folder,
+        'broken',
+        **{'ppo.steps': 1, 'ppo.problems_per_step': 12, 'watch.faults': 'stop', 'watch.failures': 'ignore'},
+    )
     with Pool(SMALL) as pool, Guard(pool, lambda: Pool(UNSTARTABLE), stall_s=60) as guard:
         assert guard.submit('print(1)').result(60).stdout == '1\n'
         while not pool.ailing():  # its supervisor dies again and again

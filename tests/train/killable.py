@@ -60,7 +60,8 @@ def make_stage(folder: Path, name: str, algorithm: str = 'ppo', **values):
     flags = [f'--config.{key}={value}' for key, value in values.items()]
     sources = f"--config.data.sources=('{folder / 'problems.jsonl'}',)"
     return settings.build(
-        Reinforcement, cli.parse_config(['ppo', f'--config=configs/{algorithm}.py:tiny', sources, *flags]))
+        Reinforcement, cli.parse_config(['ppo', f'--config=configs/{algorithm}.py:tiny', sources, *flags])
+    )
 
 
 class HonestTool:
@@ -113,6 +114,7 @@ def tiny_world(folder: Path, name: str, journal: bool = True, moment=lambda what
             found = function(*arguments, **keywords)
             moment(f'after {what}')
             return found
+
         return call
 
     write = Metrics.write
@@ -186,6 +188,7 @@ def main() -> None:
     def body(stage) -> None:
         with tiny_world(given.folder, given.name, not given.no_journal, moment):
             ppo.run(stage)
+
     cli._run(lambda argv: body(make_stage(given.folder, given.name, **{'ppo.quanta': given.quanta})), body)
 
 

@@ -84,8 +84,9 @@ def test_several_episodes_per_row_give_the_step_of_one_per_row():
     packed, alone = make_batch(segments=3), make_batch(segments=1)
     assert packed[1] < alone[1] == len(EPISODES)
     loss = small.make_loss(aggregation='seq-mean-token-mean')
-    run = lambda batch, n, rows: step(small.make_learner(
-        forward=small.make_forward(row_segments=n, micro_rows=rows), loss=loss), *batch)
+    run = lambda batch, n, rows: step(
+        small.make_learner(forward=small.make_forward(row_segments=n, micro_rows=rows), loss=loss), *batch
+    )
     assert_same_step(run(packed, 3, 2), run(alone, 1, 4))
 
 
@@ -112,8 +113,9 @@ def test_scores_are_those_of_each_episode_alone(learner):
     for r, n in place:
         here = batch.segment_ids_BT[r] == n
         tokens = batch.tokens_BT[r, here][None]
-        hidden = decoder.forward(small.CONFIG, tree['policy'], tokens, jnp.arange(tokens.shape[1])[None],
-                              jnp.ones_like(tokens))[0]
+        hidden = decoder.forward(
+            small.CONFIG, tree['policy'], tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
+        )[0]
         logprobs = jax.nn.log_softmax(hidden @ tree['policy']['lm_head']['weight'])
         before = hidden[:-1] @ tree['critic']['head']['weight'] + tree['critic']['head']['bias']
         expected = logprobs[jnp.arange(tokens.shape[1] - 1), tokens[0, 1:]]
@@ -125,8 +127,10 @@ def test_what_stands_beside_the_policys_tokens_changes_nothing(learner):
     batch, stop = make_batch()
     known = step(learner, batch, stop)
     other = dataclasses.replace(
-        batch, sampler_logprob_BT=np.where(batch.acted_BT, batch.sampler_logprob_BT, np.nan),
-        reward_BN=np.where(batch.group_BN >= 0, batch.reward_BN, 1e6).astype(np.float32))
+        batch,
+        sampler_logprob_BT=np.where(batch.acted_BT, batch.sampler_logprob_BT, np.nan),
+        reward_BN=np.where(batch.group_BN >= 0, batch.reward_BN, 1e6).astype(np.float32),
+    )
     assert np.isnan(other.sampler_logprob_BT).any() and (other.reward_BN == 1e6).any()
     jax.tree.map(np.testing.assert_array_equal, step(learner, other, stop), known)
     heard = dataclasses.replace(batch, sampler_logprob_BT=batch.sampler_logprob_BT + batch.acted_BT)
@@ -136,8 +140,10 @@ def test_what_stands_beside_the_policys_tokens_changes_nothing(learner):
 def test_an_episode_outside_the_update_leaves_the_step_as_if_it_were_absent(learner):
     keep = [i != 3 for i in range(len(EPISODES))]
     masked = step(learner, *make_batch(update=keep, baseline=keep))
-    absent = step(learner, *make_batch([e for e in EPISODES if e is not EPISODES[3]],
-                                       groups=[g for g, k in zip(GROUPS, keep) if k]))
+    absent = step(
+        learner,
+        *make_batch([e for e in EPISODES if e is not EPISODES[3]], groups=[g for g, k in zip(GROUPS, keep) if k]),
+    )
     assert_same_step(masked, absent)
     assert small.distance(masked[0], step(learner, *make_batch())[0]) > 1e-3
 
@@ -146,13 +152,13 @@ def test_an_episode_outside_the_update_leaves_the_step_as_if_it_were_absent(lear
 def test_a_tools_token_matters_only_as_context_of_what_the_policy_writes(learner, supervised):
     rng, mark = np.random.default_rng(5), 95  # an id found nowhere else
     embedding = lambda found: found[0]['policy']['embed_tokens']['weight'][mark]
-    own = lambda batch: (sft_step(small.make_learner(rl=False), batch[0]) if supervised
-                         else step(learner, *batch))
+    own = lambda batch: sft_step(small.make_learner(rl=False), batch[0]) if supervised else step(learner, *batch)
 
     def marked(*lengths, run):
         episode = small.make_episode(rng, 'p0', *lengths)
         episode.tokens[sum(lengths[:run])] = mark
         return make_batch([episode, *EPISODES[:3]])
+
     between, last = marked(4, 5, 3, 4, run=2), marked(4, 5, 3, run=2)
     assert not between[0].acted_BT[between[0].tokens_BT == mark].any()
     assert np.abs(embedding(own(between))).max() > 1e-6
@@ -175,6 +181,7 @@ def test_only_a_head_on_the_trunk_turns_the_policy_by_the_value_loss(learner, cr
         scores = learner.score(state.params, learner.put(batch), stop, None, num_groups=4)
         scores = dataclasses.replace(scores, return_BT=scores.return_BT + shift)  # what values are trained towards
         return small.gradient(learner.ppo_step(state, learner.put(batch), scores, (0, stop))[0])
+
     shifted, plain = found(1.0), found(0.0)
     assert small.distance(shifted['critic'], plain['critic']) > 1e-2
     moved = small.distance(shifted['policy'], plain['policy'])
@@ -183,8 +190,9 @@ def test_only_a_head_on_the_trunk_turns_the_policy_by_the_value_loss(learner, cr
 
 @pytest.mark.parametrize('critic', ['head', pytest.param('backbone', marks=pytest.mark.slow)])
 def test_a_held_policy_takes_no_step_and_no_moments_and_its_first_step_is_that_of_a_fresh_one(critic):
-    adam = OptimizerSettings(lr=small.LR, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.01,
-                             grad_clip=1.0)
+    adam = OptimizerSettings(
+        lr=small.LR, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.01, grad_clip=1.0
+    )
     learner = small.make_learner(make_optimizer(adam, 6, adam, critic_warmup_steps=2))
     batch, stop = make_batch()
     batch, first = learner.put(batch), small.make_state(learner.optimizer, critic)
@@ -196,13 +204,16 @@ def test_a_held_policy_takes_no_step_and_no_moments_and_its_first_step_is_that_o
     equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
     equal(state.params['policy'], whole[0]['policy'])
     equal(state.opt_state['policy'], whole[1]['policy'])
-    assert int(state.step) == 2 and all((np.asarray(a) != b).any() for a, b in zip(
-        jax.tree.leaves(state.params['critic']['head']), jax.tree.leaves(whole[0]['critic']['head'])))
+    assert int(state.step) == 2 and all(
+        (np.asarray(a) != b).any()
+        for a, b in zip(jax.tree.leaves(state.params['critic']['head']), jax.tree.leaves(whole[0]['critic']['head']))
+    )
     assert metrics['actor/ppo_kl'] == 0 and metrics['actor/ratio_max'] == 1 and metrics['actor/grad_norm'] == 0
     assert metrics['actor/entropy'] > 0 and metrics['mismatch/logprob_abs_max'] > 0 and metrics['critic/vf_loss'] > 0
     # With the critic as it was, the policy's next step is the first of a run that held nothing.
-    restart = TrainState(step=state.step, params={'policy': state.params['policy'], 'critic': kept['critic']},
-                         opt_state=state.opt_state)
+    restart = TrainState(
+        step=state.step, params={'policy': state.params['policy'], 'critic': kept['critic']}, opt_state=state.opt_state
+    )
     after, told = learner.ppo_step(restart, batch, scores, (0, stop))
     fresh, expected = learner.ppo_step(small.make_state(learner.optimizer, critic), batch, scores, (0, stop))
     equal(after.params['policy'], jax.device_get(fresh.params['policy']))
@@ -240,8 +251,9 @@ def test_what_cannot_be_computed_is_refused_by_its_key():
 
 
 def test_metrics_of_several_steps_are_means_and_maxima():
-    assert mean_metrics(0, [{'a': np.float32(1), 'b_max': np.float32(1)}, {'a': np.float32(3), 'b_max': np.float32(5)}]
-                        ) == {'a': 2.0, 'b_max': 5.0}
+    assert mean_metrics(
+        0, [{'a': np.float32(1), 'b_max': np.float32(1)}, {'a': np.float32(3), 'b_max': np.float32(5)}]
+    ) == {'a': 2.0, 'b_max': 5.0}
     assert mean_metrics(0, []) == {}
 
 

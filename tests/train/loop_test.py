@@ -49,9 +49,17 @@ class Run:
         assert result.metrics['data/cursor'] == 3 * (result.step + 1) and result.metrics['time/rollout_s'] == 1
 
     def train(self, steps=3, due=lambda done: False):
-        ppo.train(None, self.progress, dataclasses.replace(SETTINGS, steps=steps), collect=self.collect, seed=0,
-                  residency=Residency(False), report=self.report, due=due,
-                  spoiled=lambda step, episodes: self.log.append(('spoiled', step, len(episodes))))
+        ppo.train(
+            None,
+            self.progress,
+            dataclasses.replace(SETTINGS, steps=steps),
+            collect=self.collect,
+            seed=0,
+            residency=Residency(False),
+            report=self.report,
+            due=due,
+            spoiled=lambda step, episodes: self.log.append(('spoiled', step, len(episodes))),
+        )
 
 
 def test_steps_are_reported_one_late_while_the_device_works(monkeypatch):
@@ -71,9 +79,10 @@ def test_a_step_that_is_due_is_reported_while_the_progress_is_its_own(monkeypatc
     assert run.log.index(('report', 1)) < run.log.index(('collect', 2))
 
 
-@pytest.mark.parametrize(('what', 'done', 'tail'), [
-    ('collect', 1, [('collect', 1), ('stopping', 0)]),
-    ('update', 2, [('update', 1), ('stopping', 1)])])
+@pytest.mark.parametrize(
+    ('what', 'done', 'tail'),
+    [('collect', 1, [('collect', 1), ('stopping', 0)]), ('update', 2, [('update', 1), ('stopping', 1)])],
+)
 def test_a_signal_leaves_a_whole_step_that_is_reported(monkeypatch, what, done, tail):
     run = Run(monkeypatch, lambda now, step: (now, step) == (what, 1) and signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):

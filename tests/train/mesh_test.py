@@ -34,13 +34,25 @@ def make_tree():
 def scored_on(mesh, rows=8):
     """A learner on a mesh, its first state, a batch and how many of its rows count, and the batch's scores."""
     rules, axes = decoder.fit_rules(CONFIG, mesh, sharding.TRAIN_RULES), decoder.logical_axes(CONFIG)
-    words = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
-        name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
-    learner = Learner(CONFIG, small.make_forward(micro_rows=rows, vocab_chunk=40), small.recording(), mesh,
-                      loss=small.make_loss(), advantage=small.make_advantage())
+    words = {
+        'policy': axes,
+        'critic': {
+            'head': {'weight': ('embed', None), 'bias': (None,)},
+            'backbone': {name: axes[name] for name in ('embed_tokens', 'layers', 'norm')},
+        },
+    }
+    learner = Learner(
+        CONFIG,
+        small.make_forward(micro_rows=rows, vocab_chunk=40),
+        small.recording(),
+        mesh,
+        loss=small.make_loss(),
+        advantage=small.make_advantage(),
+    )
     state = init_state(jax.device_put(make_tree(), sharding.shardings(mesh, words, rules)), learner.optimizer)
-    batch, ((_, stop),) = join([pack(EPISODES, width=48, rows=rows, segments=2,
-                                     groups=[int(e.problem.id[1:]) for e in EPISODES])], rows)
+    batch, ((_, stop),) = join(
+        [pack(EPISODES, width=48, rows=rows, segments=2, groups=[int(e.problem.id[1:]) for e in EPISODES])], rows
+    )
     batch = learner.put(batch)
     return learner, state, batch, stop, learner.score(state.params, batch, stop, None, num_groups=8)
 
@@ -60,15 +72,18 @@ def on_one_device(rows=8):
     return step_on(small.one_device(), rows)
 
 
-@pytest.mark.parametrize('sizes', [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SIZES],
-                         ids=lambda s: 'x'.join(map(str, s)))
+@pytest.mark.parametrize(
+    'sizes',
+    [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SIZES],
+    ids=lambda s: 'x'.join(map(str, s)),
+)
 def test_a_ppo_step_is_that_of_one_device(sizes):
     assert_same_step(step_on(sharding.make_mesh(dict(zip(sharding.AXES, sizes)))), on_one_device())
 
 
 @pytest.mark.parametrize('sizes', [(3, 2, 1), pytest.param((3, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_step_on_devices_that_are_no_power_of_two_is_that_of_one_device(sizes):
-    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), jax.devices()[:np.prod(sizes)])
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), jax.devices()[: np.prod(sizes)])
     assert_same_step(step_on(mesh, rows=6), on_one_device(6))
 
 
@@ -82,6 +97,7 @@ def test_a_supervised_step_on_six_devices_is_that_of_one():
         loss = learner.sft_loss(state.params, batch)
         state, metrics = learner.sft_step(state, batch)
         return small.gradient(state), loss, float(metrics['sft/loss'])
+
     found = run(sharding.make_mesh({'data': 3, 'fsdp': 2, 'tensor': 1}, jax.devices()[:6]), 0)
     expected = run(small.one_device(), 4)
     assert small.distance(found[0], expected[0]) < 1e-5
@@ -106,15 +122,29 @@ def test_a_ppo_update_gathers_no_logits_of_the_whole_vocabulary():
     learner, state, batch, stop, scores = scored_on(sharding.make_mesh(dict(zip(sharding.AXES, QUICK[0]))))
     micro, scored = next(learner._micro((batch, scores), 0, stop))
     policy = {'policy': state.params['policy']}
-    found = collectives(learner._ppo.lower(params=policy, gradients=policy, micro=micro, scores=scored,
-                                           denominators=learner._denominators(batch, 0, stop)).compile())
+    found = collectives(
+        learner._ppo.lower(
+            params=policy,
+            gradients=policy,
+            micro=micro,
+            scores=scored,
+            denominators=learner._denominators(batch, 0, stop),
+        ).compile()
+    )
     assert {'all-gather', 'all-reduce'} <= {kind for kind, _ in found}
     assert [x for x in found if is_logits(x[1])] == []
 
 
-@pytest.mark.parametrize('forward, message', [
-    (dict(micro_rows=6), r'forward.micro_rows=6 does not divide over data × fsdp = 4 devices; choose a multiple, or 0'),
-    (dict(row_width=49, logprob_chunk=49), r'forward.row_width=49 does not divide over tensor=2')])
+@pytest.mark.parametrize(
+    'forward, message',
+    [
+        (
+            dict(micro_rows=6),
+            r'forward.micro_rows=6 does not divide over data × fsdp = 4 devices; choose a multiple, or 0',
+        ),
+        (dict(row_width=49, logprob_chunk=49), r'forward.row_width=49 does not divide over tensor=2'),
+    ],
+)
 def test_rows_that_do_not_divide_are_refused_by_name(forward, message):
     mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
     with pytest.raises(ValueError, match=message):

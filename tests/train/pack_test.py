@@ -26,9 +26,13 @@ def unpack(batch):
             where = batch.segment_ids_BT[r] == n + 1
             if where.any():
                 found[int(batch.group_BN[r, n])] = {
-                    'tokens': batch.tokens_BT[r][where].tolist(), 'acted': batch.acted_BT[r][where].tolist(),
-                    'logprobs': batch.sampler_logprob_BT[r][where], 'positions': batch.positions_BT[r][where],
-                    'reward': batch.reward_BN[r, n], 'update': batch.update_BN[r, n]}
+                    'tokens': batch.tokens_BT[r][where].tolist(),
+                    'acted': batch.acted_BT[r][where].tolist(),
+                    'logprobs': batch.sampler_logprob_BT[r][where],
+                    'positions': batch.positions_BT[r][where],
+                    'reward': batch.reward_BN[r, n],
+                    'update': batch.update_BN[r, n],
+                }
     return found
 
 
@@ -68,7 +72,7 @@ def test_joined_batches_know_their_rows_and_end_in_empty_ones():
     assert whole.tokens_BT.shape[0] == 2 ** int(np.log2(whole.tokens_BT.shape[0]))
     for part, (start, stop) in zip(parts, rows):
         assert (whole.tokens_BT[start:stop] == part.tokens_BT).all()
-    assert not whole.segment_ids_BT[rows[-1][1]:].any() and not whole.update_BN[rows[-1][1]:].any()
+    assert not whole.segment_ids_BT[rows[-1][1] :].any() and not whole.update_BN[rows[-1][1] :].any()
 
 
 @pytest.mark.parametrize('rows', [1, 3, 6, 10])

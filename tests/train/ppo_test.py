@@ -24,9 +24,21 @@ from retool_jax.train.residency import Residency
 from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
 from tests.train import small
 
-SETTINGS = PPOSettings(steps=2, problems_per_step=3, samples=2, minibatches=2, epochs=1, critic='head',
-                       critic_warmup_steps=0, drop_void=False, mask_truncated=False, overlong_buffer=0,
-                       dynamic_rounds=0, quanta=0, offload=False)
+SETTINGS = PPOSettings(
+    steps=2,
+    problems_per_step=3,
+    samples=2,
+    minibatches=2,
+    epochs=1,
+    critic='head',
+    critic_warmup_steps=0,
+    drop_void=False,
+    mask_truncated=False,
+    overlong_buffer=0,
+    dynamic_rounds=0,
+    quanta=0,
+    offload=False,
+)
 WHOLE = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
 FORWARD = small.make_forward()
 # The contract with other tools.
@@ -47,8 +59,17 @@ def unpacked(batch, rows=None):
     for r in range(*(rows or (0, len(batch.tokens_BT)))):
         for n in range(batch.segment_ids_BT[r].max()):
             ids = tuple(batch.tokens_BT[r, batch.segment_ids_BT[r] == n + 1].tolist())
-            found.append((ids, (int(batch.group_BN[r, n]), float(batch.reward_BN[r, n]),
-                                bool(batch.baseline_BN[r, n]), bool(batch.update_BN[r, n]))))
+            found.append(
+                (
+                    ids,
+                    (
+                        int(batch.group_BN[r, n]),
+                        float(batch.reward_BN[r, n]),
+                        bool(batch.baseline_BN[r, n]),
+                        bool(batch.update_BN[r, n]),
+                    ),
+                )
+            )
     assert len(dict(found)) == len(found)
     return dict(found)
 
@@ -144,10 +165,14 @@ def test_a_warm_up_of_no_critic_is_refused():
         dataclasses.replace(SETTINGS, critic='none', critic_warmup_steps=20)
 
 
-@pytest.mark.parametrize(('drop_void', 'mask_truncated', 'expected'), [
-    (False, False, {'plain': (True, True), 'void': (True, True), 'long': (True, True)}),
-    (True, False, {'plain': (True, True), 'void': (False, False), 'long': (True, True)}),
-    (False, True, {'plain': (True, True), 'void': (True, True), 'long': (True, False)})])
+@pytest.mark.parametrize(
+    ('drop_void', 'mask_truncated', 'expected'),
+    [
+        (False, False, {'plain': (True, True), 'void': (True, True), 'long': (True, True)}),
+        (True, False, {'plain': (True, True), 'void': (False, False), 'long': (True, True)}),
+        (False, True, {'plain': (True, True), 'void': (True, True), 'long': (True, False)}),
+    ],
+)
 def test_void_truncated_and_faulty_episodes_are_masked_as_the_settings_say(drop_void, mask_truncated, expected):
     plain, void, long, fault = small.make_episodes(4)
     void.void, long.stop, fault.stop = True, Stop.LENGTH, Stop.FAULT
@@ -160,12 +185,19 @@ def test_void_truncated_and_faulty_episodes_are_masked_as_the_settings_say(drop_
 @pytest.fixture(scope='module')
 def runs():
     """Two real steps, and their second one again from the state after the first: every episode fails."""
-    adam = OptimizerSettings(lr=1e-2, schedule='constant', warmup_steps=0, b1=0.9, b2=0.99, weight_decay=0.0,
-                             grad_clip=1.0)
+    adam = OptimizerSettings(
+        lr=1e-2, schedule='constant', warmup_steps=0, b1=0.9, b2=0.99, weight_decay=0.0, grad_clip=1.0
+    )
     optimizer = make_optimizer(adam, 4, adam)
     forward = small.make_forward(row_width=128, logprob_chunk=128, vocab_chunk=264, micro_rows=4)
-    learner = Learner(small.SPEAKER, forward, optimizer, small.one_device(), loss=small.make_loss(),
-                      advantage=small.make_advantage(whiten=False))
+    learner = Learner(
+        small.SPEAKER,
+        forward,
+        optimizer,
+        small.one_device(),
+        loss=small.make_loss(),
+        advantage=small.make_advantage(whiten=False),
+    )
     begin = init_state(add_critic(small.SPEAKER, decoder.init(small.SPEAKER, jax.random.key(0)), 'head'), optimizer)
     copied = lambda tree: jax.tree.map(jnp.copy, tree)
     sampler, states, results = small.make_sampler(), [copied(begin)], []
@@ -174,11 +206,26 @@ def runs():
         def report(result):
             results.append(result)
             states.append(copied(progress.state))
+
         with Grader() as grader:
-            source = sources.sampled(small.make_engine(sampler), SETTINGS, small.make_problems(6),
-                                      template.make_template('tiny'), small.TOKENIZER, grader)
-            ppo.train(learner, progress, dataclasses.replace(SETTINGS, offload=offload), collect=source, seed=0,
-                      report=report, due=lambda done: True)
+            source = sources.sampled(
+                small.make_engine(sampler),
+                SETTINGS,
+                small.make_problems(6),
+                template.make_template('tiny'),
+                small.TOKENIZER,
+                grader,
+            )
+            ppo.train(
+                learner,
+                progress,
+                dataclasses.replace(SETTINGS, offload=offload),
+                collect=source,
+                seed=0,
+                report=report,
+                due=lambda done: True,
+            )
+
     with pytest.MonkeyPatch.context() as patch:  # a random model writes no tags: all it says before a stop is code
         patch.setattr(template, 'extract_snippet', lambda text: template.Snippet(text, 0))
         run(Progress(begin))
@@ -192,9 +239,11 @@ def test_a_step_reports_its_episodes_and_every_metric_of_the_contract(runs):
     for result in results:
         assert not NAMES - set(result.metrics) and all(np.isfinite(x) for x in result.metrics.values())
         assert [(e.problem.id, e.sample) for e in result.episodes] == [
-            (f'p{3 * result.step + i}', sample) for i in range(3) for sample in range(2)]
-        assert all(v == (result.step if acted else -1) for e in result.episodes
-                   for v, acted in zip(e.versions, e.acted))
+            (f'p{3 * result.step + i}', sample) for i in range(3) for sample in range(2)
+        ]
+        assert all(
+            v == (result.step if acted else -1) for e in result.episodes for v, acted in zip(e.versions, e.acted)
+        )
     assert results[0].metrics['tools/code_ratio'] > 0 and results[0].metrics['rewards/mean'] == -1
 
 

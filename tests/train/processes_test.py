@@ -55,14 +55,18 @@ def test_two_processes_make_the_updates_of_one(folder, tmp_path):
 def test_a_checkpoint_of_two_processes_is_taken_up_by_another_number(folder, count):
     directory, (saved, _) = folder
     for found in run(count, 'restore', directory, f'restored{count}'):
-        for a, b in zip(found, saved[-len(found):], strict=True):
+        for a, b in zip(found, saved[-len(found) :], strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize('env, missing', [
-    ({'RETOOL_PROCESSES': '2'}, 'RETOOL_COORDINATOR'),
-    ({'RETOOL_PROCESSES': '2', 'RETOOL_COORDINATOR': 'x:1'}, 'RETOOL_PROCESS'),
-    ({'RETOOL_PROCESSES': 'two', 'RETOOL_COORDINATOR': 'x:1', 'RETOOL_PROCESS': '0'}, 'RETOOL_PROCESSES')])
+@pytest.mark.parametrize(
+    'env, missing',
+    [
+        ({'RETOOL_PROCESSES': '2'}, 'RETOOL_COORDINATOR'),
+        ({'RETOOL_PROCESSES': '2', 'RETOOL_COORDINATOR': 'x:1'}, 'RETOOL_PROCESS'),
+        ({'RETOOL_PROCESSES': 'two', 'RETOOL_COORDINATOR': 'x:1', 'RETOOL_PROCESS': '0'}, 'RETOOL_PROCESSES'),
+    ],
+)
 def test_a_process_that_is_not_told_which_it_is_is_refused(monkeypatch, env, missing):
     for name, value in env.items():
         monkeypatch.setenv(name, value)

@@ -32,8 +32,10 @@ def test_each_phase_holds_what_the_table_says_and_no_bit_changes(phases):
     residency = Residency(True, reference={'weight': jnp.ones(3)})
     for phase in phases:
         state = residency.enter(phase, state)
-        found = tuple(kinds(tree) for tree in (state.params['policy'], state.params['critic'], state.opt_state,
-                                               residency.reference))
+        found = tuple(
+            kinds(tree)
+            for tree in (state.params['policy'], state.params['critic'], state.opt_state, residency.reference)
+        )
         assert found == tuple({kind} for kind in TABLE[phase]), phase
         jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert kinds(residency.whole(state)) == {DEVICE}

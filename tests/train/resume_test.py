@@ -44,6 +44,7 @@ def make_world(tmp_path_factory):
         killable.make_model(folder)
         moments = killable.Moments()
         return World(folder, quanta, finish(folder, 'whole', quanta, moments), moments.log)
+
     return make
 
 
@@ -75,21 +76,32 @@ def finish(folder, name, quanta, moments=lambda what: False, journal=True):
     def keep(parts, directory):
         left.append((jax.device_get(parts.progress.state), parts.progress.carried))
         export(parts, directory)
+
     export = ppo.export
     with mock.patch.object(ppo, 'export', keep), killable.tiny_world(folder, name, journal, moments):
         ppo.run(killable.make_stage(folder, name, **{'ppo.quanta': quanta}))
     clocks = ('time', 'rollout/', 'tools/wait')
     lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in metrics.read(folder / name)]
-    (state, carried), = left
-    return (state, episode_files.read(folder / name / 'episodes'), lines,
-            (folder / name / 'final' / 'model.safetensors').read_bytes(), carried)
+    ((state, carried),) = left
+    return (
+        state,
+        episode_files.read(folder / name / 'episodes'),
+        lines,
+        (folder / name / 'final' / 'model.safetensors').read_bytes(),
+        carried,
+    )
 
 
 def live(world, name, *flags):
     """One life of the run in a process of its own."""
-    return subprocess.run([sys.executable, '-m', 'tests.train.killable', str(world.folder), name,
-                           f'--quanta={world.quanta}', *flags], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)},
-                          capture_output=True, text=True, timeout=1800)
+    return subprocess.run(
+        [sys.executable, '-m', 'tests.train.killable', str(world.folder), name, f'--quanta={world.quanta}', *flags],
+        cwd=ROOT,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
 
 
 def assert_ends_alike(world, name):
@@ -103,8 +115,12 @@ def assert_ends_alike(world, name):
     assert rewards == list(range(STEPS))
     with open_checkpoints(directory) as checkpoints:
         assert checkpoints.latest() == STEPS
-        assert checkpoints.meta(STEPS) == {'step': STEPS, 'cursor': found[2][-1]['data/cursor'], 'seed': 0,
-                                           'carried': len(whole[4])}
+        assert checkpoints.meta(STEPS) == {
+            'step': STEPS,
+            'cursor': found[2][-1]['data/cursor'],
+            'seed': 0,
+            'carried': len(whole[4]),
+        }
         kept = [ppo.carried_part(step) for step in checkpoints.steps()] if whole[4] else []
         assert set(episode_files.names(directory / ppo.CARRIED)) >= set(kept)
 

@@ -75,8 +75,14 @@ def test_the_loss_falls_until_a_few_answers_are_known_by_heart():
     learner = small.make_learner(rl=False)
     state = small.make_state(learner.optimizer, 'none')
     before = learner.sft_loss(state.params, make(episodes)[0])
-    state = sft.train(learner, state, episodes, dataclasses.replace(SETTINGS, steps=60, batch_tokens=64), 0,
-                      lambda step, metrics: logged.append((step, metrics['sft/loss'])))
+    state = sft.train(
+        learner,
+        state,
+        episodes,
+        dataclasses.replace(SETTINGS, steps=60, batch_tokens=64),
+        0,
+        lambda step, metrics: logged.append((step, metrics['sft/loss'])),
+    )
     assert [step for step, _ in logged] == list(range(60)) and int(state.step) == 60
     assert before > 3 and logged[-1][1] < 0.1 * logged[0][1]
 
@@ -97,9 +103,16 @@ def test_a_resumed_training_ends_at_the_same_weights(episodes):
 def test_states_are_saved_when_the_steps_before_are_logged(episodes):
     learner, seen = small.make_learner(rl=False), []
     state = small.make_state(learner.optimizer, 'none')
-    sft.train(learner, state, episodes, dataclasses.replace(SETTINGS, steps=5), 0,
-              lambda step, metrics: seen.append(('log', step)),
-              lambda done, state, metrics: seen.append(('save', done, int(state.step))), save_every=2)
+    sft.train(
+        learner,
+        state,
+        episodes,
+        dataclasses.replace(SETTINGS, steps=5),
+        0,
+        lambda step, metrics: seen.append(('log', step)),
+        lambda done, state, metrics: seen.append(('save', done, int(state.step))),
+        save_every=2,
+    )
     assert seen == [('log', 0), ('log', 1), ('save', 2, 2), ('log', 2), ('log', 3), ('save', 4, 4), ('log', 4),
                     ('save', 5, 5)]  # fmt: skip
 
@@ -152,9 +165,17 @@ class Steps:
 
 def test_the_held_out_loss_is_measured_before_every_save_and_logged_with_its_step(episodes):
     logged, saved = {}, {}
-    sft.train(Counting(), Steps(0), episodes[:8], dataclasses.replace(SETTINGS, steps=5), 0,
-              lambda step, metrics: logged.setdefault(step, metrics),
-              lambda done, state, metrics: saved.setdefault(done, (state.step, metrics)), 2, episodes[8:])
+    sft.train(
+        Counting(),
+        Steps(0),
+        episodes[:8],
+        dataclasses.replace(SETTINGS, steps=5),
+        0,
+        lambda step, metrics: logged.setdefault(step, metrics),
+        lambda done, state, metrics: saved.setdefault(done, (state.step, metrics)),
+        2,
+        episodes[8:],
+    )
     assert {step: m.get(sft.HELD_OUT) for step, m in logged.items()} == {0: None, 1: 2.0, 2: None, 3: 0.0, 4: 1.0}
     assert saved == {done: (done, logged[done - 1]) for done in (2, 4, 5)}
 
@@ -183,8 +204,18 @@ def test_a_signal_saves_the_last_step_unless_it_is_still_to_be_measured(episodes
         strike('log', step)
 
     def train(state):
-        return sft.train(Struck(), state, episodes[:8], dataclasses.replace(SETTINGS, steps=7), 0, log,
-                         lambda done, state, metrics: saved.append((done, state.step)), 4, episodes[8:8 + held_out])
+        return sft.train(
+            Struck(),
+            state,
+            episodes[:8],
+            dataclasses.replace(SETTINGS, steps=7),
+            0,
+            log,
+            lambda done, state, metrics: saved.append((done, state.step)),
+            4,
+            episodes[8 : 8 + held_out],
+        )
+
     if during == 'measure' and (at == 2 or not held_out):
         train(Steps(0))  # nothing is measured there
         return

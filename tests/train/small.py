@@ -23,19 +23,43 @@ from tests.model.sizes import make_config, make_params
 CONFIG = make_config('qwen2')  # untied, 96 ids
 LR = 1e-2
 # Unrolled and in one chunk a learner compiles in half the time.
-FORWARD = dict(dtype='float32', attention='dense', remat='none', unroll=2, logprob_chunk=48, vocab_chunk=96,
-               micro_rows=2, row_width=48, row_segments=3)
-LOSS = dict(kind='ppo', clip_low=0.2, clip_high=0.28, dual_clip=10.0, aggregation='token-mean',
-            aggregation_constant=None, entropy_coef=0.01, kl_coef=0.0, kl_kind='k3', kl_in='loss', value_coef=0.5,
-            value_clip=None, correction='token', correction_cap=2.0, correction_low=0.5, correction_high=2.0)
+FORWARD = dict(
+    dtype='float32',
+    attention='dense',
+    remat='none',
+    unroll=2,
+    logprob_chunk=48,
+    vocab_chunk=96,
+    micro_rows=2,
+    row_width=48,
+    row_segments=3,
+)
+LOSS = dict(
+    kind='ppo',
+    clip_low=0.2,
+    clip_high=0.28,
+    dual_clip=10.0,
+    aggregation='token-mean',
+    aggregation_constant=None,
+    entropy_coef=0.01,
+    kl_coef=0.0,
+    kl_kind='k3',
+    kl_in='loss',
+    value_coef=0.5,
+    value_clip=None,
+    correction='token',
+    correction_cap=2.0,
+    correction_low=0.5,
+    correction_high=2.0,
+)
 
 # Random models spell no tag, so single letters stand for them: calls and answers are frequent.
 TOKENIZER = byte_tokenizer()
 SPEAKER = make_config('qwen2', vocab_size=264, initializer_range=0.2)
-TABLE = tags.build_table(TOKENIZER.token_bytes, 264, {'a': tags.CODE, 'e': tags.CODE, 'o': tags.CODE,
-                                                      'z': tags.ANSWER})
-TURNS = turns.TurnSettings(tools=True, max_tokens=128, max_turn_tokens=30, max_turns=3, max_calls=2, on_cap='answer',
-                           on_answer='end')
+TABLE = tags.build_table(TOKENIZER.token_bytes, 264, {'a': tags.CODE, 'e': tags.CODE, 'o': tags.CODE, 'z': tags.ANSWER})
+TURNS = turns.TurnSettings(
+    tools=True, max_tokens=128, max_turn_tokens=30, max_turns=3, max_calls=2, on_cap='answer', on_answer='end'
+)
 
 
 def make_forward(**changes) -> ForwardSettings:
@@ -77,13 +101,25 @@ def make_state(optimizer, critic: str = 'head'):
 
 
 def make_learner(optimizer=None, *, rl: bool = True, forward=None, loss=None, advantage=None) -> Learner:
-    return Learner(CONFIG, forward or make_forward(), optimizer or recording(), one_device(),
-                   loss=(loss or make_loss()) if rl else None,
-                   advantage=(advantage or make_advantage()) if rl else None)
+    return Learner(
+        CONFIG,
+        forward or make_forward(),
+        optimizer or recording(),
+        one_device(),
+        loss=(loss or make_loss()) if rl else None,
+        advantage=(advantage or make_advantage()) if rl else None,
+    )
 
 
-def make_episode(rng: np.random.Generator, problem: str, *lengths: int, sample: int = 0, reward: float | None = None,
-                 vocab: int = 90, **fields) -> Episode:
+def make_episode(
+    rng: np.random.Generator,
+    problem: str,
+    *lengths: int,
+    sample: int = 0,
+    reward: float | None = None,
+    vocab: int = 90,
+    **fields,
+) -> Episode:
     """Random tokens: a prompt, then runs of the policy and of tools in turn, of these lengths."""
     episode = Episode(Problem(problem, 'Q?', '1', 'test', ''), sample=sample, step=0, stop=Stop.EOS, turns=1)
     for i, n in enumerate(lengths):
@@ -111,8 +147,17 @@ def distance(a, b) -> float:
 
 
 def make_sampler(rows: int = 4) -> Sampler:
-    sizes = SamplerSettings(rows=rows, slots=128, chunk=32, feed_rows=2, quota=8, decode_rows=0, min_bound=128,
-                            dtype='float32', cache_dtype='float32')
+    sizes = SamplerSettings(
+        rows=rows,
+        slots=128,
+        chunk=32,
+        feed_rows=2,
+        quota=8,
+        decode_rows=0,
+        min_bound=128,
+        dtype='float32',
+        cache_dtype='float32',
+    )
     return Sampler(SPEAKER, sizes, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids)
 
 

@@ -17,8 +17,9 @@ from retool_jax.train import grading, sources
 from retool_jax.train.sources import RolloutSettings
 from tests.train import small
 
-SETTINGS = RolloutSettings(problems_per_step=2, samples=2, dynamic_rounds=3, drop_void=False, overlong_buffer=0,
-                           quanta=0)
+SETTINGS = RolloutSettings(
+    problems_per_step=2, samples=2, dynamic_rounds=3, drop_void=False, overlong_buffer=0, quanta=0
+)
 CUT = dataclasses.replace(SETTINGS, dynamic_rounds=0, quanta=1)
 
 
@@ -39,8 +40,9 @@ class ScriptedEngine:
         rng = np.random.default_rng(0)
         made = []
         for r in requests:
-            e = r.begun or dataclasses.replace(small.make_episode(rng, r.problem.id, 3, sample=r.sample, step=step),
-                                               problem=r.problem, reward=None)
+            e = r.begun or dataclasses.replace(
+                small.make_episode(rng, r.problem.id, 3, sample=r.sample, step=step), problem=r.problem, reward=None
+            )
             e.append([1, 2], acted=True, logprobs=[-1.0, -1.0], version=version)
             takes = int(r.problem.family or 1) if r.sample % 2 else 1
             if quanta is None or e.acted_count == 2 * takes:
@@ -61,6 +63,7 @@ def scripted(monkeypatch):
         for e in episodes:
             right = outcome(e) != '-'
             e.reward = Reward(1.0 if right else -1.0, right, right, right, '')
+
     monkeypatch.setattr(grading, 'grade', grade)
 
 
@@ -175,7 +178,15 @@ def test_a_problem_asked_for_twice_has_samples_of_its_own():
     first = sources.number(asked(problem, other, problem), seen)
     later = sources.number(asked(problem), seen)
     assert [(r.problem.id, r.sample) for r in first + later] == [
-        ('a', 0), ('a', 1), ('b', 0), ('b', 1), ('a', 2), ('a', 3), ('a', 4), ('a', 5)]
+        ('a', 0),
+        ('a', 1),
+        ('b', 0),
+        ('b', 1),
+        ('a', 2),
+        ('a', 3),
+        ('a', 4),
+        ('a', 5),
+    ]
 
 
 def test_dynamic_sampling_of_single_samples_is_refused():
@@ -188,7 +199,7 @@ def test_kept_episodes_come_back_part_by_part(tmp_path):
     for step in range(2):
         for e in made:
             e.step = step
-        episode_files.write(tmp_path, f'train_{step:05d}', made[2 * step:2 * step + 2], lambda ids: '')
+        episode_files.write(tmp_path, f'train_{step:05d}', made[2 * step : 2 * step + 2], lambda ids: '')
     episode_files.write(tmp_path, 'val_00000', made[:1], lambda ids: '')
     source = sources.dumped(str(tmp_path), 96)
     for step, expected in ((0, made[:2]), (1, made[2:]), (2, made[:2])):
@@ -229,17 +240,25 @@ def test_what_tools_printed_leaves_the_policy_less_room_before_the_overlong_pena
     rng = np.random.default_rng(0)
     # A budget of 60: a prompt of 10, 20 tokens of the policy's, 25 of a tool's; 25 are the policy's in all.
     lengths = {0: 0.0, 1: -0.2, 3: -0.6, 5: -1.0}
-    episodes = [small.make_episode(rng, 'p', 10, 20, 25, n, reward=1.0) if n else
-                small.make_episode(rng, 'p', 10, 20, 25, reward=1.0) for n in lengths]
+    episodes = [
+        small.make_episode(rng, 'p', 10, 20, 25, n, reward=1.0)
+        if n
+        else small.make_episode(rng, 'p', 10, 20, 25, reward=1.0)
+        for n in lengths
+    ]
     sources.shape_overlong(episodes, 5, 60)
     assert [e.reward.value for e in episodes] == pytest.approx([1 + x for x in lengths.values()])
 
 
-@pytest.mark.parametrize('lengths', [
-    (10, 20, 25, 5),  # full
-    (10, 20, 10),  # a tool's output did not fit
-    (10, 12),  # the turn had a budget of its own
-    (60,)])  # a prompt that leaves nothing
+@pytest.mark.parametrize(
+    'lengths',
+    [
+        (10, 20, 25, 5),  # full
+        (10, 20, 10),  # a tool's output did not fit
+        (10, 12),  # the turn had a budget of its own
+        (60,),
+    ],
+)  # a prompt that leaves nothing
 def test_an_episode_that_was_cut_always_gets_the_whole_overlong_penalty(lengths):
     rng = np.random.default_rng(0)
     cut = small.make_episode(rng, 'p', *lengths, reward=-1.0, stop=Stop.LENGTH)
@@ -261,7 +280,10 @@ def test_faults_are_told_by_kind():
     kinds = [None, Fault.WORKER, Fault.FULL, Fault.WORKER]
     found = sources.describe([small.make_episode(rng, 'a', 3, 4, calls=[made(kind)]) for kind in kinds])
     assert {name: share for name, share in found.items() if name.startswith('tools/fault_')} == {
-        'tools/fault_frequency': 0.75, 'tools/fault_worker': 0.5, 'tools/fault_full': 0.25}
+        'tools/fault_frequency': 0.75,
+        'tools/fault_worker': 0.5,
+        'tools/fault_full': 0.25,
+    }
 
 
 def test_metrics_of_hand_made_episodes_are_what_counting_gives():
@@ -269,15 +291,34 @@ def test_metrics_of_hand_made_episodes_are_what_counting_gives():
     made = lambda verdict, wall, code='1': ToolCall(0, code, verdict, '', '', '', 0, wall)
     episodes = [
         small.make_episode(rng, 'a', 3, 4, 2, 6, reward=1.0, turns=2, calls=[made(Verdict.OK, 1.0)]),
-        small.make_episode(rng, 'b', 3, 2, reward=-1.0, stop=Stop.LENGTH, void=True,
-                           calls=[made(Verdict.TIMEOUT, 3.0), made(Verdict.FORMAT, 0.0, ''), made(Verdict.ERROR, 2.0)]),
-        small.make_episode(rng, 'c', 3, 3, reward=-1.0)]
-    expected = {'rewards/mean': -1 / 3, 'rewards/correct': 1 / 3, 'response_length/mean': 5.0,
-                'response_length/clip_ratio': 1 / 3, 'num_turns/mean': 4 / 3, 'void_turn_ratio': 1 / 3,
-                'tools/calls': 4 / 3, 'tools/code_ratio': 2 / 3, 'tools/failure_frequency': 0.75,
-                'grader/timeout_frequency': 0.0,
-                'tools/timeout_frequency': 0.25, 'tools/fault_frequency': 0.0, 'tools/seconds_p50': 2.0,
-                'tools/seconds_p99': 2.98}  # of the three that ran
+        small.make_episode(
+            rng,
+            'b',
+            3,
+            2,
+            reward=-1.0,
+            stop=Stop.LENGTH,
+            void=True,
+            calls=[made(Verdict.TIMEOUT, 3.0), made(Verdict.FORMAT, 0.0, ''), made(Verdict.ERROR, 2.0)],
+        ),
+        small.make_episode(rng, 'c', 3, 3, reward=-1.0),
+    ]
+    expected = {
+        'rewards/mean': -1 / 3,
+        'rewards/correct': 1 / 3,
+        'response_length/mean': 5.0,
+        'response_length/clip_ratio': 1 / 3,
+        'num_turns/mean': 4 / 3,
+        'void_turn_ratio': 1 / 3,
+        'tools/calls': 4 / 3,
+        'tools/code_ratio': 2 / 3,
+        'tools/failure_frequency': 0.75,
+        'grader/timeout_frequency': 0.0,
+        'tools/timeout_frequency': 0.25,
+        'tools/fault_frequency': 0.0,
+        'tools/seconds_p50': 2.0,
+        'tools/seconds_p99': 2.98,
+    }  # of the three that ran
     assert sources.describe(episodes) == pytest.approx(expected)
     silent = sources.describe(episodes[2:])
     assert not any(value for name, value in silent.items() if name.startswith('tools/'))

@@ -19,8 +19,12 @@ from tests.model.sizes import make_config, make_params
 
 
 def settings(**changes):
-    return OptimizerSettings(**(dict(lr=0.5, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.1,
-                                     grad_clip=1.0) | changes))
+    return OptimizerSettings(
+        **(
+            dict(lr=0.5, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.1, grad_clip=1.0)
+            | changes
+        )
+    )
 
 
 def rates(schedule, at, steps=24, warmup=4):
@@ -96,8 +100,10 @@ def test_the_policy_is_held_while_the_critic_warms_up():
     plain = walk(make_optimizer(settings(schedule='linear'), 8, settings()), small_tree(), [ones] * 8)
     assert moves(plain, 'policy') == [True] * 8
     # The course of the schedule begins where the hold ends: first at the full rate, last at a fifth of it.
-    sizes = [float(jnp.abs(b['policy']['layer']['weight'] - a['policy']['layer']['weight']).max())
-             for a, b in itertools.pairwise(states[2:])]
+    sizes = [
+        float(jnp.abs(b['policy']['layer']['weight'] - a['policy']['layer']['weight']).max())
+        for a, b in itertools.pairwise(states[2:])
+    ]
     assert sizes[0] > 0.5 > 0.15 > sizes[-1]
 
 
@@ -117,8 +123,10 @@ def test_a_part_without_gradients_keeps_its_moments_and_its_count():
 
 def test_each_part_is_clipped_on_its_own():
     optimizer = make_optimizer(settings(), 4, settings())
-    gradients = lambda scale: [{'policy': {'layer': {'weight': jnp.full((2, 2), x)}},
-                                'critic': {'layer': {'weight': jnp.full((2, 2), scale)}}} for x in (0.1, 0.3)]
+    gradients = lambda scale: [
+        {'policy': {'layer': {'weight': jnp.full((2, 2), x)}}, 'critic': {'layer': {'weight': jnp.full((2, 2), scale)}}}
+        for x in (0.1, 0.3)
+    ]
     calm, wild = (walk(optimizer, small_tree(), gradients(scale))[-1] for scale in (0.1, 1e9))
     np.testing.assert_array_equal(calm['policy']['layer']['weight'], wild['policy']['layer']['weight'])
     # 1e9 counts as 0.5 a number, the norm of four of them being 1: two equal steps of AdamW.

@@ -32,8 +32,13 @@ FORWARD = dict(micro_rows=4, row_segments=3)
 def start_state(mesh, optimizer, critic: str):
     """The same weights in every process; each makes the parts of its own devices."""
     axes = decoder.logical_axes(small.CONFIG)
-    words = {'policy': axes, 'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': {
-        name: axes[name] for name in ('embed_tokens', 'layers', 'norm')}}}
+    words = {
+        'policy': axes,
+        'critic': {
+            'head': {'weight': ('embed', None), 'bias': (None,)},
+            'backbone': {name: axes[name] for name in ('embed_tokens', 'layers', 'norm')},
+        },
+    }
     tree = jax.tree.map(np.asarray, small.make_tree(critic))
     shardings = sharding.shardings(mesh, {name: words[name] for name in tree}, sharding.TRAIN_RULES)
     place = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index])

@@ -131,8 +131,12 @@ class Remote:
     def stats(self) -> dict:
         """Counts since the start, and the state of every host."""
         with self._lock:
-            return {'waiting': len(self._waiting), 'verdicts': dict(self._counts), 'retried': self._retried,
-                    'hosts': [dataclasses.asdict(host) for host in self.hosts]}
+            return {
+                'waiting': len(self._waiting),
+                'verdicts': dict(self._counts),
+                'retried': self._retried,
+                'hosts': [dataclasses.asdict(host) for host in self.hosts],
+            }
 
     def close(self) -> None:
         """Drops what waits and ends the thread."""
@@ -148,7 +152,8 @@ class Remote:
             if self._thread is None and not self._closed:
                 started = threading.Event()
                 self._thread = threading.Thread(
-                    target=lambda: asyncio.run(self._main(started)), name='sandbox-remote', daemon=True)
+                    target=lambda: asyncio.run(self._main(started)), name='sandbox-remote', daemon=True
+                )
                 self._thread.start()
                 started.wait()
 
@@ -263,8 +268,9 @@ class Remote:
         deadline = time.monotonic() + self.settings.patience_s
         while True:
             now = time.monotonic()
-            free = [h for h in self.hosts
-                    if h.healthy and h.in_flight < self.settings.in_flight and h.paused_until <= now]
+            free = [
+                h for h in self.hosts if h.healthy and h.in_flight < self.settings.in_flight and h.paused_until <= now
+            ]
             if free:
                 return min(free, key=lambda h: (h is last, h.in_flight, h.served))
             if now > deadline:
@@ -280,8 +286,14 @@ class Remote:
 
     async def _post(self, host: Host, code: str, seed: int) -> tuple[ExecResult, dict]:
         s = self.settings
-        body = {'language': 'python', 'code': code, 'run_timeout': s.wall_s, 'cpu_timeout': s.cpu_s, 'seed': seed,
-                'memory_limit_MB': s.memory_mb}
+        body = {
+            'language': 'python',
+            'code': code,
+            'run_timeout': s.wall_s,
+            'cpu_timeout': s.cpu_s,
+            'seed': seed,
+            'memory_limit_MB': s.memory_mb,
+        }
         try:
             response = await self._client.post(f'{host.address}/run_code', json=body)
         except httpx.HTTPError as error:
@@ -331,6 +343,13 @@ def _result(reply: dict) -> ExecResult:
     exited = verdict in (Verdict.OK, Verdict.ERROR)
     number = reply.get('signal', -code if verdict is Verdict.SIGNAL else None)
     return ExecResult(
-        verdict, run.get('stdout') or '', run.get('stderr') or '', code if exited else None, number,
-        float(reply.get('cpu_time') or 0.0), float(run.get('execution_time') or 0.0),
-        float(reply.get('peak_mb') or 0.0), bool(reply.get('truncated')))
+        verdict,
+        run.get('stdout') or '',
+        run.get('stderr') or '',
+        code if exited else None,
+        number,
+        float(reply.get('cpu_time') or 0.0),
+        float(run.get('execution_time') or 0.0),
+        float(reply.get('peak_mb') or 0.0),
+        bool(reply.get('truncated')),
+    )

@@ -198,8 +198,10 @@ class Connection(H11Protocol):
         """Says why, and hangs up."""
         if not (self._busy() and self.cycle.response_started):
             body = f'{{"detail": "{detail}"}}'
-            self.transport.write(f'HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nRetry-After: 1\r\n'
-                                 f'Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}'.encode())
+            self.transport.write(
+                f'HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nRetry-After: 1\r\n'
+                f'Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}'.encode()
+            )
         self._abandon_request()
         self.over = True
         self.transport.transport.close() if at_once else self._linger()
@@ -224,9 +226,19 @@ class Listener(uvicorn.Server):
         most = min(patience.connections, max(8, _descriptors() - _OTHER_DESCRIPTORS - _ACCEPTED_AT_ONCE))
         self.crowd = Crowd()
         http = functools.partial(Connection, patience=dataclasses.replace(patience, connections=most), crowd=self.crowd)
-        super().__init__(uvicorn.Config(
-            app, http=http, ws='none', interface='asgi3', proxy_headers=False, backlog=_ACCEPTED_AT_ONCE,
-            timeout_keep_alive=int(patience.idle_s), h11_max_incomplete_event_size=_HEAD_BYTES, **options))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=http,
+                ws='none',
+                interface='asgi3',
+                proxy_headers=False,
+                backlog=_ACCEPTED_AT_ONCE,
+                timeout_keep_alive=int(patience.idle_s),
+                h11_max_incomplete_event_size=_HEAD_BYTES,
+                **options,
+            )
+        )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

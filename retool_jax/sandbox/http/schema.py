@@ -32,8 +32,10 @@ def _text(value: object) -> str:
 
 def _language(value: object) -> str:
     if value not in LANGUAGES:
-        raise ValueError(f'{reprlib.repr(value)} is not run here; this server runs {" and ".join(LANGUAGES)}, '
-                         'as a script (no pytest, no notebook, no compiled language)')
+        raise ValueError(
+            f'{reprlib.repr(value)} is not run here; this server runs {" and ".join(LANGUAGES)}, '
+            'as a script (no pytest, no notebook, no compiled language)'
+        )
     return value
 
 
@@ -90,15 +92,27 @@ class RunCode(pydantic.BaseModel):
 
         `most_s` bounds wall and CPU seconds, `most_mb` the memory in MiB.
         """
-        asked = {'run_timeout': (self.run_timeout, most_s), 'memory_limit_MB': (self.memory_limit_MB, most_mb),
-                 'cpu_timeout': (self.cpu_timeout or self.run_timeout, most_s)}
+        asked = {
+            'run_timeout': (self.run_timeout, most_s),
+            'memory_limit_MB': (self.memory_limit_MB, most_mb),
+            'cpu_timeout': (self.cpu_timeout or self.run_timeout, most_s),
+        }
         given = {name: min(value, most) for name, (value, most) in asked.items()}
-        cut = {name: given[name] for name, (value, most) in asked.items()
-               if value > most and (name != 'cpu_timeout' or self.cpu_timeout)}
+        cut = {
+            name: given[name]
+            for name, (value, most) in asked.items()
+            if value > most and (name != 'cpu_timeout' or self.cpu_timeout)
+        }
         return Job(
-            code=self.code, seed=self.seed, stdin=self.stdin.encode('utf-8', 'surrogatepass'), files=self.files,
-            fetch=self.fetch_files, wall_s=given['run_timeout'], cpu_s=given['cpu_timeout'],
-            memory_mb=given['memory_limit_MB'] if self.memory_limit_MB > 0 else None), cut
+            code=self.code,
+            seed=self.seed,
+            stdin=self.stdin.encode('utf-8', 'surrogatepass'),
+            files=self.files,
+            fetch=self.fetch_files,
+            wall_s=given['run_timeout'],
+            cpu_s=given['cpu_timeout'],
+            memory_mb=given['memory_limit_MB'] if self.memory_limit_MB > 0 else None,
+        ), cut
 
 
 def _parse(body: bytes) -> object:
@@ -119,8 +133,11 @@ def read(body: bytes) -> RunCode:
         return RunCode.model_validate(_parse(body))
     except pydantic.ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
-        raise ValueError('; '.join(f'{".".join(map(str, e["loc"])) or "body"}: {e["msg"].removeprefix("Value error, ")}'
-                                   for e in faults)) from None
+        raise ValueError(
+            '; '.join(
+                f'{".".join(map(str, e["loc"])) or "body"}: {e["msg"].removeprefix("Value error, ")}' for e in faults
+            )
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f'the body is no JSON object: {error}') from None
 
@@ -129,21 +146,37 @@ def reply(outcome: Outcome, name: str, cut: dict[str, float]) -> dict:
     """An outcome in the schema's words; `message` says what was cut."""
     result = outcome.result
     if result.verdict is Verdict.SANDBOX_ERROR:
-        return {'status': 'SandboxError', 'message': result.stderr or 'the sandbox failed', 'compile_result': None,
-                'run_result': None, 'executor_pod_name': name, 'files': {}, 'verdict': str(result.verdict)}
+        return {
+            'status': 'SandboxError',
+            'message': result.stderr or 'the sandbox failed',
+            'compile_result': None,
+            'run_result': None,
+            'executor_pod_name': name,
+            'files': {},
+            'verdict': str(result.verdict),
+        }
     timed_out = result.verdict is Verdict.TIMEOUT
     shorter = [f'{field} was cut to {value:g}, the most that this server gives' for field, value in cut.items()]
     return {
         'status': 'Success' if result.verdict is Verdict.OK else 'Failed',
-        'message': '; '.join(shorter), 'compile_result': None,
+        'message': '; '.join(shorter),
+        'compile_result': None,
         'run_result': {
-            'status': 'TimeLimitExceeded' if timed_out else 'Finished', 'execution_time': result.wall_s,
+            'status': 'TimeLimitExceeded' if timed_out else 'Finished',
+            'execution_time': result.wall_s,
             'return_code': None if timed_out else _return_code(result),
-            'stdout': result.stdout, 'stderr': result.stderr},
+            'stdout': result.stdout,
+            'stderr': result.stderr,
+        },
         'executor_pod_name': name,
         'files': {path: base64.b64encode(content).decode() for path, content in outcome.files.items()},
-        'verdict': str(result.verdict), 'truncated': result.truncated, 'cpu_time': result.cpu_s,
-        'peak_mb': result.peak_mb, 'signal': result.signal, 'cut': cut}
+        'verdict': str(result.verdict),
+        'truncated': result.truncated,
+        'cpu_time': result.cpu_s,
+        'peak_mb': result.peak_mb,
+        'signal': result.signal,
+        'cut': cut,
+    }
 
 
 def _return_code(result: ExecResult) -> int:

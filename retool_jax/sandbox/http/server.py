@@ -53,11 +53,20 @@ class ServerSettings:
 
     def __post_init__(self):
         if not self.token and not _is_loopback(self.host):
-            raise UserError(f'host={self.host!r}: reachable by others, so a token is needed '
-                            '(environment variable RETOOL_SANDBOX_TOKEN)')
+            raise UserError(
+                f'host={self.host!r}: reachable by others, so a token is needed '
+                '(environment variable RETOOL_SANDBOX_TOKEN)'
+            )
         ports, seconds = within(0, 65535), MOST['wall_s']
-        check(self, port=ports, metrics_port=ports, max_timeout_s=above(0, seconds), drain_s=within(0, seconds),
-              max_memory_mb=above(0, MOST['memory_mb']), connections=within(1, 2**16))
+        check(
+            self,
+            port=ports,
+            metrics_port=ports,
+            max_timeout_s=above(0, seconds),
+            drain_s=within(0, seconds),
+            max_memory_mb=above(0, MOST['memory_mb']),
+            connections=within(1, 2**16),
+        )
         if self.metrics_port and self.metrics_port == self.port:
             raise UserError(f'metrics_port={self.metrics_port} is the port of the server itself; choose another')
 
@@ -82,12 +91,17 @@ class Metrics:
     def __init__(self, pool: Pool):
         self.registry = prometheus_client.CollectorRegistry()
         self.runs = prometheus_client.Counter(
-            'sandbox_runs', 'Snippets by verdict', ['verdict'], registry=self.registry)
+            'sandbox_runs', 'Snippets by verdict', ['verdict'], registry=self.registry
+        )
         self.seconds = prometheus_client.Histogram(
-            'sandbox_run_seconds', 'Wall seconds of snippets', registry=self.registry,
-            buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30))
+            'sandbox_run_seconds',
+            'Wall seconds of snippets',
+            registry=self.registry,
+            buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+        )
         self.refused = prometheus_client.Counter(
-            'sandbox_refused', 'Requests not run, by status', ['status'], registry=self.registry)
+            'sandbox_refused', 'Requests not run, by status', ['status'], registry=self.registry
+        )
         up = prometheus_client.Gauge('sandbox_up', '1 where snippets can run', registry=self.registry)
         up.set_function(lambda: float(not pool.ailing()))
         for key in ('waiting', 'retried', 'respawned', 'recycled'):
@@ -177,13 +191,18 @@ class Service:
 
     async def scrape(self, _: Request) -> Response:
         """GET /metrics on a port of its own, where who may ask is the network's business."""
-        return PlainTextResponse(prometheus_client.generate_latest(self.metrics.registry),
-                                 media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return PlainTextResponse(
+            prometheus_client.generate_latest(self.metrics.registry), media_type=prometheus_client.CONTENT_TYPE_LATEST
+        )
 
     async def turn_away(self, _: Request, error: HTTPException) -> Response:
         """What there is no route for."""
-        return self.refuse(error.status_code, f'{error.detail}: this server does POST /run_code, GET /v1/ping and GET '
-                           f'/metrics; languages: {", ".join(schema.LANGUAGES)}', error.headers)
+        return self.refuse(
+            error.status_code,
+            f'{error.detail}: this server does POST /run_code, GET /v1/ping and GET '
+            f'/metrics; languages: {", ".join(schema.LANGUAGES)}',
+            error.headers,
+        )
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -219,9 +238,15 @@ def make_app(pool: Pool, settings: ServerSettings) -> ASGIApp:
     """The application over a pool that it starts and closes."""
     service = Service(pool, settings)
     handlers = {HTTPException: service.turn_away}
-    main = Starlette(lifespan=service.lifespan, exception_handlers=handlers, routes=[
-        Route('/run_code', service.run_code, methods=['POST']), Route('/v1/ping', service.ping),
-        Route('/metrics', service.show_metrics)])
+    main = Starlette(
+        lifespan=service.lifespan,
+        exception_handlers=handlers,
+        routes=[
+            Route('/run_code', service.run_code, methods=['POST']),
+            Route('/v1/ping', service.ping),
+            Route('/metrics', service.show_metrics),
+        ],
+    )
     scraped = Starlette(exception_handlers=handlers, routes=[Route('/metrics', service.scrape)])
     for app in (main, scraped):
         app.router.redirect_slashes = False
@@ -235,6 +260,7 @@ def make_app(pool: Pool, settings: ServerSettings) -> ASGIApp:
 
 async def _unless_gone(request: Request, future: asyncio.Future) -> Outcome | None:
     """The outcome, or None after the client left (its snippet is killed)."""
+
     async def leave() -> None:
         while (await request.receive())['type'] != 'http.disconnect':
             pass
@@ -273,11 +299,19 @@ def serve(server: ServerSettings, sandbox: SandboxSettings) -> None:
         UserError: a port that cannot be had, or a snippet's usual memory above what a request may get.
     """
     if sandbox.memory_mb > server.max_memory_mb:
-        raise UserError(f'memory_mb={sandbox.memory_mb} of a snippet that names none exceeds max_memory_mb='
-                        f'{server.max_memory_mb:g}; raise this or lower that')
+        raise UserError(
+            f'memory_mb={sandbox.memory_mb} of a snippet that names none exceeds max_memory_mb='
+            f'{server.max_memory_mb:g}; raise this or lower that'
+        )
     with contextlib.ExitStack() as stack:
         ports = (server.port, server.metrics_port) if server.metrics_port else (server.port,)
         sockets = [stack.enter_context(open_port(server.host, port)) for port in ports]
         app = make_app(Pool(sandbox), server)
-        Listener(app, Patience(connections=server.connections), access_log=False, log_level='info', lifespan='on',
-                 timeout_graceful_shutdown=int(server.drain_s)).run(sockets=sockets)
+        Listener(
+            app,
+            Patience(connections=server.connections),
+            access_log=False,
+            log_level='info',
+            lifespan='on',
+            timeout_graceful_shutdown=int(server.drain_s),
+        ).run(sockets=sockets)

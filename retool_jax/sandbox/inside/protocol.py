@@ -22,15 +22,28 @@ DOWN = struct.Struct('=ii')  # number, user
 SEALED = b'R'
 
 
-def header(*, code: int, stdin: int, files: list[list], seed: int, echo: bool, cpu_s: float,
-           address_bytes: int) -> bytes:
+def header(
+    *, code: int, stdin: int, files: list[list], seed: int, echo: bool, cpu_s: float, address_bytes: int
+) -> bytes:
     """The line that a request begins with; code, standard input and files follow it as they are.
 
     code, stdin: sizes in bytes. files: pairs of path below /box and size. cpu_s, address_bytes: what the child sets as
     its own backstops.
     """
-    return json.dumps({'code': code, 'stdin': stdin, 'files': files, 'seed': seed, 'echo': echo, 'cpu_s': cpu_s,
-                       'address_bytes': address_bytes}).encode() + b'\n'
+    return (
+        json.dumps(
+            {
+                'code': code,
+                'stdin': stdin,
+                'files': files,
+                'seed': seed,
+                'echo': echo,
+                'cpu_s': cpu_s,
+                'address_bytes': address_bytes,
+            }
+        ).encode()
+        + b'\n'
+    )
 
 
 def read(stream: BinaryIO) -> dict:

@@ -156,7 +156,7 @@ def _exit_status(exit_: SystemExit) -> int:
             return 0
         if issubclass(type(code), int):  # of a subclass no method is called
             code = int.__add__(code, 0)
-            return code & 0xFF if -2**63 <= code < 2**63 else 0xFF
+            return code & 0xFF if -(2**63) <= code < 2**63 else 0xFF
         text = f'{code!s}\n'
         if sys.stderr is None:
             os.write(2, text.encode('utf-8', 'backslashreplace'))

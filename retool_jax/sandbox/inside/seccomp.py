@@ -51,9 +51,14 @@ ALLOWED = {
 }  # fmt: skip
 # Answered with an error number that programs expect.
 REFUSED = {
-    'clone3': (435, ENOSYS), 'openat2': (437, ENOSYS),
-    'getxattr': (191, EOPNOTSUPP), 'lgetxattr': (192, EOPNOTSUPP), 'fgetxattr': (193, EOPNOTSUPP),
-    'listxattr': (194, EOPNOTSUPP), 'llistxattr': (195, EOPNOTSUPP), 'flistxattr': (196, EOPNOTSUPP),
+    'clone3': (435, ENOSYS),
+    'openat2': (437, ENOSYS),
+    'getxattr': (191, EOPNOTSUPP),
+    'lgetxattr': (192, EOPNOTSUPP),
+    'fgetxattr': (193, EOPNOTSUPP),
+    'listxattr': (194, EOPNOTSUPP),
+    'llistxattr': (195, EOPNOTSUPP),
+    'flistxattr': (196, EOPNOTSUPP),
     'flock': (73, 0),  # answered 0 and not done: every snippet would see a lock on a file of the shared root
 }
 
@@ -81,8 +86,12 @@ _LD_ABS, _JEQ, _JSET, _RET = 0x20, 0x15, 0x45, 0x06
 
 def program() -> bytes:
     """The BPF program, one `struct sock_filter` after another."""
-    code = [(_LD_ABS, 0, 0, 4), (_JEQ, 1, 0, _AUDIT_ARCH_X86_64), (_RET, 0, 0, _KILL),  # i386 calls end the process
-            (_LD_ABS, 0, 0, 0)]  # x32 calls carry a bit that no number below has: they fall through to EPERM
+    code = [
+        (_LD_ABS, 0, 0, 4),
+        (_JEQ, 1, 0, _AUDIT_ARCH_X86_64),
+        (_RET, 0, 0, _KILL),  # i386 calls end the process
+        (_LD_ABS, 0, 0, 0),
+    ]  # x32 calls carry a bit that no number below has: they fall through to EPERM
 
     def give(number: int, verdict: int) -> None:
         code.extend([(_JEQ, 0, 1, number), (_RET, 0, 0, verdict)])
@@ -91,8 +100,15 @@ def program() -> bytes:
         give(number, _ALLOW)
     for number, error in REFUSED.values():
         give(number, _ERRNO | error)
-    code.extend([(_JEQ, 0, 4, _CLONE), (_LD_ABS, 0, 0, 16), (_JSET, 0, 1, NAMESPACES), (_RET, 0, 0, _ERRNO | EPERM),
-                 (_RET, 0, 0, _ALLOW)])
+    code.extend(
+        [
+            (_JEQ, 0, 4, _CLONE),
+            (_LD_ABS, 0, 0, 16),
+            (_JSET, 0, 1, NAMESPACES),
+            (_RET, 0, 0, _ERRNO | EPERM),
+            (_RET, 0, 0, _ALLOW),
+        ]
+    )
     for number, argument, values in PRETENDED.values():
         code.extend(_among(number, argument, values, _ERRNO))
     for number, arguments, error in BY_ARGUMENT.values():
@@ -142,9 +158,11 @@ def kafel() -> str:
 
 
 def _rule(number: int, arguments: dict[int, tuple[int, ...]]) -> str:
-    names = ', '.join('abcdef'[:max(arguments) + 1])
-    tests = [' || '.join(f'({"abcdef"[argument]} & 0xffffffff) == {value:#x}' for value in values)
-             for argument, values in arguments.items()]
+    names = ', '.join('abcdef'[: max(arguments) + 1])
+    tests = [
+        ' || '.join(f'({"abcdef"[argument]} & 0xffffffff) == {value:#x}' for value in values)
+        for argument, values in arguments.items()
+    ]
     return f'SYSCALL[{number}]({names}) {{ {" && ".join(f"({test})" for test in tests)} }}'
 
 

@@ -149,9 +149,16 @@ def _limit(settings: dict, single: bool) -> None:
         resource.setrlimit(resource.RLIMIT_NPROC, (settings['processes'],) * 2)
         return
     scratch_bytes = settings['scratch_mb'] << 20
-    for name, value in [('CORE', 0), ('FSIZE', scratch_bytes), ('NOFILE', settings['files']),
-                        ('STACK', 8 << 20), ('MEMLOCK', 65536), ('MSGQUEUE', 0), ('RTPRIO', 0),
-                        ('SIGPENDING', runner.PENDING_SIGNALS)]:
+    for name, value in [
+        ('CORE', 0),
+        ('FSIZE', scratch_bytes),
+        ('NOFILE', settings['files']),
+        ('STACK', 8 << 20),
+        ('MEMLOCK', 65536),
+        ('MSGQUEUE', 0),
+        ('RTPRIO', 0),
+        ('SIGPENDING', runner.PENDING_SIGNALS),
+    ]:
         limit = getattr(resource, f'RLIMIT_{name}')
         hard = resource.getrlimit(limit)[1]
         if hard != resource.RLIM_INFINITY:
@@ -166,4 +173,3 @@ def _drop_capabilities() -> None:
     _libc.prctl(_PR_CAP_AMBIENT, 4, 0, 0, 0)
     header = struct.pack('Ii', 0x20080522, 0)
     _check(_libc.capset(header, struct.pack('6I', 0, 0, 0, 0, 0, 0)), 'capset')
-

@@ -321,7 +321,8 @@ def test_the_cap_stays_below_the_descriptors_that_there_are():
             'from retool_jax.sandbox.http.listener import Listener, Patience\n'
             'print(Listener(None, Patience()).config.http.keywords)')  # fmt: skip
     done = subprocess.run(
-        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT)})
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT)}
+    )
     assert 'connections=104' in done.stdout, done.stdout + done.stderr
 
 
