@@ -13,7 +13,7 @@ help:
 	@echo 'make test       the quick tests        make test-all   every test but the soak'
 	@echo 'make soak       minutes of steady load  make bench      sandbox, rollout, update: one JSON line each'
 	@echo 'make baselines  side environments with the peers that benchmarks compare with'
-	@echo 'make lint       ruff                    make lock       pin the newest packages in requirements.lock'
+	@echo 'make lint       ruff, and its format    make lock       pin the newest packages in requirements.lock'
 
 # EXTRA=tpu, cuda12 or cuda13 adds the accelerator's JAX; later targets keep it.
 setup:
@@ -42,6 +42,7 @@ baselines: setup
 
 lint: setup
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 
 lock:
 	@.venv/bin/uv pip compile setup.py --extra dev --extra server --universal --python-version 3.12 \
