@@ -27,7 +27,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from retool_jax.core import settings
+from retool_jax.core import settings, streams
 from retool_jax.core.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ def run(main: Callable[[Any], None], stage: str, *, default_config: str | None =
     """Parses the command line, calls `main` with the stage that it describes and ends the process.
 
     Exit status: 0; 1 with a traceback for a fault of ours; 2 with one line for a fault of the user
-    (see `explain`); 130 and 143 with one line after Ctrl-C and SIGTERM.
+    (see `explain`); 130 and 143 with one line after Ctrl-C and SIGTERM; 141 without a word where nobody reads on.
 
     stage: the dataclass that the configuration becomes, 'package.module:Name', imported when it is needed.
     default_config: 'configs/NAME.py:ARG', used where --config is not given.
@@ -200,6 +200,7 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+@streams.ends_unread()
 def _run(body: Callable[[list[str]], None], main: Callable, stage: str | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):

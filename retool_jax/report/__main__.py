@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from retool_jax.core import cli
+from retool_jax.core import cli, streams
 from retool_jax.core.errors import UserError
 from retool_jax.report import pages, plots
 
 
+@streams.ends_unread()
 def main() -> int:
     parser = argparse.ArgumentParser(prog='retool-report', description='Writes RUN_DIR/report.html.')
     parser.add_argument('run_dir', help='the folder that a run wrote')

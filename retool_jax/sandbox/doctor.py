@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from retool_jax.core import streams
 from retool_jax.core.records import Verdict
 from retool_jax.sandbox import canary
 from retool_jax.sandbox.cgroups import Groups
@@ -155,6 +156,7 @@ def _throughput(pool: Pool, seconds: float) -> float:
     return done / elapsed
 
 
+@streams.ends_unread()
 def main() -> int:
     """Prints the report; the exit status sums it up."""
     argparse.ArgumentParser(

@@ -11,7 +11,7 @@ import textwrap
 import pytest
 from absl import flags
 
-from retool_jax.core import cli
+from retool_jax.core import cli, streams
 
 CONFIG = """
 from ml_collections import ConfigDict, config_dict
@@ -28,13 +28,13 @@ def get_config(arg='tiny'):
 
 BINARY = """
 '''Tries the door.'''
-import dataclasses, sys, time
+import dataclasses, os, sys, time
 from absl import flags
-from retool_jax.core import cli
+from retool_jax.core import cli, streams
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode
 
-ACTS = ['show', 'bug', 'words', 'int', 'mistake', 'missing', 'wait', 'collect']
+ACTS = ['show', 'bug', 'words', 'int', 'mistake', 'missing', 'wait', 'collect', 'pipe']
 FLAG = flags.DEFINE_enum('act', 'show', ACTS, 'what to do')
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,10 @@ def main(stage):
                 time.sleep(1)
         Held()
         time.sleep(60)
+    if FLAG.value == 'pipe':
+        read, write = os.pipe()
+        os.close(read)
+        os.write(write, b'x')
     if FLAG.value == 'wait':
         print('ready', flush=True)
         time.sleep(60)
@@ -85,11 +89,9 @@ def door(tmp_path):
     (tmp_path / 'binary.py').write_text(BINARY.replace('DEFAULT', str(tmp_path / 'configs' / 'some.py')))
     env = {**os.environ, 'PYTHONPATH': str(cli.ROOT)}
 
-    def start(*arguments):
-        return subprocess.Popen(
-            [sys.executable, 'binary.py', *arguments],
-            cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+    def start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
+        command = [sys.executable, 'binary.py', *arguments]
+        return subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=stdout, stderr=stderr)
 
     def call(*arguments):
         child = start(*arguments)
@@ -98,6 +100,15 @@ def door(tmp_path):
 
     call.start = start
     return call
+
+
+@pytest.fixture
+def unread():
+    """The end of a pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    yield write
+    os.close(write)
 
 
 def refused(door, *arguments):
@@ -163,6 +174,38 @@ def test_a_stopped_process_says_so_in_one_line(door, number, status, act):
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
     assert child.returncode == status and err.count('\n') == 1 and err.strip()
+
+
+@pytest.mark.parametrize('arguments', [['--help'], ['--act=show'], ['--help', '--config=configs/some.py']])
+def test_a_binary_ends_quietly_where_nobody_reads_what_it_prints(door, unread, arguments):
+    child = door.start(*arguments, stdout=unread)
+    assert child.communicate(timeout=60)[1] == ''
+    assert child.returncode == streams.UNREAD
+
+
+def test_a_mistake_that_nobody_reads_ends_quietly_too(door, unread):
+    child = door.start('--config.steps=many', stderr=unread)
+    assert child.communicate(timeout=60)[0] == ''
+    assert child.returncode == streams.UNREAD
+
+
+def test_a_broken_pipe_of_another_kind_is_a_fault_of_ours(door):
+    code, _, err = door('--act=pipe')
+    assert code == 1 and 'BrokenPipeError: ' in err
+
+
+def test_a_fault_of_ours_is_told_though_nobody_reads_the_output(door, unread):
+    child = door.start('--act=bug', stdout=unread)
+    assert 'KeyError: ' in child.communicate(timeout=60)[1]
+    assert child.returncode == 1
+
+
+@pytest.mark.parametrize('module', ['retool_jax.sandbox.doctor', 'retool_jax.report'])
+def test_binaries_without_a_configuration_end_quietly_too(unread, module):
+    command = [sys.executable, '-m', module, '--help']
+    env = {**os.environ, 'PYTHONUNBUFFERED': ''}  # argparse swallows what a write raises, and has none with a buffer
+    child = subprocess.run(command, cwd=cli.ROOT, env=env, stdout=unread, stderr=subprocess.PIPE)
+    assert (child.returncode, child.stderr) == (streams.UNREAD, b'')
 
 
 def test_help_lists_every_key_with_its_default(door):
