@@ -20,7 +20,6 @@ import struct
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from retool_jax.core.records import Fault, Verdict
 from retool_jax.sandbox.cgroups import Lease
@@ -140,8 +139,10 @@ class Child:
                 self.kill(None)
                 return
             self.lease.place(self._pid)
-            with contextlib.suppress(OSError):  # the machine's memory runs out: rather a snippet than a worker
-                Path(f'/proc/{self._pid}/oom_score_adj').write_text('1000')
+            # The machine's memory runs out: rather a snippet than a worker. No Path: Python 3.12 keeps the parts of
+            # every path for good, 440 bytes a snippet.
+            with contextlib.suppress(OSError), open(f'/proc/{self._pid}/oom_score_adj', 'w') as file:
+                file.write('1000')
         except OSError:
             self.kill(None)
             return
