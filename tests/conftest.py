@@ -1,5 +1,8 @@
 """Eight virtual CPU devices and one compilation cache for every test process and the children it starts.
 
+JAX_PLATFORMS=cuda runs what one such device can on it (JAX_DEFAULT_MATMUL_PRECISION=highest: tolerances are those of
+f32); tests of several devices fail there.
+
 Set before JAX is imported, in the environment, so that child processes inherit all of it.
 """
 
@@ -13,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEVICES = 8
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ.get('XLA_FLAGS', ''))
 os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count={DEVICES}'.strip()
 # Tests compile hundreds of small programs: keep every one, whatever it took to compile.

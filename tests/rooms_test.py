@@ -31,7 +31,7 @@ ROOMS = {  # what a room may import besides itself: rooms, or single modules of 
     'stages': _BELOW_STAGES,
     'report': _BELOW_STAGES | {'stages'},
     'plan': _BELOW_STAGES | {'stages'},
-    'bench': _BELOW_STAGES | {'stages'},
+    'bench': _BELOW_STAGES | {'stages', 'plan.models'},
 }
 # Machines with accelerators may have little else; these rooms run there.
 LEAN_ROOMS = ('algo', 'model', 'rollout', 'bench')

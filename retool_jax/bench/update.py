@@ -59,7 +59,19 @@ def measure(shape: Shape, repeats: int, say: Callable[[str], None]) -> dict:
     rates = [matmul_rate(shape.dtype, repeats)]
     say('update')
     config = model_config(shape)
-    seconds, tokens = update_seconds(config, shape, repeats)
+    forward = ForwardSettings(
+        dtype=shape.dtype,
+        attention=shape.attention,
+        remat=shape.remat,
+        unroll=shape.unroll,
+        logprob_chunk=min(shape.logprob_chunk, shape.tokens),
+        vocab_chunk=shape.vocab_chunk,
+        micro_rows=shape.micro_rows,
+        row_width=shape.tokens,
+        row_segments=1,
+    )
+    seconds = float(np.median(update_seconds(config, forward, make_batch(shape), repeats)))
+    tokens = shape.rows * shape.tokens
     say('matmul')
     rates.append(matmul_rate(shape.dtype, repeats))
     flops = tokens * flops_per_token(config, shape.tokens)
@@ -141,25 +153,17 @@ def make_batch(shape: Shape) -> Batch:
     )
 
 
-def update_seconds(config: ModelConfig, shape: Shape, repeats: int) -> tuple[float, int]:
-    """Median seconds of one optimizer step over the batch, and the batch's tokens."""
+def update_seconds(config: ModelConfig, forward: ForwardSettings, batch: Batch, repeats: int) -> list[float]:
+    """Seconds of `repeats` optimizer steps over the batch (numpy), after one that compiles.
+
+    Raises: RuntimeError where the gradient is 0 or not finite.
+    """
     mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
     optimizer = make_optimizer(
         OptimizerSettings(
             lr=1e-6, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.01, grad_clip=1.0
         ),
         repeats,
-    )
-    forward = ForwardSettings(
-        dtype=shape.dtype,
-        attention=shape.attention,
-        remat=shape.remat,
-        unroll=shape.unroll,
-        logprob_chunk=min(shape.logprob_chunk, shape.tokens),
-        vocab_chunk=shape.vocab_chunk,
-        micro_rows=shape.micro_rows,
-        row_width=shape.tokens,
-        row_segments=1,
     )
     loss = LossSettings(
         kind='ppo',
@@ -193,17 +197,18 @@ def update_seconds(config: ModelConfig, shape: Shape, repeats: int) -> tuple[flo
         out_shardings=sharding.shardings(mesh, decoder.logical_axes(config), rules),
     )
     state = init_state({'policy': make(jax.random.key(0))}, optimizer)
-    batch = learner.put(make_batch(shape))
-    scores: Scores = learner.score(state.params, batch, shape.rows, None, num_groups=1)
+    rows, groups = len(batch.tokens_BT), int(batch.group_BN.max()) + 1
+    batch = learner.put(batch)
+    scores: Scores = learner.score(state.params, batch, rows, None, num_groups=groups)
     taken = []
     for _ in range(1 + repeats):
         began = time.perf_counter()
-        state, metrics = learner.ppo_step(state, batch, scores, (0, shape.rows))
+        state, metrics = learner.ppo_step(state, batch, scores, (0, rows))
         jax.block_until_ready((state, metrics))
         taken.append(time.perf_counter() - began)
     if not np.isfinite(metrics['actor/grad_norm']) or not metrics['actor/grad_norm'] > 0:
         raise RuntimeError('the measured update is no update: its gradient is 0 or not finite')
-    return float(np.median(taken[1:])), shape.rows * shape.tokens
+    return taken[1:]
 
 
 def peer(shape: Shape, repeats: int, flops: float) -> dict:
