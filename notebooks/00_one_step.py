@@ -7,8 +7,8 @@
 # %%
 import dataclasses
 import os
-import pathlib
 import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,9 @@ from retool_jax.tasks.grader import Grader
 from retool_jax.train import grading
 from retool_jax.train.pack import pack
 
-directory = pathlib.Path(os.environ.get('RETOOL_MODEL', '../runs/demo_tiny/tool_rl'))
+directory = Path(os.environ.get('RETOOL_MODEL', '../runs/demo_tiny/tool_rl'))
 if not (trained := directory.is_dir()):
-    embedded.write_model(directory := pathlib.Path(tempfile.mkdtemp()))
+    embedded.write_model(directory := Path(tempfile.mkdtemp()))
 model = library.load_model(directory, 'tiny', tools=True)  # sizes, tokenizer and template; `policy` are its f32 weights
 policy = hf.load(directory, model.config) if trained else embedded.init(model.config, jax.random.key(0))
 

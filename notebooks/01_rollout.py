@@ -7,8 +7,8 @@
 
 # %%
 import os
-import pathlib
 import tempfile
+from pathlib import Path
 
 from retool_jax.core import cli, settings
 from retool_jax.report import ink
@@ -21,7 +21,7 @@ trained = cli.ROOT / 'runs/demo_tiny/tool_rl'
 MODEL = os.environ.get('RETOOL_MODEL') or (str(trained) if trained.is_dir() else None)
 SIZE = os.environ.get('RETOOL_SIZE', 'tiny')
 problem = arithmetic.problems('new_operands', 3, seed=4)[0]
-print('model:', pathlib.Path(MODEL).name if MODEL else 'untrained')
+print('model:', Path(MODEL).name if MODEL else 'untrained')
 print(problem.question, '→', problem.answer)
 
 # %% [markdown]
@@ -32,7 +32,7 @@ print(problem.question, '→', problem.answer)
 config = cli.load_config(f'configs/ppo.py:{SIZE}')
 config.model.path, config.sampler.rows = MODEL, 4
 stage = settings.build(Reinforcement, config)
-model = parts.open_model(stage.model, pathlib.Path(tempfile.mkdtemp()))
+model = parts.open_model(stage.model, Path(tempfile.mkdtemp()))
 sampler = parts.make_sampler(model, stage.sampler, stage.turns)
 params = sampler.sync(parts.load_policy(stage.model, model, 0, parts.make_mesh(stage.mesh)))
 with parts.open_sandbox(stage.sandbox) as pool, parts.open_grader(stage.reward) as grader:

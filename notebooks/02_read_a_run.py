@@ -8,7 +8,7 @@
 # %%
 import collections
 import os
-import pathlib
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 
@@ -17,7 +17,7 @@ from retool_jax.core.records import Verdict
 from retool_jax.report import analysis, ink
 from retool_jax.report.runs import Run
 
-RUN = pathlib.Path(os.environ.get('RETOOL_RUN', cli.ROOT / 'runs/demo_tiny'))
+RUN = Path(os.environ.get('RETOOL_RUN', cli.ROOT / 'runs/demo_tiny'))
 lines = metrics.read(RUN)
 phases = collections.Counter(line.get('phase', '') for line in lines)
 print(f'{len(lines)} lines:', dict(phases))

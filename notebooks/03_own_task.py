@@ -7,9 +7,9 @@
 
 # %%
 import os
-import pathlib
 import random
 import tempfile
+from pathlib import Path
 
 from retool_jax.core import cli, settings
 from retool_jax.core.records import Problem, Reward
@@ -69,7 +69,7 @@ config.model.path = MODEL
 config.ppo.steps, config.ppo.problems_per_step, config.ppo.samples = 2, 4, 4
 config.sampler.rows, config.forward.unroll = 16, 1  # small programs compile sooner
 stage = settings.build(Reinforcement, config)
-parts = build(stage, pathlib.Path(tempfile.mkdtemp()))
+parts = build(stage, Path(tempfile.mkdtemp()))
 results = []
 
 

@@ -1,7 +1,7 @@
 """The notebooks run from top to bottom, and each stands beside the script that it is paired with."""
 
 import os
-import pathlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from retool_jax.train.state import init_state
 from tests.report.synthesis import run_folder
 from tests.train import small
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / 'notebooks').glob('*.py'))
 NAMES = [script.stem for script in SCRIPTS]
 

@@ -2,17 +2,17 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from retool_jax.core import episode_files, metrics
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 SMALL = {
     'recipe.problems_seen': 60, 'recipe.sft_steps': 4, 'recipe.lead_steps': 2, 'recipe.problems': 12,
     'recipe.apart_problems': 12, 'recipe.samples': 2, 'ppo.steps': 2, 'ppo.problems_per_step': 4,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import pathlib
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +26,7 @@ BAD = [
 ]
 
 
-def write(path: pathlib.Path, rows) -> pathlib.Path:
+def write(path: Path, rows) -> Path:
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return path
 
