@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from retool_jax.core import cli
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.pytrees import TrainState
+from tests import namespaces
 
 
 def state(width: int = 8) -> dict:
@@ -162,12 +162,9 @@ def test_a_save_killed_half_way_leaves_the_checkpoint_before_it(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['2']
 
 
-OWN_MOUNTS = ('unshare', '--user', '--map-root-user', '--mount')
-
-
 def test_a_full_disk_is_an_oserror_that_names_the_directory(tmp_path):
-    mount = ('mount', '-t', 'tmpfs', '-o', 'size=1M', 'tmpfs', str(tmp_path))
-    if shutil.which('unshare') is None or subprocess.run([*OWN_MOUNTS, *mount], capture_output=True).returncode:
+    mount = namespaces.small_disk(tmp_path, '1M')
+    if not namespaces.allow(*mount):
         pytest.skip('a full disk is played with a mount in a namespace of its own, which this machine refuses')
     full = child(
         """
@@ -184,7 +181,7 @@ def test_a_full_disk_is_an_oserror_that_names_the_directory(tmp_path):
             print(cli.explain(error))
         assert checkpoints.latest() is None
         """,
-        str(tmp_path), *mount, prefix=OWN_MOUNTS,
+        str(tmp_path), *mount, prefix=namespaces.OWN,
     )  # fmt: skip
     assert full.returncode == 0, full.stderr
     assert full.stdout == f"'{tmp_path}': No space left on device (saving a checkpoint)\n" and full.stderr == ''

@@ -27,19 +27,29 @@ STEP = [
 ]
 
 
-def interpreter(version: str) -> str:
-    """The path of a CPython of that version: of this test, on PATH, or pyenv's."""
-    places = [sys.executable, shutil.which(f'python{version}') or '']
-    places += map(
-        str, (Path(os.environ.get('PYENV_ROOT', Path.home() / '.pyenv')) / 'versions').glob(f'{version}.*/bin/python3')
-    )
-    for place in filter(None, places):
-        found = subprocess.run(
-            [place, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])'], text=True, capture_output=True
-        )
-        if found.returncode == 0 and found.stdout.strip() == version:
+def version_of(python: str) -> str:
+    """'3.12' of an interpreter, '' of what is none."""
+    asked = [python, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])']
+    return subprocess.run(asked, text=True, capture_output=True).stdout.strip()
+
+
+def interpreter(version: str, folder: Path) -> str:
+    """The path of a CPython of that version: this test's, on PATH, pyenv's, uv's, or one that uv gets into a folder.
+
+    Where there is none the test is skipped, and says which versions there are.
+    """
+    root = Path(os.environ.get('PYENV_ROOT', Path.home() / '.pyenv'))
+    uv = lambda *words, **more: subprocess.run([UV, 'python', *words, version], text=True, capture_output=True, **more)
+    places = [sys.executable, shutil.which(f'python{version}'), *map(str, root.glob('versions/*/bin/python3'))]
+    places += [uv('find').stdout.strip()]
+    there = {version_of(place): place for place in filter(None, places)}
+    if version in there:
+        return there[version]
+    got = uv('install', env=os.environ | {'UV_PYTHON_INSTALL_DIR': str(folder)})
+    for place in map(str, folder.glob('*/bin/python3')):
+        if version_of(place) == version:
             return place
-    pytest.skip(f'no Python {version} on this machine')
+    pytest.skip(f'no Python {version}: there are {", ".join(sorted(there))}; uv got none: {got.stderr.partition(chr(10))[0]}')
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +74,8 @@ def wheel(tmp_path_factory):
 def environment(request, wheel, tmp_path_factory):
     """The bin/ of an environment that holds the wheel with its extra `server`, at the pinned versions."""
     folder = tmp_path_factory.mktemp('environment') / 'env'
-    subprocess.run([UV, 'venv', '-q', '--python', interpreter(request.param), folder], check=True)
+    python = interpreter(request.param, tmp_path_factory.mktemp('pythons'))
+    subprocess.run([UV, 'venv', '-q', '--python', python, folder], check=True)
     subprocess.run(
         [
             UV,
