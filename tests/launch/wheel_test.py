@@ -49,7 +49,8 @@ def interpreter(version: str, folder: Path) -> str:
     for place in map(str, folder.glob('*/bin/python3')):
         if version_of(place) == version:
             return place
-    pytest.skip(f'no Python {version}: there are {", ".join(sorted(there))}; uv got none: {got.stderr.partition(chr(10))[0]}')
+    why = got.stderr.partition('\n')[0]
+    pytest.skip(f'no Python {version}: there are {", ".join(sorted(there))}; uv got none: {why}')
 
 
 @pytest.fixture(scope='module')
