@@ -56,6 +56,16 @@ _CONCLUSION = re.compile(r'<answer>\s*\\boxed\{.*\}\s*</answer>\s*\Z', re.DOTALL
 
 
 @dataclasses.dataclass(frozen=True)
+class Wording:
+    """How traces are put: as the model that learns from them reads and writes."""
+
+    template: Template
+    tokenizer: Tokenizer
+    feedback: FeedbackSettings  # what it is shown of a result
+    max_tokens: int | None = None  # a longer trace, prompt included, is dropped as 'length'; None: none is too long
+
+
+@dataclasses.dataclass(frozen=True)
 class Draft:
     """A trace before its snippets are run: the policy's turns, all but the last ending in `</code>`."""
 
@@ -78,23 +88,13 @@ def run(stage: ColdStart) -> None:
             rewritten = Intake(stage.reward.unreadable, grader.parses).worked(rewritten)
         with folder.claimed(stage) as directory, parts.open_sandbox(stage.sandbox) as pool:
             model = parts.open_model(stage.model, directory)
+            wording = Wording(model.template, model.tokenizer, stage.feedback, stage.max_tokens)
             console.banner(model=model, sandbox=pool, run=directory)
             if rewritten is not None:
-                made, counts = verify(
-                    rewritten, pool, stage.feedback, model.template, model.tokenizer, grader.equal, stage.max_tokens
-                )
+                made, counts = verify(rewritten, pool, wording, grader.equal)
             else:
                 drawn = arithmetic.problems('train', stage.problems, stage.run.seed)
-                made, counts = build(
-                    drawn,
-                    stage.mix,
-                    pool,
-                    stage.feedback,
-                    model.template,
-                    model.tokenizer,
-                    stage.run.seed,
-                    stage.max_tokens,
-                )
+                made, counts = build(drawn, stage.mix, pool, wording, stage.run.seed)
             unverified = sum(episode.problem.id in own for episode in made)
             keep(directory, model, made, counts, unverified)
     console.table('traces', ('', 'number', 'share'), shares(counts))
@@ -120,17 +120,16 @@ def build(
     asked: Sequence[Problem],
     mix: Mix,
     pool: Pool | None,
-    feedback: FeedbackSettings,
-    template: Template,
-    tokenizer: Tokenizer,
+    wording: Wording,
     seed: int,
-    max_tokens: int | None = None,
     progress: bool = True,
 ) -> tuple[list[Episode], dict[str, int]]:
     """Episodes of the embedded task and how many traces were kept or dropped, by reason.
 
-    Kinds are drawn per problem from `mix`. A trace longer than `max_tokens`, prompt included, is
-    dropped as 'length'. `pool` may be None where the mix is mental only.
+    Kinds are drawn per problem from `mix`. `pool` may be None where the mix is mental only.
+
+    Raises:
+      ValueError: there are snippets to run, and no pool.
     """
     rng = random.Random(f'cold start/{seed}')
     drafts = []
@@ -138,17 +137,14 @@ def build(
         shares = mix.easy if arithmetic.BY_NAME[problem.family].mental else mix.needy
         kind = rng.choices(list(shares), list(shares.values()))[0]
         drafts.append(draft(problem, arithmetic.trace(problem, kind, seed)))
-    return make(drafts, pool, feedback, template, tokenizer, answers.equal_at_sight, max_tokens, progress)
+    return make(drafts, pool, wording, answers.equal_at_sight, progress)
 
 
 def verify(
     rewritten: Iterable[tuple[Problem, str]],
     pool: Pool,
-    feedback: FeedbackSettings,
-    template: Template,
-    tokenizer: Tokenizer,
+    wording: Wording,
     equal: Callable[[str, str], bool | None],
-    max_tokens: int | None = None,
     progress: bool = True,
 ) -> tuple[list[Episode], dict[str, int]]:
     """The general path: whole rewritten answers with inline tags, verified by running every snippet.
@@ -157,7 +153,7 @@ def verify(
     what its snippets do not print is dropped as 'execution', since its words follow from the claim.
     """
     drafts = [read_draft(problem, text) for problem, text in rewritten]
-    return make(drafts, pool, feedback, template, tokenizer, equal, max_tokens, progress)
+    return make(drafts, pool, wording, equal, progress)
 
 
 def shares(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
@@ -204,11 +200,8 @@ def misformed(draft: Draft) -> bool:
 def make(
     drafts: Sequence[Draft],
     pool: Pool | None,
-    feedback: FeedbackSettings,
-    template: Template,
-    tokenizer: Tokenizer,
+    wording: Wording,
     equal: Callable[[str, str], bool | None],
-    max_tokens: int | None = None,
     progress: bool = True,
 ) -> tuple[list[Episode], dict[str, int]]:
     """Verifies drafts, runs their snippets and makes episodes; counts what was kept and what was dropped."""
@@ -222,19 +215,19 @@ def make(
     codes = [extract_snippet(turn).code for item in formed for turn in item.turns[:-1]]
     results = execute(codes, pool, progress)
 
-    limit = max_tokens or 2**30
+    template, tokenizer, limit = wording.template, wording.tokenizer, wording.max_tokens or 2**30
     # Nothing but the length may stop a trace: the rules are used for what they append.
     budget = TurnSettings(
         tools=True, max_tokens=limit, max_turn_tokens=limit, max_turns=2**30, max_calls=2**30, on_cap='end',
         on_answer='eos',
     )  # fmt: skip
     table = tags.build_table(tokenizer.token_bytes, tokenizer.size)
-    rules = Rules(budget, tokenizer, table, lambda result: render(result, feedback))
+    rules = Rules(budget, tokenizer, table, lambda result: render(result, wording.feedback))
     end = end_ids(template, tokenizer)
     samples: collections.Counter[str] = collections.Counter()
     episodes = []
     for item in formed:
-        reason = fault(item, results, feedback, equal)
+        reason = fault(item, results, wording.feedback, equal)
         if reason == 'kept':
             prompt = prompt_ids(template, tokenizer, item.problem.question)
             episode = assemble(item, results, rules, prompt, end, samples[item.problem.id])

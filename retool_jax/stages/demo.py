@@ -98,16 +98,9 @@ class Story:
         )
         with folder.claimed(stage, free=PLACES) as directory:
             if not (directory / 'summary.json').exists():
-                made, counts = cold_start.build(
-                    self.problems(tools),
-                    stage.mix,
-                    self.executor if tools else None,
-                    stage.feedback,
-                    model.template,
-                    model.tokenizer,
-                    self.seed,
-                    max_tokens=stage.max_tokens,
-                )
+                wording = cold_start.Wording(model.template, model.tokenizer, stage.feedback, stage.max_tokens)
+                executor = self.executor if tools else None
+                made, counts = cold_start.build(self.problems(tools), stage.mix, executor, wording, self.seed)
                 cold_start.keep(directory, model, made, counts)
             counts = json.loads((directory / 'summary.json').read_text())['counts']
         console.say(f'cold start ({_kind(tools)}): ' + ', '.join(f'{n} {reason}' for reason, n in counts.items()))

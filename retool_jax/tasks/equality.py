@@ -103,13 +103,13 @@ def _pairwise(a: Items[Value], b: Items[Value]) -> bool:
     return len(a) == len(b) and all(map(equal, a, b))
 
 
-def _matched(a: Items[Value], b: Items[Value]) -> bool:
+def _matched(a: Items, b: Items, same: Callable) -> bool:
     """Whether the items are the same in some order."""
     if len(a) != len(b):
         return False
     left = list(b)
     for item in a:
-        place = next((i for i, other in enumerate(left) if equal(item, other)), None)
+        place = next((i for i, other in enumerate(left) if same(item, other)), None)
         if place is None:
             return False
         left.pop(place)
@@ -128,9 +128,9 @@ def _equal_sequences(a: Value, b: Value) -> bool:
     if kinds <= {'list', 'set'}:
         if 'set' in kinds:
             return _contained(a.items, b.items) and _contained(b.items, a.items)
-        return _matched(a.items, b.items)
+        return _matched(a.items, b.items, equal)
     if kinds == {'list', '[]'}:
-        return _matched(a.items, b.items)
+        return _matched(a.items, b.items, equal)
     if len(kinds) == 1 or kinds in ({'list', '()'}, {'list', 'angle'}, {'()', 'angle'}):
         return _pairwise(a.items, b.items)
     return kinds == {'()', '[]'} and len(a.items) != 2 and _pairwise(a.items, b.items)
@@ -223,7 +223,7 @@ def _same_relation(a: Relation, b: Relation) -> bool:
     """The same signs between sides whose differences are the same but for a factor."""
     if len(a.signs) != len(b.signs) or not all(isinstance(s, Number) for s in (*a.sides, *b.sides)):
         return False
-    return _every(_links(a), _links(b), _same_link)
+    return _matched(_links(a), _links(b), _same_link)
 
 
 def _links(value: Relation) -> list[tuple[str, sympy.Expr]]:
@@ -236,13 +236,3 @@ def _links(value: Relation) -> list[tuple[str, sympy.Expr]]:
 
 def _same_link(a: tuple[str, sympy.Expr], b: tuple[str, sympy.Expr]) -> bool:
     return a[0] == b[0] and numerics.proportional(a[1], b[1], positive=a[0] in ('>', '>='))
-
-
-def _every(a: list, b: list, same: Callable) -> bool:
-    left = list(b)
-    for item in a:
-        place = next((i for i, other in enumerate(left) if same(item, other)), None)
-        if place is None:
-            return False
-        left.pop(place)
-    return True

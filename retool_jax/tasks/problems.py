@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from retool_jax.core.errors import UserError
@@ -85,21 +85,20 @@ def load(path: str | Path, leave_out: bool = False) -> Loaded:
     counts: collections.Counter[str] = collections.Counter()
     unreadable: list[str] = []
     repeated = 0
-    for number, (where, row) in enumerate(read_rows(path)):
-        counts[file_of(where, path)] += 1
-        try:
-            dapo = is_dapo(row)
-            if dapo:
-                key = schemas.dapo_key(row, where)
-                if key in seen:
-                    repeated += 1
-                    continue
-                seen.add(key)
-            problem = read_problem(row, where, f'{path.stem}-{number}', path.stem)
-        except UserError as error:
-            if not leave_out:
-                raise
-            unreadable.append(str(error))
+
+    def read(row: Mapping, where: str, name: str) -> tuple[Problem | None, bool]:
+        """A problem, or None where it stood before; whether the row is DAPO's."""
+        if not is_dapo(row):
+            return read_problem(row, where, name, path.stem), False
+        key = schemas.dapo_key(row, where)
+        if key in seen:
+            return None, True
+        seen.add(key)
+        return read_problem(row, where, name, path.stem), True
+
+    for number, (problem, dapo) in _rows(path, read, counts, unreadable, leave_out):
+        if problem is None:
+            repeated += 1
             continue
         if dapo:
             known = golds.setdefault(problem.question, problem.answer)
@@ -116,6 +115,29 @@ def load(path: str | Path, leave_out: bool = False) -> Loaded:
         more = f'; the first that cannot be read: {unreadable[0]}' if unreadable else ''
         raise UserError(f'{path}: no problems in it ({counts.total()} rows read){more}')
     return Loaded(problems, counts.total(), repeated, len(conflicts), dict(counts), tuple(unreadable))
+
+
+def _rows[T](
+    path: Path,
+    read: Callable[[Mapping, str, str], T],
+    counts: collections.Counter[str],
+    unreadable: list[str],
+    leave_out: bool,
+) -> Iterator[tuple[int, T]]:
+    """Yields number and `read(row, where it stands, an id for it)` of every row, and counts rows by file.
+
+    What `read` refuses is put into `unreadable` where `leave_out` says so.
+    """
+    for number, (where, row) in enumerate(read_rows(path)):
+        counts[file_of(where, path)] += 1
+        try:
+            found = read(row, where, f'{path.stem}-{number}')
+        except UserError as error:
+            if not leave_out:
+                raise
+            unreadable.append(str(error))
+        else:
+            yield number, found
 
 
 def _unique(problem: Problem, ids: set[str], number: int) -> Problem:
@@ -139,16 +161,8 @@ def load_traces(path: str | Path, leave_out: bool = False) -> tuple[list[tuple[P
     instead of refusing the file."""
     path, ids = Path(path), set()
     pairs, unreadable, counts = [], [], collections.Counter()
-    for number, (where, row) in enumerate(read_rows(path)):
-        counts[file_of(where, path)] += 1
-        try:
-            text = schemas.read_trace(row, where)
-            problem = read_problem(row, where, f'{path.stem}-{number}', path.stem)
-        except UserError as error:
-            if not leave_out:
-                raise
-            unreadable.append(str(error))
-            continue
+    read = lambda row, where, name: (schemas.read_trace(row, where), read_problem(row, where, name, path.stem))
+    for number, (text, problem) in _rows(path, read, counts, unreadable, leave_out):
         pairs.append((_unique(problem, ids, number), text))
     if not pairs:
         raise UserError(f'{path}: no traces in it')

@@ -1,6 +1,7 @@
 """Cold start: what is kept, what is dropped and why, and that its episodes are a rollout's."""
 
 import collections
+import dataclasses
 import platform
 
 import pytest
@@ -19,6 +20,7 @@ from tests.sandbox.given import tiny
 TOKENIZER = byte_tokenizer()
 TINY = make_template('tiny')
 FEEDBACK = FeedbackSettings(style='official', max_chars=1024, max_frames=6)
+WORDING = cold_start.Wording(TINY, TOKENIZER, FEEDBACK)
 MIX = Mix(easy={'code': 0.4, 'mental': 0.5, 'repair': 0.1}, needy={'code': 0.5, 'mental': 0.3, 'repair': 0.2})
 
 
@@ -39,7 +41,11 @@ def _verify(text, printed=None, gold='2', max_tokens=None):
     fake = FakePool(printed or {})
     problem = Problem('s', 'What is 1 + 1?', gold, 'test', '')
     episodes, counts = cold_start.verify(
-        [(problem, text)], fake, FEEDBACK, TINY, TOKENIZER, answers.equal_at_sight, max_tokens, progress=False
+        [(problem, text)],
+        fake,
+        dataclasses.replace(WORDING, max_tokens=max_tokens),
+        answers.equal_at_sight,
+        progress=False,
     )
     (reason,) = [r for r, n in counts.items() if n]
     assert len(episodes) == (reason == 'kept') and sum(counts.values()) == 1
@@ -48,7 +54,7 @@ def _verify(text, printed=None, gold='2', max_tokens=None):
 
 def test_every_trace_of_the_embedded_task_survives_a_real_sandbox(pool):
     problems = arithmetic.problems('train', 96, 1)
-    episodes, counts = cold_start.build(problems, MIX, pool, FEEDBACK, TINY, TOKENIZER, 1, progress=False)
+    episodes, counts = cold_start.build(problems, MIX, pool, WORDING, 1, progress=False)
     assert counts == {'kept': 96, 'format': 0, 'execution': 0, 'answer': 0, 'length': 0}
     assert [e.problem for e in episodes] == problems
     verdicts = collections.Counter(tuple(call.verdict for call in e.calls) for e in episodes)
@@ -68,7 +74,7 @@ def test_episodes_hold_the_segments_masks_and_ids_of_a_rollout():
     error = ExecResult(Verdict.ERROR, '', 'SyntaxError: no\n', exit_code=1)
     pool = FakePool({bad: error, good: problem.answer + '\n'})
     mix = Mix(easy={'repair': 1}, needy={'repair': 1})
-    (e,), _ = cold_start.build([problem], mix, pool, FEEDBACK, TINY, TOKENIZER, 0, progress=False)
+    (e,), _ = cold_start.build([problem], mix, pool, WORDING, 0, progress=False)
     prompt = prompt_ids(TINY, TOKENIZER, problem.question)
     draft = cold_start.draft(problem, trace)
     said = [render(error, FEEDBACK), problem.answer]
@@ -91,7 +97,7 @@ def test_the_same_seed_draws_the_same_traces_and_the_mix_is_kept_apart_for_easy_
             codes = [c for k, c in arithmetic.trace(p, kind, 7).parts if k == 'code']
             by_code[codes[-1]] = p.answer
     mix = Mix(easy={'mental': 1.0}, needy={'code': 0.75, 'mental': 0.25})
-    build = lambda: cold_start.build(problems, mix, FakePool(by_code), FEEDBACK, TINY, TOKENIZER, 7, progress=False)
+    build = lambda: cold_start.build(problems, mix, FakePool(by_code), WORDING, 7, progress=False)
     episodes, counts = build()
     assert counts['kept'] == 1200
     assert [e.tokens for e in build()[0]] == [e.tokens for e in episodes]
@@ -105,17 +111,17 @@ def test_equal_snippets_run_once():
     problem = arithmetic.problems('train', 4, 0)[3]
     pool = FakePool(lambda code: problem.answer)
     mix = Mix(easy={'code': 1}, needy={'code': 1})
-    episodes, _ = cold_start.build([problem] * 5, mix, pool, FEEDBACK, TINY, TOKENIZER, 0, progress=False)
+    episodes, _ = cold_start.build([problem] * 5, mix, pool, WORDING, 0, progress=False)
     assert len(pool.codes) == 1
     assert [e.sample for e in episodes] == [0, 1, 2, 3, 4]
 
 
 def test_a_mental_mix_needs_no_pool_and_a_coding_one_says_so():
     problems = arithmetic.problems('train', 24, 0)
-    episodes, counts = cold_start.build(problems, TEXT_ONLY, None, FEEDBACK, TINY, TOKENIZER, 0)
+    episodes, counts = cold_start.build(problems, TEXT_ONLY, None, WORDING, 0)
     assert counts['kept'] == 24 and not any(e.calls for e in episodes)
     with pytest.raises(ValueError, match='give a sandbox pool'):
-        cold_start.build(problems, MIX, None, FEEDBACK, TINY, TOKENIZER, 0)
+        cold_start.build(problems, MIX, None, WORDING, 0)
 
 
 ANSWER = wrap_answer('2')
@@ -208,9 +214,7 @@ def test_spacing_aside_a_claim_is_what_was_printed(printed, claim, reason):
 def test_an_answer_that_is_not_what_the_snippet_printed_is_dropped():
     problem = arithmetic.problems('train', 4, 0)[3]
     mix = Mix(easy={'code': 1}, needy={'code': 1})
-    episodes, counts = cold_start.build(
-        [problem], mix, FakePool(lambda code: '1'), FEEDBACK, TINY, TOKENIZER, 0, progress=False
-    )
+    episodes, counts = cold_start.build([problem], mix, FakePool(lambda code: '1'), WORDING, 0, progress=False)
     assert not episodes and counts['answer'] == 1
 
 
