@@ -194,7 +194,7 @@ def attend(model: str, width: int, attend: str, repeats: int, dtype: str) -> dic
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True)), jax.jit(lambda *x: form(*x, segments))
 
-    backward, forward = work(attention.choose(attend, width))
+    backward, forward = work(attention.choose(attend, width, 16))
     exact, _ = work(attention.blocked)
     found = [*backward(q, k, v)[0], forward(q, k, v)]
     with jax.default_matmul_precision('highest'):

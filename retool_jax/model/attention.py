@@ -5,6 +5,7 @@ Queries come scaled, q·H^-½ (layers.rotate): no form scales them again.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -85,13 +86,16 @@ def resolve(implementation: str, length: int, platform: str) -> str:
     return 'splash' if platform == 'tpu' and length % kernels.LANES == 0 else 'blocked'
 
 
-def choose(implementation: str, length: int) -> Callable[..., jax.Array]:
+def choose(implementation: str, length: int, segments: int = 1) -> Callable[..., jax.Array]:
     """The function that attends over whole sequences, by name.
 
-    'dense' and 'blocked' run anywhere, 'splash' on TPU, 'cudnn' on GPU (rows of one episode each).
+    'dense' and 'blocked' run anywhere, 'splash' on TPU, 'cudnn' on GPU. segments: the most episodes of a row, which
+    cudnn must know.
     """
     implementation = resolve(implementation, length, jax.default_backend())
     table = {'dense': dense, 'blocked': blocked, 'splash': kernels.splash, 'cudnn': kernels.cudnn}
+    if implementation == 'cudnn' and segments > 1:
+        return functools.partial(kernels.cudnn, segments=segments)
     return table[implementation]
 
 

@@ -141,6 +141,7 @@ def forward(
     *,
     dtype=jnp.float32,
     attend: str = 'auto',
+    segments: int = 1,
     remat: str = 'none',
     unroll: int = 1,
 ) -> Float[Array, 'B T D']:
@@ -154,7 +155,7 @@ def forward(
     x_BTD = params['embed_tokens']['weight'].astype(dtype)[tokens_BT]
     x_BTD = constrain(x_BTD, 'batch', 'seq', None)
     rope = rope_table(config, positions_BT)
-    attend_full = attention.choose(attend, tokens_BT.shape[1])
+    attend_full = attention.choose(attend, tokens_BT.shape[1], segments)
     mix = lambda q, k, v: attend_full(q, k, v, segment_ids_BT)
 
     def layer(x_BTD, layer_params):

@@ -70,33 +70,76 @@ def cudnn(
     k_BTKH: Float[Array, 'B T K H'],
     v_BTKH: Float[Array, 'B T K H'],
     segment_ids_BT: Int[Array, 'B T'],
+    segments: int = 1,
     implementation: str = 'cudnn',
 ) -> Float[Array, 'B T N H']:
-    """Causal attention by cuDNN's flash kernel over rows of one right-padded episode each.
+    """Causal attention by cuDNN's flash kernel over right-padded rows of at most `segments` episodes.
 
-    The kernel knows lengths, not segments: forward.row_segments must be 1, a row's second episode comes
-    out as NaN. What stands at padding is 0. implementation: 'xla' for tests.
-    Raises: UserError in float32, which the kernel does not have.
+    The kernel knows lengths and, on Hopper and later, where the episodes of a row begin, not segment ids: episodes
+    lie one after the other, and one whose id is beyond `segments` comes out as NaN. What stands at padding is 0.
+    implementation: 'xla' for tests of rows of one episode.
+    Raises: UserError in float32, which the kernel does not have, and for several episodes before Hopper.
     """
     if implementation == 'cudnn' and q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(f'forward.attention: cudnn has no {q_BTNH.dtype.name} kernel; set forward.dtype=bfloat16')
+    chip = jax.devices()[0]
+    if segments > 1 and float(getattr(chip, 'compute_capability', 9)) < 9:
+        raise UserError(
+            f'forward.row_segments={segments}: cudnn takes several episodes in a row on Hopper and later, not on '
+            f'{chip.device_kind}; set it to 1, or forward.attention=blocked'
+        )
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-        length_B = (segment_ids_BT == 1).sum(axis=1, dtype=jnp.int32)
-        out = jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            scale=1.0,
-            is_causal=True,
-            query_seq_lengths=length_B,
-            key_value_seq_lengths=length_B,
-            implementation=implementation,
-        )
-        segment_BTNH = segment_ids_BT[:, :, None, None]  # the kernel leaves what it likes at padding
-        return jnp.where(segment_BTNH == 1, out, jnp.where(segment_BTNH == 0, 0, jnp.nan)).astype(out.dtype)
+        segment_BTNH = segment_ids_BT[:, :, None, None]
+        if segments > 1:
+            # The kernel writes no gradient at padding: what stands there must not get past here.
+            clean = lambda x: jnp.where(segment_BTNH > 0, x, 0)
+            out = _packed(*map(clean, (q_BTNH, k_BTKH, v_BTKH)), *bounds(segment_ids_BT, segments))
+        else:
+            length_B = (segment_ids_BT == 1).sum(axis=1, dtype=jnp.int32)
+            out = jax.nn.dot_product_attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                scale=1.0,
+                is_causal=True,
+                query_seq_lengths=length_B,
+                key_value_seq_lengths=length_B,
+                implementation=implementation,
+            )
+        inside = (segment_BTNH > 0) & (segment_BTNH <= segments)  # the kernel leaves what it likes at padding
+        return jnp.where(inside, out, jnp.where(segment_BTNH == 0, 0, jnp.nan)).astype(out.dtype)
 
     return _on_each_device(local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def bounds(segment_ids_BT: Int[Array, 'B T'], segments: int) -> tuple[Int[Array, 'B N'], Int[Array, 'B N1']]:
+    """Lengths and first positions of the episodes of each row as cuDNN's interface of JAX wants them: −1 where there
+    is none, and one position more, always −1."""
+    belongs_BNT = segment_ids_BT[:, None] == jnp.arange(1, segments + 1)[:, None]
+    length_BN = belongs_BNT.sum(axis=-1, dtype=jnp.int32)
+    first_BN = jnp.argmax(belongs_BNT, axis=-1).astype(jnp.int32)
+    there = length_BN > 0
+    return jnp.where(there, length_BN, -1), jnp.pad(
+        jnp.where(there, first_BN, -1), ((0, 0), (0, 1)), constant_values=-1
+    )
+
+
+def _packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, length_BN: jax.Array, first_BM: jax.Array):
+    """cuDNN's packed layout, which jax.nn does not pass on (0.11.2 and 0.12.0 alike)."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    return fused.dot_product_attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        q_seqlen=length_BN,
+        kv_seqlen=length_BN,
+        q_offsets=first_BM,
+        kv_offsets=first_BM,
+        scale=1.0,
+        mask_type=fused.MaskType.PADDING_CAUSAL,
+    )
 
 
 def _on_each_device(

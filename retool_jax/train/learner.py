@@ -33,8 +33,8 @@ class ForwardSettings:
     """How a training forward pass is computed."""
 
     dtype: str  # of activations: 'float32', 'bfloat16' or 'float16'; weights are f32. H bfloat16
-    # 'dense', 'blocked', 'splash' (TPU) or 'cudnn' (GPU, rows of one episode); 'auto' takes dense up to 1,024 tokens,
-    # beyond them splash on a TPU and blocked elsewhere. H auto
+    # 'dense', 'blocked', 'splash' (TPU) or 'cudnn' (GPU; before Hopper rows of one episode); 'auto' takes dense up to
+    # 1,024 tokens, beyond them splash on a TPU and blocked elsewhere. H auto
     attention: str
     # What the backward pass recomputes: 'none', 'full' layers, 'dots' all but matmul results, 'offload' as dots, with
     # those results in the host's memory. H full
@@ -68,11 +68,6 @@ class ForwardSettings:
     def _check_attention(self):
         if self.attention == 'cudnn' and self.dtype == 'float32':
             raise UserError('attention=cudnn has no float32 kernel; set forward.dtype=bfloat16')
-        if self.attention == 'cudnn' and self.row_segments > 1:
-            raise UserError(
-                f'row_segments={self.row_segments} contradicts forward.attention=cudnn, which takes one '
-                'episode per row; set it to 1'
-            )
         kind = attention.resolve(self.attention, self.row_width, 'tpu')
         if kind in ('splash', 'blocked') and self.row_width % LANES:
             raise UserError(
@@ -243,6 +238,7 @@ class Learner:
             micro.segment_ids_BT,
             dtype=jnp.dtype(f.dtype),
             attend=f.attention,
+            segments=f.row_segments,
             remat=f.remat,
             unroll=f.unroll,
         )

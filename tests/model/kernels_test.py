@@ -81,6 +81,36 @@ def test_a_second_episode_in_a_row_is_never_taken_silently_by_a_kernel_without_s
     assert (out[0, 220:] == 0).all()
 
 
+def test_bounds_are_where_each_episode_lies():
+    segments = np.array([[1] * 3 + [2] * 4 + [0], [1] * 8, [0] * 8])
+    length, first = kernels.bounds(segments, 3)
+    assert length.tolist() == [[3, 4, -1], [8, -1, -1], [-1, -1, -1]]
+    assert first.tolist() == [[0, 3, -1, -1], [0, -1, -1, -1], [-1, -1, -1, -1]]
+
+
+def test_rows_of_several_episodes_are_a_packed_call_of_cudnn_forwards_and_backwards(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, 'check_cudnn_version', lambda: 91200)  # no GPU here: it is lowered, not run
+    monkeypatch.setattr(fused, 'check_compute_capability', lambda capability: True)
+    monkeypatch.setattr(fused, 'is_cuda_compute_capability_equal', lambda capability: False)
+    q, k, v = inputs(dtype=jnp.bfloat16)
+    loss = lambda q, k, v, s: kernels.cudnn(q, k, v, s, segments=2).astype(jnp.float32).sum()
+    exported = jax.export.export(
+        jax.jit(jax.grad(loss, (0, 1, 2))),
+        platforms=['cuda'],
+        disabled_checks=[
+            jax.export.DisabledSafetyCheck.custom_call('__cudnn$fmhaSoftmax'),
+            jax.export.DisabledSafetyCheck.custom_call('__cudnn$fmhaSoftmaxBackward'),
+        ],
+    )(q, k, v, jnp.asarray(PACKED))
+    text = exported.mlir_module().replace('\\22', '"')  # as MLIR writes quotes in strings
+    for call in ('__cudnn$fmhaSoftmax(', '__cudnn$fmhaSoftmaxBackward('):
+        assert call in text
+    for words in ('"max_seg_per_batch": 2', '"mask_type": "PADDING_CAUSAL"'):
+        assert text.count(words) == 2, words
+
+
 def test_what_a_kernel_cannot_do_is_refused_by_name():
     q, k, v = inputs()
     with pytest.raises(ValueError, match='cudnn has no float32 kernel; set forward.dtype=bfloat16'):
@@ -98,6 +128,7 @@ def test_what_a_kernel_cannot_do_is_refused_by_name():
 def test_the_choice_knows_the_kernels_by_name():
     assert attention.choose('splash', 16384) is kernels.splash
     assert attention.choose('cudnn', 16384) is kernels.cudnn
+    assert attention.choose('cudnn', 16384, 16).keywords == {'segments': 16}
 
 
 COMPILE = """

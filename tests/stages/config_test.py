@@ -132,7 +132,6 @@ def test_every_key_refuses_another_type_and_is_named(spec):
         ({'forward.logprob_chunk': 7}, 'forward.logprob_chunk=7 does not divide row_width=200'),
         ({'forward.attention': 'splash'}, 'forward.row_width=200 is no multiple of 128, which attention=splash'),
         ({'forward.attention': 'cudnn'}, 'forward.attention=cudnn has no float32 kernel'),
-        ({'forward.attention': 'cudnn', 'forward.dtype': 'bfloat16'}, 'forward.row_segments=8 contradicts'),
         ({'mesh.data': -1}, 'mesh.data=-1 and mesh.fsdp=-1: only one axis'),
         ({'data.weights': (1.0,)}, 'data.weights.*0 data.sources'),
         ({'loss.kind': 'gspo'}, "loss.aggregation='token-mean'"),
