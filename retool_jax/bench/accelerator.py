@@ -145,7 +145,7 @@ def groups(toy: bool) -> list[Group]:
             Group([generate(small, b) for b in rows], 'torch'),
         ]
     return [
-        Group([first, decode(small, 64), decode(small, 256), decode(small, 1), extend(0), extend(3000)]),
+        Group([first, decode(small, 64), decode(small, 256), decode(small, 1), extend(0), extend(2500)]),
         update(long, 'cudnn', 2),
         Group([attend(long, 'cudnn'), attend(long, plain)]),
         update(short, 'cudnn', 8),
@@ -153,7 +153,7 @@ def groups(toy: bool) -> list[Group]:
             [
                 decode(big, 64),
                 decode(big, 1),
-                decode(big, 256, 2048, 1900, note=', short'),
+                decode(big, 256, 2048, 1850, note=', short'),
                 decode(big, 256, cache='int8', note=', int8 KV'),
             ]
         ),
@@ -281,7 +281,7 @@ def start(group: Group, cases: list[dict], interpreter: str, log) -> subprocess.
     more = pythonpath() | {
         'PYTHONUNBUFFERED': '1',
         'XLA_FLAGS': flags,
-        'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92',
+        'XLA_CLIENT_MEM_FRACTION': '0.92',
         'HF_HUB_OFFLINE': '1',
         'TF_CPP_MIN_LOG_LEVEL': '2',
     }

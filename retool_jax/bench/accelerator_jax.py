@@ -75,6 +75,8 @@ def decode(
     sampler = make_sampler(config, rows, slots, quota, min(256, slots), min(8, rows), dtype, cache_dtype)
     length_B = spread(rows, low, high)
     state = fill(sampler, length_B)
+    if length_B.max() + (1 + calls) * quota > slots:
+        raise ValueError(f'{length_B.max()} tokens and {1 + calls} calls of {quota} do not fit {slots} slots')
     row_R, taken = sampler.choose(list(range(rows))), []
     for i in range(1 + calls):
         began = time.perf_counter()
@@ -103,6 +105,9 @@ def extend(
     weights = random_weights(config, dtype)
     sampler = make_sampler(config, rows, slots, 64, chunk, feed_rows, dtype, cache_dtype)
     state, taken = fill(sampler, np.full(rows, start)), []
+    longest = start + chunk * (1 + calls)  # at last: every call is one program
+    if longest > slots:
+        raise ValueError(f'{longest} tokens do not fit {slots} slots')
     some = lambda value, dtype=np.int32: np.full(feed_rows, value, dtype)
     rng = np.random.default_rng(0)
     for _ in range(1 + calls):
@@ -115,7 +120,7 @@ def extend(
             tag_R=some(0),
         )
         began = time.perf_counter()
-        state, fed = sampler.extend(weights, state, chunks, slots)
+        state, fed = sampler.extend(weights, state, chunks, longest)
         jax.block_until_ready((state, fed))
         taken.append(time.perf_counter() - began)
     seconds, tokens = float(np.median(taken[1:])), feed_rows * chunk
@@ -252,7 +257,7 @@ def make_sampler(
         feed_rows=feed_rows,
         quota=quota,
         decode_rows=0,
-        min_bound=slots,
+        min_bound=chunk,
         dtype=dtype,
         cache_dtype=cache_dtype,
     )

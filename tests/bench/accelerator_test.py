@@ -33,6 +33,15 @@ def test_cases_are_named_once_and_the_device_comes_first():
         assert names[0] == 'device' and len(set(names)) == len(names)
 
 
+def test_contexts_fit_their_slots_to_the_last_call():
+    for toy in (False, True):
+        for case in (case for group in accelerator.groups(toy) for case in group.cases):
+            if case.get('kind') == 'decode':
+                assert case['high'] + case['quota'] * (1 + case['calls']) <= case['slots'], case
+            if case.get('kind') == 'extend':
+                assert case['start'] + case['chunk'] * (1 + case['calls']) <= case['slots'], case
+
+
 @pytest.mark.slow
 def test_a_case_that_fails_and_one_that_hangs_take_no_other_with_them(tmp_path):
     good = {'kind': 'device', 'bytes': 4096, 'repeats': 1}
