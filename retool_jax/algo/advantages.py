@@ -186,6 +186,9 @@ def advantages(
     Returns:
       advantage_BT, 0 outside the update. return_BT, the critic's target: A + V before whitening for gae,
       the discounted reward-to-go otherwise.
+
+    Raises:
+      ValueError: the kind needs values or groups, and none are given.
     """
     num_segments = update_BN.shape[1]
     mask_BT = segments.in_update(acted_BT, update_BN, segment_ids_BT)

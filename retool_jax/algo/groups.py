@@ -73,6 +73,9 @@ def group_advantages(
 
     Returns:
       advantage_E, 0 where not valid.
+
+    Raises:
+      ValueError: the kind is none of KINDS.
     """
     if kind not in KINDS:
         raise ValueError(f'advantage.kind={kind!r} compares no groups; choose one of {", ".join(KINDS)}')
@@ -128,6 +131,9 @@ def overlong_penalty(acted_count: Int[Array, '*shape'], acted_budget: int, buffe
       acted_count: L, tokens that the policy wrote.
       acted_budget: L_max, how many it may write: the budget less the prompt and the tools' tokens.
       buffer: L_c; 0 turns the penalty off.
+
+    Raises:
+      ValueError: the buffer does not lie in [0, acted_budget].
     """
     if not 0 <= buffer <= acted_budget:
         raise ValueError(f'overlong buffer {buffer} must lie in [0, {acted_budget}], the acted budget')

@@ -158,6 +158,9 @@ def actor_loss(
       A scalar that adds up over the parts of the mini-batch, and tallies: those of `policy_loss` and
       `correction`, actor/pg_loss, actor/entropy, and actor/kl where there is a reference (token means,
       but pg_loss in the aggregation's own mean).
+
+    Raises:
+      ValueError: settings.needs_reference, and there are no logprobs of one.
     """
     layout = (mask_BT, segment_ids_BT, num_segments)
     loss_BT, tallies = policy_loss(settings, logprob_BT, old_logprob_BT, advantage_BT, *layout)

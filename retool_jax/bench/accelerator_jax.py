@@ -25,8 +25,8 @@ from retool_jax.model import attention, decoder
 from retool_jax.model.config import ModelConfig
 from retool_jax.plan import models
 from retool_jax.rollout.sampler import Chunks, Sampler, SamplerSettings
-from retool_jax.train.learner import ForwardSettings
 from retool_jax.train.pack import first_fit, pack
+from retool_jax.train.settings import ForwardSettings
 
 
 def main(cases: str) -> None:
@@ -69,7 +69,11 @@ def device(bytes: int, repeats: int) -> dict:
 def decode(
     model: str, rows: int, slots: int, low: int, high: int, quota: int, calls: int, dtype: str, cache_dtype: str
 ) -> dict:
-    """Decode calls of `rows` rows whose contexts are spread evenly over low … high; none ends."""
+    """Decode calls of `rows` rows whose contexts are spread evenly over low … high; none ends.
+
+    Raises:
+      ValueError: the longest, with what the calls add, does not fit the slots.
+    """
     config = models.sizes(None, model)
     weights = random_weights(config, dtype)
     sampler = make_sampler(config, rows, slots, quota, min(256, slots), min(8, rows), dtype, cache_dtype)
@@ -100,7 +104,11 @@ def decode(
 def extend(
     model: str, rows: int, slots: int, start: int, chunk: int, feed_rows: int, calls: int, dtype: str, cache_dtype: str
 ) -> dict:
-    """Chunks of `chunk` tokens for `feed_rows` rows that hold `start` tokens: a prompt (0) or a tool's output."""
+    """Chunks of `chunk` tokens for `feed_rows` rows that hold `start` tokens: a prompt (0) or a tool's output.
+
+    Raises:
+      ValueError: what a row holds in the end does not fit the slots.
+    """
     config = models.sizes(None, model)
     weights = random_weights(config, dtype)
     sampler = make_sampler(config, rows, slots, 64, chunk, feed_rows, dtype, cache_dtype)

@@ -32,6 +32,9 @@ class Checkpoints:
       directory: made where it is missing.
       keep_last: how many of the newest steps stay.
       keep_best_metric: a number in `meta`; the step where it was highest stays too.
+
+    Raises:
+      UserError: keep_last below 1.
     """
 
     def __init__(self, directory: str | os.PathLike, keep_last: int, keep_best_metric: str | None = None):
@@ -104,7 +107,7 @@ class Checkpoints:
                 raise _disk_error(error, self.directory) from error
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON half of a step."""
+        """The JSON half of a step. Raises: UserError for a step that is not there."""
         self._require(step)
         return self._orbax.load_checkpointables(step, {_META: None})[_META]
 

@@ -138,7 +138,11 @@ def parse_flags(argv: list[str], keys: dict[str, object] | None = None, bare: Se
 
 
 def load_config(spec: str) -> ConfigDict:
-    """Returns the locked `get_config(ARG)` of 'PATH[:ARG]'; PATH is relative to here, or one of this project's."""
+    """Returns the locked `get_config(ARG)` of 'PATH[:ARG]'; PATH is relative to here, or one of this project's.
+
+    Raises:
+      UserError: no such file, or one that gives no configuration for ARG.
+    """
     path, colon, arg = spec.partition(':')
     file = _find(path)
     _name_configs(file)

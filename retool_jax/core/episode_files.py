@@ -40,6 +40,9 @@ def write(
       decode: ids to text, for the segments' texts.
       step: training step written into the header; `rewind` deletes parts of later steps. Default: the largest
         `episode.step`.
+
+    Raises:
+      ValueError: an episode's tokens, authors, logprobs and versions differ in number.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

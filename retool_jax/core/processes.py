@@ -102,7 +102,11 @@ def gather(item: object) -> list:
 
 
 def first[T](work: Callable[[], T]) -> T:
-    """Calls `work` in the process that leads; all return its result, or raise the user's error that it raised."""
+    """Calls `work` in the process that leads; all return its result, or raise the user's error that it raised.
+
+    Raises:
+      UserError: that of `work`, in every process.
+    """
     result, refused = None, None
     if leads():
         try:

@@ -127,7 +127,11 @@ class Episode:
     reward: Reward | None = None
 
     def append(self, tokens, acted: bool, logprobs=None, version: int = -1) -> None:
-        """Appends tokens with one author; `logprobs` is given exactly when `acted`."""
+        """Appends tokens with one author; `logprobs` is given exactly when `acted`.
+
+        Raises:
+          ValueError: not one logprob for each acted token, or any for others.
+        """
         n = len(tokens)
         if acted == (logprobs is None) or (acted and len(logprobs) != n):
             raise ValueError('acted tokens carry one logprob each; others carry none')

@@ -204,7 +204,7 @@ def to_hf(config: ModelConfig) -> dict:
 
 
 def load_config(directory: str | Path) -> ModelConfig:
-    """Reads `directory/config.json`."""
+    """Reads `directory/config.json`. Raises: UserError where there is none, or `from_hf` cannot read it."""
     path = Path(directory) / 'config.json'
     if not path.is_file():
         raise UserError(f'model.path: {directory} holds no config.json; give a Hugging Face model directory')

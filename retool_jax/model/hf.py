@@ -268,7 +268,11 @@ def write(
     progress: Progress | None = None,
 ) -> None:
     """`save` from any source: `fetch(leaf, layer)` gives a tensor as the checkpoint has it, in `dtype`, in one or
-    more parts along its first axis."""
+    more parts along its first axis.
+
+    Raises:
+      UserError: another dtype than DTYPES, a directory that holds something, or no tokenizer where one is asked for.
+    """
     directory, name = Path(directory).absolute(), jnp.dtype(dtype).name
     kinds = {jnp.dtype(kind).name: code for code, kind in DTYPES.items()}
     if name not in kinds:

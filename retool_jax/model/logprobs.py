@@ -34,6 +34,9 @@ def token_logprobs(
     row meet `vocab_chunk` entries of the vocabulary at a time, recomputed in the backward pass: the
     largest array is B · chunk · vocab_chunk in f32. On a mesh each device sees its own rows and its
     own part of the vocabulary, and what is exchanged are four numbers a token.
+
+    Raises:
+      ValueError: T is no multiple of `chunk`.
     """
     t = hidden_BTD.shape[1]
     chunk = min(chunk, t)

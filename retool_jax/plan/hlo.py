@@ -68,7 +68,11 @@ class Module:
     """A program's computations, and how often each runs."""
 
     def __init__(self, text: str, trips: int = 1):
-        """trips: iterations of loops whose number the program does not say."""
+        """trips: iterations of loops whose number the program does not say.
+
+        Raises:
+          ValueError: the text holds no program.
+        """
         self.unknown, self.entry = trips, ''
         self.computations: dict[str, dict[str, Instruction]] = {}
         current = None

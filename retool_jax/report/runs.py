@@ -123,7 +123,7 @@ class Run:
             raise UserError(f'{path}: not a file of episodes ({error}): remove it or write it anew') from error
 
     def count(self, part: Part) -> int:
-        """Episodes of a part, by its first line."""
+        """Episodes of a part, by its first line. Raises: UserError for a file of something else."""
         path = self.directory / 'episodes' / f'{part.name}.jsonl'
         try:
             with open(path, encoding='utf-8') as file:

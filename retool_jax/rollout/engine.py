@@ -37,7 +37,11 @@ class Engine:
         link: Link | None = None,
     ):
         """purpose: separates the randomness of training, evaluation, … under one seed. link: needed where the sampler's
-        mesh spans several processes; all of them must make the same calls with the same requests."""
+        mesh spans several processes; all of them must make the same calls with the same requests.
+
+        Raises:
+          ValueError: tools without an executor, or turns longer than a row of the sampler.
+        """
         if rules.settings.tools and executor is None:
             raise ValueError('an engine with tools needs an executor')
         if rules.settings.max_tokens > sampler.settings.slots:

@@ -82,7 +82,11 @@ class Sampler:
     ):
         """next_state int32 [states, V] and stops int8 [states] are the tag automaton's
         (0 none, 1 `</code>`, 2 `</answer>`). mesh: rows over data × fsdp, heads and vocabulary over tensor;
-        None leaves everything where the weights are."""
+        None leaves everything where the weights are.
+
+        Raises:
+          ValueError: the tag table is not as wide as the model's logits.
+        """
         if next_state.shape[1] != config.vocab_size:
             raise ValueError(f'tag table is {next_state.shape[1]} wide, the model has {config.vocab_size} logits')
         self.config, self.settings = config, settings

@@ -62,7 +62,11 @@ def home() -> Path:
 
 
 def closure(packages: tuple[str, ...]) -> dict[str, str]:
-    """Versions of `packages` and of what they require, as installed here: the guest gets the same."""
+    """Versions of `packages` and of what they require, as installed here: the guest gets the same.
+
+    Raises:
+      UserError: a package is not installed.
+    """
     versions: dict[str, str] = {}
     todo = list(packages)
     while todo:
@@ -95,7 +99,11 @@ def key(packages: tuple[str, ...]) -> str:
 
 
 def ensure(packages: tuple[str, ...], progress: Callable[[str], None] | None = None) -> Guest:
-    """Returns the guest for `packages`, building it where it is missing; safe between processes."""
+    """Returns the guest for `packages`, building it where it is missing; safe between processes.
+
+    Raises:
+      UserError: as `closure`.
+    """
     base = home()
     _make_public(base)
     code = _ensure_code(base)

@@ -108,7 +108,11 @@ def run(stage: ColdStart) -> None:
 def keep(
     directory: Path, model: Model, made: Sequence[Episode], counts: Mapping[str, int], unverified: int = 0
 ) -> None:
-    """Writes the traces to `episodes/` of a run's folder and last of all its summary.json."""
+    """Writes the traces to `episodes/` of a run's folder and last of all its summary.json.
+
+    Raises:
+      UserError: no trace was kept.
+    """
     if not made:
         raise UserError(f'no trace was kept: {counts}')
     episode_files.write(directory / 'episodes', 'cold_start', made, model.tokenizer.decode)
@@ -241,7 +245,11 @@ def make(
 
 
 def execute(codes: Iterable[str], pool: Pool | None, progress: bool = True) -> dict[str, ExecResult]:
-    """Runs every different snippet once, many at a time, under a progress bar."""
+    """Runs every different snippet once, many at a time, under a progress bar.
+
+    Raises:
+      ValueError: there are snippets, and no pool.
+    """
     unique = list(dict.fromkeys(codes))
     if unique and pool is None:
         raise ValueError('the mix has snippets to run: give a sandbox pool, or a mix of mental traces only')

@@ -21,8 +21,8 @@ from retool_jax.stages.alarms import WatchSettings
 from retool_jax.tasks import arithmetic, grader
 from retool_jax.text import template
 from retool_jax.train import ppo
-from retool_jax.train.learner import ForwardSettings
 from retool_jax.train.ppo import PPOSettings
+from retool_jax.train.settings import ForwardSettings
 from retool_jax.train.sft import SFTSettings
 from retool_jax.train.state import OptimizerSettings
 
@@ -365,13 +365,13 @@ class Demo(Rollouts):
 
 
 def require_path(model: ModelSettings) -> None:
-    """Refuses a family of published models without the directory of one."""
+    """Refuses a family of published models without the directory of one. Raises: UserError."""
     if model.path is None and model.template != 'tiny':
         raise UserError('model.path is missing; give a Hugging Face model directory')
 
 
 def fit_cache(turns: Budgets, sampler: SamplerSettings) -> None:
-    """Refuses a budget that a row's cache does not hold."""
+    """Refuses a budget that a row's cache does not hold. Raises: UserError."""
     if turns.max_tokens > sampler.slots:
         raise UserError(
             f'turns.max_tokens={turns.max_tokens} exceeds sampler.slots={sampler.slots}, the KV slots of '

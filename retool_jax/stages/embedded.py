@@ -58,6 +58,9 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     on two families an operand's digit cost 2.2 nats, chance, from plain random weights and 1.6 from these
     projections. After "Mimetic Initialization of Self-Attention
     Layers" (arXiv 2305.09828). Needs as many KV heads as heads, and heads × head_dim = D.
+
+    Raises:
+      ValueError: other heads than that.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads != kv_heads or heads * config.head_dim != config.hidden_size:

@@ -48,13 +48,21 @@ class Intake:
         return list(stream.once(kept))[:limit]
 
     def open(self, sources: Sequence[stream.Source]) -> list[grain.MapDataset]:
-        """The sources of a stream (`data.open_sources`), without unreadable gold answers."""
+        """The sources of a stream (`data.open_sources`), without unreadable gold answers.
+
+        Raises:
+          UserError: nothing is left of a source, or what `stream.open_sources` refuses.
+        """
         with gym.maker() as child:
             training = lambda path: self._drawn(path, gym.TRAINING, child=child) if gym.named(path) else self.read(path)
             return self._sifted(stream.open_sources(sources, training), self._gold_fault)
 
     def worked[T](self, pairs: Sequence[tuple[Problem, T]]) -> list[tuple[Problem, T]]:
-        """Worked answers, those of problems whose gold answers can be read."""
+        """Worked answers, those of problems whose gold answers can be read.
+
+        Raises:
+          UserError: none is left, or one is unreadable and may not be left out.
+        """
         found = [(pair, self._gold_fault(pair[0])) for pair in pairs]
         left = [(pair[0].id, text) for pair, text in found if text]
         self.left += left

@@ -44,9 +44,10 @@ from retool_jax.tasks.grader import Grader
 from retool_jax.text import tags
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.train import sources
-from retool_jax.train.learner import ForwardSettings, Learner
+from retool_jax.train.learner import Learner
 from retool_jax.train.ppo import PPOSettings, Progress
 from retool_jax.train.residency import Residency
+from retool_jax.train.settings import ForwardSettings
 from retool_jax.train.state import OptimizerSettings, add_critic, init_state, make_optimizer
 
 if TYPE_CHECKING:
@@ -73,7 +74,11 @@ def open_model(settings: ModelSettings, directory: Path) -> Model:
 
 
 def check_context(model: Model, tokens: int, key: str) -> None:
-    """Refuses episodes longer than the positions that the weights know; `key` is what sets their length."""
+    """Refuses episodes longer than the positions that the weights know; `key` is what sets their length.
+
+    Raises:
+      UserError: they are.
+    """
     context = model.config.context
     if tokens > context:
         scaling = model.config.rope_scaling

@@ -171,7 +171,11 @@ def go_on(
 
 
 def restore(progress: Progress, checkpoints: Checkpoints, directory: Path, halves: HalvesSettings, seed: int) -> None:
-    """Sets `progress` to the last checkpoint; rollouts alone go on behind the last line of metrics."""
+    """Sets `progress` to the last checkpoint; rollouts alone go on behind the last line of metrics.
+
+    Raises:
+      UserError: the checkpoint is of another seed, or not as `Checkpoints.restore` wants it.
+    """
     if not halves.train:
         lines = metrics.read(directory)
         if lines:

@@ -34,6 +34,9 @@ def run(stage: FineTuning) -> None:
     """Trains to the last step, or goes on where the folder's last checkpoint stands.
 
     `final/` is the last state; with a held-out share, the one of those saved whose loss on it was lowest.
+
+    Raises:
+      UserError: a held-out share that leaves no traces on one side, or traces that `read_traces` or `check_ids` refuse.
     """
     processes.join()
     sizes = stage.sft
@@ -122,7 +125,11 @@ def go_on(
 
 
 def read_traces(path: str, width: int) -> list[Episode]:
-    """The episodes of a cold start's folder that fit a row."""
+    """The episodes of a cold start's folder that fit a row.
+
+    Raises:
+      UserError: the folder holds no episodes, or none that fits.
+    """
     if not Path(path).is_dir() or not episode_files.names(path):
         raise UserError(f'config.traces={path!r} holds no episodes; give the folder that launch/cold_start.py wrote')
     traces = episode_files.read(path)
@@ -146,7 +153,7 @@ def fingerprint(traces: list[Episode]) -> str:
 
 
 def check_ids(traces: list[Episode], model: Model, path: str) -> None:
-    """Refuses traces that were written for another tokenizer."""
+    """Refuses traces that were written for another tokenizer. Raises: UserError."""
     first = traces[0]
     if max(max(trace.tokens) for trace in traces) >= model.tokenizer.size:
         raise UserError(

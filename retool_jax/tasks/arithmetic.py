@@ -40,6 +40,9 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
 
     'train' and 'new_wording' use operands of the training side, 'new_operands' those held out, and
     'larger_range' operands beyond the training range (in the training wordings).
+
+    Raises:
+      ValueError: no such split, or a negative count.
     """
     if split not in SPLITS:
         raise ValueError(f'split is {split!r}: take one of {", ".join(SPLITS)}')
@@ -71,7 +74,7 @@ def _draw(family: Family, split: str, rng: random.Random) -> Operands:
 
 
 def operands_of(problem: Problem) -> Operands:
-    """The integers of a problem of this task, read from its id."""
+    """The integers of a problem of this task, read from its id. Raises: ValueError for another task's."""
     match = re.fullmatch(rf'\d+-{problem.family}-(\d+(?:-\d+)*)', problem.id)
     if problem.family not in BY_NAME or match is None:
         raise ValueError(f'problem {problem.id!r} is not of the arithmetic task: traces exist for those only')
@@ -79,7 +82,11 @@ def operands_of(problem: Problem) -> Operands:
 
 
 def trace(problem: Problem, kind: str, seed: int) -> Trace:
-    """A right solution of one kind: worked in the head, by a snippet, or by a failing snippet put right."""
+    """A right solution of one kind: worked in the head, by a snippet, or by a failing snippet put right.
+
+    Raises:
+      ValueError: no such kind, or a problem of another task.
+    """
     family, operands = BY_NAME.get(problem.family), operands_of(problem)
     work = Trace(
         'mental',

@@ -21,7 +21,11 @@ Row = tuple[str, Mapping]  # where it stands ('file:line'), its fields
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file, or of every file of a folder by name, with where each stands."""
+    """Rows of a file, or of every file of a folder by name, with where each stands.
+
+    Raises:
+      UserError: no such file, a format that is not known, or a row that is no object.
+    """
     if path.is_dir():
         if all((path / name).is_file() for name in TFDS):
             yield from _tfds_rows(path)

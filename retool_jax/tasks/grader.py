@@ -35,6 +35,9 @@ class Grader:
     An answer that takes more than `time_limit_s` of CPU time, needs more than `memory_mb` or is longer than
     `max_length` characters is not equal to the gold answer (unless it is the same string). A busy machine
     changes no verdict: no limit on an answer is by the clock on the wall.
+
+    Raises:
+      UserError: no such style, or limits within which nothing can be judged.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class Grader:
         wholes: Sequence[str] | None = None,
         judges: Sequence[str] | None = None,
     ) -> list[Reward]:
-        """The same for a batch, over all workers; order kept."""
+        """The same for a batch, over all workers; order kept. Raises: ValueError for different lengths."""
         calls = [0] * len(texts) if calls is None else list(calls)
         wholes = texts if wholes is None else wholes
         judges = [''] * len(texts) if judges is None else judges

@@ -74,6 +74,9 @@ def load(path: str | Path, leave_out: bool = False) -> Loaded:
 
     The public file of DAPO-Math-17k is one block repeated a hundred times: each of its questions is kept once,
     and dropped where its rows disagree about the answer. Other sets are never thinned.
+
+    Raises:
+      UserError: those of `read`; with `leave_out`, where nothing else is left.
     """
     path = Path(path)
     problems: list[Problem] = []
@@ -158,7 +161,11 @@ def read_traces(path: str | Path) -> list[tuple[Problem, str]]:
 
 def load_traces(path: str | Path, leave_out: bool = False) -> tuple[list[tuple[Problem, str]], list[str]]:
     """`read_traces`, and lines for people as `Loaded.remarks` has them; `leave_out` drops rows that cannot be read
-    instead of refusing the file."""
+    instead of refusing the file.
+
+    Raises:
+      UserError: those of `read_traces`; with `leave_out`, where nothing else is left.
+    """
     path, ids = Path(path), set()
     pairs, unreadable, counts = [], [], collections.Counter()
     read = lambda row, where, name: (schemas.read_trace(row, where), read_problem(row, where, name, path.stem))
@@ -173,6 +180,9 @@ def write_array_record(path: str | Path, problems: Iterable[Problem]) -> int:
     """Writes problems as JSON objects, one a record, for random access; the file appears whole or not.
 
     Returns how many were written. `read` and `tasks.stream` read it. Ids that stand there already get a number.
+
+    Raises:
+      UserError: the name has another ending.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 

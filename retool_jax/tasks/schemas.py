@@ -44,6 +44,9 @@ def read_problem(row: Mapping, where: str, default_id: str, source: str) -> Prob
     """One row of any known schema as a Problem; `where` names it in errors.
 
     An answer column goes before everything else that holds an answer: a worked solution, and what a model wrote.
+
+    Raises:
+      UserError: no schema fits, or a field does not hold what it should; the field is named.
     """
     names = {str(name).lower(): name for name in row}
     fields = lambda wanted: {name: row[names[name]] for name in wanted if name in names}
@@ -70,7 +73,11 @@ def has_gold(row: Mapping) -> bool:
 
 
 def read_trace(row: Mapping, where: str) -> str:
-    """The worked answer of a row: a chat's, joined, or the text of one of TRACE_FIELDS."""
+    """The worked answer of a row: a chat's, joined, or the text of one of TRACE_FIELDS.
+
+    Raises:
+      UserError: there is none, or a chat that cannot be joined whole.
+    """
     for name in ('messages', 'conversations'):
         if not _blank(row.get(name)):
             return chats.trace(_unpacked(row[name]), where, name)

@@ -30,6 +30,9 @@ def stream(
     """An endless dataset of Problems: each source shuffled anew every epoch, mixed by `weights`.
 
     Sources are what `open_sources` takes or what it gave. Weights None: every problem of every source equally often.
+
+    Raises:
+      UserError: weights that are not one above 0 for each source, or what `open_sources` refuses.
     """
     opened = open_sources(sources)
     if weights is None:
@@ -57,6 +60,9 @@ def open_sources(
     loaded. `read` takes the place of the readers. A single source keeps its ids; of several, each
     puts its name before them ('gsm8k/train.jsonl/17'), so that two files with equal ids hold different problems.
     The same file named twice holds the same ones. Datasets stay as they are.
+
+    Raises:
+      UserError: no source, or one without problems or that cannot be read.
     """
     if not sources:
         raise UserError('data: no source given')
@@ -69,7 +75,7 @@ def open_sources(
 
 
 def open_source(source: Source, read: Callable[[Path], Sequence[Problem]] | None = None) -> grain.MapDataset:
-    """One source as a dataset of Problems, each once, in order."""
+    """One source as a dataset of Problems, each once, in order. Raises: UserError where it has none."""
     if isinstance(source, str | Path):
         path = Path(source)
         if path.is_file() and path.name.endswith('.array_record') and _is_ours(path):

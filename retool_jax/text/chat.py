@@ -36,7 +36,11 @@ def read(tokenizer: Tokenizer) -> tuple[str, str, str]:
 
 
 def render(tokenizer: Tokenizer, messages: list[dict[str, str]], generate: bool) -> str:
-    """The conversation as the template writes it; `generate`: up to the first token of the next answer."""
+    """The conversation as the template writes it; `generate`: up to the first token of the next answer.
+
+    Raises:
+      UserError: the template refuses the conversation, or is broken.
+    """
     import jinja2
     from jinja2 import sandbox
 

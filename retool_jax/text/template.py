@@ -183,7 +183,11 @@ def prompt_ids(template: Template, tokenizer: Tokenizer, question: str) -> list[
 
 
 def end_ids(template: Template, tokenizer: Tokenizer) -> list[int]:
-    """The one id with which the model ends its answer, for the last segment of an SFT trace."""
+    """The one id with which the model ends its answer, for the last segment of an SFT trace.
+
+    Raises:
+      UserError: the tokenizer lacks a special token of the template.
+    """
     return _cut(template, tokenizer, template.turn_end)
 
 

@@ -25,9 +25,10 @@ from retool_jax.core.records import Episode, Stop
 from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout.settings import SamplingSettings
 from retool_jax.train import sources
-from retool_jax.train.learner import ForwardSettings, Learner, Scores, mean_metrics
+from retool_jax.train.learner import Learner, Scores, mean_metrics
 from retool_jax.train.pack import join, pack
 from retool_jax.train.residency import Residency
+from retool_jax.train.settings import ForwardSettings
 from retool_jax.train.sources import RolloutSettings, Source
 from retool_jax.train.state import CRITICS
 
@@ -221,7 +222,11 @@ def update(
     step: int,
     residency: Residency,
 ) -> _Pending:
-    """Scores the episodes and takes every optimizer step over them; nothing waits for the device."""
+    """Scores the episodes and takes every optimizer step over them; nothing waits for the device.
+
+    Raises:
+      UserError: the episodes are of more groups than the settings allow.
+    """
     began = time.perf_counter()
     progress.state = residency.enter('score', progress.state)
     batch, minibatches = make_batch(episodes, settings, learner.forward, seed, step)

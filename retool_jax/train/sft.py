@@ -13,8 +13,9 @@ from retool_jax.core.checks import MANY, below, check, within
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.core.records import Episode
 from retool_jax.core.signals import uninterrupted
-from retool_jax.train.learner import ForwardSettings, Learner, mean_metrics
+from retool_jax.train.learner import Learner, mean_metrics
 from retool_jax.train.pack import pack
+from retool_jax.train.settings import ForwardSettings
 
 HELD_OUT = 'sft/held_out_loss'  # mean −log p of the acted tokens, in nats
 

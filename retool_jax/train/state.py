@@ -105,7 +105,11 @@ def init_value_head(config: ModelConfig) -> Params:
 
 def add_critic(config: ModelConfig, policy: Params, kind: str) -> Params:
     """The trained tree: {'policy', 'critic'}; the critic is a 'head' on the policy's trunk, its own
-    'backbone' that starts from the policy's weights, or 'none'."""
+    'backbone' that starts from the policy's weights, or 'none'.
+
+    Raises:
+      ValueError: no such kind.
+    """
     if kind == 'none':
         return {'policy': policy}
     if kind not in CRITICS:

@@ -16,7 +16,8 @@ import pytest
 from retool_jax.core import sharding
 from retool_jax.core.pytrees import Batch, KVCache
 from retool_jax.model import decoder, kv_cache
-from retool_jax.train.learner import ForwardSettings, Learner
+from retool_jax.train.learner import Learner
+from retool_jax.train.settings import ForwardSettings
 from retool_jax.train.state import init_state
 from tests.model.sizes import make_config, make_params, make_tokens
 

@@ -15,7 +15,8 @@ from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.text import tags
-from retool_jax.train.learner import ForwardSettings, Learner
+from retool_jax.train.learner import Learner
+from retool_jax.train.settings import ForwardSettings
 from retool_jax.train.state import add_critic, init_state
 from tests.fakes import FakePool, byte_tokenizer
 from tests.model.sizes import make_config, make_params
