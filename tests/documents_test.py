@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import shlex
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from retool_jax.core import cli
+from retool_jax.core import cli, settings
+from retool_jax.stages import config as stages
 from tests.launch import launcher
 
 ROOT = Path(__file__).parents[1]
@@ -111,11 +113,11 @@ def test_every_file_has_its_line_in_the_readmes_tree():
 
 
 def names(path):
-    """Functions and classes of a file, and `Class.method`."""
+    """Functions and classes of a file, and `Class.method`, with their syntax trees."""
     body = ast.parse(path.read_text()).body
     found = {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    return set(found) | {
-        f'{name}.{inner.name}'
+    return found | {
+        f'{name}.{inner.name}': inner
         for name, node in found.items()
         if isinstance(node, ast.ClassDef)
         for inner in node.body
@@ -144,6 +146,29 @@ def test_the_functions_that_the_readme_names_are_where_it_says(title):
     assert len(pairs) > (20 if title.startswith('An') else 0)
     wrong = [f'{path}: {name}' for path, name in pairs if path is None or name not in names(ROOT / 'retool_jax' / path)]
     assert wrong == []
+
+
+def value_ways():
+    """(key, [(file, name), …]) of every row of the README's table of ways."""
+    rows = [line.split('|')[1:3] for line in section("A value's way").splitlines() if line.startswith('| `')]
+    return [(key.strip(' `'), re.findall(r'`([\w/]+\.py): ([\w.]+)`', way)) for key, way in rows]
+
+
+@pytest.mark.parametrize('key, way', value_ways(), ids=lambda value: value if isinstance(value, str) else '')
+def test_a_value_goes_through_five_files_at_most_from_its_field_to_where_it_is_read(key, way):
+    paths = [ROOT / 'retool_jax' / file for file, _ in way]
+    assert 3 <= len(set(paths)) == len(paths) <= 5
+    assert [f'{file}: {name}' for path, (file, name) in zip(paths, way) if name not in names(path)] == []
+    assert way[0][0] == 'stages/config.py' and key in settings.keys(getattr(stages, way[0][1]))
+    for path, then in itertools.pairwise(paths):
+        told = lambda there, of: re.search(rf'\b{of.stem}\b', there.read_text())
+        assert told(path, then) or told(then, path), f'{path.name} and {then.name} do not know each other'
+    reader = ast.unparse(names(paths[-1])[way[-1][1]])
+    assert re.search(rf'\b{key.rpartition(".")[2]}\b', reader)
+
+
+def test_the_ways_shown_are_of_a_rollout_a_loss_and_a_sandbox():
+    assert {key.partition('.')[0] for key, _ in value_ways()} == {'ppo', 'loss', 'sandbox'}
 
 
 @pytest.mark.slow
