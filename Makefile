@@ -5,11 +5,12 @@ PY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 .venv/bin/python
 ARGS ?=
 EXTRA ?=
 
-.PHONY: help setup demo test test-all soak bench baselines lint lock
+.PHONY: help setup demo real test test-all soak bench baselines lint lock
 
 help:
 	@echo 'make setup      all that the others need; EXTRA=tpu, cuda12 or cuda13 adds an accelerator'
 	@echo 'make demo       cold start, SFT, RL with tools, the text baseline, evaluation: a run folder and a report'
+	@echo 'make real       the same with a model and problems of others: fetches 93 MB once'
 	@echo 'make test       the quick tests        make test-all   every test but the soak'
 	@echo 'make soak       minutes of steady load  make bench      sandbox, rollout, update: one JSON line each'
 	@echo 'make baselines  side environments with the peers that benchmarks compare with'
@@ -21,6 +22,9 @@ setup:
 
 demo: setup
 	@$(PY) launch/demo.py $(ARGS)
+
+real: setup
+	@$(PY) launch/demo.py --config=configs/demo.py:smollm2_135m $(ARGS)
 
 # Two processes: most tests keep one core busy. A file stays in one of them, with what its tests share.
 test: setup

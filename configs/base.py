@@ -270,9 +270,11 @@ def checkpoints(every: int) -> ConfigDict:
     return ConfigDict({'every': every, 'keep_last': 2})  # every: steps
 
 
-def mix() -> ConfigDict:
-    """Shares of trace kinds in the embedded cold start. The tool model sees both ways of working, so that
+def mix(arg: str = 'tiny') -> ConfigDict:
+    """Shares of trace kinds in a cold start that is made here. The tool model sees both ways of working, so that
     RL has to learn when to call."""
+    if not is_tiny(arg):  # of worked solutions
+        return ConfigDict({'easy': {'code': 0.55, 'mental': 0.45}, 'needy': {'code': 0.55, 'mental': 0.45}})
     return ConfigDict(
         {
             'easy': {'code': 0.4, 'mental': 0.6},  # families that mental arithmetic can do

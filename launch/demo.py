@@ -1,4 +1,4 @@
-"""The demo: ReTool from nothing on one CPU machine, in minutes (see configs/demo.py)."""
+"""The demo: ReTool on one CPU machine, from nothing in minutes or on a model that others trained (configs/demo.py)."""
 
 import os
 
@@ -18,7 +18,7 @@ def main(stage):
 
 
 def run() -> None:
-    cli.run(main, 'retool_jax.stages.config:Demo', default_config='configs/demo.py')
+    cli.run(main, 'retool_jax.stages.demo_config:Demo', default_config='configs/demo.py')
 
 
 if __name__ == '__main__':

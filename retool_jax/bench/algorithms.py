@@ -9,7 +9,8 @@ from pathlib import Path
 
 from retool_jax.core import metrics
 from retool_jax.stages import demo
-from retool_jax.stages.config import Demo, Reinforcement, RunSettings
+from retool_jax.stages.config import Reinforcement, RunSettings
+from retool_jax.stages.demo_config import Demo
 
 BLOCKS = ('advantage', 'loss', 'ppo')  # where algorithms differ; all else is the demo's
 

@@ -6,14 +6,23 @@ from retool_jax.report.runs import Part
 
 # Models of a demo as summary.json names them, in the order of the story.
 MODELS = {
-    'base': ('Random start', 'base'),
+    'base': ('Start', 'base'),
+    'base_tool': ('Start, with interpreter', 'textsft'),
     'sft': ('Cold start', 'sft'),
     'tool_rl': ('RL with interpreter', 'tool'),
     'text_sft': ('Text cold start', 'textsft'),
     'text_rl': ('RL, text only', 'text'),
 }
-SHORT = {'base': 'Random', 'sft': 'Cold start', 'tool_rl': 'RL, tools', 'text_sft': 'Text start', 'text_rl': 'RL, text'}
-SETS = ('new_operands', 'new_wording', 'larger_range')  # of the demo, the headline's first
+SHORT = {
+    'base': 'Start',
+    'base_tool': 'Start, tools',
+    'sft': 'Cold start',
+    'tool_rl': 'RL, tools',
+    'text_sft': 'Text start',
+    'text_rl': 'RL, text',
+}
+# Of the demo, the headline's first: of the embedded task, of generated problems.
+SETS = ('new_operands', 'new_wording', 'larger_range', 'new_numbers', 'new_templates')
 # Kinds of training: of metrics lines and of parts with a step.
 KINDS = {
     'tool': ('with interpreter', 'tool'),

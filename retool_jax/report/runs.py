@@ -145,7 +145,7 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer where its directory is still there: the run's own, else the configured one."""
-        paths = [self.directory / 'model', (self.config.get('model') or {}).get('path')]
+        paths = [self.directory / 'model', self.directory / 'tool_rl', (self.config.get('model') or {}).get('path')]
         for path in paths:
             if path and Path(path).is_dir():
                 try:

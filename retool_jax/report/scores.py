@@ -53,6 +53,15 @@ def tiles(summary: dict[str, Any]) -> str:
     if 'problems' in first and 'k' in first:
         kind = 'held-out problems' if blocks.keys() & MODELS.keys() else 'problems'
         facts.append(f'{first["problems"]} {kind} × {first["k"]} samples')
+    for pair, gain in summary.get('gains', {}).items():
+        models = ' − '.join(labels.model(name)[0] for name in pair.split(' − '))
+        low, high = (f'{100 * x:.1f}' for x in gain['ci'])
+        facts.append(f'{escape(models)}: <b>{100 * gain["points"]:+.1f}</b> points ({low} to {high})')
+    if data := summary.get('data'):
+        facts.append(
+            f'{data["held_out_in_training"]} of {data["held_out_questions"]:,} held-out questions stand among '
+            f'the {data["training_questions"]:,} of training'
+        )
     facts += [f'{summary[key]:,} {word}' for key, word in (('steps', 'RL steps'),) if key in summary]
     if 'seconds' in summary:
         facts.append(f'{_duration(summary["seconds"])} in all')
@@ -70,7 +79,8 @@ def tables(summary: dict[str, Any]) -> str:
         return ''
     apart = list(dict.fromkeys(s for block in blocks.values() for s in block.get('apart', {})))
     if 'apart' in next(iter(blocks.values())) or apart:
-        rows = [('held out: new operands', {name: block for name, block in blocks.items()})]
+        headline = summary.get('headline', 'new_operands').replace('_', ' ')
+        rows = [(f'held out: {headline}', {name: block for name, block in blocks.items()})]
         rows += [
             (s.replace('_', ' '), {name: b['apart'][s] for name, b in blocks.items() if s in b.get('apart', {})})
             for s in apart

@@ -27,7 +27,7 @@ from retool_jax.sandbox.pool import Pool
 from retool_jax.stages import folder, parts
 from retool_jax.stages.config import ColdStart, Mix
 from retool_jax.stages.intake import Intake
-from retool_jax.tasks import answers, arithmetic, golds, problems
+from retool_jax.tasks import answers, arithmetic, golds, gym, problems, solutions
 from retool_jax.text import tags
 from retool_jax.text.template import (
     Template,
@@ -83,6 +83,7 @@ def run(stage: ColdStart) -> None:
     own = golds.own(rewritten, stage.traces) if rewritten else set()
     if stage.golds:
         rewritten, own = golds.join(rewritten, own, problems.read(stage.golds))
+    told = read_worked(stage.worked, stage.problems, stage.run.seed) if stage.worked else None
     with parts.open_grader(stage.reward) as grader:
         if rewritten:
             rewritten = Intake(stage.reward.unreadable, grader.parses).worked(rewritten)
@@ -92,6 +93,8 @@ def run(stage: ColdStart) -> None:
             console.banner(model=model, sandbox=pool, run=directory)
             if rewritten is not None:
                 made, counts = verify(rewritten, pool, wording, grader.equal)
+            elif told is not None:
+                made, counts = make(retell(told, stage.mix, stage.run.seed), pool, wording, grader.equal)
             else:
                 drawn = arithmetic.problems('train', stage.problems, stage.run.seed)
                 made, counts = build(drawn, stage.mix, pool, wording, stage.run.seed)
@@ -135,13 +138,40 @@ def build(
     Raises:
       ValueError: there are snippets to run, and no pool.
     """
+    return make(draw(asked, mix, seed), pool, wording, answers.equal_at_sight, progress)
+
+
+def draw(asked: Iterable[Problem], mix: Mix, seed: int) -> list[Draft]:
+    """A trace for each problem of the embedded task, of a kind drawn from `mix`."""
     rng = random.Random(f'cold start/{seed}')
     drafts = []
     for problem in asked:
         shares = mix.easy if arithmetic.BY_NAME[problem.family].mental else mix.needy
         kind = rng.choices(list(shares), list(shares.values()))[0]
         drafts.append(draft(problem, arithmetic.trace(problem, kind, seed)))
-    return make(drafts, pool, wording, answers.equal_at_sight, progress)
+    return drafts
+
+
+def read_worked(sources: Sequence[str], count: int, seed: int) -> list[tuple[Problem, str]]:
+    """At most `count` problems of generators with their worked solutions, in an order drawn from `seed`."""
+    with gym.maker() as child:
+        pairs = [pair for source in sources for pair in gym.worked(source, child=child)]
+    random.Random(f'worked/{seed}').shuffle(pairs)
+    return pairs[:count]
+
+
+def retell(worked: Iterable[tuple[Problem, str]], mix: Mix, seed: int) -> list[Draft]:
+    """A trace of each worked solution whose equations lead to the answer, of a kind drawn from `mix.needy`.
+
+    Whatever the mix, the same problems are left out, so that a text-only cold start sees those of the other one.
+    """
+    rng = random.Random(f'cold start/{seed}')
+    kinds, shares = list(mix.needy), list(mix.needy.values())
+    return [
+        draft(problem, solutions.trace(problem, words, rng.choices(kinds, shares)[0]))
+        for problem, words in worked
+        if solutions.snippet(problem, words) is not None
+    ]
 
 
 def verify(

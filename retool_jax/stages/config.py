@@ -18,7 +18,7 @@ from retool_jax.rollout.turns import Budgets
 from retool_jax.sandbox.feedback import FeedbackSettings
 from retool_jax.sandbox.settings import SandboxSettings
 from retool_jax.stages.alarms import WatchSettings
-from retool_jax.tasks import arithmetic, grader
+from retool_jax.tasks import arithmetic, grader, gym, solutions
 from retool_jax.text import template
 from retool_jax.train import ppo
 from retool_jax.train.ppo import PPOSettings
@@ -189,45 +189,15 @@ class Mix:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecipeSettings:
-    """Sizes of the demo."""
-
-    problems_seen: int  # problems that the tool model's cold start is made from, 1 to 10⁷. H
-    # share of the problems needing the tool that the text-only cold start keeps, of twice as many; 0 to 1. H
-    text_needy: float
-    sft_steps: int  # optimizer steps of each fine-tuning, at least 1. H
-    lead_steps: int  # the first of them, without mental traces of families that need the tool; 1 to sft_steps. H
-    sft_batch_tokens: int  # tokens of an optimizer step, padding not counted; at least 1. H
-    problems: int  # held-out problems of the headline score, 1 to 10⁷. H
-    apart_problems: int  # of each set scored apart (new wordings, larger operands), 1 to 10⁷. H
-    samples: int  # answers per problem in evaluation, 1 to 65,536. H
-
-    def __post_init__(self):
-        check(
-            self,
-            problems_seen=within(1, PROBLEMS),
-            text_needy=within(0, 1),
-            sft_steps=within(1, MANY),
-            lead_steps=within(1, MANY),
-            sft_batch_tokens=within(1, MANY),
-            problems=within(1, PROBLEMS),
-            apart_problems=within(1, PROBLEMS),
-            samples=within(1, 2**16),
-        )
-        if self.lead_steps > self.sft_steps:
-            raise UserError(
-                f'lead_steps={self.lead_steps} are the first of recipe.sft_steps={self.sft_steps}; choose fewer'
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ColdStart:
     """launch/cold_start.py."""
 
     run: RunSettings
     traces: str | None  # a file of rewritten answers; None: traces are made from the embedded task
     golds: str | None  # a problem file with the answers of traces that have none but their own last box
-    problems: int  # made of the embedded task where there are no traces, 1 to 10⁷
+    # generators (reasoning_gym:NAME?…) whose worked solutions become traces, of the kinds of mix.needy; none: `traces`
+    worked: tuple[str, ...]
+    problems: int  # of the embedded task, or of `worked`, that traces are made of, 1 to 10⁷
     mix: Mix
     max_tokens: int  # longer traces are dropped; at least 1
     model: ModelSettings
@@ -236,10 +206,26 @@ class ColdStart:
     reward: RewardSettings
 
     def __post_init__(self):
-        check(self, traces=local_path(), golds=local_path(), problems=within(1, PROBLEMS), max_tokens=within(1, MANY))
+        check(
+            self,
+            traces=local_path(),
+            golds=local_path(),
+            problems=within(1, PROBLEMS),
+            max_tokens=within(1, MANY),
+            worked=Rule(gym.named, f'must be a generator: {gym.PREFIX}NAME'),
+        )
         require_path(self.model)
-        if self.traces is None and self.model.path is not None:
-            raise UserError('traces is missing: config.traces has to name a file of rewritten answers')
+        if self.traces is None and self.model.path is not None and not self.worked:
+            raise UserError(
+                'traces is missing: config.traces has to name a file of rewritten answers, or '
+                'config.worked generators with worked solutions'
+            )
+        if self.traces is not None and self.worked:
+            raise UserError(
+                f'traces={self.traces!r} and worked={self.worked} both name what traces are made of; give one of them'
+            )
+        if self.worked:
+            fit_mix(self.mix)
         if self.golds is not None and self.traces is None:
             raise UserError(f'golds={self.golds!r} answers the traces of a file, and traces names none')
 
@@ -351,17 +337,14 @@ class Reinforcement(Rollouts):
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Demo(Rollouts):
-    """launch/demo.py."""
-
-    sft_optimizer: OptimizerSettings
-    mix: Mix
-    recipe: RecipeSettings
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_path(self.model)
+def fit_mix(mix: Mix) -> None:
+    """Refuses kinds of traces that cannot be made of worked solutions."""
+    for kind, share in mix.needy.items():
+        if share and kind not in solutions.KINDS:
+            raise UserError(
+                f'mix: {share} of the needy traces are {kind}, and worked solutions become '
+                f'{" or ".join(solutions.KINDS)}; set that share to 0'
+            )
 
 
 def require_path(model: ModelSettings) -> None:

@@ -1,6 +1,7 @@
-"""The demo's whole story on the embedded task, from nothing to a model that knows when to run Python.
+"""The demo's whole story, from a cold start to a model that knows when to run Python.
 
-Two models of the same size learn the same problems with the same number of steps and episodes: one
+The task is the embedded one with a tiny model from nothing, or problems of generators with a model that others trained
+(`demo_task`). Two models of the same size learn the same problems with the same number of steps and episodes: one
 may call the interpreter, one may not. Each goes through the stages of a run of one's own – cold start, fine-tuning,
 PPO – in folders below the demo's, tool/ and text/, in one process that shares sandbox, grader and compiled samplers.
 Every stage goes on where it was stopped, and so does the demo. `run` reads from top to bottom.
@@ -12,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,34 +22,33 @@ import numpy as np
 
 from retool_jax.core import console, episode_files, metrics
 from retool_jax.core.metrics import Metrics
-from retool_jax.core.records import Episode, Problem
+from retool_jax.core.records import Episode
 from retool_jax.rollout.requests import Executor
 from retool_jax.rollout.sampler import Sampler
-from retool_jax.stages import cold_start, evaluate, folder, parts, ppo, sft
+from retool_jax.stages import cold_start, evaluate, folder, parts, ppo, pretrained, sft
 from retool_jax.stages.alarms import ALARMS, WatchSettings
 from retool_jax.stages.config import (
     CheckpointSettings,
     ColdStart,
-    DataSettings,
-    Demo,
     FineTuning,
     HalvesSettings,
-    Mix,
     Reinforcement,
     Rollouts,
     RunSettings,
     ValidationSettings,
 )
-from retool_jax.tasks import arithmetic
+from retool_jax.stages.demo_config import Demo
+from retool_jax.stages.demo_task import TEXT_ONLY, Task, open_task
+from retool_jax.tasks import summary as scoring
 from retool_jax.tasks.grader import Grader
-from retool_jax.tasks.summary import summarise
+from retool_jax.train import sft as train_sft
 from retool_jax.train.sft import SFTSettings
 
-HELD_OUT = 'new_operands'  # the headline set; the others are scored apart
-APART = ('new_wording', 'larger_range')
-TEXT_ONLY = Mix(easy={'mental': 1.0}, needy={'mental': 1.0})
-PLACES = ('traces', 'model.path')  # of stages: below the demo's folder, which may be moved
-SFT_SAVES, PPO_SAVES = CheckpointSettings(every=100, keep_last=1), CheckpointSettings(every=4, keep_last=2)
+PLACES = ('traces', 'model.path')  # of stages: below the demo's folder, or in a cache, both of which may be moved
+SFT_SAVES = 5  # checkpoints of a fine-tuning, at each of which the held-out loss is measured
+MODELS = ('base', 'base_tool', 'sft', 'tool_rl', 'text_sft', 'text_rl')  # as they are scored, in the story's order
+# What RL gained, and what the tool adds: pairs of models that are compared problem by problem.
+GAINS = (('tool_rl', 'sft'), ('tool_rl', 'text_rl'), ('text_rl', 'text_sft'))
 # Nobody is there to be warned, and 20 steps of this size are over before anything could be done.
 UNWATCHED = WatchSettings(
     entropy_below=0.0, equal_steps=1, mismatch_above=0.0, episode_mismatch_above=0.0, failures_above=0.0,
@@ -59,8 +58,9 @@ UNWATCHED = WatchSettings(
 class Story:
     """One run of the demo: what both models share, and their stages."""
 
-    def __init__(self, stage: Demo, directory: Path, executor: Executor, grader: Grader, writer: Metrics):
-        self.stage, self.recipe, self.seed = stage, stage.recipe, stage.run.seed
+    def __init__(self, stage: Demo, task: Task, directory: Path, executor: Executor, grader: Grader, writer: Metrics):
+        """stage: with the path of the model that the story begins with, None for random weights of the embedded one."""
+        self.stage, self.task, self.recipe, self.seed = stage, task, stage.recipe, stage.run.seed
         self.directory, self.executor, self.grader, self.writer = directory, executor, grader, writer
         self.mesh = parts.make_mesh(stage.mesh)
         self.models = {
@@ -89,6 +89,7 @@ class Story:
             **self.common(tools, 'cold_start'),
             traces=None,
             golds=None,
+            worked=self.task.worked,
             problems=self.recipe.problems_seen,
             mix=stage.mix if tools else TEXT_ONLY,
             max_tokens=min(stage.turns.max_tokens, stage.forward.row_width),
@@ -100,26 +101,16 @@ class Story:
             if not (directory / 'summary.json').exists():
                 wording = cold_start.Wording(model.template, model.tokenizer, stage.feedback, stage.max_tokens)
                 executor = self.executor if tools else None
-                made, counts = cold_start.build(self.problems(tools), stage.mix, executor, wording, self.seed)
+                made, counts = cold_start.make(self.task.drafts(tools), executor, wording, self.task.equal)
                 cold_start.keep(directory, model, made, counts)
             counts = json.loads((directory / 'summary.json').read_text())['counts']
         console.say(f'cold start ({_kind(tools)}): ' + ', '.join(f'{n} {reason}' for reason, n in counts.items()))
         return directory / 'episodes'
 
-    def problems(self, tools: bool) -> list[Problem]:
-        """What the cold start of a line is made from."""
-        if tools:
-            return arithmetic.problems('train', self.recipe.problems_seen, self.seed)
-        rng = random.Random(f'text-only/{self.seed}')
-        return [
-            problem
-            for problem in arithmetic.problems('train', 2 * self.recipe.problems_seen, self.seed)
-            if arithmetic.BY_NAME[problem.family].mental or rng.random() < self.recipe.text_needy
-        ]
-
     def fine_tune(self, tools: bool, traces: Path) -> Path:
-        """Supervised fine-tuning of the random model; the folder of the one that it becomes."""
+        """Supervised fine-tuning of the first model to its last step; the folder of the one that it becomes."""
         stage, recipe = self.stage, self.recipe
+        saves = CheckpointSettings(every=-(-recipe.sft_steps // SFT_SAVES), keep_last=1)
         stage = FineTuning(
             **self.common(tools, 'sft'),
             traces=str(traces),
@@ -127,24 +118,26 @@ class Story:
             mesh=stage.mesh,
             forward=stage.forward,
             optimizer=stage.sft_optimizer,
-            checkpoints=SFT_SAVES,
+            checkpoints=saves,
             sft=SFTSettings(
-                steps=recipe.sft_steps, epochs=0, batch_tokens=recipe.sft_batch_tokens, evaluation_share=0.0
+                steps=recipe.sft_steps,
+                epochs=0,
+                batch_tokens=recipe.sft_batch_tokens,
+                evaluation_share=recipe.evaluation_share,
             ),
         )
         with folder.claimed(stage, free=PLACES) as directory:
             if not (directory / sft.FINAL).exists():
-                made = episode_files.read(traces)
-                # Digits of long mental arithmetic look random to such a model and drown what it can learn, to
-                # copy operands: it starts with traces that need nothing else.
-                easiest = [trace for trace in made if trace.calls or _mental(trace)]
+                made, held_out = train_sft.hold_out(episode_files.read(traces), recipe.evaluation_share)
                 sft.go_on(
                     stage,
                     directory,
                     parts.open_model(stage.model, directory),
                     made,
-                    lead=easiest,
+                    held_out,
+                    lead=self.task.lead(made),
                     lead_steps=recipe.lead_steps,
+                    best=False,
                 )
         self.log(f'sft_{_kind(tools)}', metrics.read(directory))
         return directory / sft.FINAL
@@ -154,16 +147,15 @@ class Story:
         blocks = {field.name: getattr(self.stage, field.name) for field in dataclasses.fields(Rollouts)}
         stage = Reinforcement(
             **blocks | self.common(tools, 'ppo', start),
-            data=DataSettings(sources=(), weights=()),
+            data=self.stage.data,
             halves=HalvesSettings(episodes=None, train=True),
             watch=UNWATCHED,
-            checkpoints=PPO_SAVES,
+            checkpoints=self.stage.checkpoints,
             validation=ValidationSettings(problems=None, limit=None, every=1, samples=1),
         )
         with folder.claimed(stage, free=PLACES) as directory:
             if not (directory / 'summary.json').exists():
                 asked = stage.ppo.problems_per_step * max(stage.ppo.dynamic_rounds, 1)
-                stream = arithmetic.problems('train', asked * stage.ppo.steps, seed=self.seed + 1_000_003)
                 ppo.go_on(
                     stage,
                     directory,
@@ -171,7 +163,7 @@ class Story:
                     self.samplers[tools],
                     self.executor if tools else None,
                     self.grader,
-                    stream,
+                    self.task.asked(asked * stage.ppo.steps),
                 )
         self.log(f'ppo_{_kind(tools)}', metrics.read(directory))
         for step in range(stage.ppo.steps):
@@ -183,7 +175,10 @@ class Story:
         return directory / ppo.FINAL
 
     def score(self, name: str, tools: bool, path: Path | None = None, apart: bool = True) -> dict:
-        """avg@k on the held-out sets of the model in a folder, or of the random one; the episodes are kept."""
+        """avg@k on the held-out sets of the model in a folder, or of the first one; the episodes are kept.
+
+        apart: on all sets; else, unless the task asks for all of all, on the headline set alone.
+        """
         stage, model, sampler = self.stage, self.models[tools], self.samplers[tools]
         settings = dataclasses.replace(stage.model, path=str(path)) if path else stage.model
         weights = sampler.sync(parts.load_policy(settings, model, self.seed, self.mesh))
@@ -197,17 +192,18 @@ class Story:
             self.seed,
             parts.EVALUATION,
         )
-        sets = {HELD_OUT: self.recipe.problems} | ({s: self.recipe.apart_problems for s in APART} if apart else {})
-        scores = {}
+        headline, *others = self.task.held_out
+        sets = [headline, *others] if apart or self.task.everywhere else [headline]
+        scores, asked = {}, sum(len(self.task.held_out[split]) for split in sets)
         with (
-            console.progress(f'evaluate {name}', sum(sets.values()) * self.recipe.samples) as advance,
+            console.progress(f'evaluate {name}', asked * self.recipe.samples) as advance,
             contextlib.closing(folder.open_journal(self.directory)) as journal,
         ):
-            for split, count in sets.items():
+            for split in sets:
                 made = evaluate.run_kept(
                     engine,
                     weights,
-                    arithmetic.problems(split, count, seed=self.seed + 7),
+                    self.task.held_out[split],
                     self.recipe.samples,
                     self.directory / 'episodes',
                     f'val_{name}_{split}',
@@ -217,13 +213,18 @@ class Story:
                     journal,
                     advance,
                 )
-                scores[split] = summarise(made, self.grader.equal)
-                scores[split]['code_ratio_needy'] = needy_code_ratio(made)
+                scores[split] = scoring.summarise(made, self.grader.equal)
+                scores[split]['code_ratio_needy'] = self.needy_code_ratio(made)
         self.log(
             f'val_{name}',
             [{'step': 0} | {f'val/{split}/avg@{self.recipe.samples}': s['avg'] for split, s in scores.items()}],
         )
-        return scores[HELD_OUT] | {'apart': {split: scores[split] for split in scores if split != HELD_OUT}}
+        return scores[headline] | {'apart': {split: scores[split] for split in scores if split != headline}}
+
+    def needy_code_ratio(self, episodes: Sequence[Episode]) -> float:
+        """Share of episodes that ran code, among the problems that need it."""
+        asked = [any(call.code for call in e.calls) for e in episodes if self.task.needs_tool(e.problem)]
+        return float(np.mean(asked)) if asked else 0.0
 
     def log(self, name: str, lines: Sequence[dict]) -> None:
         """Writes what a stage measured to the demo's own metrics."""
@@ -231,12 +232,6 @@ class Story:
             own = {key: value for key, value in line.items() if key not in ('step', 'time', 'phase')}
             self.writer.write(self.clock, {'phase': name, 'phase_step': line['step']} | own)
             self.clock += 1
-
-
-def needy_code_ratio(episodes: Sequence[Episode]) -> float:
-    """Share of episodes that ran code, among the families that need it."""
-    asked = [any(call.code for call in e.calls) for e in episodes if not _mental(e)]
-    return float(np.mean(asked)) if asked else 0.0
 
 
 @contextlib.contextmanager
@@ -249,7 +244,11 @@ def opened(stage: Demo) -> Iterator[Story]:
         grader = stack.enter_context(parts.open_grader(stage.reward))
         writer = stack.enter_context(Metrics(directory))
         writer.rewind(None)  # every stage writes its lines anew, the finished ones at once
-        story = Story(stage, directory, executor, grader, writer)
+        task = open_task(stage, grader)
+        if stage.model.path is None and stage.package.requirement:
+            path = str(pretrained.fetch(stage.package))
+            stage = dataclasses.replace(stage, model=dataclasses.replace(stage.model, path=path))
+        story = Story(stage, task, directory, executor, grader, writer)
         console.banner(model=story.models[True], mesh=dict(story.mesh.shape), sandbox=executor, run=directory)
         yield story
 
@@ -258,8 +257,8 @@ def run(stage: Demo) -> dict:
     """The whole story, or the rest of it; returns what summary.json holds."""
     began = time.perf_counter()
     with opened(stage) as story:
-        # One random model; two cold starts from it.
-        scores = {'base': story.score('base', True, apart=False)}
+        # One model to begin with; two cold starts from it.
+        scores = {name: story.score(name, tools, apart=False) for name, tools in story.task.bases.items()}
         tool = story.fine_tune(True, story.cold_start(True))
         scores['sft'] = story.score('sft', True, tool)
         tool = story.reinforce(True, tool)
@@ -274,6 +273,9 @@ def run(stage: Demo) -> dict:
         seconds = json.loads(target.read_text())['seconds'] if target.exists() else time.perf_counter() - began
         summary = scores | {
             'code_ratio': {'before': scores['sft']['code_ratio_needy'], 'after': scores['tool_rl']['code_ratio_needy']},
+            'gains': gains(scores),
+            'data': story.task.facts(),
+            'headline': next(iter(story.task.held_out)),
             'steps': stage.ppo.steps,
             'seconds': seconds,
             'seed': story.seed,
@@ -282,16 +284,26 @@ def run(stage: Demo) -> dict:
     return summary
 
 
+def gains(scores: dict) -> dict:
+    """Differences of avg@k on the headline set between models, {'tool_rl − sft': {'points': …, 'ci': …}, …}."""
+    record = lambda name: {problem: found['avg'] for problem, found in scores[name]['by_problem'].items()}
+    made = {}
+    for better, other in GAINS:
+        points, ci = scoring.difference(record(better), record(other))
+        made[f'{better} − {other}'] = {'points': points, 'ci': ci}
+    return made
+
+
 def show(summary: dict) -> None:
     """The last lines of the terminal: scores on held-out problems, per family, and when code was run."""
-    names = [name for name in ('base', 'sft', 'tool_rl', 'text_sft', 'text_rl') if name in summary]
+    names = [name for name in MODELS if name in summary]
     percent = lambda x: f'{100 * x:.1f}'
     k, problems = summary['sft']['k'], summary['sft']['problems']
     rows = [
         [f'avg@{k}', *(percent(summary[n]['avg']) for n in names)],
         ['95 % interval', *('–'.join(percent(x) for x in summary[n]['ci']) for n in names)],
     ]
-    for split in APART:
+    for split in summary['sft']['apart']:
         rows.append(
             [
                 split,
@@ -301,16 +313,23 @@ def show(summary: dict) -> None:
     rows.append(['answers in the right form', *(percent(summary[n]['format']) for n in names)])
     rows.append(['code run where it is needed', *(percent(summary[n]['code_ratio_needy']) for n in names)])
     rows += [
+        [title, *(f'{summary[n][key]:.{digits}f}' for n in names)]
+        for title, key, digits in (('calls an answer', 'calls', 2), ('tokens an answer', 'length', 0))
+    ]
+    rows += [
         [f'  {family}', *(percent(summary[n]['families'][family]) for n in names)]
         for family in summary['sft']['families']
     ]
     print()
-    console.table(f'{problems} held-out problems × {k} samples, %', ['', *names], rows)
+    console.table(f'{summary["headline"]}: {problems} held-out problems × {k} samples, %', ['', *names], rows)
+    for name, gain in summary['gains'].items():
+        print(f'{name}: {percent(gain["points"])} points ({"–".join(map(percent, gain["ci"]))})')
+    if summary['data']:
+        print(
+            '{held_out_in_training} of {held_out_questions} held-out questions stand among the {training_questions} '
+            'of training'.format(**summary['data'])
+        )
     print(f'{summary["steps"]} RL steps, {summary["seconds"]:.0f} s, seed {summary["seed"]}')
-
-
-def _mental(episode: Episode) -> bool:
-    return arithmetic.BY_NAME[episode.problem.family].mental
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -32,14 +33,14 @@ class Intake:
         self.parses = functools.cache(parses)
         self.left: list[tuple[str, str]] = []  # a problem's id, or the place of a row, and why
 
-    def read(self, path: str | Path, limit: int | None = None) -> list[Problem]:
+    def read(self, path: str | Path, limit: int | None = None, child: Child | None = None) -> list[Problem]:
         """The first `limit` problems of a file or a folder whose gold answers can be read; of a generator's the
-        held-out ones.
+        held-out ones, made by `child` (`gym.maker`) where several calls share one.
 
         Raises: UserError, naming the row or the problem, for what cannot be read and is not left out.
         """
         if gym.named(path):
-            return self._drawn(path, gym.EVALUATION, limit)
+            return self._drawn(path, gym.EVALUATION, limit, child)
         loaded = problems.load(path, leave_out=self.leaves_out)
         for line in loaded.remarks(path):
             console.say(line)
@@ -47,13 +48,13 @@ class Intake:
         (kept,) = self._sifted([grain.MapDataset.source(loaded.problems)], self._gold_fault)
         return list(stream.once(kept))[:limit]
 
-    def open(self, sources: Sequence[stream.Source]) -> list[grain.MapDataset]:
+    def open(self, sources: Sequence[stream.Source], child: Child | None = None) -> list[grain.MapDataset]:
         """The sources of a stream (`data.open_sources`), without unreadable gold answers.
 
         Raises:
           UserError: nothing is left of a source, or what `stream.open_sources` refuses.
         """
-        with gym.maker() as child:
+        with contextlib.nullcontext(child) if child else gym.maker() as child:
             training = lambda path: self._drawn(path, gym.TRAINING, child=child) if gym.named(path) else self.read(path)
             return self._sifted(stream.open_sources(sources, training), self._gold_fault)
 

@@ -76,8 +76,10 @@ def go_on(
     held_out: Sequence[Episode] = (),
     lead: Sequence[Episode] = (),
     lead_steps: int = 0,
+    best: bool = True,
 ) -> None:
-    """`run` in a folder that is its own; the first `lead_steps` steps see the traces of `lead`."""
+    """`run` in a folder that is its own; the first `lead_steps` steps see the traces of `lead`. best: `final/` is the
+    checkpoint with the smallest held-out loss; else the last step."""
     sizes, saving, forward = sft.settle(stage.sft, traces, stage.run.seed), stage.checkpoints, stage.forward
     mesh = parts.make_mesh(stage.mesh)
     with contextlib.ExitStack() as stack:
@@ -99,20 +101,20 @@ def go_on(
             advance(f'loss {metrics["sft/loss"]:.3f}')
 
         def save(step: int, state: TrainState, metrics: dict[str, float]) -> None:
-            score = {'score': -metrics[sft.HELD_OUT]} if sft.HELD_OUT in metrics else {}
+            score = {'score': -metrics[sft.HELD_OUT]} if best and sft.HELD_OUT in metrics else {}
             checkpoints.save(step, state, {'step': step} | score)
 
         if lead_steps:
             first = dataclasses.replace(sizes, steps=lead_steps)
             state = sft.train(learner, state, lead, first, stage.run.seed, log, save, saving.every, held_out)
         state = sft.train(learner, state, traces, sizes, stage.run.seed, log, save, saving.every, held_out)
-        best = checkpoints.best()
-        if best is not None:
-            console.say(f'best: step {best}, held-out loss {-checkpoints.meta(best)["score"]:.4f}')
-            if best < sizes.steps:
+        chosen = checkpoints.best() if best else None
+        if chosen is not None:
+            console.say(f'best: step {chosen}, held-out loss {-checkpoints.meta(chosen)["score"]:.4f}')
+            if chosen < sizes.steps:
                 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
                 del state  # or there would be two of them
-                state, _ = checkpoints.restore(best, like)
+                state, _ = checkpoints.restore(chosen, like)
     export = directory / FINAL
     if not export.exists():
         hf.save(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from retool_jax.core.errors import UserError, nearest
 from retool_jax.core.records import Problem
+from retool_jax.tasks import solutions
 from retool_jax.tasks.child import Child
 
 PREFIX = 'reasoning_gym:'
@@ -173,13 +174,21 @@ def read(source: str | Path, split: str, limit: int | None = None, child: Child 
 
 
 def worked(source: str, limit: int | None = None, child: Child | None = None) -> list[tuple[Problem, str]]:
-    """Training problems with their worked solutions in words (gsm_symbolic has them), for a cold start.
+    """Training problems with worked solutions in words, for a cold start: those of the data set (gsm_symbolic has
+    them), or, where a question asks for the value of an expression, its operations one by one.
 
     Raises UserError as `read` does, and for a data set without worked solutions.
     """
-    pairs = [(item.problem, item.worked) for item in read(source, TRAINING, limit, child).items if item.worked]
+    told = [
+        (item.problem, item.worked or solutions.in_words(item.problem))
+        for item in read(source, TRAINING, limit, child).items
+    ]
+    pairs = [(problem, words) for problem, words in told if words]
     if not pairs:
-        raise UserError(f'{source}: this data set has no worked solutions; gsm_symbolic has')
+        raise UserError(
+            f'{source}: this data set has no worked solutions; gsm_symbolic has, and chain_sum, '
+            'products, basic_arithmetic get them from their questions'
+        )
     return pairs
 
 

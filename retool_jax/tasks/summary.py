@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -78,6 +78,17 @@ def interval(values: Sequence[float], seed: int = 0) -> list[float]:
         return [float(values.mean())] * 2 if len(values) else [0.0, 0.0]
     means = np.random.default_rng(seed).choice(values, (RESAMPLES, len(values))).mean(axis=1)
     return [float(x) for x in np.quantile(means, [0.025, 0.975])]
+
+
+def difference(scores: Mapping[str, float], others: Mapping[str, float], seed: int = 0) -> tuple[float, list[float]]:
+    """Mean difference of two models' scores on the same problems, with its 95 % bootstrap interval over problems.
+
+    Paired: a resampled problem counts with both scores. Raises: ValueError for other problems.
+    """
+    if scores.keys() != others.keys():
+        raise ValueError(f'difference: {len(scores)} and {len(others)} problems, which are not the same ones')
+    gains = [scores[problem] - others[problem] for problem in scores]
+    return float(np.mean(gains)), interval(gains, seed)
 
 
 def summarise(episodes: Sequence[Episode], equal: Equal | None = None) -> dict:

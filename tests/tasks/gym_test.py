@@ -147,7 +147,15 @@ def test_worked_solutions_end_in_the_gold_answer(child):
     for problem, solution in pairs:
         assert float(solution.rpartition('####')[2].replace(',', '')) == float(problem.answer)
     with pytest.raises(UserError, match='no worked solutions; gsm_symbolic has'):
-        gym.worked('reasoning_gym:chain_sum?size=20', child=child)
+        gym.worked('reasoning_gym:gcd?size=20', child=child)
+
+
+def test_questions_that_ask_for_an_expression_are_worked_out_operation_by_operation(child):
+    pairs = gym.worked('reasoning_gym:chain_sum?size=20', child=child)
+    assert len(pairs) == 20
+    for problem, solution in pairs:
+        assert solution.rpartition(' = ')[2] == problem.answer
+        assert solution.count('\n') + 1 == problem.question.count(' + ') + problem.question.count(' - ')
 
 
 def test_data_sets_that_follow_the_order_of_sets_are_the_same_in_every_process():
