@@ -338,7 +338,11 @@ class Reinforcement(Rollouts):
 
 
 def fit_mix(mix: Mix) -> None:
-    """Refuses kinds of traces that cannot be made of worked solutions."""
+    """Refuses kinds of traces that cannot be made of worked solutions.
+
+    Raises:
+      UserError: a share of such a kind is above 0.
+    """
     for kind, share in mix.needy.items():
         if share and kind not in solutions.KINDS:
             raise UserError(

@@ -126,6 +126,11 @@ class Generated:
     everywhere = True
 
     def __init__(self, stage: Demo, grader: Grader):
+        """Makes all problems, those of the held-out sets too.
+
+        Raises:
+          UserError: a held-out question is trained on, or what a source refuses.
+        """
         self.recipe, self.mix, self.seed = stage.recipe, stage.mix, stage.run.seed
         self.equal: Callable[[str, str], bool | None] = grader.equal
         intake, told = Intake(stage.reward.unreadable, grader.parses), {}

@@ -83,7 +83,10 @@ def interval(values: Sequence[float], seed: int = 0) -> list[float]:
 def difference(scores: Mapping[str, float], others: Mapping[str, float], seed: int = 0) -> tuple[float, list[float]]:
     """Mean difference of two models' scores on the same problems, with its 95 % bootstrap interval over problems.
 
-    Paired: a resampled problem counts with both scores. Raises: ValueError for other problems.
+    Paired: a resampled problem counts with both scores.
+
+    Raises:
+      ValueError: the problems are not the same ones.
     """
     if scores.keys() != others.keys():
         raise ValueError(f'difference: {len(scores)} and {len(others)} problems, which are not the same ones')
