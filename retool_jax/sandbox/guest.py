@@ -31,7 +31,7 @@ from pathlib import Path
 
 from retool_jax.core.errors import UserError
 
-_FORMAT = 4  # raise when the layout below changes
+_FORMAT = 5  # raise when the layout below changes
 _INSIDE = Path(__file__).parent / 'inside'  # the files that run inside the jail
 _STDLIB_LEFT_OUT = frozenset({
     'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'tkinter', 'turtledemo', 'ensurepip',
@@ -226,6 +226,7 @@ def _build(root: Path, packages: tuple[str, ...], progress: Callable[[str], None
     progress('2/5 packages: ' + ', '.join(f'{n} {v}' for n, v in closure(packages).items()))
     for name in closure(packages):
         _copy_distribution(name, library / 'site-packages')
+    _name_for_debian(library)
     progress('3/5 shared libraries')
     _copy_libraries(root, python)
     progress('4/5 byte code')
@@ -270,6 +271,12 @@ def _build(root: Path, packages: tuple[str, ...], progress: Callable[[str], None
     ]
     (root / 'complete').write_text(f'{len(sizes)} {sum(sizes)}')
     (root / 'complete').chmod(0o644)
+
+
+def _name_for_debian(library: Path) -> None:
+    """Gives the packages their second name where the interpreter is Debian's or Ubuntu's, which knows no other."""
+    if 'dist-packages' in (library / 'site.py').read_text():
+        (library / 'dist-packages').symlink_to('site-packages')
 
 
 def _without_host_paths(text: str) -> str:

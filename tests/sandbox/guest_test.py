@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -93,3 +94,15 @@ def test_no_directory_of_the_host_stands_in_the_guests_build_variables(pools):
     assert result.stdout and sys.base_prefix not in result.stdout
     assert not any(f'{place}/' in result.stdout for place in ('/root', '/home', '/tmp'))
     assert result.stdout.endswith(f'/python/lib/python3.{sys.version_info.minor}\n')
+
+
+def test_an_interpreter_of_debian_finds_the_packages_under_the_name_that_it_knows(tmp_path):
+    """Ubuntu's and Debian's site.py looks into dist-packages alone."""
+    rule = Path(sysconfig.get_path('stdlib'), 'site.py').read_text()
+    for name, text in (('python.org', rule), ('Debian', rule.replace('site-packages', 'dist-packages'))):
+        library = tmp_path / name / 'lib'
+        (library / 'site-packages').mkdir(parents=True)
+        (library / 'site-packages' / 'numpy.py').touch()
+        (library / 'site.py').write_text(text)
+        guest._name_for_debian(library)
+        assert (library / 'dist-packages' / 'numpy.py').exists() == (name == 'Debian')
