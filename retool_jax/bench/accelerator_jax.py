@@ -177,9 +177,7 @@ def update(
     flops = updates.flops_per_token(config, 0) * tokens + 6 * config.num_hidden_layers * heads * sum(
         n * n for n in lengths
     )
-    chosen = attention.resolve(attend, width, jax.default_backend())
     return {
-        'attention': chosen,
         'step_s': seconds,
         'tokens': tokens,
         'episodes': len(lengths),

@@ -77,22 +77,29 @@ def blocked(
     return out.swapaxes(0, 1).reshape(b, t, n, h)
 
 
-def resolve(implementation: str, length: int, platform: str) -> str:
-    """What 'auto' stands for: dense up to 1,024 tokens; beyond, splash on a TPU where it fits, else blocked."""
+def resolve(implementation: str, length: int, platform: str, capability: float = 0.0, dtype=jnp.bfloat16) -> str:
+    """What 'auto' stands for: dense up to 1,024 tokens; beyond, splash on a TPU where it fits, cudnn in 16 bits on a
+    GPU from Hopper on, else blocked.
+
+    capability: of an NVIDIA GPU (kernels.capability), 0 of anything else.
+    """
     if implementation != 'auto':
         return implementation
     if length <= 1024:
         return 'dense'
-    return 'splash' if platform == 'tpu' and length % kernels.LANES == 0 else 'blocked'
+    if platform == 'tpu' and length % kernels.LANES == 0:
+        return 'splash'
+    return 'cudnn' if capability >= kernels.HOPPER and jnp.dtype(dtype) in kernels.HALVES else 'blocked'
 
 
-def choose(implementation: str, length: int, segments: int = 1) -> Callable[..., jax.Array]:
+def choose(implementation: str, length: int, segments: int = 1, dtype=jnp.float32) -> Callable[..., jax.Array]:
     """The function that attends over whole sequences, by name.
 
     'dense' and 'blocked' run anywhere, 'splash' on TPU, 'cudnn' on GPU. segments: the most episodes of a row, which
-    cudnn must know.
+    cudnn must know. dtype: of queries, keys and values.
     """
-    implementation = resolve(implementation, length, jax.default_backend())
+    chip = jax.devices()[0]
+    implementation = resolve(implementation, length, chip.platform, kernels.capability(chip), dtype)
     table = {'dense': dense, 'blocked': blocked, 'splash': kernels.splash, 'cudnn': kernels.cudnn}
     if implementation == 'cudnn' and segments > 1:
         return functools.partial(kernels.cudnn, segments=segments)

@@ -155,7 +155,7 @@ def forward(
     x_BTD = params['embed_tokens']['weight'].astype(dtype)[tokens_BT]
     x_BTD = constrain(x_BTD, 'batch', 'seq', None)
     rope = rope_table(config, positions_BT)
-    attend_full = attention.choose(attend, tokens_BT.shape[1], segments)
+    attend_full = attention.choose(attend, tokens_BT.shape[1], segments, dtype)
     mix = lambda q, k, v: attend_full(q, k, v, segment_ids_BT)
 
     def layer(x_BTD, layer_params):

@@ -6,6 +6,7 @@ Neither holds a matrix of scores, forwards or backwards. Queries come scaled, qÂ
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,15 @@ if TYPE_CHECKING:  # names of annotations only: accelerator machines need not ha
     from jaxtyping import Array, Float, Int
 
 LANES = 128  # of a TPU's vector unit: rows of scores come in such widths
+HOPPER = 9.0  # compute capability from which cuDNN takes packed rows
+HALVES = (jnp.dtype('bfloat16'), jnp.dtype('float16'))  # dtypes of cuDNN's kernels
 BLOCKS = (1024, 512, 256, LANES)  # tiles tried for splash attention, the largest that divides
+
+
+def capability(chip: jax.Device) -> float:
+    """An NVIDIA GPU's compute capability; 0 of any other device."""
+    words = str(getattr(chip, 'compute_capability', ''))
+    return float(words) if re.fullmatch(r'\d+\.\d+', words) else 0.0
 
 
 def splash(
@@ -80,10 +89,10 @@ def cudnn(
     implementation: 'xla' for tests of rows of one episode.
     Raises: UserError in float32, which the kernel does not have, and for several episodes before Hopper.
     """
-    if implementation == 'cudnn' and q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+    if implementation == 'cudnn' and q_BTNH.dtype not in HALVES:
         raise UserError(f'forward.attention: cudnn has no {q_BTNH.dtype.name} kernel; set forward.dtype=bfloat16')
     chip = jax.devices()[0]
-    if segments > 1 and float(getattr(chip, 'compute_capability', 9)) < 9:
+    if segments > 1 and 0 < capability(chip) < HOPPER:
         raise UserError(
             f'forward.row_segments={segments}: cudnn takes several episodes in a row on Hopper and later, not on '
             f'{chip.device_kind}; set it to 1, or forward.attention=blocked'

@@ -50,9 +50,9 @@ class Run:
         self.model, self.slice, self.sizes, self.turns = model, slice, stage.ppo, stage.turns
         self.mesh = make_mesh(dataclasses.asdict(stage.mesh), slice, slice.count)
         forward = stage.forward
-        forward = dataclasses.replace(
-            forward, attention=attention.resolve(forward.attention, forward.row_width, slice.chip.platform)
-        )
+        kind = attention.resolve(forward.attention, forward.row_width, slice.chip.platform)
+        # cuDNN's kernel is traced on a GPU only: blocked stands for it, which holds no square of scores either.
+        forward = dataclasses.replace(forward, attention='blocked' if kind == 'cudnn' else kind)
         self.loss = stage.loss
         self.learner = parts.make_learner(dataclasses.replace(stage, forward=forward), model, self.mesh)
         # Engines are local to as many devices as hold the sampling weights, the tensor axis; where it is longer than a

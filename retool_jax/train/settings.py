@@ -17,7 +17,7 @@ class ForwardSettings:
 
     dtype: str  # of activations: 'float32', 'bfloat16' or 'float16'; weights are f32. H bfloat16
     # 'dense', 'blocked', 'splash' (TPU) or 'cudnn' (GPU; before Hopper rows of one episode); 'auto' takes dense up to
-    # 1,024 tokens, beyond them splash on a TPU and blocked elsewhere. H auto
+    # 1,024 tokens, beyond them splash on a TPU, cudnn in 16 bits on a GPU from Hopper on, blocked elsewhere. H auto
     attention: str
     # What the backward pass recomputes: 'none', 'full' layers, 'dots' all but matmul results, 'offload' as dots, with
     # those results in the host's memory. H full

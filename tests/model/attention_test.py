@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retool_jax.model import attention
+from retool_jax.model import attention, kernels
 
 PACKED = np.array([[1] * 7 + [2] * 13 + [0] * 4, [1] * 24, [1] * 3 + [2] * 5 + [3] * 8 + [0] * 8])
 
@@ -105,3 +106,26 @@ def test_the_choice_is_by_name_or_by_length():
     assert attention.choose('auto', 16384) is attention.blocked
     assert set(attention.KINDS) - {'auto'} == {'dense', 'blocked', 'splash', 'cudnn'}
     assert all(callable(attention.choose(kind, 10)) for kind in attention.KINDS)
+
+
+@pytest.mark.parametrize(
+    'kind, platform, capability, length, dtype',
+    [
+        ('cudnn', 'gpu', '9.0', 16384, jnp.bfloat16),
+        ('cudnn', 'gpu', '10.3', 16384, jnp.float16),
+        ('cudnn', 'gpu', '9.0', 16384, 'bfloat16'),
+        ('cudnn', 'gpu', '9.0', 1025, jnp.bfloat16),
+        ('blocked', 'gpu', '9.0', 16384, jnp.float32),
+        ('blocked', 'gpu', '8.9', 16384, jnp.bfloat16),
+        ('blocked', 'gpu', 'gfx942', 16384, jnp.bfloat16),  # AMD's
+        ('dense', 'gpu', '9.0', 1024, jnp.bfloat16),
+        ('splash', 'tpu', None, 16384, jnp.bfloat16),
+        ('blocked', 'tpu', None, 16385, jnp.bfloat16),
+        ('blocked', 'cpu', None, 16384, jnp.bfloat16),
+    ],
+)
+def test_auto_is_the_fastest_form_that_the_device_has(monkeypatch, kind, platform, capability, length, dtype):
+    words = {} if capability is None else {'compute_capability': capability}
+    monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(platform=platform, **words)])
+    chosen = attention.choose('auto', length, 1, dtype)
+    assert chosen is {'splash': kernels.splash, 'cudnn': kernels.cudnn}.get(kind, getattr(attention, kind, None))
