@@ -190,6 +190,7 @@ class Run:
                 'stops': ints(states),
                 'state': self.sample_state,
                 'row_R': ints(s.decode_rows) if self.sampler.chooses else None,
+                'steps': ints(),
                 'bound': s.slots,
                 'truncate': False,
             },

@@ -55,6 +55,7 @@ class Engine:
         self.key_data = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), purpose)))
         self.stats = RolloutStats()
         self.timeline: Timeline | None = None
+        self.common: tuple[int, ...] = ()  # ids that prompts begin with, computed once per run (template.common_ids)
         self.keeps_cache = False  # keeps the KV cache between runs: quicker, where nothing else needs the memory
         self.kept: SampleState | None = None
 
@@ -105,6 +106,7 @@ class Engine:
             executor=self.executor,
             link=self.link,
             timeline=self.timeline,
+            common=self.common,
         )
         scheduler = Scheduler(
             equipment,

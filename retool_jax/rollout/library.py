@@ -22,7 +22,7 @@ from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.rollout.turns import Rules, TurnSettings
 from retool_jax.sandbox.feedback import FeedbackSettings, render
 from retool_jax.text import tags
-from retool_jax.text.template import Template, make_template, prompt_ids, read_instruction
+from retool_jax.text.template import Template, common_ids, make_template, prompt_ids, read_instruction
 from retool_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 FEEDBACK = FeedbackSettings(style='paper', max_chars=400, max_frames=6)
@@ -139,6 +139,7 @@ class Engine(engine.Engine):
             purpose=0,
         )
         self.keeps_cache = True
+        self.common = common_ids(model.template, model.tokenizer)
 
     def ask(self, questions: Sequence[str], samples: int = 1, step: int = 0) -> list[Episode]:
         """`samples` episodes per question, side by side; another `step` draws others."""

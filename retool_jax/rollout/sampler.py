@@ -249,9 +249,16 @@ class Sampler:
         return rows.choose(live, self.settings.rows, self.decode_rows, self.ways)
 
     def decode(
-        self, params: Params, state: SampleState, row_R: np.ndarray, longest: int, truncate: bool
+        self,
+        params: Params,
+        state: SampleState,
+        row_R: np.ndarray,
+        longest: int,
+        truncate: bool,
+        steps: int | None = None,
     ) -> tuple[SampleState, Decoded]:
-        """At most `quota` steps of the rows that `choose` returned; `longest` is their largest length before it."""
+        """At most `steps` (None: `quota`, the most) steps of the rows that `choose` returned; `longest` is their
+        largest length before it."""
         return self._decode(
             params=params,
             table=self.table,
@@ -260,6 +267,7 @@ class Sampler:
             row_R=row_R if self.chooses else None,
             bound=self.bound(longest + self.settings.quota),
             truncate=truncate,
+            steps=np.int32(self.settings.quota if steps is None else steps),
         )
 
     def _assign_rows(self, state: SampleState, key_data, assignment: Assignment) -> SampleState:
@@ -317,7 +325,7 @@ class Sampler:
             allowance_B=put(state.allowance_B, allowance_R),
         )
 
-    def _decode_rows(self, params, table, stops, state: SampleState, row_R, bound: int, truncate: bool):
+    def _decode_rows(self, params, table, stops, state: SampleState, row_R, steps, bound: int, truncate: bool):
         quota, whole = self.settings.quota, state
         state = rows.take(whole, row_R, bound, self.ways)
         b, start_B = len(state.live_B), state.cache.length_B
@@ -333,7 +341,7 @@ class Sampler:
 
         def unfinished(carry):
             i, state, _ = carry
-            return (i < quota) & state.live_B.any()
+            return (i < quota) & (i < steps) & state.live_B.any()
 
         def step(carry):
             i, s, out = carry

@@ -23,11 +23,14 @@ from retool_jax.core.pytrees import Params, SampleState
 from retool_jax.core.records import Episode, ExecResult, Stop
 from retool_jax.rollout import turns
 from retool_jax.rollout.journal import Journal, call_key
+from retool_jax.rollout.prompts import Prompts
 from retool_jax.rollout.requests import Executor, Link, Request
+from retool_jax.rollout.row import Row
 from retool_jax.rollout.sampler import STOP_NONE, Assignment, Chunks, Decoded, Sampler
 from retool_jax.rollout.settings import SamplingSettings
 from retool_jax.rollout.stats import RolloutStats, Timeline
 
+QUANTUM_S = 0.1  # of one decode call where there are tools: a call and its answer wait for the end of one each
 TICK_S = 0.05  # linked engines: how long a process waits for its own tools before it asks the others
 
 
@@ -42,26 +45,7 @@ class Equipment:
     executor: Executor | None  # None: text only
     link: Link | None  # None: no other process takes part
     timeline: Timeline | None  # None: nobody draws one
-
-
-@dataclasses.dataclass(slots=True)
-class Row:
-    """The episode that a row of the sampler holds, and what it waits for."""
-
-    index: int  # of its request
-    request: Request
-    episode: Episode
-    pending: list[int]  # ids to be fed; the cache holds all tokens before them
-    length: int  # tokens of the row, `unread` among them
-    quanta: int  # decode calls that it may still take part in; negative: any number
-    allowance: int = 0  # tokens that it may sample once nothing is pending
-    tag: int = 0  # state of the tag automaton once nothing is pending
-    live: bool = False  # the row may decode
-    since: int = -1  # the quantum that the row was first live for; -1: none yet
-    unread: tuple[np.ndarray, np.ndarray] | None = None  # tokens and logprobs that the episode does not have yet
-    code: str = ''  # the snippet that the executor was asked to run
-    asked_s: float = 0.0  # when it was asked; 0: the row waits for no tool
-    future: concurrent.futures.Future[ExecResult] | None = None  # of a call of this process
+    common: tuple[int, ...]  # ids that all prompts begin with, fed once per run; (): each prompt is fed whole
 
 
 class Scheduler:
@@ -90,15 +74,12 @@ class Scheduler:
         self.params, self.version, self.step, self.journal = params, version, step, journal
         self.quanta = -1 if quanta is None else quanta
         self.queue = collections.deque(enumerate(requests))
-        # Equal ids share a prefill, whatever their problems are called; a number stands for them, made once.
-        number: dict[tuple[int, ...], int] = {}
-        self.prompts = [number.setdefault(request.prompt, len(number)) for request in requests]
+        self.prompts = Prompts(requests, equipment.common)
         self.rows: list[Row | None] = [None] * self.settings.rows
         self.state, self.stats = state, RolloutStats()
-        self.prefilled: dict[int, tuple[int, jax.Array]] = {}  # prompt → row that holds it, logits behind it
         self.ended: collections.deque[tuple[int, Episode]] = collections.deque()  # not handed out yet
         self.fed: tuple[float, jax.Array, list[int]] | None = None  # since when, ready when done, rows
-        self.quantum = 0  # decode calls so far
+        self.quantum, self.step_s = 0, None  # decode calls so far; seconds of one step of the last, once there was one
 
     def run(self) -> Iterator[tuple[int, Episode]]:
         """Yields (index of the request, episode) as they finish."""
@@ -123,14 +104,7 @@ class Scheduler:
         """Frees a row; `stop` None carries its episode over to a later run."""
         row, self.rows[r] = self.rows[r], None
         row.episode.stop = stop
-        for prompt, (source, _) in list(self.prefilled.items()):
-            if source == r:  # its KV is about to be overwritten
-                heir = next(
-                    (i for i, other in enumerate(self.rows) if other and self.prompts[other.index] == prompt), None
-                )
-                logits = self.prefilled.pop(prompt)[1]
-                if heir is not None:
-                    self.prefilled[prompt] = (heir, logits)
+        self.prompts.leave(r, {i: other.index for i, other in enumerate(self.rows) if other})
         self.stats.episodes += stop is not None
         self.ended.append((row.index, row.episode))
 
@@ -199,38 +173,53 @@ class Scheduler:
 
     def _prefill(self, admitted: list[int]) -> None:
         """Feeds each new prompt once; then every other sample copies the row."""
-        leaders: dict[int, int] = {}
-        followers = collections.defaultdict(list)
-        for r in admitted:
-            row = self.rows[r]
-            if row.request.begun is not None:
-                continue  # fed whole, with what it wrote
-            prompt = self.prompts[row.index]
-            if prompt in self.prefilled or prompt in leaders:
-                followers[prompt].append(r)
-            else:
-                leaders[prompt] = r
-        wanted = {self.prompts[index] for index, request in self.queue if request.begun is None} | set(followers)
+        new = {r: self.rows[r].index for r in admitted if self.rows[r].request.begun is None}
+        leaders, followers = self.prompts.deal(new)
+        wanted = {self.prompts.of[index] for index, request in self.queue if request.begun is None} | set(followers)
+        self._begin([r for r in admitted if r not in new or leaders.get(self.prompts.of[new[r]]) == r])
         self._feed(only=list(leaders.values()))
         for prompt, r in leaders.items():
             if prompt in wanted:
-                self.prefilled[prompt] = (r, self.sampler.logits_of(self.state, r))
-        self.prefilled = {prompt: held for prompt, held in self.prefilled.items() if prompt in wanted}
+                self.prompts.held[prompt] = (r, self.sampler.logits_of(self.state, r))
+        self.prompts.keep(wanted)
         for prompt, rows in followers.items():
-            for part in self._calls(rows):
-                self._copy(prompt, part)
+            source, logits_V = self.prompts.held[prompt]
+            self._copy(source, rows, len(self.rows[rows[0]].pending), logits_V)
+            for r in rows:
+                self.prompts.place(r, source in self.prompts.begun)
+                self.rows[r].pending, self.rows[r].live = [], True
 
-    def _copy(self, prompt: int, rows: Sequence[int]) -> None:
-        source, logits_V = self.prefilled[prompt]
-        target_R = self._padded(rows)
-        allowance_R = np.array([self.rows[r].allowance for r in rows] + [0] * (len(target_R) - len(rows)), np.int32)
-        length = len(self.rows[rows[0]].pending)
-        self.state = self.sampler.fork(
-            self.state, np.full_like(target_R, source), target_R, length, logits_V, allowance_R
-        )
+    def _begin(self, rows: list[int]) -> None:
+        """Gives rows the beginning that all prompts have in common, which is fed once; the rest stays pending."""
+        begin = [r for r in rows if self.prompts.begins(self.rows[r].pending)]
+        for r in set(rows) - set(begin):
+            self.prompts.place(r, False)
+        if not begin:
+            return
+        count = len(self.prompts.common)
+        rest = {r: self.rows[r].pending[count:] for r in begin}
+        if not self.prompts.begun:
+            first = begin.pop(0)
+            self.rows[first].pending = list(self.prompts.common)
+            self._feed(only=[first])
+            self.prompts.place(first, True)
+            self.stats.prefix_feeds += 1
+        source = next(iter(self.prompts.begun))
+        self._copy(source, begin, count, self.sampler.logits_of(self.state, source))
+        self.stats.prefix_copies += len(begin)
+        for r, ids in rest.items():
+            self.prompts.place(r, True)
+            self.rows[r].pending, self.rows[r].live = ids, False
+
+    def _copy(self, source: int, rows: Sequence[int], length: int, logits_V: jax.Array) -> None:
+        """Gives rows the first `length` slots of another; they are live on the device."""
+        for part in self._calls(rows):
+            target_R = self._padded(part)
+            allowance_R = np.array([self.rows[r].allowance for r in part] + [0] * (len(target_R) - len(part)), np.int32)
+            self.state = self.sampler.fork(
+                self.state, np.full_like(target_R, source), target_R, length, logits_V, allowance_R
+            )
         self.stats.shared_tokens += length * len(rows)
-        for r in rows:
-            self.rows[r].pending, self.rows[r].live = [], True
 
     def _collect(self) -> None:
         """Hands finished tool calls to the turn rules."""
@@ -330,8 +319,20 @@ class Scheduler:
         row_R = self.sampler.choose(sorted(live, key=lambda r: live[r].since))
         longest = max(live[r].length for r in row_R.tolist() if r in live)
         began = time.perf_counter()
-        self.state, out = self.sampler.decode(self.params, self.state, row_R, longest, self.sampling.truncates)
+        self.state, out = self.sampler.decode(
+            self.params, self.state, row_R, longest, self.sampling.truncates, self._steps()
+        )
         return began, out, row_R
+
+    def _steps(self) -> int:
+        """Steps of the next decode call: `quota`, or as few as keep a row that calls a tool from waiting long.
+
+        A row that calls, or whose tool has answered, stands still until the call's end. Where calls end changes nothing
+        that a row writes, but `quanta` counts them and lockstep needs the same ones in every process.
+        """
+        if self.executor is None or self.quanta >= 0 or self.link is not None:
+            return self.settings.quota
+        return 1 if self.step_s is None else max(1, min(self.settings.quota, int(QUANTUM_S / self.step_s)))
 
     def _append(self) -> None:
         """Gives episodes what their rows wrote in the quantum before."""
@@ -350,6 +351,7 @@ class Scheduler:
         decoded = {r: b for b, r in enumerate(row_R.tolist()) if r < len(self.rows)}  # row → its index in the call
         sampled = int(count_B[list(decoded.values())].sum())
         self.stats.decode_s += now - began
+        self.step_s = (now - began) / max(int(count_B.max()), 1)
         self.stats.row_steps += len(row_R)
         self.stats.live_steps += len(decoded)
         self.stats.sampled_tokens += sampled

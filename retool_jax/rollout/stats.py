@@ -16,7 +16,9 @@ class RolloutStats:
     episodes: int = 0
     sampled_tokens: int = 0
     fed_tokens: int = 0  # prompts, tool outputs and episodes taken up again
-    shared_tokens: int = 0  # of prompts that were copied from another sample's row
+    shared_tokens: int = 0  # of prompts that were copied from another row, of the same prompt or of its beginning
+    prefix_feeds: int = 0  # how often the common beginning of all prompts was fed
+    prefix_copies: int = 0  # rows that copied it
     decode_s: float = 0.0  # the device decodes
     extend_s: float = 0.0  # the device takes in prompts and tool outputs
     tools_blocked_s: float = 0.0  # no row could decode: everything waited for a tool
@@ -49,6 +51,8 @@ class RolloutStats:
             'rollout/prefill_share': share(self.extend_s),
             'rollout/blocked_share': share(self.tools_blocked_s),
             'rollout/shared_prompt_ratio': self.shared_tokens / max(self.shared_tokens + self.fed_tokens, 1),
+            'rollout/prefix_feeds': float(self.prefix_feeds),
+            'rollout/prefix_copies': float(self.prefix_copies),
         }
         for name, values in (('seconds', self.tool_wall_s), ('wait', self.tool_wait_s)):
             for q in (50, 99):

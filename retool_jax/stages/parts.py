@@ -42,6 +42,7 @@ from retool_jax.stages.config import (
 )
 from retool_jax.tasks.grader import Grader
 from retool_jax.text import tags
+from retool_jax.text.template import common_ids
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.train import sources
 from retool_jax.train.learner import Learner
@@ -158,8 +159,11 @@ def make_engine(
     rules = Rules(budgets, model.tokenizer, make_table(model, turns.on_answer), lambda result: render(result, feedback))
     if sampler.table.is_fully_addressable:
         kind = Engine if jax.process_count() == 1 else hosts.Apart
-        return kind(sampler, rules, sampling, executor, seed, purpose)
-    return Engine(sampler, rules, sampling, executor, seed, purpose, link=hosts.Lockstep())
+        engine = kind(sampler, rules, sampling, executor, seed, purpose)
+    else:
+        engine = Engine(sampler, rules, sampling, executor, seed, purpose, link=hosts.Lockstep())
+    engine.common = common_ids(model.template, model.tokenizer)
+    return engine
 
 
 @functools.lru_cache(maxsize=1)

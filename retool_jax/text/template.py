@@ -7,6 +7,7 @@ same ids.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import textwrap
 from pathlib import Path
@@ -16,6 +17,7 @@ from retool_jax.core.records import Episode
 from retool_jax.text import chat
 from retool_jax.text.tokenizer import Tokenizer
 
+COMMON_FROM = 16  # ids
 QUESTION = '{question}'  # where the problem goes in an instruction
 # Prompt elements: P fig. 7. The words are ours.
 ANSWER_FORM = """\
@@ -180,6 +182,16 @@ def prompt_ids(template: Template, tokenizer: Tokenizer, question: str) -> list[
         if piece is not None:
             ids.append(piece)
     return ids
+
+
+def common_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that prompts of a template begin with, whatever the question is, but for one that begins with blanks.
+
+    (): fewer than COMMON_FROM, which are not worth a copy of their own.
+    """
+    prompts = [prompt_ids(template, tokenizer, question) for question in ('a', 'A', '7', '$x$', '(', 'é', '"')]
+    common = list(itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts)))
+    return tuple(ids[0] for ids in common) if len(common) >= COMMON_FROM else ()
 
 
 def end_ids(template: Template, tokenizer: Tokenizer) -> list[int]:

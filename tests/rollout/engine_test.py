@@ -13,7 +13,7 @@ from retool_jax.core.records import ExecResult, Problem, Stop, Verdict
 from retool_jax.model import decoder
 from retool_jax.model.config import TINY
 from retool_jax.model.logprobs import token_logprobs
-from retool_jax.rollout import turns
+from retool_jax.rollout import scheduler, turns
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.requests import Request
@@ -290,3 +290,21 @@ def test_text_only_rollouts_take_no_executor(sampler, params):
     rules = turns.Rules(dataclasses.replace(TURNS, tools=True), TOKENIZER, TABLE, lambda r: r.stdout)
     with pytest.raises(ValueError, match='needs an executor'):
         Engine(sampler, rules, PLAIN, None, seed=0, purpose=0)
+
+
+def test_where_decode_calls_end_changes_no_bit(sampler, params, monkeypatch):
+    """With tools, calls are as short as QUANTUM_S asks; partial rollouts, which count calls, take whole quotas."""
+    given = []
+    whole = Sampler.decode
+    monkeypatch.setattr(Sampler, 'decode', lambda self, *args: given.append(args[-1]) or whole(self, *args))
+    episodes = {}
+    for seconds, steps in ((0.0, 1), (1e9, SIZES.quota)):
+        given.clear()
+        monkeypatch.setattr(scheduler, 'QUANTUM_S', seconds)
+        episodes[steps], _ = run(sampler, params)
+        assert given[0] == 1 and set(given[1:]) == {steps}  # the first call compiles, and tells nothing of a step
+    assert all(same(episodes[1][key], episode) for key, episode in episodes[SIZES.quota].items())
+    monkeypatch.setattr(scheduler, 'QUANTUM_S', 0.0)
+    given.clear()
+    make_engine(sampler).run(sampler.sync(params), 0, requests(), step=4, quanta=2)
+    assert set(given) == {SIZES.quota}
