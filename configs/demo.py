@@ -46,9 +46,6 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
             'mix': base.mix(arg),
             'recipe': {
                 'problems_seen': 12000,
-                # Worked steps of hard families are long and beyond such a model: a text-only cold start of nothing
-                # else would teach it little of what it can do.
-                'text_needy': 0.33,
                 'sft_steps': 540,
                 'lead_steps': 260,
                 'sft_batch_tokens': 2900,
@@ -56,6 +53,18 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
                 'problems': 240,  # held out: new operands
                 'apart_problems': 60,  # of each of the sets scored apart
                 'samples': 8,
+            },
+            'text': {
+                'mix': {'easy': {'mental': 0.3, 'direct': 0.7}, 'needy': {'mental': 1.0}},
+                # Worked steps of hard families are long and beyond such a model: a cold start of nothing else would
+                # teach it little of what it can do.
+                'needy': 0.1,
+                'lead_steps': 340,
+                'optimizer': base.optimizer(1.5e-4, schedule='cosine', warmup_steps=2, weight_decay=0.0, b2=0.95),
+                # Nine families in twelve are hardly ever right without the tool. A critic takes steps to know them,
+                # and its errors drown what the others say; next to its group such an episode says nothing at once.
+                'advantage': {'kind': 'grpo', 'gamma': 1.0, 'lam': 1.0, 'whiten': False},
+                'critic': 'none',
             },
         }
     )
@@ -113,6 +122,9 @@ def set_pretrained(config: ConfigDict, arg: str) -> None:
     # One mini-batch: every update is of the weights that sampled, whose logprobs serve.
     config.ppo.update({'steps': 14, 'problems_per_step': 8, 'samples': 8, 'minibatches': 1, 'critic': 'none'})
     config.checkpoints.every = 2
+    mental = {'mental': 1.0}
+    config.text = {'mix': {'easy': mental, 'needy': mental}, 'needy': 1.0, 'lead_steps': 0, 'critic': 'none'}
+    config.text.update({'optimizer': config.optimizer, 'advantage': config.advantage})
     config.recipe.update(
         {
             'problems_seen': 1500,

@@ -168,10 +168,10 @@ class ValidationSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Shares of trace kinds ('mental', 'code', 'repair') in easy families and in those that need the tool."""
+    """Shares of trace kinds in easy families and in those that need the tool."""
 
-    # share of each kind of trace in families that mental arithmetic can do, 0 to 1, together 1: mental, code, repair
-    # (a failing snippet and its correction). H
+    # share of each kind of trace in families that mental arithmetic can do, 0 to 1, together 1: mental (worked in
+    # the head), direct (said at once), code, repair (a failing snippet and its correction). H
     easy: Mapping[str, float]
     needy: Mapping[str, float]  # the same in families that need the tool. H: both ways, so that RL learns when to call
 

@@ -38,7 +38,7 @@ from retool_jax.stages.config import (
     ValidationSettings,
 )
 from retool_jax.stages.demo_config import Demo
-from retool_jax.stages.demo_task import TEXT_ONLY, Task, open_task
+from retool_jax.stages.demo_task import Task, open_task
 from retool_jax.tasks import summary as scoring
 from retool_jax.tasks.grader import Grader
 from retool_jax.train import sft as train_sft
@@ -91,7 +91,7 @@ class Story:
             golds=None,
             worked=self.task.worked,
             problems=self.recipe.problems_seen,
-            mix=stage.mix if tools else TEXT_ONLY,
+            mix=stage.mix if tools else stage.text.mix,
             max_tokens=min(stage.turns.max_tokens, stage.forward.row_width),
             sandbox=stage.sandbox,
             feedback=stage.feedback,
@@ -129,14 +129,15 @@ class Story:
         with folder.claimed(stage, free=PLACES) as directory:
             if not (directory / sft.FINAL).exists():
                 made, held_out = train_sft.hold_out(episode_files.read(traces), recipe.evaluation_share)
+                model = parts.open_model(stage.model, directory)
                 sft.go_on(
                     stage,
                     directory,
-                    parts.open_model(stage.model, directory),
+                    model,
                     made,
                     held_out,
-                    lead=self.task.lead(made),
-                    lead_steps=recipe.lead_steps,
+                    lead=self.task.lead(made, model.tokenizer.decode),
+                    lead_steps=recipe.lead_steps if tools else self.stage.text.lead_steps,
                     best=False,
                 )
         self.log(f'sft_{_kind(tools)}', metrics.read(directory))
@@ -145,6 +146,9 @@ class Story:
     def reinforce(self, tools: bool, start: Path) -> Path:
         """PPO from the model in a folder; the folder of the one that it becomes."""
         blocks = {field.name: getattr(self.stage, field.name) for field in dataclasses.fields(Rollouts)}
+        if not tools:
+            text = self.stage.text
+            blocks |= {'optimizer': text.optimizer, 'advantage': text.advantage, 'ppo': self.stage.text_ppo()}
         stage = Reinforcement(
             **blocks | self.common(tools, 'ppo', start),
             data=self.stage.data,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
+from retool_jax.algo.settings import AdvantageSettings
 from retool_jax.core.checks import MANY, Rule, below, check, local_path, within
 from retool_jax.core.errors import UserError
 from retool_jax.stages.config import (
@@ -18,6 +20,8 @@ from retool_jax.stages.config import (
 )
 from retool_jax.stages.pretrained import PackageSettings
 from retool_jax.tasks import gym
+from retool_jax.train import ppo
+from retool_jax.train.ppo import PPOSettings
 from retool_jax.train.state import OptimizerSettings
 
 
@@ -40,8 +44,6 @@ class RecipeSettings:
     """Sizes of the demo."""
 
     problems_seen: int  # problems that the tool model's cold start is made from, 1 to 10⁷. H
-    # share of the embedded problems needing the tool that the text-only cold start keeps, of twice as many; 0 to 1. H
-    text_needy: float
     sft_steps: int  # optimizer steps of each fine-tuning, at least 1. H
     lead_steps: int  # the first of them, without mental traces of families that need the tool; 0 to sft_steps. H
     sft_batch_tokens: int  # tokens of an optimizer step, padding not counted; at least 1. H
@@ -55,7 +57,6 @@ class RecipeSettings:
         check(
             self,
             problems_seen=within(1, PROBLEMS),
-            text_needy=within(0, 1),
             sft_steps=within(1, MANY),
             lead_steps=within(0, MANY),
             evaluation_share=below(0, 1),
@@ -71,6 +72,25 @@ class RecipeSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextLine:
+    """What the text-only model has of its own; all else is the other's."""
+
+    # of its cold start. H: two ways of working, worked and said at once, so that RL learns when to work, as the other
+    # model learns when to call
+    mix: Mix
+    needy: (
+        float  # share of the embedded problems needing the tool that it is made from, of four times as many; 0 to 1. H
+    )
+    lead_steps: int  # its recipe.lead_steps, without answers said at once too. H
+    optimizer: OptimizerSettings  # of its RL
+    advantage: AdvantageSettings  # of its RL
+    critic: str  # its ppo.critic
+
+    def __post_init__(self):
+        check(self, needy=within(0, 1), lead_steps=within(0, MANY))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Rollouts):
     """launch/demo.py."""
 
@@ -81,9 +101,20 @@ class Demo(Rollouts):
     checkpoints: CheckpointSettings
     mix: Mix
     recipe: RecipeSettings
+    text: TextLine
 
     def __post_init__(self):
         super().__post_init__()
+        try:
+            ppo.check(self.text_ppo(), self.text.advantage, self.loss, self.train_sampling)
+        except UserError as error:
+            ours = re.sub(r'\bppo\.(?=critic)|\b(?=advantage\.)', 'text.', str(error))
+            raise UserError(ours) from error
+        if self.text.lead_steps > self.recipe.sft_steps:
+            raise UserError(
+                f'text.lead_steps={self.text.lead_steps} are the first of recipe.sft_steps={self.recipe.sft_steps}; '
+                'choose fewer'
+            )
         if self.package.requirement is None:
             require_path(self.model)
         if bool(self.data.sources) != (self.held_out.headline is not None):
@@ -94,3 +125,8 @@ class Demo(Rollouts):
         if self.data.sources:
             check(self.data, sources=Rule(gym.named, f'must be a generator: {gym.PREFIX}NAME'))
             fit_mix(self.mix)
+            fit_mix(self.text.mix)
+
+    def text_ppo(self) -> PPOSettings:
+        """The block ppo of the text-only model."""
+        return dataclasses.replace(self.ppo, critic=self.text.critic)

@@ -16,14 +16,12 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem
 from retool_jax.stages import cold_start
 from retool_jax.stages.cold_start import Draft
-from retool_jax.stages.config import Mix
 from retool_jax.stages.demo_config import Demo
 from retool_jax.stages.intake import Intake
 from retool_jax.tasks import answers, arithmetic, gym, stream
 from retool_jax.tasks.grader import Grader
 from retool_jax.train.sources import Problems
 
-TEXT_ONLY = Mix(easy={'mental': 1.0}, needy={'mental': 1.0})
 HEADLINE = 'new_numbers'  # of templates that are trained on
 RL_SEED = 1_000_003  # added to run.seed: RL asks other embedded problems than the cold start
 
@@ -44,7 +42,7 @@ class Task(Protocol):
         """Judges the answers of traces."""
         ...
 
-    def lead(self, traces: Sequence[Episode]) -> list[Episode]:
+    def lead(self, traces: Sequence[Episode], decode: Callable[[Sequence[int]], str]) -> list[Episode]:
         """The easiest traces, which fine-tuning may begin with."""
         ...
 
@@ -70,7 +68,7 @@ class Embedded:
     equal = staticmethod(answers.equal_at_sight)
 
     def __init__(self, stage: Demo):
-        self.recipe, self.mix, self.seed = stage.recipe, stage.mix, stage.run.seed
+        self.recipe, self.mix, self.text, self.seed = stage.recipe, stage.mix, stage.text, stage.run.seed
         sizes = {'new_operands': self.recipe.problems} | dict.fromkeys(
             ('new_wording', 'larger_range'), self.recipe.apart_problems
         )
@@ -84,15 +82,16 @@ class Embedded:
         rng = random.Random(f'text-only/{self.seed}')
         asked = [
             problem
-            for problem in arithmetic.problems('train', 2 * self.recipe.problems_seen, self.seed)
-            if not self.needs_tool(problem) or rng.random() < self.recipe.text_needy
+            for problem in arithmetic.problems('train', 4 * self.recipe.problems_seen, self.seed)
+            if not self.needs_tool(problem) or rng.random() < self.text.needy
         ]
-        return cold_start.draw(asked, TEXT_ONLY, self.seed)
+        return cold_start.draw(asked, self.text.mix, self.seed)
 
-    def lead(self, traces: Sequence[Episode]) -> list[Episode]:
-        # Digits of long mental arithmetic look random to such a model and drown what it can learn, to copy operands:
-        # it starts with traces that need nothing else.
-        return [trace for trace in traces if trace.calls or not self.needs_tool(trace.problem)]
+    def lead(self, traces: Sequence[Episode], decode: Callable[[Sequence[int]], str]) -> list[Episode]:
+        # Digits of long mental arithmetic, and those of answers said at once, look random to such a model and drown
+        # what it can learn, to copy operands: it starts with traces that need nothing else.
+        worked = lambda trace: arithmetic.shows_work(trace.problem, decode(trace.tokens[trace.prompt_length :]))
+        return [trace for trace in traces if trace.calls or (not self.needs_tool(trace.problem) and worked(trace))]
 
     def asked(self, count: int) -> Problems:
         return arithmetic.problems('train', count, seed=self.seed + RL_SEED)
@@ -131,7 +130,7 @@ class Generated:
         Raises:
           UserError: a held-out question is trained on, or what a source refuses.
         """
-        self.recipe, self.mix, self.seed = stage.recipe, stage.mix, stage.run.seed
+        self.recipe, self.mix, self.text, self.seed = stage.recipe, stage.mix, stage.text, stage.run.seed
         self.equal: Callable[[str, str], bool | None] = grader.equal
         intake, told = Intake(stage.reward.unreadable, grader.parses), {}
         sets = {HEADLINE: stage.held_out.headline} | dict(stage.held_out.apart)
@@ -164,9 +163,9 @@ class Generated:
         }
 
     def drafts(self, tools: bool) -> list[Draft]:
-        return cold_start.retell(self.pairs, self.mix if tools else TEXT_ONLY, self.seed)
+        return cold_start.retell(self.pairs, self.mix if tools else self.text.mix, self.seed)
 
-    def lead(self, traces: Sequence[Episode]) -> list[Episode]:
+    def lead(self, traces: Sequence[Episode], decode: Callable[[Sequence[int]], str]) -> list[Episode]:
         return list(traces)
 
     def asked(self, count: int) -> Problems:

@@ -39,7 +39,7 @@ def write_model(directory: Path) -> None:
     for problem in arithmetic.problems('train', CORPUS, seed=0):
         corpus += [problem.question, '']
         # In the segments in which they are encoded, so that no id is learnt that crosses their ends.
-        for kind, text in arithmetic.trace(problem, rng.choice(arithmetic.TRACE_KINDS), seed=0).parts:
+        for kind, text in arithmetic.trace(problem, rng.choice(('mental', 'code', 'repair')), seed=0).parts:
             corpus[-1] += wrap_snippet(text) if kind == 'code' else text
             if kind == 'code':
                 corpus += [wrap_feedback(problem.answer), '']

@@ -16,7 +16,7 @@ from retool_jax.tasks.families import FAMILIES, Family, Operands
 from retool_jax.text.template import wrap_answer
 
 SPLITS = ('train', 'new_operands', 'new_wording', 'larger_range')
-TRACE_KINDS = ('mental', 'code', 'repair')
+TRACE_KINDS = ('mental', 'direct', 'code', 'repair')
 
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
 
@@ -82,7 +82,7 @@ def operands_of(problem: Problem) -> Operands:
 
 
 def trace(problem: Problem, kind: str, seed: int) -> Trace:
-    """A right solution of one kind: worked in the head, by a snippet, or by a failing snippet put right.
+    """A right solution of one kind: worked in the head, said at once, by a snippet, or by a failing one put right.
 
     Raises:
       ValueError: no such kind, or a problem of another task.
@@ -98,6 +98,9 @@ def trace(problem: Problem, kind: str, seed: int) -> Trace:
     )
     if kind == 'mental':
         return work
+    if kind == 'direct':
+        lead, _calculation, conclusion = work.parts
+        return Trace('direct', (lead, conclusion))
     if kind == 'code':
         return rewrite(work, problem)
     if kind == 'repair':
@@ -107,6 +110,11 @@ def trace(problem: Problem, kind: str, seed: int) -> Trace:
         failing = slip.spoil(operands, code[1])
         return Trace('repair', (lead, ('code', failing), ('text', slip.remark + '\n'), code, conclusion))
     raise ValueError(f'trace kind is {kind!r}: take one of {", ".join(TRACE_KINDS)}')
+
+
+def shows_work(problem: Problem, answer: str) -> bool:
+    """Whether an answer to a problem of this task says anything between its lead and its conclusion."""
+    return answer.partition('<answer>')[0].strip() != BY_NAME[problem.family].lead
 
 
 def rewrite(text_trace: Trace, problem: Problem) -> Trace:

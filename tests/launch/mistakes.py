@@ -254,6 +254,8 @@ CASES = {  # binary and arguments, {} is the folder of files; words of the line
     'unknown path of the sandbox': ((*COLD_START, '--config.sandbox.path=hot'), 'sandbox.path hot warm'),
     'no samples in the demo': ((*DEMO, '--config.recipe.samples=0'), 'recipe.samples=0'),
     'truncation in the demo': ((*DEMO, '--config.train_sampling.top_p=0.9'), 'train_sampling.top_p=0.9'),
+    'too many text lead steps': ((*DEMO, '--config.text.lead_steps=999'), 'text.lead_steps=999 540'),
+    'a critic that nothing asks': ((*DEMO, '--config.text.critic=head'), 'text.critic text.advantage.kind'),
     'too many lead steps': ((*DEMO, '--config.recipe.lead_steps=999'), 'recipe.lead_steps=999 540'),
     'an empty path': ((*PPO, '--config.run.dir='), 'run.dir empty'),
     'a target that is there': (

@@ -165,6 +165,7 @@ def test_the_demo_is_told_to_its_end(call):
         'recipe.problems_seen': 120,
         'recipe.sft_steps': 4,
         'recipe.lead_steps': 2,
+        'text.lead_steps': 2,
         'recipe.problems': 12,
         'recipe.apart_problems': 12,
         'recipe.samples': 1,

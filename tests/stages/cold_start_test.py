@@ -11,7 +11,6 @@ from retool_jax.sandbox.feedback import FeedbackSettings, render
 from retool_jax.sandbox.pool import Pool
 from retool_jax.stages import cold_start
 from retool_jax.stages.config import Mix
-from retool_jax.stages.demo import TEXT_ONLY
 from retool_jax.tasks import answers, arithmetic
 from retool_jax.text.template import make_template, prompt_ids, wrap_answer, wrap_feedback, wrap_snippet
 from tests.fakes import FakePool, byte_tokenizer
@@ -21,6 +20,7 @@ TOKENIZER = byte_tokenizer()
 TINY = make_template('tiny')
 FEEDBACK = FeedbackSettings(style='official', max_chars=1024, max_frames=6)
 WORDING = cold_start.Wording(TINY, TOKENIZER, FEEDBACK)
+HEAD_ONLY = Mix(easy={'mental': 0.5, 'direct': 0.5}, needy={'mental': 1.0})
 MIX = Mix(easy={'code': 0.4, 'mental': 0.5, 'repair': 0.1}, needy={'code': 0.5, 'mental': 0.3, 'repair': 0.2})
 
 
@@ -118,7 +118,7 @@ def test_equal_snippets_run_once():
 
 def test_a_mental_mix_needs_no_pool_and_a_coding_one_says_so():
     problems = arithmetic.problems('train', 24, 0)
-    episodes, counts = cold_start.build(problems, TEXT_ONLY, None, WORDING, 0)
+    episodes, counts = cold_start.build(problems, HEAD_ONLY, None, WORDING, 0)
     assert counts['kept'] == 24 and not any(e.calls for e in episodes)
     with pytest.raises(ValueError, match='give a sandbox pool'):
         cold_start.build(problems, MIX, None, WORDING, 0)

@@ -27,12 +27,12 @@ STAGES = {
 BAD = {
     int: {-1: r'mesh\.fsdp', 0: r'run\.seed|.*\.(warmup_steps|critic_warmup_steps|top_k|concurrency|retries|quanta|'
                                r'dynamic_rounds|overlong_buffer|micro_rows|decode_rows|max_calls)|sft\.epochs|'
-                               r'recipe\.lead_steps',
+                               r'(recipe|text)\.lead_steps',
           10**12: None, 2**70: None},
     float: {math.nan: None, math.inf: None, -math.inf: None, 1e300: None, -1.0: None,
             0.0: r'\w*sampling\.(temperature|min_p)|\w*optimizer\.(lr|b1|b2|weight_decay)|advantage\.\w+|'
                  r'loss\.(clip_low|clip_high|entropy_coef|kl_coef|value_coef|correction_low)|sft\.evaluation_share|'
-                 r'watch\.\w+|recipe\.(text_needy|evaluation_share)'},
+                 r'watch\.\w+|text\.needy|recipe\.evaluation_share'},
     str: {'': None, ' ': None,
           'nonsense': r'run\.dir|model\.(path|name|instruction)|traces|golds|(validation\.)?problems|halves\.episodes',
           'gs://bucket/thing': r'model\.name', 's3://bucket/thing': r'model\.name', 'hdfs://x/y': r'model\.name'},

@@ -14,8 +14,8 @@ from retool_jax.core import episode_files, metrics
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    'recipe.problems_seen': 60, 'recipe.sft_steps': 4, 'recipe.lead_steps': 2, 'recipe.problems': 12,
-    'recipe.apart_problems': 12, 'recipe.samples': 2, 'ppo.steps': 2, 'ppo.problems_per_step': 4,
+    'recipe.problems_seen': 60, 'recipe.sft_steps': 4, 'recipe.lead_steps': 2, 'text.lead_steps': 3,
+    'recipe.problems': 12, 'recipe.apart_problems': 12, 'recipe.samples': 2, 'ppo.steps': 2, 'ppo.problems_per_step': 4,
     'turns.max_tokens': 64, 'turns.max_turn_tokens': 64,
 }  # fmt: skip
 

@@ -100,6 +100,14 @@ def test_worked_steps_are_compact_and_every_equation_in_them_holds(split):
             assert int(n) % int(d) == int(r)
 
 
+def test_an_answer_said_at_once_is_the_worked_one_without_its_work():
+    for problem in _everything('train', 24):
+        worked, direct = (arithmetic.trace(problem, kind, 0) for kind in ('mental', 'direct'))
+        assert direct.parts == (worked.parts[0], worked.parts[-1])
+        shows = [arithmetic.shows_work(problem, ''.join(text for _, text in t.parts)) for t in (worked, direct)]
+        assert shows == [True, False]
+
+
 def test_snippets_print_the_answer_and_slips_fail(tmp_path):
     # One child runs what these families wrote: nothing here was written by a model.
     cases: list[tuple[str | None, str]] = []
