@@ -32,7 +32,8 @@ def build[T](kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '
 
     Raises:
       UserError: a key unknown or missing, a value of another type (the dotted key is named), or what the
-        dataclass's own __post_init__ refused, which begins with the name of a field.
+        dataclass's own __post_init__ refused, which begins with the name of a field; further fields of the same
+        block stand in it as `./NAME`.
     """
     if not isinstance(block, (ConfigDict, Mapping)):
         raise UserError(f'config key {name}: expected a block of keys, got {block!r}')
@@ -53,7 +54,7 @@ def build[T](kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '
     try:
         return kind(**values)
     except UserError as error:
-        raise UserError(_join(name, str(error))) from error
+        raise UserError(_join(name, str(error)).replace(' ./', f' {_join(name, "")}')) from error
 
 
 def words(kind: type) -> dict[str, str]:

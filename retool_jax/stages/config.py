@@ -184,8 +184,8 @@ class Mix:
                 if not 0 <= share <= 1:
                     raise UserError(f'{name}.{kind}={share} must lie in [0, 1]')
             if not abs(sum(shares.values()) - 1) <= 1e-6:
-                listed = ', '.join(f'mix.{name}.{kind}={share}' for kind, share in shares.items())
-                raise UserError(f'{listed.removeprefix("mix.")}: the shares must add up to 1')
+                listed = ', ./'.join(f'{name}.{kind}={share}' for kind, share in shares.items())
+                raise UserError(f'{listed}: the shares must add up to 1')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from retool_jax.algo.settings import AdvantageSettings
-from retool_jax.core.checks import MANY, Rule, below, check, local_path, within
+from retool_jax.core.checks import MANY, Rule, below, check, local_path, one_of, within
 from retool_jax.core.errors import UserError
 from retool_jax.stages.config import (
     PROBLEMS,
@@ -87,7 +87,7 @@ class TextLine:
     critic: str  # its ppo.critic
 
     def __post_init__(self):
-        check(self, needy=within(0, 1), lead_steps=within(0, MANY))
+        check(self, needy=within(0, 1), lead_steps=within(0, MANY), critic=one_of(ppo.CRITICS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ BAD = {
                                r'(recipe|text)\.lead_steps',
           10**12: None, 2**70: None},
     float: {math.nan: None, math.inf: None, -math.inf: None, 1e300: None, -1.0: None,
-            0.0: r'\w*sampling\.(temperature|min_p)|\w*optimizer\.(lr|b1|b2|weight_decay)|advantage\.\w+|'
+            0.0: r'\w*sampling\.(temperature|min_p)|(text\.)?(\w*optimizer\.(lr|b1|b2|weight_decay)|advantage\.\w+)|'
                  r'loss\.(clip_low|clip_high|entropy_coef|kl_coef|value_coef|correction_low)|sft\.evaluation_share|'
                  r'watch\.\w+|text\.needy|recipe\.evaluation_share'},
     str: {'': None, ' ': None,
@@ -81,7 +81,7 @@ def test_every_key_is_explained_beside_its_field(spec):
     explained = settings.keys(STAGES[spec])
     assert not [key for key, (_, words) in explained.items() if len(words.split()) < 2]
     whole = {key for key, _ in keys(spec)}
-    assert {key for key in whole if key not in explained} <= {key for key in whole if key.startswith('mix.')}
+    assert {key for key in whole if key not in explained} <= {key for key in whole if re.match(r'(text\.)?mix\.', key)}
     assert {key.rpartition('.')[0] for key in whole if key not in explained} <= explained.keys()
 
 
