@@ -220,6 +220,7 @@ def ppo(arg: str) -> ConfigDict:
             'dynamic_rounds': 0,
             'quanta': 0,
             'offload': not tiny,
+            'rescore': True,
         }
     )
 

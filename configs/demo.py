@@ -119,8 +119,11 @@ def set_pretrained(config: ConfigDict, arg: str) -> None:
     config.sft_optimizer = base.optimizer(4e-4, schedule='cosine', warmup_steps=5, weight_decay=0.1, b2=0.95)
     config.optimizer = base.optimizer(2e-5, warmup_steps=2, weight_decay=0.0, b2=0.95)
     config.advantage.update({'kind': 'grpo', 'whiten': False})
-    # One mini-batch: every update is of the weights that sampled, whose logprobs serve.
-    config.ppo.update({'steps': 14, 'problems_per_step': 8, 'samples': 8, 'minibatches': 1, 'critic': 'none'})
+    # One mini-batch: every update is of the weights that sampled, whose logprobs serve, and nothing is scored.
+    config.loss.correction = 'none'
+    config.ppo.update(
+        {'steps': 14, 'problems_per_step': 8, 'samples': 8, 'minibatches': 1, 'critic': 'none', 'rescore': False}
+    )
     config.checkpoints.every = 2
     mental = {'mental': 1.0}
     config.text = {'mix': {'easy': mental, 'needy': mental}, 'needy': 1.0, 'lead_steps': 0, 'critic': 'none'}

@@ -135,15 +135,47 @@ class Learner:
             return_BT=return_BT,
         )
 
+    def trust(self, batch: Batch, num_groups: int) -> Scores:
+        """`score` without a forward pass: the sampler's logprobs are the old ones. There are no entropies, values or
+        reference then, and nothing may read them (`ppo.check`)."""
+        zeros_BT = jnp.zeros_like(batch.sampler_logprob_BT)
+        advantage_BT, return_BT = self._advantages(
+            batch, batch.sampler_logprob_BT, zeros_BT, zeros_BT, num_groups=num_groups
+        )
+        return Scores(
+            logprob_BT=batch.sampler_logprob_BT,
+            entropy_BT=zeros_BT,
+            reference_logprob_BT=zeros_BT,
+            value_BT=zeros_BT,
+            advantage_BT=advantage_BT,
+            return_BT=return_BT,
+        )
+
+    @property
+    def quiet_groups(self) -> bool:
+        """Whether groups of equal rewards have no part in the policy's gradient: every advantage in them is 0, and so
+        is whatever else the loss is made of."""
+        compares = self.advantage.needs_groups and not self.advantage.whiten
+        return compares and not self.loss.entropy_coef and not self.loss.needs_reference
+
     def ppo_step(
-        self, state: TrainState, batch: Batch, scores: Scores, rows: tuple[int, int], held: bool = False
+        self,
+        state: TrainState,
+        batch: Batch,
+        scores: Scores,
+        rows: tuple[int, int],
+        held: bool = False,
+        counted: tuple[int, int] | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step over one mini-batch: rows first … last + 1 of a scored batch.
 
+        counted: rows that belong to it and have no gradient: they are in its means, and no pass is made over them.
         held: the critic alone takes a step. Nothing is differentiated by the policy, and neither its weights nor its
         moments change; its metrics are those of the scored batch, with a ratio of 1.
         """
         denominators = self._denominators(batch, *rows)
+        if counted:
+            denominators = jax.tree.map(jnp.add, denominators, self._denominators(batch, *counted))
         gradients, merged = {}, {}
         add, models = (self._held, [state.params]) if held else (self._ppo, backbones(state.params))
         for params in models:

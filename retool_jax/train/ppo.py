@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from retool_jax.algo.advantages import explained_variance
-from retool_jax.algo.groups import episode_masks
+from retool_jax.algo.groups import episode_masks, unequal_groups
 from retool_jax.algo.segments import in_update
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import checks
@@ -41,6 +41,9 @@ class PPOSettings(RolloutSettings):
     minibatches: int  # optimizer steps per pass over a step's episodes. P 2, of 512 of R's 1,024; R 4
     epochs: int  # passes over a step's episodes. R 1
     critic: str  # 'none', a 'head' on the policy's trunk, or a 'backbone' of its own. P does not say; R backbone
+    # old logprobs come from the trainer's own forward pass; False: the sampler's serve, which saves that pass, where a
+    # step is one update. R True
+    rescore: bool
     critic_warmup_steps: int  # first RL steps, in which the critic alone learns and the policy stands still. R 20
     mask_truncated: bool  # episodes that ran out of budget leave the update. R False
     offload: bool  # buffers that a phase does not need wait in the host's memory (train/residency.py). H True
@@ -79,6 +82,20 @@ def check(sizes: PPOSettings, advantage: AdvantageSettings, loss: LossSettings, 
             f'ppo.samples={sizes.samples}: its advantage would be the bare reward; set ppo.samples=2 or '
             'more, or advantage.kind=gae or reinforce_pp'
         )
+    if not sizes.rescore:
+        for key, value, wanted, why in (
+            ('ppo.minibatches', sizes.minibatches, 1, 'the weights move between mini-batches'),
+            ('ppo.epochs', sizes.epochs, 1, 'the weights move between passes'),
+            ('ppo.quanta', sizes.quanta, 0, 'carried tokens are of older weights'),
+            ('loss.kl_coef', loss.kl_coef, 0, 'the reference has to be scored'),
+            ('loss.correction', loss.correction, 'none', 'the ratio itself is between sampler and trainer'),
+            ('ppo.critic', sizes.critic, 'none', 'values have to be scored'),
+        ):
+            if value != wanted:
+                raise UserError(
+                    f'ppo.rescore=False takes the old logprobs from the sampler, and {why}: set {key}={wanted}, or '
+                    'ppo.rescore=True'
+                )
     if sizes.quanta and loss.correction == 'none':
         raise UserError(
             f'ppo.quanta={sizes.quanta} trains on tokens of older weights, which loss.correction=none '
@@ -229,34 +246,48 @@ def update(
     """
     began = time.perf_counter()
     progress.state = residency.enter('score', progress.state)
-    batch, minibatches = make_batch(episodes, settings, learner.forward, seed, step)
+    batch, minibatches, quiet = make_batch(
+        episodes, settings, learner.forward, seed, step, learner.quiet_groups and settings.critic == 'none'
+    )
     if (groups := 1 + int(batch.group_BN.max())) > settings.problems_per_step:  # of a run with other sizes
         raise UserError(
             f'step {step} holds {groups} groups of ppo.samples={settings.samples}, more than '
             f'ppo.problems_per_step={settings.problems_per_step}; set both as the episodes were made'
         )
     batch = learner.put(batch)
-    scores = learner.score(
-        progress.state.params, batch, minibatches[-1][1], residency.reference, num_groups=settings.problems_per_step
-    )
+    if settings.rescore:
+        scores = learner.score(
+            progress.state.params, batch, minibatches[-1][1], residency.reference, num_groups=settings.problems_per_step
+        )
+    else:
+        scores = learner.trust(batch, num_groups=settings.problems_per_step)
     progress.state, found = residency.enter('update', progress.state), []
     for _ in range(settings.epochs):
-        for rows in minibatches:
+        for rows, counted in zip(minibatches, quiet):
             progress.state, metrics = learner.ppo_step(
-                progress.state, batch, scores, rows, held=step < settings.critic_warmup_steps
+                progress.state, batch, scores, rows, held=step < settings.critic_warmup_steps, counted=counted
             )
             found.append(metrics)
     explained = _explained(batch, scores) if settings.critic != 'none' else None
-    return _Pending(step, list(episodes), found, explained, {}, _Clock(began, found[-1]))
+    left_out = sum(int((batch.group_BN[slice(*rows)] >= 0).sum()) for rows in quiet if rows)
+    metrics = {'actor/left_out': left_out / len(episodes)} if learner.quiet_groups else {}
+    return _Pending(step, list(episodes), found, explained, metrics, _Clock(began, found[-1]))
 
 
 def make_batch(
-    episodes: Sequence[Episode], settings: PPOSettings, forward: ForwardSettings, seed: int, step: int
-) -> tuple[Batch, list[tuple[int, int]]]:
-    """The global batch and the rows of each mini-batch: episodes are dealt at random, then packed.
+    episodes: Sequence[Episode],
+    settings: PPOSettings,
+    forward: ForwardSettings,
+    seed: int,
+    step: int,
+    quiet_groups: bool = False,
+) -> tuple[Batch, list[tuple[int, int]], list[tuple[int, int] | None]]:
+    """The global batch, the rows of each mini-batch, and rows that are only counted with it: episodes are dealt at
+    random, then packed.
 
     Every process makes the same batch from the same episodes. A group is `samples` samples of a problem that were
-    asked for together; a problem that the step holds twice has two groups.
+    asked for together; a problem that the step holds twice has two groups. quiet_groups: groups of equal rewards have
+    no part in a gradient (`Learner.quiet_groups`); their rows lie behind all others.
     """
     groups, number = [], {}
     for episode in episodes:
@@ -270,22 +301,31 @@ def make_batch(
         drop_void=settings.drop_void,
         mask_truncated=settings.mask_truncated,
     )
+    speaks = np.ones(len(episodes), bool)
+    if quiet_groups:
+        rewards, count = [e.reward.value for e in episodes], len(number)
+        alone = np.bincount(np.array(groups)[baseline], minlength=count) == 1  # its advantage is the bare reward
+        speaks = (unequal_groups(rewards, groups, baseline, count) | alone)[groups]
     order = np.random.default_rng((seed, step)).permutation(len(episodes))
-    parts = []
-    for chosen in np.array_split(order, min(settings.minibatches, len(order))):
-        pick = lambda values: [values[i] for i in chosen]  # noqa: B023
-        parts.append(
-            pack(
-                pick(episodes),
-                width=forward.row_width,
-                rows=forward.micro_rows,
-                segments=forward.row_segments,
-                groups=pick(groups),
-                baseline=pick(baseline),
-                update=pick(update),
-            )
+    dealt = np.array_split(order, min(settings.minibatches, len(order)))
+
+    def packed(chosen: np.ndarray) -> Batch:
+        pick = lambda values: [values[i] for i in chosen]
+        return pack(
+            pick(episodes),
+            width=forward.row_width,
+            rows=forward.micro_rows,
+            segments=forward.row_segments,
+            groups=pick(groups),
+            baseline=pick(baseline),
+            update=pick(update),
         )
-    return join(parts, forward.micro_rows)
+
+    silent = [chosen[~speaks[chosen]] for chosen in dealt]
+    parts = [packed(chosen[speaks[chosen]]) for chosen in dealt] + [packed(chosen) for chosen in silent if len(chosen)]
+    batch, rows = join(parts, forward.micro_rows)
+    behind = iter(rows[len(dealt) :])
+    return batch, rows[: len(dealt)], [next(behind) if len(chosen) else None for chosen in silent]
 
 
 @jax.jit

@@ -38,6 +38,7 @@ SETTINGS = PPOSettings(
     dynamic_rounds=0,
     quanta=0,
     offload=False,
+    rescore=True,
 )
 WHOLE = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
 FORWARD = small.make_forward()
@@ -50,7 +51,7 @@ NAMES = {'rewards/mean', 'actor/pg_clipfrac', 'actor/ppo_kl', 'actor/entropy', '
 
 
 def deal(episodes, seed=0, step=0, **changes):
-    return ppo.make_batch(episodes, dataclasses.replace(SETTINGS, **changes), FORWARD, seed, step)
+    return ppo.make_batch(episodes, dataclasses.replace(SETTINGS, **changes), FORWARD, seed, step)[:2]
 
 
 def unpacked(batch, rows=None):
@@ -129,7 +130,7 @@ def test_a_step_of_fewer_episodes_than_mini_batches_takes_none_that_is_empty():
 
 
 def test_more_groups_than_a_step_has_are_refused():
-    learner, progress = types.SimpleNamespace(forward=FORWARD), Progress(None)
+    learner, progress = types.SimpleNamespace(forward=FORWARD, quiet_groups=False), Progress(None)
     with pytest.raises(ValueError, match='step 7 holds 6 groups of ppo.samples=2, more than ppo.problems_per_step=3'):
         ppo.update(learner, progress, SETTINGS, small.make_episodes(11), 0, 7, Residency(False))
 
