@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import enum
+import functools
 import inspect
 import io
 import os
@@ -37,7 +38,7 @@ def build[T](kind: type[T], block: ConfigDict | Mapping[str, Any], name: str = '
     """
     if not isinstance(block, (ConfigDict, Mapping)):
         raise UserError(f'config key {name}: expected a block of keys, got {block!r}')
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     fields = [f.name for f in dataclasses.fields(kind) if f.init]
     for key in block:
         if key not in fields:
@@ -75,7 +76,7 @@ def words(kind: type) -> dict[str, str]:
 
 def keys(kind: type, name: str = '') -> dict[str, tuple[str, str]]:
     """{dotted key: (type, `words`)} of every field of a dataclass, those of nested dataclasses in their place."""
-    hints, said = typing.get_type_hints(kind), words(kind)
+    hints, said = _hints(kind), words(kind)
     found: dict[str, tuple[str, str]] = {}
     for field in dataclasses.fields(kind):
         key, hint = _join(name, field.name), hints[field.name]
@@ -153,6 +154,11 @@ def _leaves(node: Any, prefix: str = ''):
             yield from _leaves(value, _join(prefix, key))
     else:
         yield prefix, node
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _join(name: str, key: str) -> str:

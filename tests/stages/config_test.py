@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import math
 import re
 
@@ -56,15 +58,19 @@ def load(spec: str) -> ConfigDict:
     return config
 
 
-def change(spec: str, key: str, value: object) -> ConfigDict:
-    config = load(spec)
-    block = config
+def change(spec: str, key: str, value: object) -> dict:
+    """The configuration of a file in its plain form, with another value."""
+    config = block = copy.deepcopy(_plain(spec))
     *above, last = key.split('.')
     for name in above:
         block = block[name]
-    with config.unlocked(), block.ignore_type():
-        block[last] = value
+    block[last] = value
     return config
+
+
+@functools.cache
+def _plain(spec: str) -> dict:
+    return settings.to_json(load(spec))
 
 
 def keys(spec: str) -> list[tuple[str, type]]:
