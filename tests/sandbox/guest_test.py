@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,10 +100,10 @@ def test_no_directory_of_the_host_stands_in_the_guests_build_variables(pools):
 def test_an_interpreter_of_debian_finds_the_packages_under_the_name_that_it_knows(tmp_path):
     """Ubuntu's and Debian's site.py looks into dist-packages alone."""
     rule = Path(sysconfig.get_path('stdlib'), 'site.py').read_text()
-    for name, text in (('python.org', rule), ('Debian', rule.replace('site-packages', 'dist-packages'))):
+    for name, known in (('python.org', 'site-packages'), ('Debian', 'dist-packages')):
         library = tmp_path / name / 'lib'
         (library / 'site-packages').mkdir(parents=True)
         (library / 'site-packages' / 'numpy.py').touch()
-        (library / 'site.py').write_text(text)
+        (library / 'site.py').write_text(re.sub('(site|dist)-packages', known, rule))
         guest._name_for_debian(library)
         assert (library / 'dist-packages' / 'numpy.py').exists() == (name == 'Debian')

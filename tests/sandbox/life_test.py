@@ -170,9 +170,10 @@ def _workers(pool: Pool) -> list[int]:
 
 def _survives_kills(count: int, seed: int) -> None:
     rng = random.Random(seed)
+    most_s = 0.01 * os.cpu_count()  # of sleep: many cores take no less time than two, or the kills come too late
     with Pool(tiny(zygotes=2, retries=50, **LIMITS)) as pool:
         futures = [
-            pool.submit(f'import time\ntime.sleep({rng.random() * 0.02})\nprint({i} ** 2)') for i in range(count)
+            pool.submit(f'import time\ntime.sleep({rng.random() * most_s})\nprint({i} ** 2)') for i in range(count)
         ]
         struck_at = 0  # snippets done when the last worker was killed
         while (done := sum(f.done() for f in futures)) < count:
@@ -199,8 +200,8 @@ def test_killed_workers_lose_none_of_2000_snippets():
 def test_a_killed_supervisor_is_replaced():
     with Pool(tiny(zygotes=1, **LIMITS)) as pool:
         first = pool._process.pid
-        futures = [pool.submit(f'import time\ntime.sleep(0.05)\nprint({i})') for i in range(20)]
-        time.sleep(0.2)
+        futures = [pool.submit(f'import time\ntime.sleep(0.3)\nprint({i})') for i in range(20)]
+        time.sleep(0.2)  # before the first can have ended, however many run at once
         os.kill(first, signal.SIGKILL)
         assert [f.result(120).stdout for f in futures] == [f'{i}\n' for i in range(20)]
         assert pool._process.pid != first
