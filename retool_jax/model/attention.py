@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # names of annotations only: accelerator machines need not ha
     from jaxtyping import Array, Float, Int
 
 KINDS = ('auto', 'dense', 'blocked', 'splash', 'cudnn')
-MASKED = -1e30  # finite, so that a fully masked (padding) row stays free of NaN
+MASKED = kernels.MASKED
 
 
 def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:

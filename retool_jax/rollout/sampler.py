@@ -93,6 +93,7 @@ class Sampler:
         self.decode_rows = settings.decode_rows or settings.rows
         self.chooses = self.decode_rows < settings.rows
         self.ways = mesh.shape['data'] * mesh.shape['fsdp'] if mesh is not None else 1
+        self.fused = mesh is None or mesh.size == 1  # kernels that the partitioner cannot look into
         state, whole = self.shardings(mesh) if mesh is not None else (None, None)
         # On a mesh over several processes an array must say where it lies. An abstract mesh holds no arrays, nor
         # do the chips that plan/ compiles for from afar.
@@ -350,7 +351,13 @@ class Sampler:
             )
             live = s.live_B
             hidden_BCD, cache = decoder.extend(
-                self.config, params, s.cache, token_B[:, None], live.astype(jnp.int32), bound
+                self.config,
+                params,
+                s.cache,
+                token_B[:, None],
+                live.astype(jnp.int32),
+                bound,
+                fused=self.fused,
             )
             logits_BV = decoder.unembed(params, hidden_BCD[:, 0])
             tag_B = table[s.tag_B, token_B]

@@ -1,4 +1,5 @@
-"""On a GPU (JAX_PLATFORMS=cuda): cuDNN's attention over packed rows is that of the reference."""
+"""On a GPU (JAX_PLATFORMS=cuda): attention by cuDNN over packed rows, and by our kernel over a cache, is that of the
+reference."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 
 from retool_jax.model import attention, kernels
 from tests.model.attention_test import allowed, reference
-from tests.model.kernels_test import LENGTH, PACKED, PADDED, inputs
+from tests.model.kernels_test import LENGTH, PACKED, PADDED, decode_inputs, decode_reference, inputs
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU')
 MANY = np.array([[1] * 7 + [2] * 120 + [3] * 90 + [4] * 39, [1] * LENGTH])
@@ -43,3 +44,20 @@ def test_cudnn_has_the_gradients_of_dense_attention(segments, count):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.isfinite(a).all()
         assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('head_dim', [64, 128])
+@pytest.mark.parametrize('heads, kv_heads', [(12, 2), (28, 4), (8, 8), (4, 1)])
+def test_the_decode_kernel_is_the_reference(heads, kv_heads, head_dim, dtype):
+    lengths = [1, 64, 65, 250, 256, 257, 600, 1000, 1023, 1024, 700, 3]
+    q, k, v, length = decode_inputs(heads, kv_heads, head_dim, 1024, lengths, dtype)
+    assert kernels.decodes(q[:, None], k)
+    out = np.asarray(jax.jit(lambda *x: kernels.decode(*x, 1024))(q, k, v, length), np.float64)
+    np.testing.assert_allclose(out, decode_reference(q, k, v, length), atol=2e-2)
+
+
+def test_the_decode_kernel_gives_a_row_the_same_whatever_the_bound():
+    q, k, v, length = decode_inputs(12, 2, 128, 1024, [70, 250, 3], jnp.bfloat16)
+    run = lambda bound: jax.jit(lambda *x: kernels.decode(*x, bound))(q, k, v, length)
+    np.testing.assert_array_equal(run(256), run(1024))
