@@ -47,7 +47,7 @@ def groups(toy: bool) -> list[Group]:
     slots, low, high, quota, calls = (64, 8, 40, 4, 1) if toy else (4096, 256, 3900, 32, 4)
     tag = lambda model: {'tiny': 'tiny', 'qwen2_5_1_5b': '1.5B', 'qwen2_5_7b': '7B'}[model]
 
-    def decode(model: str, b: int, slots=slots, high=high, cache='bfloat16', note='') -> dict:
+    def decode(model: str, b: int, slots=slots, high=high, cache='bfloat16', note='', fused=True) -> dict:
         return {
             'case': f'decode {tag(model)} × {b}{note}',
             'kind': 'decode',
@@ -60,6 +60,7 @@ def groups(toy: bool) -> list[Group]:
             'calls': calls,
             'dtype': 'bfloat16',
             'cache_dtype': cache,
+            'fused': fused,
         }
 
     def extend(start: int) -> dict:
@@ -78,19 +79,19 @@ def groups(toy: bool) -> list[Group]:
             'cache_dtype': 'bfloat16',
         }
 
-    def update(width: int, attend: str, rows: int) -> Group:
+    def update(width: int, attend: str, rows: int, remat='full') -> Group:
         chunks = (width // 2, 64) if toy else (2048, 8192)
         return Group(
             [
                 {
-                    'case': f'update {tag(small)}, rows of {width}, {attend}',
+                    'case': f'update {tag(small)}, rows of {width}, {attend}' + f', remat {remat}' * (remat != 'full'),
                     'kind': 'update',
                     'model': small,
                     'width': width,
                     'rows': rows,
                     'micro_rows': 1,
                     'attend': attend,
-                    'remat': 'full',
+                    'remat': remat,
                     'logprob_chunk': chunks[0],
                     'vocab_chunk': chunks[1],
                     'repeats': 1 if toy else 3,
@@ -145,8 +146,19 @@ def groups(toy: bool) -> list[Group]:
             Group([generate(small, b) for b in rows], 'torch'),
         ]
     return [
-        Group([first, decode(small, 64), decode(small, 256), decode(small, 1), extend(0), extend(2500)]),
+        Group(
+            [
+                first,
+                decode(small, 64),
+                decode(small, 64, note=', no kernel', fused=False),
+                decode(small, 256),
+                decode(small, 1),
+                extend(0),
+                extend(2500),
+            ]
+        ),
         update(long, 'cudnn', 2),
+        update(long, 'cudnn', 2, 'dots'),
         Group([attend(long, 'cudnn'), attend(long, plain)]),
         update(short, 'cudnn', 8),
         Group(

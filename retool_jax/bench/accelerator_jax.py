@@ -8,6 +8,7 @@ made on the device.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import sys
@@ -67,9 +68,20 @@ def device(bytes: int, repeats: int) -> dict:
 
 
 def decode(
-    model: str, rows: int, slots: int, low: int, high: int, quota: int, calls: int, dtype: str, cache_dtype: str
+    model: str,
+    rows: int,
+    slots: int,
+    low: int,
+    high: int,
+    quota: int,
+    calls: int,
+    dtype: str,
+    cache_dtype: str,
+    fused: bool = True,
 ) -> dict:
     """Decode calls of `rows` rows whose contexts are spread evenly over low … high; none ends.
+
+    fused: by the kernel of model/kernels.py, where the device and the cache have one.
 
     Raises:
       ValueError: the longest, with what the calls add, does not fit the slots.
@@ -77,6 +89,7 @@ def decode(
     config = models.sizes(None, model)
     weights = random_weights(config, dtype)
     sampler = make_sampler(config, rows, slots, quota, min(256, slots), min(8, rows), dtype, cache_dtype)
+    sampler.fused &= fused
     length_B = spread(rows, low, high)
     state = fill(sampler, length_B)
     if length_B.max() + (1 + calls) * quota > slots:
@@ -234,6 +247,12 @@ def random_weights(config: ModelConfig, dtype: str) -> Params:
     return jax.tree.unflatten(tree, [_normal(jax.random.key(i), x.shape, x.dtype, 0.02) for i, x in enumerate(leaves)])
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random int8; as bits, since drawing from −127 … 127 takes several numbers of 32 bits each."""
+    return jax.random.bits(key, shape, jnp.uint8).astype(jnp.int8)
+
+
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype, scale: float) -> jax.Array:
     return _draw(key, shape, jnp.dtype(dtype).name) * jnp.asarray(scale, dtype)
 
@@ -278,8 +297,7 @@ def fill(sampler: Sampler, length_B: np.ndarray) -> SampleState:
         key = jax.random.key(i)
         if not isinstance(kv, Int8KV):
             return _normal(key, kv.shape, kv.dtype, 1)
-        bits = jax.jit(lambda key: jax.random.randint(key, kv.values.shape, -127, 128, jnp.int8))(key)
-        return Int8KV(values=bits, scale=jnp.full_like(kv.scale, 1 / 64))
+        return Int8KV(values=_bits(key, kv.values.shape), scale=jnp.full_like(kv.scale, 1 / 64))
 
     keys, values = ([], [])
     for i in range(len(state.cache.k)):  # one array at a time beside the cache
