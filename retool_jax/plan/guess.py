@@ -30,7 +30,10 @@ def _temporaries(run: Run, name: str) -> int:
         kept = tokens * model.hidden_size * width * model.num_hidden_layers / tensor
         if f.remat != 'full':
             kept = tokens * layer * width * model.num_hidden_layers
-        return int(kept + one_layer + gathered + logits)
+        # A micro-batch's gradients come out of the scan over layers whole, before they are added to the others.
+        return int(weights + kept + one_layer + gathered + logits)
+    if name == 'apply':
+        return weights  # the clipped gradients: their norm must be known before any of them is used
     if name.startswith('score'):
         return int(one_layer / 2 + gathered + logits)
     if name in ('extend', 'decode'):
