@@ -169,7 +169,8 @@ def decode(
     bound: int,
     interpret: bool = False,
 ) -> Float[Array, 'B N H']:
-    """Attention of one query a row over the first length_B slots (at least 1) of its cache, by a Triton kernel.
+    """Attention of one query a row over the first length_B slots (at least 1) of its cache, by a Triton kernel, which
+    JAX 0.11 and 0.12 compile, though they call that backend deprecated.
 
     No slot beyond a row's length is read, and each is read once for all query heads of its KV head. A row's slots are
     shared out among programs, each with a softmax of its own part, which are joined here (Flash-Decoding). How many is

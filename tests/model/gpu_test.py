@@ -14,7 +14,10 @@ from retool_jax.model import attention, kernels
 from tests.model.attention_test import allowed, reference
 from tests.model.kernels_test import LENGTH, PACKED, PADDED, decode_inputs, decode_reference, inputs
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU')
+pytestmark = [
+    pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU'),
+    pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated'),
+]
 MANY = np.array([[1] * 7 + [2] * 120 + [3] * 90 + [4] * 39, [1] * LENGTH])
 HOLES = np.array([[1] * 100 + [2] * 60 + [0] * 96, [0] * LENGTH])
 CASES = [(PADDED, 1), (PACKED, 2), (PACKED, 16), (MANY, 4), (HOLES, 3)]

@@ -168,6 +168,7 @@ def test_a_decode_step_attends_by_the_kernel_where_the_caller_allows_it(monkeypa
     np.testing.assert_allclose(found[::2], plain[::2], atol=2e-5)
 
 
+@pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated')
 def test_the_decode_kernel_is_lowered_for_hopper():
     q, k, v, length = decode_inputs(14, 2, 128, 640, [1, 640], jnp.bfloat16)
     chip = jax.sharding.AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
