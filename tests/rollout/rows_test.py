@@ -115,9 +115,9 @@ def test_who_decodes_goes_on_until_it_stops_and_no_place_stays_empty(params):
     engine, calls = make_engine(sampler), []
     decode, engine.timeline = sampler.decode, Timeline()
 
-    def recorded(params, state, row_R, longest, truncate):
+    def recorded(params, state, row_R, longest, truncate, *steps):
         live = np.flatnonzero(state.live_B)
-        state, out = decode(params, state, row_R, longest, truncate)
+        state, out = decode(params, state, row_R, longest, truncate, *steps)
         calls.append((set(live), [r for r in row_R if r < 8], out))
         return state, out
 
