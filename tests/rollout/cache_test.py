@@ -85,6 +85,7 @@ def test_no_call_copies_the_cache(dtype, decode_rows):
                 stops=sampler.stops,
                 state=state,
                 row_R=chosen,
+                steps=np.int32(8),
                 bound=64,
                 truncate=False,
             ),

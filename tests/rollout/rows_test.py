@@ -149,6 +149,7 @@ def largest_sent(sampler, weights) -> int:
             stops=sampler.stops,
             state=sampler.empty(),
             row_R=sampler.choose([]),
+            steps=np.int32(8),
             bound=128,
             truncate=False,
         )
