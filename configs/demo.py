@@ -105,15 +105,15 @@ def set_pretrained(config: ConfigDict, arg: str) -> None:
     config.sampler.update(
         {
             'rows': 64,
-            'slots': 512,
+            'slots': 384,
             'chunk': 96,
             'quota': 32,
-            'min_bound': 512,
+            'min_bound': 384,  # all slots: a shorter bound costs a copy of the cache per call
             'dtype': 'float32',
             'cache_dtype': 'float32',
         }
     )
-    config.turns.update({'max_tokens': 512, 'max_turn_tokens': 256, 'max_turns': 3, 'max_calls': 2})
+    config.turns.update({'max_tokens': 384, 'max_turn_tokens': 200, 'max_turns': 3, 'max_calls': 2})
     config.feedback.update({'style': 'official', 'max_chars': 160})
     config.sandbox.memory_mb = 256
     config.sft_optimizer = base.optimizer(4e-4, schedule='cosine', warmup_steps=5, weight_decay=0.1, b2=0.95)
@@ -122,7 +122,7 @@ def set_pretrained(config: ConfigDict, arg: str) -> None:
     # One mini-batch: every update is of the weights that sampled, whose logprobs serve, and nothing is scored.
     config.loss.correction = 'none'
     config.ppo.update(
-        {'steps': 14, 'problems_per_step': 8, 'samples': 8, 'minibatches': 1, 'critic': 'none', 'rescore': False}
+        {'steps': 12, 'problems_per_step': 8, 'samples': 8, 'minibatches': 1, 'critic': 'none', 'rescore': False}
     )
     config.checkpoints.every = 2
     mental = {'mental': 1.0}
@@ -131,12 +131,12 @@ def set_pretrained(config: ConfigDict, arg: str) -> None:
     config.recipe.update(
         {
             'problems_seen': 1500,
-            'sft_steps': 45,
+            'sft_steps': 36,
             'lead_steps': 0,
-            'sft_batch_tokens': 4096,
+            'sft_batch_tokens': 3072,
             'evaluation_share': 0.03,
             'problems': 200,
-            'apart_problems': 40,
+            'apart_problems': 20,
             'samples': 4,
         }
     )
