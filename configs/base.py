@@ -9,7 +9,7 @@ which is of the machine and not of the algorithm.
 
 from ml_collections import ConfigDict, config_dict
 
-# ARG → (template family, tensor parallelism when sampling, sizes live in the checkpoint's config.json)
+# ARG → template family; sizes are in the checkpoint's config.json
 MODELS = {
     'tiny': 'tiny',
     'qwen2_5_0_5b': 'qwen2_5', 'qwen2_5_1_5b': 'qwen2_5', 'qwen2_5_7b': 'qwen2_5', 'qwen2_5_14b': 'qwen2_5',

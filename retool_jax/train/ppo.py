@@ -246,9 +246,8 @@ def update(
     """
     began = time.perf_counter()
     progress.state = residency.enter('score', progress.state)
-    batch, minibatches, quiet = make_batch(
-        episodes, settings, learner.forward, seed, step, learner.quiet_groups and settings.critic == 'none'
-    )
+    leaves_out = learner.quiet_groups and settings.critic == 'none'  # a critic learns from every group
+    batch, minibatches, quiet = make_batch(episodes, settings, learner.forward, seed, step, leaves_out)
     if (groups := 1 + int(batch.group_BN.max())) > settings.problems_per_step:  # of a run with other sizes
         raise UserError(
             f'step {step} holds {groups} groups of ppo.samples={settings.samples}, more than '
@@ -270,7 +269,7 @@ def update(
             found.append(metrics)
     explained = _explained(batch, scores) if settings.critic != 'none' else None
     left_out = sum(int((batch.group_BN[slice(*rows)] >= 0).sum()) for rows in quiet if rows)
-    metrics = {'actor/left_out': left_out / len(episodes)} if learner.quiet_groups else {}
+    metrics = {'actor/left_out': left_out / len(episodes)} if leaves_out else {}
     return _Pending(step, list(episodes), found, explained, metrics, _Clock(began, found[-1]))
 
 

@@ -183,7 +183,7 @@ def test_the_base_frequency_is_found_where_transformers_finds_it(change, theta, 
     assert (rope['rope_theta'], rope.get('factor')) == (theta, factor)
 
 
-@pytest.mark.skipif(not SHARED.is_file(), reason='no shared cases')
+@pytest.mark.skipif(not SHARED.is_file(), reason='the configurations that people met are not there')
 def test_configurations_that_people_met_are_read_as_transformers_reads_them():
     for line in SHARED.read_text().splitlines():
         case = json.loads(line)
