@@ -17,7 +17,7 @@ from configs import base
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'retool_jax'
 
-_BELOW_STAGES = {'core', 'sandbox', 'text', 'algo', 'model', 'tasks', 'rollout', 'train'}
+_BELOW_STAGES = {'core', 'sandbox', 'text', 'algo', 'model', 'tasks', 'rollout', 'traces', 'train'}
 ROOMS = {  # what a room may import besides itself: rooms, or single modules of a room
     'core': set(),
     'sandbox': {'core.records', 'core.errors', 'core.checks', 'core.streams'},  # its children start light
@@ -27,6 +27,7 @@ ROOMS = {  # what a room may import besides itself: rooms, or single modules of 
     'model': {'core', 'text.vocabulary'},  # a GGUF file holds both
     'tasks': {'core', 'text'},
     'rollout': {'core', 'text', 'sandbox', 'model'},
+    'traces': {'core', 'text', 'sandbox', 'tasks', 'rollout'},
     'train': {'core', 'algo', 'model', 'rollout', 'tasks', 'text'},
     'stages': _BELOW_STAGES,
     'report': _BELOW_STAGES | {'stages'},

@@ -25,7 +25,7 @@ from retool_jax.core.metrics import Metrics
 from retool_jax.core.records import Episode
 from retool_jax.rollout.requests import Executor
 from retool_jax.rollout.sampler import Sampler
-from retool_jax.stages import cold_start, evaluate, folder, parts, ppo, pretrained, sft
+from retool_jax.stages import evaluate, folder, parts, ppo, pretrained, sft
 from retool_jax.stages.alarms import ALARMS, WatchSettings
 from retool_jax.stages.config import (
     CheckpointSettings,
@@ -41,6 +41,8 @@ from retool_jax.stages.demo_config import Demo
 from retool_jax.stages.demo_task import Task, open_task
 from retool_jax.tasks import summary as scoring
 from retool_jax.tasks.grader import Grader
+from retool_jax.traces import outcome, verification
+from retool_jax.traces.verification import Wording
 from retool_jax.train import sft as train_sft
 from retool_jax.train.sft import SFTSettings
 
@@ -99,10 +101,10 @@ class Story:
         )
         with folder.claimed(stage, free=PLACES) as directory:
             if not (directory / 'summary.json').exists():
-                wording = cold_start.Wording(model.template, model.tokenizer, stage.feedback, stage.max_tokens)
+                wording = Wording(model.template, model.tokenizer, stage.feedback, stage.max_tokens)
                 executor = self.executor if tools else None
-                made, counts = cold_start.make(self.task.drafts(tools), executor, wording, self.task.equal)
-                cold_start.keep(directory, model, made, counts)
+                found = verification.verify(self.task.drafts(tools), executor, wording, self.task.equal)
+                folder.write(directory / 'summary.json', outcome.keep(directory, found, model.tokenizer))
             counts = json.loads((directory / 'summary.json').read_text())['counts']
         console.say(f'cold start ({_kind(tools)}): ' + ', '.join(f'{n} {reason}' for reason, n in counts.items()))
         return directory / 'episodes'

@@ -15,11 +15,11 @@ from typing import Protocol
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem
 from retool_jax.stages import cold_start
-from retool_jax.stages.cold_start import Draft
 from retool_jax.stages.demo_config import Demo
 from retool_jax.stages.intake import Intake
 from retool_jax.tasks import answers, arithmetic, gym, stream
 from retool_jax.tasks.grader import Grader
+from retool_jax.traces.drafts import Draft
 from retool_jax.train.sources import Problems
 
 HEADLINE = 'new_numbers'  # of templates that are trained on

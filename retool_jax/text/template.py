@@ -295,24 +295,6 @@ def final_text(episode: Episode, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(runs[-1][1]) if runs and runs[-1][0] else ''
 
 
-def split_trace(text: str) -> list[tuple[bool, str]]:
-    """Cuts a whole answer with inline tags into the segments of a rollout: [(acted, text), …].
-
-    Each `</code>` followed by an interpreter element ends an acted segment; the element is written
-    anew by `wrap_feedback`, so that training sees what rollout feeds back. Other text is the model's.
-    """
-    segments: list[tuple[bool, str]] = []
-    position = 0
-    for block in _INTERPRETER.finditer(text):
-        segments.append((True, text[position : block.start()]))
-        segments.append((False, wrap_feedback(block[1])))
-        position = block.end()
-    segments.append((True, text[position:]))
-    return [(acted, part) for acted, part in segments if part]
-
-
-_INTERPRETER = re.compile(r'(?<=</code>)\s*<interpreter>\n?(.*?)</interpreter>\n{0,2}', re.DOTALL)
-
 _CHATML = ('<|im_start|>user\n', '<|im_end|>\n<|im_start|>assistant\n', '<|im_end|>')
 
 # family → text before the instruction, text after it, end of turn; each as its chat template renders

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from retool_jax.core.errors import UserError
-from retool_jax.stages import cold_start
 from retool_jax.tasks import chats, problems
 from retool_jax.text.template import extract_snippet
+from retool_jax.traces import drafts, repair
 
 SHARED = Path(__file__).parents[3] / 'shared/cases/turn2'
 ASK = {'role': 'user', 'content': 'How many?'}
@@ -59,9 +59,9 @@ def joined(*messages):
 ])  # fmt: skip
 def test_turns_are_joined_into_one_trace_with_its_calls(messages):
     assert joined(*messages) == JOINED
-    draft = cold_start.read_draft(None, joined(*messages))
+    draft = repair.read(None, joined(*messages))
     assert [extract_snippet(turn).code for turn in draft.turns[:-1]] == ['print(3*4)']
-    assert not cold_start.misformed(draft)
+    assert not drafts.flaw(draft)
 
 
 def test_several_calls_of_a_turn_each_get_their_result():
@@ -73,9 +73,9 @@ def test_several_calls_of_a_turn_each_get_their_result():
         {'role': 'tool', 'content': '3'},
         END,
     )
-    draft = cold_start.read_draft(None, text)
+    draft = repair.read(None, text)
     assert [extract_snippet(turn).code for turn in draft.turns[:-1]] == ['a', 'b', 'c']
-    assert [claim.split('\n')[2] for claim in draft.printed] == ['1', '< /code> 2', '3']
+    assert [claim.strip() for claim in draft.printed] == ['1', '</code> 2', '3']
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,6 @@ def test_traces_that_people_met_keep_their_question_and_their_calls():
     for case in json.loads((SHARED / 'traces.json').read_text()):
         ((problem, text),) = problems.read_traces(SHARED / case['file'])
         assert (problem.question, problem.answer) == (case['question'], '12')
-        draft = cold_start.read_draft(problem, text)
+        draft = repair.read(problem, text)
         assert [extract_snippet(turn).code for turn in draft.turns[:-1]] == ['print(3*4)']
-        assert not cold_start.misformed(draft)
+        assert not drafts.flaw(draft)

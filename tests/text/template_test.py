@@ -427,23 +427,3 @@ def test_interpreter_tags_that_the_model_wrote_itself_do_not_move_the_final_text
     tokenizer = fakes.byte_tokenizer()
     text = 'x <interpreter>\n5\n</interpreter> y'
     assert template.final_text(episode_of(tokenizer, (False, 'Q'), (True, text)), tokenizer) == text
-
-
-def test_a_trace_is_cut_into_the_segments_that_rollout_would_produce():
-    first, second = (
-        'Look.\n' + template.wrap_snippet('print(1)'),
-        'Once more.\n' + template.wrap_snippet('print(2)'),
-    )
-    last = 'So.\n' + template.wrap_answer('2')
-    wanted = [
-        (True, first), (False, template.wrap_feedback('1')),
-        (True, second), (False, template.wrap_feedback('2')), (True, last),
-    ]  # fmt: skip
-    assert template.split_trace(''.join(text for _, text in wanted)) == wanted
-    loose = first + '  \n<interpreter>\n1\n\n</interpreter>\n' + second + '<interpreter>2</interpreter>' + last
-    assert template.split_trace(loose) == wanted
-
-
-def test_an_interpreter_element_that_follows_no_code_is_the_models_own():
-    text = 'I expect <interpreter>\n5\n</interpreter>\nhere.'
-    assert template.split_trace(text) == [(True, text)]
