@@ -1,4 +1,4 @@
-"""Packaging of retool_jax: `pip install .[tpu]`, `.[cuda12]`, `.[cuda13]`; extras plan, server, gguf, gym, dev."""
+"""Packaging of retool_jax: `pip install .[tpu]`, `.[cuda12]`, `.[cuda13]`; extras plan, server, rewrite, gguf, gym, dev."""
 
 from pathlib import Path
 
@@ -40,10 +40,11 @@ extras = {
     # The TPU compiler alone, for launch/plan.py on a machine without TPUs: the libtpu of jax[tpu] 0.12.0.
     'plan': ['libtpu==0.0.50.*; sys_platform == "linux"'],
     'server': ['starlette>=0.45', 'uvicorn>=0.34', 'pydantic>=2.10', 'prometheus-client>=0.21', 'httpx>=0.28'],
+    'rewrite': ['openai>=3.57'],  # models behind a server: the rewriter, and evaluation with backend=endpoint
     'gguf': ['gguf>=0.17'],  # reading GGUF files, for launch/convert.py
     'gym': ['reasoning-gym==0.1.25'],  # generated problems; a release may change what an index stands for
     'dev': ['pytest>=8.4', 'pytest-xdist>=3.8', 'ruff>=0.9', 'jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6.29',
-            'beartype>=0.20', 'gguf>=0.17', 'reasoning-gym==0.1.25'],
+            'beartype>=0.20', 'gguf>=0.17', 'reasoning-gym==0.1.25', 'openai>=3.57'],
 }  # fmt: skip
 
 binaries = ('cold_start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan')
