@@ -1,4 +1,4 @@
-"""Packaging: `pip install .[tpu]`, `.[cuda12]`, `.[cuda13]`; extras plan, server, rewrite, gguf, gym, dev"""
+"""Packaging: `pip install .[tpu]`, `.[cuda12]`, `.[cuda13]`; extras plan, server, rewrite, gguf, gym, dev."""
 
 from pathlib import Path
 
