@@ -1,84 +1,126 @@
 """Worked solutions in words turned into traces that compute: the cold start's rewriting step, without a large model.
 
-A step is an equation of numbers in a line ("200*0.75=150 goblins"). Each becomes one line of Python under the name of
-what it counts, and where a later step takes up a result, its name stands for it. The equations must hold and the last
-one must give the answer; the snippet is then run like any other. After Program of Thoughts (arXiv 2211.12588), whose
-programs a model wrote.
+Each equation of a solution (`equations`) becomes one line of Python under the name of what it counts, and where a later
+step takes up a result, its name stands for it. What the question says itself stays a number. Equations that do not hold
+are left out, and with them whatever builds on their values; the last one must give the answer. The snippet is then run
+like any other. After Program of Thoughts (arXiv 2211.12588), whose programs a model wrote.
+
+A step that its author rounded (10 / 3 = 3.33) is not rounded in the snippet, so what follows may come to another number
+than in the words; whether it is still the answer is for the value of the last line to say. That line must be the gold
+answer as a number, in exact fractions and in what Python prints of it: 18.0 is 18. Where floats alone miss it (0.1 +
+0.2), and where the answer is the value rounded to the decimals that it has (money), the snippet prints `round(name,
+decimals)`, so that the rounding can be seen in it. `/` is written even where a division leaves no rest: `//` would be
+silently wrong in the next problem.
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import keyword
-import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
 
 from retool_jax.core.records import Problem
+from retool_jax.tasks import equations
 from retool_jax.tasks.arithmetic import Trace
 from retool_jax.text.template import wrap_answer
 
 KINDS = ('mental', 'code')  # of arithmetic.TRACE_KINDS those that can be made of a worked solution
-_LONGEST = 12  # numbers, operators and brackets on the left side of an equation
-_WORDS = 4  # that may stand between two of them: "116 pages x 1/4"
-_TOKEN = re.compile(r'(?P<number>\d[\d,]*\.?\d*|\.\d+)|(?P<sign>[-+*/×÷()])|(?P<times>\bx\b)|(?P<percent>%)'
-                    r'|(?P<word>[^\W\d]+)|(?P<money>[$€£¥])|(?P<end>\S)')  # fmt: skip
-_RESULT = re.compile(r'\s*(?:[$€£¥]\s*)?(-?\d[\d,]*\.?\d*|-?\.\d+)')
+NO_EQUATION, WRONG, ASTRAY = 'no equation', 'an equation does not hold', 'does not lead to the answer'
+REASONS = (NO_EQUATION, WRONG, ASTRAY)  # why a worked solution cannot be told
 _ARITHMETIC = re.compile(r'[-+*/().\d\s]*\d[-+*/().\d\s]*')
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-_COUNTS_NOTHING = re.compile(
-    r'an?|and|are|as|at|because|but|by|each|from|has|have|her?|his|in|is|it|more|less|of|on|or|per|she|so|than|that|the|'
-    r'their|then|there|they|this|to|was|were|will|with|total'
-)
+_SENTENCE = 4  # words; shorter ones are labels ("Monday:")
 _OWN = frozenset(('print', 'round', 'sum', 'min', 'max', 'int', 'float', 'abs', 'result'))
+_NUMERALS = {
+    'one': 1, 'two': 2, 'twice': 2, 'double': 2, 'doubled': 2, 'doubles': 2, 'half': 2, 'halves': 2, 'pair': 2,
+    'couple': 2, 'three': 3, 'thrice': 3, 'triple': 3, 'tripled': 3, 'third': 3, 'thirds': 3, 'four': 4, 'fourth': 4,
+    'fourths': 4, 'quarter': 4, 'quarters': 4, 'quadruple': 4, 'five': 5, 'fifth': 5, 'fifths': 5, 'six': 6,
+    'sixth': 6, 'seven': 7, 'week': 7, 'weeks': 7, 'weekly': 7, 'eight': 8, 'nine': 9, 'ten': 10, 'tenth': 10,
+    'eleven': 11, 'twelve': 12, 'dozen': 12, 'dozens': 12, 'fifteen': 15, 'twenty': 20, 'thirty': 30, 'fifty': 50,
+    'hundred': 100,
+}  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One equation of a worked solution."""
+class Told(NamedTuple):
+    """A worked solution as a snippet, or why it is none."""
 
-    expression: tuple[str, ...]  # numbers, operators and brackets of Python
-    value: float
-    counts: str  # what the result counts, a word in small letters; '' where none is said
+    code: str
+    printed: str  # what the snippet prints
+    reason: str = ''  # one of REASONS where it cannot be told; code and printed are then empty
 
 
-def trace(problem: Problem, worked: str, kind: str) -> Trace | None:
+class _Line(NamedTuple):
+    name: str
+    right: str
+    exact: Fraction
+    floats: float  # what Python's own arithmetic makes of it
+
+
+def trace(problem: Problem, worked: str, kind: str, lead: bool = False) -> Trace | None:
     """The trace of one kind; None where the solution's equations do not lead to the answer.
 
-    'mental' are the words as they stand, 'code' a snippet in their place.
+    'mental' are the words as they stand, 'code' a snippet in their place. With `lead` the snippet comes behind the
+    sentences that say what is to be computed and hold no result of it ("To find the cost, first add the two:"), which
+    most solutions have none of.
     """
     if kind == 'mental':
-        lines = ''.join(f'{line}\n' for line in _lines(worked))
-        return Trace('mental', (('text', lines), ('text', wrap_answer(problem.answer))))
-    code = snippet(problem, worked)
-    if code is None:
+        words = ''.join(f'{line}\n' for line in equations.lines(worked))
+        return Trace('mental', (('text', words), ('text', wrap_answer(problem.answer))))
+    told = tell(problem, worked)
+    if told.reason:
         return None
-    return Trace('code', (('code', code[0]), ('text', wrap_answer(code[1]))))
+    words = plan(problem, worked) if lead else ''
+    before = (('text', words),) if words else ()
+    return Trace('code', (*before, ('code', told.code), ('text', wrap_answer(told.printed))))
 
 
 def snippet(problem: Problem, worked: str) -> tuple[str, str] | None:
-    """Python that computes the answer, and what it prints; None where there is none."""
-    asked = expression(problem)
+    """Python that computes the answer, and what it prints; None where there is none (`tell` says why)."""
+    told = tell(problem, worked)
+    return None if told.reason else (told.code, told.printed)
+
+
+def tell(problem: Problem, worked: str) -> Told:
+    """The snippet of a worked solution and what it prints, or the reason why there is none."""
+    asked, gold = expression(problem), equations.number(problem.answer)
     if asked is not None:
-        return f'print({asked})', repr(_value(asked))
-    found = steps(worked)
-    gold = _number(problem.answer)
-    last = next((i for i in reversed(range(len(found))) if gold is not None and _close(found[i].value, gold)), None)
+        code, printed = _said(asked, gold, equations.value(asked, {}, float), gold)
+        return Told(f'print({code})', printed)
+    found = equations.read(worked)
+    if not found:
+        return Told('', '', NO_EQUATION)
+    last = _last(found, gold)
     if last is None:
-        return None
-    given, known, lines = set(map(_number, re.findall(r'\d[\d,]*\.?\d*', problem.question))), {}, []
-    for step in found[: last + 1]:
-        terms = [known.get(_number(t), t) if _number(t) not in (None, *given) else t for t in step.expression]
-        name = _name(step.counts, known.values())
-        lines.append(f'{name} = {" ".join(terms).replace("( ", "(").replace(" )", ")")}')
-        known[step.value] = name
-    code = '\n'.join([*lines, f'print({name})'])
-    names: dict[str, float] = {}
-    for line in lines:
-        name, _, right = line.partition(' = ')
-        names[name] = _value(right, names)
-    return (code, repr(names[name])) if _close(names[name], gold) else None
+        return Told('', '', WRONG if any(step.value == gold for step in found) else ASTRAY)
+    steps, wrong = _right(found[: last + 1])
+    if not steps or found[last].value in wrong:
+        return Told('', '', WRONG)
+    given = _given(problem.question)
+    lines = _written(steps, given, {})
+    lines = lines and _written(steps, given, _places(steps, lines))
+    if lines is None:
+        return Told('', '', ASTRAY)
+    # 0.6666666666666666 is what a float shows of 2 / 3: with such numbers nothing is exact.
+    long = any(len(term.partition('.')[2]) > 12 for step in steps for term in step.expression)
+    name, _, exact, floats = lines[-1]
+    said = _said(name, exact, floats, gold, Fraction(1, 10**9) if long else Fraction(0))
+    if said is None:
+        return Told('', '', ASTRAY)
+    return Told('\n'.join([*(f'{line.name} = {line.right}' for line in lines), f'print({said[0]})']), said[1])
+
+
+def plan(problem: Problem, worked: str) -> str:
+    """The sentences of a worked solution that stand before its equations and say no number but the question's, a line
+    each; '' where there are none."""
+    found, given = equations.read(worked), _given(problem.question)
+    last = _last(found, equations.number(problem.answer))
+    kept = []
+    for step in found[: 0 if last is None else last + 1]:
+        sentences = re.split(r'(?<=[.:;!?])\s+', step.before)
+        kept += [s for s in sentences if len(s.split()) >= _SENTENCE and _numbers(s) <= given]
+    return ''.join(f'{sentence}\n' for sentence in kept)
 
 
 def in_words(problem: Problem) -> str | None:
@@ -88,15 +130,15 @@ def in_words(problem: Problem) -> str | None:
         return None
     lines: list[str] = []
 
-    def work(node: ast.expr) -> float:
+    def work(node: ast.expr) -> Fraction:
         if isinstance(node, ast.BinOp):
             left, right = work(node.left), work(node.right)
-            value = _OPERATORS[type(node.op)](left, right)
+            value = equations.value(ast.unparse(node), {})
             sign = {ast.Add: '+', ast.Sub: '-', ast.Mult: '*', ast.Div: '/'}[type(node.op)]
             shown = f'({_shown(right)})' if right < 0 else _shown(right)
             lines.append(f'{_shown(left)} {sign} {shown} = {_shown(value)}')
             return value
-        return _value(ast.unparse(node))
+        return equations.value(ast.unparse(node), {})
 
     work(ast.parse(asked, mode='eval').body)
     return '\n'.join(lines)
@@ -106,83 +148,151 @@ def expression(problem: Problem) -> str | None:
     """The arithmetic expression that a question asks for, where it holds just one and its value is the answer."""
     found = [text.strip(' .\n') for text in _ARITHMETIC.findall(problem.question)]
     found = [text for text in found if re.search(r'\d\s*[-+*/]', text)]
-    gold = _number(problem.answer)
-    if len(found) != 1 or gold is None:
-        return None
-    value = _value(found[0])
-    return found[0] if value is not None and _close(value, gold) else None
+    gold = equations.number(problem.answer)
+    return found[0] if len(found) == 1 and gold is not None and equations.value(found[0], {}) == gold else None
 
 
-def steps(worked: str) -> list[Step]:
-    """The equations of a worked solution that hold, in their order."""
-    return [step for line in _lines(worked) for step in _steps_of(line)]
+def _last(found: Sequence[equations.Step], gold: Fraction | None) -> int | None:
+    """The last equation that holds and states the answer."""
+    return next((i for i in reversed(range(len(found))) if found[i].holds and found[i].value == gold), None)
 
 
-def _lines(worked: str) -> list[str]:
-    return [line.strip() for line in worked.splitlines() if line.strip() and not line.startswith('####')]
+def _numbers(text: str) -> set[Fraction]:
+    return {equations.number(said) for said in re.findall(equations.NUMBER, text)}
 
 
-def _steps_of(line: str) -> list[Step]:
-    made = []
-    for equals in re.finditer('=', line):
-        right = _RESULT.match(line, equals.end())
-        left = _left(line[: equals.start()])
-        if not right or not left:
-            continue
-        value = _number(right[1])
-        if line.startswith('%', right.end()):  # "124 / 248 * 100% = 50%": the share is counted in hundredths already
-            left = ' '.join(left).replace('* 100 / 100', '* 100').split()
-        for start in range(len(left)):  # the longest side that holds; what stands before it is of the sentence
-            side = left[start:]
-            found = _value(' '.join(side))
-            if found is not None and len(side) > 1 and _close(found, value):
-                made.append(Step(tuple(side), value, _counts(line, right)))
-                break
-    return made
+def _given(question: str) -> set[Fraction]:
+    """The numbers that a question says, in digits or in words."""
+    words = re.findall(r'[a-z]+', question.lower())
+    return _numbers(question) | {Fraction(_NUMERALS[word]) for word in words if word in _NUMERALS}
 
 
-def _left(text: str) -> list[str]:
-    """Numbers and operators at the end of a text, as Python writes them; words of units between them are left out."""
-    found: list[str] = []
-    words = 0
-    for token in reversed(list(_TOKEN.finditer(text))):
-        kind, said = token.lastgroup, token[0]
-        if kind == 'end' or len(found) >= _LONGEST:
-            break
-        if kind == 'word':
-            words += 1
-            if words > _WORDS:
-                break
-            continue
-        if kind == 'money':
-            continue
-        if kind == 'number':
-            if found and (found[0][0].isdigit() or found[0] == '('):  # two numbers side by side: another clause
-                break
-            said = said.replace(',', '').rstrip('.')
-            if said.lstrip('0') != said and '.' not in said:
-                said = said.lstrip('0') or '0'
-        words = 0
-        if kind == 'percent':
-            found[:0] = ['/', '100']
+def _values(step: equations.Step) -> set[Fraction]:
+    return {value for term in step.expression if (value := equations.number(term)) is not None}
+
+
+def _right(found: Sequence[equations.Step]) -> tuple[list[equations.Step], set[Fraction]]:
+    """The equations that hold and build on none that does not; the values of the others."""
+    kept: list[equations.Step] = []
+    wrong: set[Fraction] = set()
+    for step in found:
+        sound = {other.value for other in kept}
+        if not step.holds or any(value in wrong and value not in sound for value in _values(step)):
+            wrong.add(step.value)
         else:
-            found.insert(0, {'×': '*', '÷': '/', 'x': '*'}.get(said, said))
-    # A rate ("40 meters/minute") leaves an operator without its right side.
-    kept = [t for i, t in enumerate(found) if not (t in '*/' and (i + 1 == len(found) or found[i + 1] in '*/+)'))]
-    return kept
+            kept.append(step)
+            wrong.discard(step.value)
+    return kept, wrong
 
 
-def _counts(line: str, result: re.Match[str]) -> str:
-    """What the result of an equation counts: the word behind it, or behind the same number before the equation."""
-    place = result.end()
-    for start in (place, *(m.end() for m in re.finditer(rf'(?<![\d.]){re.escape(result[1])}(?![\d.])', line[:place]))):
-        word = re.match(r'\s*(?:more |fewer |total |first |extra )?([A-Za-z]+)', line[start:])
-        if word and not _COUNTS_NOTHING.fullmatch(word[1].lower()) and len(word[1]) > 1:
-            return word[1].lower()
-    return 'money' if re.search(r'[$€£¥]', line) else ''
+def _written(
+    steps: Sequence[equations.Step], given: Collection[Fraction], places: Mapping[tuple[int, int], str]
+) -> list[_Line] | None:
+    """A line for each step; None where a line cannot be computed, because a rounded value is divided by and is 0.
+
+    Args:
+      places: step and place in its expression → the name to stand there, whatever the question says.
+    """
+    lines: list[_Line] = []
+    known: dict[Fraction, str] = {}
+    rounded: set[Fraction] = set()  # values of results that the snippet does not round
+    exact: dict[str, Fraction] = {}
+    floats: dict[str, float] = {}
+    for number, step in enumerate(steps):
+        own = {place: name for (at, place), name in places.items() if at == number}
+        right = _linked(step.expression, known, given, rounded, own)
+        name = _name(step.counts, exact)
+        exact[name], floats[name] = equations.value(right, exact), equations.value(right, floats, float)
+        if exact[name] is None or floats[name] is None:
+            return None
+        lines.append(_Line(name, right, exact[name], floats[name]))
+        known[step.value] = name
+        (rounded.add if exact[name] != step.value else rounded.discard)(step.value)
+    return lines
 
 
-def _name(counts: str, taken: Sequence[str]) -> str:
+def _places(steps: Sequence[equations.Step], lines: Sequence[_Line]) -> dict[tuple[int, int], str]:
+    """Where the results belong that no line takes up, because the question says the same number or another result is
+    the same.
+
+    Each goes to one place where its value stands: the first one that is a term of a sum, else the first. Behind
+    another result of that value it may only stand beside it.
+    """
+    used = set(re.findall(r'[^\W\d]\w*', ' '.join(line.right for line in lines)))
+    places: dict[tuple[int, int], str] = {}
+    for i, (step, line) in enumerate(zip(steps, lines[:-1])):
+        if line.name in used:
+            continue
+        found, again = [], False
+        for j in range(i + 1, len(steps)):
+            here = [k for k, term in enumerate(steps[j].expression) if equations.number(term) == step.value]
+            here = [k for k in here if (j, k) not in places and not _of_percentage(steps[j].expression, k)]
+            found += [(j, k) for k in here if not again or len(here) > 1]
+            again = again or steps[j].value == step.value
+        sums = [(j, k) for j, k in found if _is_summand(steps[j].expression, k)]
+        for place in (sums or found)[:1]:
+            places[place] = line.name
+    return places
+
+
+def _is_summand(expression: Sequence[str], place: int) -> bool:
+    beside = [*expression[max(place - 1, 0) : place], *expression[place + 1 : place + 2]]
+    return '+' in beside or '-' in beside if not {'*', '/', '**'} & set(beside) else False
+
+
+def _of_percentage(expression: Sequence[str], place: int) -> bool:
+    """Whether a number stays one though a result has its value: the 100 of a percentage, its other number where that
+    stands in the expression twice, and the 1 of a fraction."""
+    term, before, behind = expression[place], expression[:place], expression[place + 1 : place + 3]
+    if term == '100' and (before[-1:] == ('/',) or (before[-1:] == ('*',) and '/' in before)):
+        return True
+    return (behind == ('/', '100') and expression.count(term) > 1) or (term == '1' and behind[:1] == ('/',))
+
+
+def _linked(
+    expression: Sequence[str],
+    known: Mapping[Fraction, str],
+    given: Collection[Fraction],
+    rounded: Collection[Fraction],
+    own: Mapping[int, str],
+) -> str:
+    """An expression in which the names of earlier results stand for their values, and those of `own` at their places.
+
+    What is `given` stays a number. But a rounded value is never written as if it were exact: there the name stands in
+    any case, and the answer shows whether rightly.
+    """
+    terms = []
+    for i, term in enumerate(expression):
+        value = equations.number(term)
+        linked = value in known and value not in given and not _of_percentage(expression, i)
+        terms.append(known[value] if value in rounded or linked else term)
+        terms[-1] = own.get(i, terms[-1])
+    text = ' '.join(terms).replace('( ', '(').replace(' )', ')')
+    text = re.sub(r'(^|\(|[*/+-] )- (?=[\w(])', r'\1-', text)
+    return re.sub(r'\(([\w.]+)\)', r'\1', text)  # "2(4)"
+
+
+def _said(
+    name: str, exact: Fraction, found: float, gold: Fraction, slack: Fraction = Fraction(0)
+) -> tuple[str, str] | None:
+    """What to print of the last result so that it is the gold answer, and what that prints; None where it is not.
+
+    Args:
+      slack: how far the exact value may be from the answer.
+    """
+    right = abs(exact - gold) <= slack
+    if right and 'e' not in repr(found) and Fraction(repr(found)) == gold:
+        return name, repr(found)
+    decimals = next((n for n in range(10) if (gold * 10**n).denominator == 1), None)
+    if decimals is None or not (right or (decimals and abs(exact - gold) <= Fraction(1, 2 * 10**decimals))):
+        return None
+    printed = repr(round(found, decimals) if decimals else round(found))
+    if Fraction(printed) != gold:
+        return None
+    return (f'round({name}, {decimals})' if decimals else f'round({name})'), printed
+
+
+def _name(counts: str, taken: Collection[str]) -> str:
     """A name that no other result has: goblins, goblins2, goblins3."""
     name = counts if counts.isidentifier() and not keyword.iskeyword(counts) and counts not in _OWN else 'total'
     name, number, base = name, 1, name
@@ -192,37 +302,5 @@ def _name(counts: str, taken: Sequence[str]) -> str:
     return name
 
 
-def _value(text: str, names: dict[str, float] | None = None) -> float | None:
-    """The value of an expression of numbers, + - * / and brackets, computed as Python would; None for anything else."""
-    try:
-        return _walk(ast.parse(text, mode='eval').body, names or {})
-    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, KeyError):
-        return None
-
-
-def _walk(node: ast.expr, names: dict[str, float]) -> float:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return node.value
-    if isinstance(node, ast.Name):
-        return names[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_walk(node.operand, names)
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_walk(node.left, names), _walk(node.right, names))
-    raise ValueError(ast.dump(node))
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text.replace(',', ''))
-    except ValueError:
-        return None
-    return int(value) if value.is_integer() else value
-
-
-def _shown(value: float) -> str:
-    return str(int(value)) if float(value).is_integer() else repr(round(value, 6))
-
-
-def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= 1e-6 * max(1.0, abs(b))
+def _shown(value: Fraction) -> str:
+    return str(int(value)) if value.denominator == 1 else repr(round(float(value), 6))
