@@ -9,21 +9,16 @@ to the digits it has; any other is wrong, however near it comes.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
+from retool_jax.tasks.expressions import NUMBER, number, value
+
+TOKENS = 200  # of a longer expression nothing is computed
 WORDS = 4  # that may stand between two numbers of an expression: "116 pages x 1/4"
-POWER = 64  # the largest exponent that is computed
-HUGE = 10**60  # a larger value is none that a worked solution has
 NOTE = re.compile(r'<<([^<>]*)>>')
-NUMBER = r'(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)'
-_OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.Pow: operator.pow}  # fmt: skip
 # One spelling for each sign, before anything is cut into tokens.
 _SPELLINGS = (
     *((re.compile(f'[{signs}]'), said) for signs, said in (('−–', '-'), ('×✕✖∙·⋅', '*'), ('≈≅', '='))),
@@ -95,32 +90,10 @@ def read(worked: str) -> list[Step]:
         for found in _equations(line, notes):
             before += _sentences(line[place : found.start], place > 0)
             counts = _counts(line, found.end, found.stated)
-            value = number(found.stated)
-            made.append(Step(found.expression, value, counts, found.holds, before.strip()))
+            made.append(Step(found.expression, number(found.stated), counts, found.holds, before.strip()))
             before, place = '', max(place, found.end)
         before += _sentences(line[place:], place > 0) + ' '
     return made
-
-
-def number(text: str) -> Fraction | None:
-    """A plain number, its thousands in groups or not, or a fraction of two; None for any other text."""
-    text = re.sub(r'(?<=\d) (?=\d{3}(?!\d))', '', text.strip())  # 10 000
-    if re.fullmatch(rf'-?{NUMBER}', text) or re.fullmatch(r'-?\d+/0*[1-9]\d*', text):
-        return Fraction(text.replace(',', ''))
-    return None
-
-
-def value[T: (Fraction, float)](text: str, names: Mapping[str, T], of: type[T] = Fraction) -> T | None:
-    """The value of an expression of numbers, names, + - * / ** and brackets; None for anything else.
-
-    Args:
-      of: Fraction for the exact value, float for what Python's own arithmetic makes of it (an int where it would be
-        one).
-    """
-    try:
-        return _walk(ast.parse(text, mode='eval').body, names, of)
-    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, KeyError):
-        return None
 
 
 def rounds(exact: Fraction, stated: str) -> bool:
@@ -162,8 +135,8 @@ def _sentences(text: str, inside: bool) -> str:
     if inside:
         begin = re.search(r'[.:;!?]\s', text + ' ')
         text = text[begin.end() :] if begin else ''
-    end = re.search(r'.*[.:;!?](?=\s|$)', text, re.DOTALL)
-    return end[0] if end else ''
+    ends = [found.end() for found in re.finditer(r'[.:;!?](?=\s|$)', text)]
+    return text[: ends[-1]] if ends else ''
 
 
 # --- equations in a line -------------------------------------------------------------------------
@@ -183,7 +156,7 @@ def _equations(line: str, notes: Sequence[tuple[int, str]]) -> list[_Equation]:
             # What the words state instead ("$<<5/100=0.05>>5") stays an equation that does not hold.
             written = [e for e in written if e not in twins or (not e.holds and e.stated != found.stated)]
             written.append(dataclasses.replace(found, start=start, end=end))
-    return sorted(written, key=lambda e: (e.end, e.equals))
+    return sorted(written, key=lambda e: (e.equals, e.end))
 
 
 def _of_note(said: str, at: int) -> _Equation | None:
@@ -191,7 +164,9 @@ def _of_note(said: str, at: int) -> _Equation | None:
     *sides, stated = said.split('=')
     result = _STATED.fullmatch(stated.rstrip())
     tokens = [list(_TOKEN.finditer(side)) for side in sides]
-    if not result or not all(tokens) or any(t.lastgroup in ('word', 'variable', 'end') for ts in tokens for t in ts):
+    if not (sides and result and all(tokens)) or any(
+        t.lastgroup in ('word', 'variable', 'end') for ts in tokens for t in ts
+    ):
         return None
     texts = [_joined(side) for side in tokens]
     if not _computes(texts[0]) or any(value(' '.join(_python(text)), {}) is None for text in texts):
@@ -244,6 +219,8 @@ def _left(tokens: Sequence[re.Match[str]], stop: int) -> tuple[list[str], int]:
     begin, words, last = stop, 0, None  # last: the number, sign or bracket to the right
     for i in reversed(range(stop)):
         token, kind = tokens[i], tokens[i].lastgroup
+        if stop - i > TOKENS:
+            return [], stop
         if kind in ('end', 'variable'):
             break
         if kind == 'word':
@@ -374,26 +351,3 @@ def _counts(line: str, end: int, stated: str) -> str:
         if word and not _COUNTS_NOTHING.fullmatch(word[1].lower()) and len(word[1]) > 1:
             return word[1].lower()
     return 'money' if re.search(r'[$€£¥]', line) else ''
-
-
-# --- values --------------------------------------------------------------------------------------
-
-
-def _walk[T: (Fraction, float)](node: ast.expr, names: Mapping[str, T], of: type[T]) -> T:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        # The text of a decimal is exact, its float is not; repr gives the digits back.
-        return Fraction(repr(node.value)) if of is Fraction else node.value
-    if isinstance(node, ast.Name):
-        return names[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        found = _walk(node.operand, names, of)
-        return -found if isinstance(node.op, ast.USub) else found
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        left, right = _walk(node.left, names, of), _walk(node.right, names, of)
-        if isinstance(node.op, ast.Pow) and (right != int(right) or abs(right) > POWER or abs(left) > HUGE):
-            raise ValueError(ast.unparse(node))
-        found = _OPERATORS[type(node.op)](left, right)
-        if abs(found) > HUGE:
-            raise ValueError(ast.unparse(node))
-        return found
-    raise ValueError(ast.dump(node))

@@ -23,7 +23,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from retool_jax.core.records import Problem
-from retool_jax.tasks import equations
+from retool_jax.tasks import equations, expressions
 from retool_jax.tasks.arithmetic import Trace
 from retool_jax.text.template import wrap_answer
 
@@ -84,9 +84,9 @@ def snippet(problem: Problem, worked: str) -> tuple[str, str] | None:
 
 def tell(problem: Problem, worked: str) -> Told:
     """The snippet of a worked solution and what it prints, or the reason why there is none."""
-    asked, gold = expression(problem), equations.number(problem.answer)
+    asked, gold = expression(problem), expressions.number(problem.answer)
     if asked is not None:
-        code, printed = _said(asked, gold, equations.value(asked, {}, float), gold)
+        code, printed = _said(asked, gold, expressions.value(asked, {}, float), gold)
         return Told(f'print({code})', printed)
     found = equations.read(worked)
     if not found:
@@ -115,7 +115,7 @@ def plan(problem: Problem, worked: str) -> str:
     """The sentences of a worked solution that stand before its equations and say no number but the question's, a line
     each; '' where there are none."""
     found, given = equations.read(worked), _given(problem.question)
-    last = _last(found, equations.number(problem.answer))
+    last = _last(found, expressions.number(problem.answer))
     kept = []
     for step in found[: 0 if last is None else last + 1]:
         sentences = re.split(r'(?<=[.:;!?])\s+', step.before)
@@ -133,12 +133,12 @@ def in_words(problem: Problem) -> str | None:
     def work(node: ast.expr) -> Fraction:
         if isinstance(node, ast.BinOp):
             left, right = work(node.left), work(node.right)
-            value = equations.value(ast.unparse(node), {})
+            value = expressions.value(ast.unparse(node), {})
             sign = {ast.Add: '+', ast.Sub: '-', ast.Mult: '*', ast.Div: '/'}[type(node.op)]
             shown = f'({_shown(right)})' if right < 0 else _shown(right)
             lines.append(f'{_shown(left)} {sign} {shown} = {_shown(value)}')
             return value
-        return equations.value(ast.unparse(node), {})
+        return expressions.value(ast.unparse(node), {})
 
     work(ast.parse(asked, mode='eval').body)
     return '\n'.join(lines)
@@ -148,8 +148,8 @@ def expression(problem: Problem) -> str | None:
     """The arithmetic expression that a question asks for, where it holds just one and its value is the answer."""
     found = [text.strip(' .\n') for text in _ARITHMETIC.findall(problem.question)]
     found = [text for text in found if re.search(r'\d\s*[-+*/]', text)]
-    gold = equations.number(problem.answer)
-    return found[0] if len(found) == 1 and gold is not None and equations.value(found[0], {}) == gold else None
+    gold = expressions.number(problem.answer)
+    return found[0] if len(found) == 1 and gold is not None and expressions.value(found[0], {}) == gold else None
 
 
 def _last(found: Sequence[equations.Step], gold: Fraction | None) -> int | None:
@@ -158,7 +158,7 @@ def _last(found: Sequence[equations.Step], gold: Fraction | None) -> int | None:
 
 
 def _numbers(text: str) -> set[Fraction]:
-    return {equations.number(said) for said in re.findall(equations.NUMBER, text)}
+    return {expressions.number(said) for said in re.findall(expressions.NUMBER, text)}
 
 
 def _given(question: str) -> set[Fraction]:
@@ -168,7 +168,7 @@ def _given(question: str) -> set[Fraction]:
 
 
 def _values(step: equations.Step) -> set[Fraction]:
-    return {value for term in step.expression if (value := equations.number(term)) is not None}
+    return {value for term in step.expression if (value := expressions.number(term)) is not None}
 
 
 def _right(found: Sequence[equations.Step]) -> tuple[list[equations.Step], set[Fraction]]:
@@ -202,7 +202,7 @@ def _written(
         own = {place: name for (at, place), name in places.items() if at == number}
         right = _linked(step.expression, known, given, rounded, own)
         name = _name(step.counts, exact)
-        exact[name], floats[name] = equations.value(right, exact), equations.value(right, floats, float)
+        exact[name], floats[name] = expressions.value(right, exact), expressions.value(right, floats, float)
         if exact[name] is None or floats[name] is None:
             return None
         lines.append(_Line(name, right, exact[name], floats[name]))
@@ -225,7 +225,7 @@ def _places(steps: Sequence[equations.Step], lines: Sequence[_Line]) -> dict[tup
             continue
         found, again = [], False
         for j in range(i + 1, len(steps)):
-            here = [k for k, term in enumerate(steps[j].expression) if equations.number(term) == step.value]
+            here = [k for k, term in enumerate(steps[j].expression) if expressions.number(term) == step.value]
             here = [k for k in here if (j, k) not in places and not _of_percentage(steps[j].expression, k)]
             found += [(j, k) for k in here if not again or len(here) > 1]
             again = again or steps[j].value == step.value
@@ -263,7 +263,7 @@ def _linked(
     """
     terms = []
     for i, term in enumerate(expression):
-        value = equations.number(term)
+        value = expressions.number(term)
         linked = value in known and value not in given and not _of_percentage(expression, i)
         terms.append(known[value] if value in rounded or linked else term)
         terms[-1] = own.get(i, terms[-1])
