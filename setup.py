@@ -47,7 +47,7 @@ extras = {
             'beartype>=0.20', 'gguf>=0.17', 'reasoning-gym==0.1.25', 'openai>=3.57'],
 }  # fmt: skip
 
-binaries = ('cold_start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan')
+binaries = ('rewrite', 'cold_start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan')
 
 setup(
     name='retool_jax',

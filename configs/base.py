@@ -327,3 +327,19 @@ def reinforcement(arg: str, name: str) -> ConfigDict:
             },
         }
     )
+
+
+def endpoint() -> ConfigDict:
+    return ConfigDict(
+        {
+            'url': config_dict.placeholder(str),
+            'model': config_dict.placeholder(str),
+            'key_variable': config_dict.placeholder(str),
+            'concurrency': 16,
+            'timeout_s': 600.0,
+            'retries': 6,
+            'backoff_s': 1.0,
+            'max_requests': config_dict.placeholder(int),
+            'max_tokens': config_dict.placeholder(int),
+        }
+    )

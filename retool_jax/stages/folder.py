@@ -24,7 +24,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RETIRED = ('backend', 'turns.tools')  # keys of folders that earlier versions made; neither changed a run
 RENAMED = {'sampler.group': 'sampler.feed_rows'}  # keys of such folders that have another name by now
 DATA = 'data.json'
-RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints')
+# What a run is worth going on with, or, where it kept nothing, worth reading.
+RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints', 'dropped.jsonl', 'answers', 'round_1')
 
 
 class Stage(Protocol):

@@ -159,16 +159,19 @@ def read_traces(path: str | Path) -> list[tuple[Problem, str]]:
     return load_traces(path)[0]
 
 
-def load_traces(path: str | Path, leave_out: bool = False) -> tuple[list[tuple[Problem, str]], list[str]]:
+def load_traces(
+    path: str | Path, leave_out: bool = False, solutions: bool = False
+) -> tuple[list[tuple[Problem, str]], list[str]]:
     """`read_traces`, and lines for people as `Loaded.remarks` has them; `leave_out` drops rows that cannot be read
-    instead of refusing the file.
+    instead of refusing the file. solutions: worked solutions beside or in the answer's column are traces too.
 
     Raises:
       UserError: those of `read_traces`; with `leave_out`, where nothing else is left.
     """
     path, ids = Path(path), set()
     pairs, unreadable, counts = [], [], collections.Counter()
-    read = lambda row, where, name: (schemas.read_trace(row, where), read_problem(row, where, name, path.stem))
+    worked = schemas.read_solution if solutions else schemas.read_trace
+    read = lambda row, where, name: (worked(row, where), read_problem(row, where, name, path.stem))
     for number, (text, problem) in _rows(path, read, counts, unreadable, leave_out):
         pairs.append((_unique(problem, ids, number), text))
     if not pairs:

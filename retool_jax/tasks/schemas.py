@@ -23,6 +23,7 @@ ANSWER_FIELDS = (
 ID_FIELDS = ('id', 'unique_id', 'problem_id', 'question_id', 'uuid')
 FAMILY_FIELDS = ('family', 'subject', 'type')
 TRACE_FIELDS = ('rewritten', 'trace', 'response', 'text', 'generation', 'completion')
+SOLUTION_FIELDS = ('solution', 'worked_solution', 'generated_solution', 'reasoning', 'answer', 'output')  # with working
 
 # Instructions that contradict the box, or ask for it once more: DAPO's, and those that verl appends to GSM8K and MATH.
 _INSTRUCTION = re.compile(
@@ -70,6 +71,23 @@ def has_gold(row: Mapping) -> bool:
     model = row.get('reward_model')
     told = [row[names[name]] for name in ANSWER_FIELDS if name in names]
     return any(not _blank(x) for x in [*told, model.get('ground_truth') if isinstance(model, Mapping) else None])
+
+
+def read_solution(row: Mapping, where: str) -> str:
+    """The text trace of a row: its worked answer, or the worked solution in the column of its answer (GSM8K, MATH).
+
+    Raises:
+      UserError: there is none.
+    """
+    names = {str(name).lower(): name for name in row}
+    told = {name: row[names[name]] for name in SOLUTION_FIELDS if name in names}
+    worked = next((text for text in told.values() if isinstance(text, str) and _is_worked(text)), None)
+    return worked if worked is not None else read_trace(row, where)
+
+
+def _is_worked(text: str) -> bool:
+    """Whether a text in a solution's column is more than an answer: it marks one, or is prose."""
+    return bool(_MARKED.search(text)) or (len(_PROSE.findall(text)) > 3 and answers.last_box(text) is not None)
 
 
 def read_trace(row: Mapping, where: str) -> str:

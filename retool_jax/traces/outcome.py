@@ -14,7 +14,7 @@ from retool_jax.core.records import Episode, Verdict
 from retool_jax.core.signals import uninterrupted
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.traces import drafts, repair, verification
-from retool_jax.traces.verification import REASONS, Judged
+from retool_jax.traces.verification import MORE_REASONS, REASONS, Judged
 
 KEPT, DROPPED = 'kept.jsonl', 'dropped.jsonl'
 
@@ -68,7 +68,8 @@ def show(found: Sequence[Judged], own: Collection[str] = ()) -> None:
 def shares(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
     """Rows of a table: why traces are kept or dropped, how many, and their share in %."""
     total = max(sum(counts.values()), 1)
-    return [(REASONS[reason], str(count), f'{100 * count / total:.1f} %') for reason, count in counts.items()]
+    names = REASONS | MORE_REASONS
+    return [(names[reason], str(count), f'{100 * count / total:.1f} %') for reason, count in counts.items()]
 
 
 def yields(found: Iterable[Judged]) -> list[dict]:
@@ -78,7 +79,13 @@ def yields(found: Iterable[Judged]) -> list[dict]:
         key = (judged.draft.problem.source, judged.draft.rewriter)
         rows.setdefault(key, collections.Counter())[judged.reason] += 1
     return [
-        {'source': source, 'rewriter': rewriter, 'traces': counts.total(), **{'kept': 0} | dict(counts)}
+        {
+            'source': source,
+            'rewriter': rewriter,
+            'traces': counts.total(),
+            'kept': counts['kept'],
+            'dropped': {reason: count for reason, count in counts.items() if reason != 'kept'},
+        }
         for (source, rewriter), counts in sorted(rows.items())
     ]
 

@@ -27,6 +27,13 @@ REASONS = {  # why a trace is dropped
     'kept': 'kept', 'format': 'tags, their order or a fence are not those of a rollout',
     'execution': 'a snippet fails, or prints something else than the trace says',
     'answer': 'the answer is not the gold answer', 'length': 'longer than max_tokens'}  # fmt: skip
+# And one that is to be rewritten, before and after.
+MORE_REASONS = {
+    'trace': 'the text trace itself does not say the gold answer',
+    'verdict': 'the model that was asked holds the text trace for wrong',
+    'rewriter': 'the rewriter made nothing of it',
+    'filter': 'left out by a filter',
+}
 IN_FLIGHT = 256  # snippets handed to the pool at once: enough to keep it busy, far from its queue's end
 _LAST_WORDS = 16  # of an output, among which the answer is looked for
 MENDINGS = 4  # runs of a trace's snippets with something mended in one of them, after the first
@@ -49,7 +56,7 @@ class Judged:
     """What became of a draft."""
 
     draft: Draft  # as it was judged: mended where that helped
-    reason: str  # one of REASONS
+    reason: str  # one of REASONS or MORE_REASONS
     detail: str = ''  # in a line what is wrong with it; '' where it was kept
     claimed: str | None = None  # what the trace says that a snippet printed, where that is the reason
     printed: str | None = None  # and what it printed
@@ -227,7 +234,8 @@ def assemble(
         ids = rules.tokenizer.encode(turn) + (list(end) if last else [])
         step = rules.advance(episode, ids, [0.0] * len(ids), STOP_EOS if last else STOP_CODE, version=0)
         if isinstance(step, Run):
-            step = rules.resume(episode, step.code, results[codes[i]])
+            # Without its time, which no trace needs: the same traces are the same files.
+            step = rules.resume(episode, step.code, dataclasses.replace(results[codes[i]], wall_s=0.0))
         if not last and not isinstance(step, Feed):
             return None
     episode.stop = Stop.EOS
