@@ -94,7 +94,7 @@ class Rewrite:
     def __post_init__(self):
         check(self, traces=local_path(), golds=local_path(), problems=within(1, PROBLEMS), max_tokens=within(1, MANY))
         own = self.rewriter.kind == sampled.NAME
-        if self.traces is None and not (own and self.model.path is None):
+        if self.traces is None and not (own and self.model.template == 'tiny'):
             raise UserError(
                 'traces is missing: config.traces has to name a file of text traces, or a generator with worked '
                 'solutions'

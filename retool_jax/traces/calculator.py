@@ -15,12 +15,15 @@ NAME = 'calculator'
 
 
 def rewrite(pairs: Sequence[Pair]) -> list[Draft | Judged]:
-    """A draft of each worked solution whose steps lead to its answer; the others are dropped."""
+    """A draft of each worked solution whose steps lead to its answer; the others are dropped, with the reason.
+
+    Sentences that say what is to be computed stay in front of the snippet; those that compute are what it replaces.
+    """
     found: list[Draft | Judged] = []
     for problem, words in pairs:
-        trace = solutions.trace(problem, words, 'code')
+        trace = solutions.trace(problem, words, 'code', lead=True)
         if trace is None:
-            found.append(refuse(problem, words, 'rewriter', 'its equations do not lead to the answer', NAME))
+            found.append(refuse(problem, words, 'rewriter', solutions.tell(problem, words).reason, NAME))
         else:
             found.append(dataclasses.replace(drafts.of_parts(problem, trace.parts), rewriter=NAME))
     return found
