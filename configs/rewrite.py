@@ -1,5 +1,6 @@
 """Text traces rewritten into traces that compute: the first half of the paper's cold start (ReTool §2.2).
 
+    python launch/rewrite.py --config=configs/rewrite.py:tiny --config.model.path=runs/sft_tiny/final
     python launch/rewrite.py --config=configs/rewrite.py:smollm2_135m --config.model.path=SmolLM2-135M-Instruct \
         --config.traces=gsm8k_train.jsonl
     python launch/rewrite.py --config=configs/rewrite.py:qwen2_5_32b --config.model.path=Qwen2.5-32B-Instruct \

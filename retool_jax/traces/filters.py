@@ -16,10 +16,9 @@ class FilterSettings:
     """What is left out of the traces that hold."""
 
     per_problem: int | None  # traces of one problem, the first ones; at least 1; None: all
-    # share of a problem's candidates that must have held, and may have, each in [0, 1]: what always holds is too easy
-    # to teach anything, what hardly ever does may be luck; None: no bound
+    # share of a problem's candidates that must hold, in [0, 1]: what hardly ever does may be luck; None: no bound
     pass_rate_low: float | None
-    pass_rate_high: float | None
+    pass_rate_high: float | None  # share that may hold: what always does teaches little; in [0, 1]; None: no bound
     short_lines: int  # lines of code up to which a snippet is short, at least 1
     short_share: float | None  # share of traces with short snippets alone among those with code, [0, 1); None: any
     min_tokens: int | None  # written by the model in a trace, at least 1; None: any. The longest: max_tokens

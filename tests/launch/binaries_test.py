@@ -14,7 +14,7 @@ from tests import namespaces
 from tests.launch import launcher, mistakes
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ('cold_start', 'sft', 'ppo', 'evaluate')
+CONFIGS = ('rewrite', 'cold_start', 'sft', 'ppo', 'evaluate')
 ARGS = ('tiny', 'qwen2_5_0_5b', 'qwen2_5_1_5b', 'qwen2_5_7b', 'qwen2_5_14b', 'qwen2_5_32b', 'r1_distill_qwen_32b',
         'qwen3_0_6b', 'qwen3_4b', 'qwen3_8b', 'qwen3_32b')  # fmt: skip
 

@@ -124,6 +124,7 @@ PROBLEMS = '--config.problems={}/good.jsonl'
 MODEL = (*EVALUATE, PROBLEMS, '--config.model.path={}/')
 PPO = ('ppo', '--config=configs/ppo.py:tiny')
 SFT = ('sft', '--config=configs/sft.py:tiny', '--config.traces={}/foreign')
+REWRITE = ('rewrite', '--config=configs/rewrite.py:tiny')
 COLD_START = ('cold_start', '--config=configs/cold_start.py:tiny')
 DEMO = ('demo', '--config=configs/demo.py')
 PPO = ('ppo', '--config=configs/ppo.py:tiny')
@@ -216,6 +217,11 @@ CASES = {  # binary and arguments, {} is the folder of files; words of the line
     'traces of another tokenizer': (
         ('sft', '--config=configs/sft.py:tiny', '--config.traces={}/foreign', '--config.model.path={}/model'),
         'foreign another model'),
+    'a rewriter without a server': (
+        (*REWRITE, '--config.traces={}/good.jsonl', '--config.rewriter.kind=endpoint'), 'endpoint.url missing'),
+    'no such rewriter': ((*REWRITE, '--config.rewriter.kind=magic'), "rewriter.kind='magic' calculator endpoint self"),
+    'text traces that are none': (
+        (*REWRITE, '--config.traces={}/good.jsonl', '--config.rewriter.kind=calculator'), 'good.jsonl worked answer'),
     'no file of traces': (('cold_start', '--config=configs/cold_start.py:qwen3_8b', '--config.model.path={}/model'),
                           'config.traces'),
     'groups of one sample': (('ppo', '--config=configs/grpo.py:tiny', '--config.ppo.samples=1'),

@@ -17,7 +17,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 UV = Path(sys.prefix) / 'bin' / 'uv'
-SCRIPTS = ('cold-start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan', 'doctor', 'report', 'sandbox')
+SCRIPTS = (
+    'rewrite', 'cold-start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan', 'doctor', 'report', 'sandbox'
+)  # fmt: skip
 SMALL = ['--config.sandbox.zygotes=1', '--config.sampler.rows=8', '--config.run.seed=1']
 STEP = [
     '--config.ppo.steps=1',
@@ -134,6 +136,12 @@ def test_every_script_prints_its_help(call, script):
 
 @pytest.mark.slow
 def test_the_stages_follow_each_other(call):
+    (call.folder / 'worked.jsonl').write_text(
+        '{"question": "What are 17 times 23?", "answer": "17*23 = 391, so it is 391.\\n#### 391"}\n'
+    )
+    worked = ('--config.traces=worked.jsonl', '--config.rewriter.kind=calculator', '--config.max_tokens=1000')
+    call('rewrite', '--config=configs/rewrite.py:tiny', *worked, *SMALL[:1])
+    assert '17 * 23' in (call.folder / 'runs/rewrite_tiny/kept.jsonl').read_text()
     call('cold-start', '--config=configs/cold_start.py:tiny', '--config.problems=60', *SMALL[:1])
     assert (call.folder / 'runs/cold_start_tiny/episodes').is_dir()
     call('sft', '--config=configs/sft.py:tiny', '--config.traces=runs/cold_start_tiny/episodes', '--config.sft.steps=2')

@@ -15,8 +15,10 @@ from retool_jax.core import cli, settings
 from retool_jax.core.errors import UserError
 from retool_jax.stages.config import ColdStart, Evaluation, FineTuning, Reinforcement, require_path
 from retool_jax.stages.demo_config import Demo
+from retool_jax.stages.rewrite_config import Rewrite
 
 STAGES = {
+    'configs/rewrite.py:tiny': Rewrite,
     'configs/cold_start.py:tiny': ColdStart,
     'configs/sft.py:tiny': FineTuning,
     'configs/ppo.py:tiny': Reinforcement,
@@ -27,17 +29,20 @@ STAGES = {
 }
 # What is refused by each key of a type; the patterns are the keys that take it nevertheless.
 BAD = {
-    int: {-1: r'mesh\.fsdp', 0: r'run\.seed|.*\.(warmup_steps|critic_warmup_steps|top_k|concurrency|retries|quanta|'
+    int: {-1: r'mesh\.fsdp', 0: r'run\.seed|.*\.(warmup_steps|critic_warmup_steps|top_k|retries|quanta|'
                                r'dynamic_rounds|overlong_buffer|micro_rows|decode_rows|max_calls)|sft\.epochs|'
-                               r'(recipe|text)\.lead_steps',
-          10**12: None, 2**70: None},
+                               r'(recipe|text)\.lead_steps|sandbox\.concurrency',
+          10**12: r'endpoint\.max_tokens', 2**70: None},
     float: {math.nan: None, math.inf: None, -math.inf: None, 1e300: None, -1.0: None,
             0.0: r'\w*sampling\.(temperature|min_p)|(text\.)?(\w*optimizer\.(lr|b1|b2|weight_decay)|advantage\.\w+)|'
                  r'loss\.(clip_low|clip_high|entropy_coef|kl_coef|value_coef|correction_low)|sft\.evaluation_share|'
-                 r'watch\.\w+|text\.needy|recipe\.evaluation_share'},
+                 r'watch\.\w+|text\.needy|recipe\.evaluation_share|rewriter\.temperature|'
+                 r'filters\.(pass_rate_low|pass_rate_high|short_share)'},
     str: {'': None, ' ': None,
-          'nonsense': r'run\.dir|model\.(path|name|instruction)|traces|golds|(validation\.)?problems|halves\.episodes',
-          'gs://bucket/thing': r'model\.name', 's3://bucket/thing': r'model\.name', 'hdfs://x/y': r'model\.name'},
+          'nonsense': r'run\.dir|model\.(path|name|instruction)|traces|golds|(validation\.)?problems|halves\.episodes|'
+                      r'rewriter\.hint|endpoint\.(model|key_variable)',
+          **dict.fromkeys(('gs://bucket/thing', 's3://bucket/thing', 'hdfs://x/y'),
+                          r'model\.name|rewriter\.hint|endpoint\.model')},
     tuple: {('',): None, (' ',): None, (0,): None, ('gs://bucket/a.jsonl',): None, (math.nan,): None, (None,): None},
     bool: {},
 }  # fmt: skip
@@ -51,7 +56,7 @@ def load(spec: str) -> ConfigDict:
     with config.unlocked():
         if spec.startswith('configs/sft'):
             config.traces = 'runs/cold_start_tiny/episodes'
-        if spec.startswith('configs/cold_start'):
+        if spec.startswith(('configs/cold_start', 'configs/rewrite')):
             config.traces = 'rewritten.jsonl'
         if spec.startswith('configs/evaluate'):
             config.problems = 'good.jsonl'
