@@ -8,10 +8,12 @@ from retool_jax.core import cli
 
 
 def main(stage):
+    from retool_jax.report import pages
     from retool_jax.stages import cold_start
 
     cold_start.run(stage)
     print(f'episodes: {os.path.join(stage.run.dir, "episodes")}')
+    print(f'report: {pages.write(stage.run.dir)}')
 
 
 def run() -> None:

@@ -14,7 +14,8 @@ from retool_jax.core.records import Episode, Verdict
 from retool_jax.core.signals import uninterrupted
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.traces import drafts, repair, verification
-from retool_jax.traces.verification import MORE_REASONS, REASONS, Judged
+from retool_jax.traces.reasons import MORE_REASONS, REASONS
+from retool_jax.traces.verification import Judged
 
 KEPT, DROPPED = 'kept.jsonl', 'dropped.jsonl'
 
@@ -29,6 +30,7 @@ def keep(directory: Path, found: Sequence[Judged], tokenizer: Tokenizer, own: Co
       UserError: no trace was kept; dropped.jsonl is written then too.
     """
     made = verification.episodes(found)
+    directory.mkdir(parents=True, exist_ok=True)
     with uninterrupted():
         _write(directory / DROPPED, (_row(judged) for judged in found if judged.episode is None))
         if not made:

@@ -43,11 +43,15 @@ class Voice:
     def sample(
         self, asked: Sequence[tuple[Problem, int, str]], step: int, finished: Callable[[Episode], None]
     ) -> list[Episode]:
-        """An episode for each (problem, sample, beginning of its answer); the beginning counts as prompt."""
+        """An episode for each (problem, sample, beginning of its answer), which counts as the model's own words."""
         requests = []
         for problem, sample, begun in asked:
-            ids = prompt_ids(self.template, self.tokenizer, problem.question)
-            requests.append(Request(problem, sample, (*ids, *self.tokenizer.encode(begun))))
+            ids = tuple(prompt_ids(self.template, self.tokenizer, problem.question))
+            episode = Episode(problem, sample, step, prompt_length=len(ids))
+            episode.append(ids, acted=False)
+            said = self.tokenizer.encode(begun)
+            episode.append(said, acted=True, logprobs=[0.0] * len(said), version=0)
+            requests.append(Request.resume(episode) if begun else Request(problem, sample, ids))
         return self.engine.run(self.params, 0, requests, step, finished=finished)
 
     def written(self, episode: Episode) -> str:

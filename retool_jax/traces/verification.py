@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from retool_jax.core.records import Episode, ExecResult, Stop, Verdict
+from retool_jax.core.records import Episode, ExecResult, Reward, Stop, Verdict
 from retool_jax.rollout.requests import Executor
 from retool_jax.rollout.sampler import STOP_CODE, STOP_EOS
 from retool_jax.rollout.turns import Feed, Rules, Run, TurnSettings
@@ -22,18 +22,8 @@ from retool_jax.text.template import Template, end_ids, prompt_ids
 from retool_jax.text.tokenizer import Tokenizer
 from retool_jax.traces import claims, drafts, snippets
 from retool_jax.traces.drafts import Draft
+from retool_jax.traces.reasons import REASONS
 
-REASONS = {  # why a trace is dropped
-    'kept': 'kept', 'format': 'tags, their order or a fence are not those of a rollout',
-    'execution': 'a snippet fails, or prints something else than the trace says',
-    'answer': 'the answer is not the gold answer', 'length': 'longer than max_tokens'}  # fmt: skip
-# And one that is to be rewritten, before and after.
-MORE_REASONS = {
-    'trace': 'the text trace itself does not say the gold answer',
-    'verdict': 'the model that was asked holds the text trace for wrong',
-    'rewriter': 'the rewriter made nothing of it',
-    'filter': 'left out by a filter',
-}
 IN_FLIGHT = 256  # snippets handed to the pool at once: enough to keep it busy, far from its queue's end
 _LAST_WORDS = 16  # of an output, among which the answer is looked for
 MENDINGS = 4  # runs of a trace's snippets with something mended in one of them, after the first
@@ -211,6 +201,8 @@ class _Judge:
                     samples[problem.id] += 1
                     shown = [call.feedback for call in episode.calls]
                     text = drafts.prefix(judged.draft, shown) + judged.draft.turns[-1]
+                    box = answers.last_box(judged.draft.turns[-1])
+                    episode.reward = Reward(1.0, correct=True, exact=box == problem.answer, lenient=True, answer=box)
                     judged = dataclasses.replace(judged, text=text, episode=episode)
             made.append(judged)
         return made
