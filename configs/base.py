@@ -114,6 +114,23 @@ def sampling(training: bool) -> ConfigDict:
     return ConfigDict({'temperature': 1.0, 'top_p': 1.0 if training else 0.7, 'top_k': 0, 'min_p': 0.0})
 
 
+def endpoint() -> ConfigDict:
+    """A server that speaks OpenAI's protocol; none unless one is named."""
+    return ConfigDict(
+        {
+            'url': config_dict.placeholder(str),  # http://host:8000/v1
+            'model': config_dict.placeholder(str),  # the name under which it serves the model
+            'key_variable': config_dict.placeholder(str),  # the environment variable that holds the key, never the key
+            'concurrency': 16,
+            'timeout_s': 600.0,  # some services send nothing while a model thinks
+            'retries': 8,  # two to three minutes in all
+            'backoff_s': 1.0,
+            'max_requests': config_dict.placeholder(int),  # of the whole run; none: as many as it takes
+            'max_tokens': config_dict.placeholder(int),
+        }
+    )
+
+
 def sandbox(arg: str) -> ConfigDict:
     return ConfigDict(
         {
@@ -325,21 +342,5 @@ def reinforcement(arg: str, name: str) -> ConfigDict:
                 'every': 10,  # steps
                 'samples': 8 if tiny else 32,  # P: 32
             },
-        }
-    )
-
-
-def endpoint() -> ConfigDict:
-    return ConfigDict(
-        {
-            'url': config_dict.placeholder(str),
-            'model': config_dict.placeholder(str),
-            'key_variable': config_dict.placeholder(str),
-            'concurrency': 16,
-            'timeout_s': 600.0,
-            'retries': 6,
-            'backoff_s': 1.0,
-            'max_requests': config_dict.placeholder(int),
-            'max_tokens': config_dict.placeholder(int),
         }
     )

@@ -5,7 +5,11 @@
         --config.model.path=Qwen2.5-32B-Instruct
     python launch/evaluate.py --config=configs/evaluate.py:official --config.problems=aime24.jsonl \
         --config.model.path=ReTool-Qwen-32B --config.model.instruction=prompt.txt
+    python launch/evaluate.py --config=configs/evaluate.py:qwen2_5_32b --config.problems=aime24.jsonl \
+        --config.model.path=Qwen2.5-32B-Instruct --config.backend=endpoint \
+        --config.endpoint.url=http://localhost:8000/v1 --config.endpoint.model=Qwen2.5-32B-Instruct
 
+The last one scores a model that a server holds (vLLM, SGLang, llama.cpp) by the same rules, sandbox and judge.
 `official` (of Qwen2.5-32B; official_SIZE of another size) scores what the authors scored: 16,384 tokens for every
 segment between two tool outputs, up to the model's context in all, as many calls as it likes, their feedback. Their
 prompt is given as a file, their lenient rule is the row of that name; ours, by the box alone, stands above it.
@@ -33,6 +37,8 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
             'problems': config_dict.placeholder(str),  # .jsonl, .json, .parquet, .array_record or a folder of them
             'limit': config_dict.placeholder(int),  # the first problems only
             'samples': 8 if tiny else 32,  # per problem; P: 32
+            'backend': 'engine',  # 'endpoint': a model behind a server
+            'endpoint': base.endpoint(),
             'model': base.model(arg),
             'mesh': base.mesh(arg),
             'sampler': base.sampler(arg),

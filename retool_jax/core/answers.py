@@ -46,7 +46,8 @@ class Answer:
 
     text: str
     finish: str  # the server's word: 'stop', 'length', 'content_filter', …; 'refusal' where the model refused
-    # what ended it, where the server tells (vLLM, SGLang): a stop string, or the id of an end token
+    # what ended it, where the server tells (vLLM, SGLang): a stop string, the id of an end token, or '' for no stop
+    # string; None: it does not tell
     stopped_by: str | int | None = None
     # as the server counted them; where it tells nothing four characters are a token, and so is a piece of the stream
     prompt_tokens: int = 0

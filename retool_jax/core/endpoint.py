@@ -192,7 +192,7 @@ class Endpoint:
                 raise self._fatal
             if key := self._used_up():
                 self.counts.unasked += 1
-                return Failure(f'endpoint.{key} is used up', asked=False)
+                return Failure(f'endpoint.{key} is used up; raise it', asked=False)
             self._requests += 1
             try:
                 answer = await self._ask(request)

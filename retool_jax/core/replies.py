@@ -36,8 +36,9 @@ class Reply:
                 self._texts.append((_first(delta, 'content') or '') + refusal)
                 self._thoughts.append(_first(delta, *THOUGHTS) or '')
             self.finish = _first(choice, 'finish_reason') or self.finish
-            found = _first(choice, *STOPPED_BY)
-            self._stopped_by = self._stopped_by if found is None else found
+            if self.finish is not None and any(hasattr(choice, name) for name in STOPPED_BY):
+                found = _first(choice, *STOPPED_BY)
+                self._stopped_by = '' if found is None else found
 
     def answer(self, request: Request) -> Answer:
         """The whole of it, once `finish` is there."""

@@ -174,7 +174,7 @@ def _body(transcript: Transcript, arrays: Arrays | None) -> dict[str, Any]:
         body['t'] = {
             'ids': arrays.tokens.tolist(),
             'acted': _runs(arrays.acted.astype(int)),
-            'logprobs': np.round(arrays.logprobs[arrays.acted].astype(float) * 1000).astype(int).tolist(),
+            'logprobs': [None if x != x else round(1000 * x) for x in arrays.logprobs[arrays.acted].tolist()],
             'versions': _runs(arrays.versions[arrays.acted]),
         }
     return body

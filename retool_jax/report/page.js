@@ -332,8 +332,12 @@ if (holder) {
         const token = make('span', own ? 'acted' : 'fed', text === '' ? '∅' : text.replace(/\n/g, '⏎\n'));
         token.dataset.n = at;
         if (own) {
-          token.dataset.l = body.t.logprobs[mine]; token.dataset.v = versions[mine++];
-          token.style.setProperty('--u', Math.min(1, -token.dataset.l / 5000).toFixed(3));
+          const logprob = body.t.logprobs[mine];
+          token.dataset.v = versions[mine++];
+          if (logprob !== null) {  // a server's are not known
+            token.dataset.l = logprob;
+            token.style.setProperty('--u', Math.min(1, -logprob / 5000).toFixed(3));
+          }
         }
         tokens.append(token);
       }
@@ -350,8 +354,10 @@ if (holder) {
       bar.replaceChildren(make('b', '', JSON.stringify(index.vocabulary[id] ?? '')), make('span', '', `id ${id}`),
         make('span', '', `position ${token.dataset.n}`));
       if (token.className === 'acted') {
-        bar.append(make('span', '', `log p ${logprob.toFixed(3)}`), make('span', '', `p ${(100 * Math.exp(logprob)).toFixed(1)} %`),
-          make('span', '', `weights of version ${token.dataset.v}`), make('span', '', 'acted'));
+        if (!Number.isNaN(logprob)) {
+          bar.append(make('span', '', `log p ${logprob.toFixed(3)}`), make('span', '', `p ${(100 * Math.exp(logprob)).toFixed(1)} %`));
+        }
+        bar.append(make('span', '', `weights of version ${token.dataset.v}`), make('span', '', 'acted'));
       } else {
         bar.append(make('span', '', 'not acted: written by the template or the interpreter'));
       }

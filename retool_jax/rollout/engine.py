@@ -59,6 +59,11 @@ class Engine:
         self.keeps_cache = False  # keeps the KV cache between runs: quicker, where nothing else needs the memory
         self.kept: SampleState | None = None
 
+    @property
+    def rows(self) -> int:
+        """Episodes that are made side by side."""
+        return self.sampler.settings.rows
+
     def warm_up(self, params: Params) -> None:
         """Compiles everything that runs call, for every length; takes the cache's memory for a moment."""
         self.sampler.warm_up(params, self.sampling.truncates)

@@ -29,6 +29,14 @@ FEEDBACK = FeedbackSettings(style='paper', max_chars=400, max_frames=6)
 
 
 @dataclasses.dataclass(frozen=True)
+class Spoken:
+    """How a model is spoken to that others hold."""
+
+    tokenizer: Tokenizer
+    template: Template
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """A model's sizes and how it is spoken to; with weights in the sampling layout where no trainer holds them."""
 
@@ -45,6 +53,20 @@ class Model:
         return self.tokenizer.decode(episode.tokens[episode.prompt_length :])
 
 
+def load_spoken(directory: str | Path, family: str, tools: bool, instruction: str | None = None) -> Spoken:
+    """Reads the tokenizer of a model directory, and nothing else: of a model that a server holds, of any architecture.
+
+    The arguments are those of `load_model`.
+
+    Raises:
+      UserError: a file is missing or cannot be read.
+    """
+    _check_directory(directory)
+    tokenizer = load_tokenizer(directory)
+    asked = None if instruction is None else read_instruction(instruction, tools)
+    return Spoken(tokenizer, make_template(family, tools, tokenizer, asked))
+
+
 def load_model(directory: str | Path, family: str, tools: bool, instruction: str | None = None) -> Model:
     """Reads config.json and the tokenizer of a Hugging Face model directory, but no weights.
 
@@ -54,9 +76,7 @@ def load_model(directory: str | Path, family: str, tools: bool, instruction: str
     Raises:
       UserError: a file is missing, a size is not supported, or the tokenizer has more ids than the model logits.
     """
-    if not Path(directory).is_dir():
-        aside = '; launch/convert.py makes one of a GGUF file' if Path(directory).is_file() else ''
-        raise UserError(f'model.path={str(directory)!r} is no directory; give a Hugging Face model directory{aside}')
+    _check_directory(directory)
     config, tokenizer = load_config(directory), load_tokenizer(directory)
     if tokenizer.size > config.vocab_size:
         raise UserError(
@@ -65,6 +85,12 @@ def load_model(directory: str | Path, family: str, tools: bool, instruction: str
         )
     asked = None if instruction is None else read_instruction(instruction, tools)
     return Model(config, tokenizer, make_template(family, tools, tokenizer, asked))
+
+
+def _check_directory(directory: str | Path) -> None:
+    if not Path(directory).is_dir():
+        aside = '; launch/convert.py makes one of a GGUF file' if Path(directory).is_file() else ''
+        raise UserError(f'model.path={str(directory)!r} is no directory; give a Hugging Face model directory{aside}')
 
 
 def open_model(directory: str | Path, family: str, dtype: str = 'float32', *, tools: bool = True) -> Model:

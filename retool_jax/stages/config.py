@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.checks import MANY, Rule, above, check, filled, local_path, one_of, within
+from retool_jax.core.endpoint_settings import EndpointSettings
 from retool_jax.core.errors import UserError
 from retool_jax.core.sharding import AXES
 from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
@@ -28,6 +29,7 @@ from retool_jax.train.state import OptimizerSettings
 
 PROBLEMS = 10**7  # of the embedded task, which are made in memory
 UNREADABLE = ('refuse', 'leave_out')
+ENGINE, ENDPOINT = BACKENDS = 'engine', 'endpoint'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,6 +261,10 @@ class Evaluation:
     problems: str | None  # the problem file that is scored, or a generator, whose held-out problems it is
     limit: int | None  # the first problems of it only, at least 1; None: all
     samples: int  # answers per problem, 1 to 65,536. P 32
+    # who writes the tokens: 'engine' is this program, with the weights at model.path; 'endpoint' a server, of which
+    # `endpoint` says what it is: model.path then needs no more than the tokenizer, mesh and sampler mean nothing
+    backend: str
+    endpoint: EndpointSettings
     model: ModelSettings
     mesh: MeshSettings
     sampler: SamplerSettings
@@ -269,11 +275,16 @@ class Evaluation:
     reward: RewardSettings
 
     def __post_init__(self):
-        check(self, problems=local_path(), limit=within(1, MANY), samples=within(1, 2**16))
+        check(self, problems=local_path(), limit=within(1, MANY), samples=within(1, 2**16), backend=one_of(BACKENDS))
         if self.problems is None:
             raise UserError('config.problems is missing; give a problem file')
-        require_path(self.model)
-        fit_cache(self.turns, self.sampler)
+        if self.backend == ENGINE:
+            require_path(self.model)
+            fit_cache(self.turns, self.sampler)
+        elif self.model.path is None:
+            raise UserError(
+                'model.path is missing; give a directory with the tokenizer of the model that the server holds'
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

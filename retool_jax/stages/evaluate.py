@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -19,8 +19,10 @@ from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
-from retool_jax.stages import folder, parts
-from retool_jax.stages.config import Evaluation
+from retool_jax.rollout.library import Model
+from retool_jax.rollout.served import Served
+from retool_jax.stages import folder, parts, served
+from retool_jax.stages.config import ENGINE, Evaluation
 from retool_jax.stages.intake import Intake, tell_overlong
 from retool_jax.tasks import stream, summary
 from retool_jax.tasks.grader import Grader
@@ -35,29 +37,27 @@ KEEP_S = 60.0  # finished episodes wait no longer than this before they are on d
 
 def run(stage: Evaluation) -> dict:
     """Scores the model on `stage.problems`; returns what summary.json holds."""
+    if stage.backend != ENGINE:
+        stage.endpoint.require()
     processes.join()
     name = stream.title(stage.problems)
     with contextlib.ExitStack() as stack:
         grader = stack.enter_context(parts.open_grader(stage.reward))
         intake = Intake(stage.reward.unreadable, grader.parses)
         problems = intake.read(stage.problems, stage.limit)
-        mesh = parts.make_mesh(stage.mesh)
-        directory = stack.enter_context(folder.claimed(stage))
+        mesh = parts.make_mesh(stage.mesh) if stage.backend == ENGINE else None
+        directory = stack.enter_context(folder.claimed(stage, free=served.FREE if mesh is None else ('endpoint',)))
         stack.enter_context(folder.stoppable())
-        model = parts.open_model(stage.model, directory)
-        parts.check_context(model, stage.turns.max_tokens, 'turns.max_tokens')
-        tell_overlong(problems, model, stage.turns.max_tokens)
+        opened = served.opened(stage, directory) if mesh is None else _opened(stage, directory, mesh)
+        speaker, make = stack.enter_context(opened)
+        tell_overlong(problems, speaker, stage.turns.max_tokens)
         intake.write(directory)
-        sampler = parts.make_sampler(model, stage.sampler, stage.turns, mesh)
-        params = parts.load_policy(stage.model, model, stage.run.seed, mesh)
         pool = stack.enter_context(parts.open_guarded(stage.sandbox, stage.model.tools))
-        engine = parts.make_engine(
-            model, sampler, stage.turns, stage.feedback, stage.sampling, pool, stage.run.seed, parts.EVALUATION
-        )
+        engine, params = make(pool)
         journal = stack.enter_context(contextlib.closing(folder.open_journal(directory)))
         console.banner(
-            model=model,
-            mesh=dict(mesh.shape),
+            model=speaker,
+            **({} if mesh is None else {'mesh': dict(mesh.shape)}),
             sandbox=pool or 'none',
             problems=f'{len(problems)} of {name} × {stage.samples} samples',
             run=directory,
@@ -65,13 +65,13 @@ def run(stage: Evaluation) -> dict:
         advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * stage.samples))
         episodes = run_kept(
             engine,
-            sampler.sync(params),
+            params,
             problems,
             stage.samples,
             directory / 'episodes',
             f'val_{name}',
-            model.template,
-            model.tokenizer,
+            speaker.template,
+            speaker.tokenizer,
             grader,
             journal,
             advance,
@@ -91,9 +91,22 @@ def run(stage: Evaluation) -> dict:
     return found
 
 
+@contextlib.contextmanager
+def _opened(stage: Evaluation, directory: Path, mesh: jax.sharding.Mesh) -> Iterator[tuple[Model, served.Make]]:
+    """The model at model.path, and what makes its engine from a sandbox."""
+    model = parts.open_model(stage.model, directory)
+    parts.check_context(model, stage.turns.max_tokens, 'turns.max_tokens')
+    sampler = parts.make_sampler(model, stage.sampler, stage.turns, mesh)
+    params = parts.load_policy(stage.model, model, stage.run.seed, mesh)
+    make = lambda pool: parts.make_engine(
+        model, sampler, stage.turns, stage.feedback, stage.sampling, pool, stage.run.seed, parts.EVALUATION
+    )
+    yield model, lambda pool: (make(pool), sampler.sync(params))
+
+
 def run_kept(
-    engine: Engine,
-    params: Params,
+    engine: Engine | Served,
+    params: Params | None,
     problems: Sequence[Problem],
     samples: int,
     directory: Path,
@@ -146,7 +159,7 @@ def run_kept(
         for _, episode in engine.stream(params, 0, mine, 0, journal=journal) if mine else ():
             waiting.append(episode)
             advance()
-            if len(waiting) >= engine.sampler.settings.rows or time.monotonic() - kept > KEEP_S:
+            if len(waiting) >= engine.rows or time.monotonic() - kept > KEEP_S:
                 keep()
                 kept = time.monotonic()
     finally:  # of a stop too: what is finished stays

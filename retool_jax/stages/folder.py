@@ -21,7 +21,8 @@ from retool_jax.stages.config import RunSettings
 from retool_jax.stages.owner import NAME, Owner
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-RETIRED = ('backend', 'turns.tools')  # keys of folders that earlier versions made; neither changed a run
+# Keys of folders that earlier versions made, where the stage has none of that name; neither changed a run.
+RETIRED = ('backend', 'turns.tools')
 RENAMED = {'sampler.group': 'sampler.feed_rows'}  # keys of such folders that have another name by now
 DATA = 'data.json'
 # What a run is worth going on with, or, where it kept nothing, worth reading.
@@ -73,7 +74,8 @@ def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
             before = json.loads(file.read_text())
         except ValueError:
             raise UserError(f'run.dir={str(directory)!r}: config.json is damaged; choose another folder') from None
-        found = settings.differences(before, stage, ignore=('run.dir', *RETIRED, *free), renamed=RENAMED)
+        retired = [key for key in RETIRED if not hasattr(stage, key)]
+        found = settings.differences(before, stage, ignore=('run.dir', *retired, *free), renamed=RENAMED)
         # A run that was refused before its first result left a configuration that binds nobody.
         if found and has_results(directory):
             raise UserError(

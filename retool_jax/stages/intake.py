@@ -13,7 +13,7 @@ import grain
 from retool_jax.core import console, processes
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
-from retool_jax.rollout.library import Model
+from retool_jax.rollout.library import Model, Spoken
 from retool_jax.tasks import gym, problems, stream
 from retool_jax.tasks.child import Child
 from retool_jax.text.template import prompt_ids
@@ -117,7 +117,7 @@ class Intake:
         return text
 
 
-def overlong(problem: Problem, model: Model, max_tokens: int) -> str:
+def overlong(problem: Problem, model: Model | Spoken, max_tokens: int) -> str:
     """What is wrong with a prompt that fills the budget of an episode, '' for one that leaves room for an answer."""
     frame = _frame(model)
     if frame + 3 * len(problem.question.encode('utf-8', 'surrogatepass')) < max_tokens:
@@ -126,7 +126,7 @@ def overlong(problem: Problem, model: Model, max_tokens: int) -> str:
     return '' if count < max_tokens else f'a prompt of {count} tokens leaves no room in turns.max_tokens={max_tokens}'
 
 
-def tell_overlong(asked: Sequence[Problem], model: Model, max_tokens: int) -> None:
+def tell_overlong(asked: Sequence[Problem], model: Model | Spoken, max_tokens: int) -> None:
     """Says which problems of an evaluation count as wrong because no answer fits behind their prompt."""
     found = [(problem.id, text) for problem in asked if (text := overlong(problem, model, max_tokens))]
     if found:
@@ -140,5 +140,5 @@ def describe(left: Sequence[tuple[str, str]]) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _frame(model: Model) -> int:
+def _frame(model: Model | Spoken) -> int:
     return len(prompt_ids(model.template, model.tokenizer, ''))

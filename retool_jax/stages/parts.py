@@ -126,7 +126,8 @@ def make_sampler(
 
 
 @functools.lru_cache(maxsize=4)
-def _table(tokenizer: Tokenizer, width: int, tools: bool, answer_ends: bool) -> tags.TagTable:
+def table_of(tokenizer: Tokenizer, width: int, tools: bool, answer_ends: bool) -> tags.TagTable:
+    """The tag automaton over `width` ids: `</code>` where there are tools, `</answer>` where it ends the episode."""
     stops = {
         tag: stop
         for tag, stop in tags.TAGS.items()
@@ -137,8 +138,8 @@ def _table(tokenizer: Tokenizer, width: int, tools: bool, answer_ends: bool) -> 
 
 
 def make_table(model: Model, on_answer: str) -> tags.TagTable:
-    """The tag automaton: `</code>` where there are tools, `</answer>` where it ends the episode."""
-    return _table(model.tokenizer, model.config.vocab_size, model.template.tools, on_answer == 'end')
+    """The tag automaton of a model."""
+    return table_of(model.tokenizer, model.config.vocab_size, model.template.tools, on_answer == 'end')
 
 
 def make_engine(

@@ -280,12 +280,13 @@ def test_what_a_server_tells_of_the_end_is_kept(tmp_path):
         'vllm': Says('a', extra={'stop_reason': '</code>'}),
         'vllm eos': Says('a', extra={'stop_reason': 151645}),
         'sglang': Says('a', extra={'matched_stop': '</code>'}),
-        'none': Says('a', extra={'stop_reason': None}),
+        'vllm, its own eos': Says('a', extra={'stop_reason': None}),
+        'none': Says('a'),
     }
     with serve(lambda asked, tries: says[asked['prompt']]) as server:
         answers, _ = ask(server, tmp_path, [Request(prompt=name) for name in says])
-        assert [a.stopped_by for a in answers] == ['</code>', 151645, '</code>', None]
-        assert [a.prompt_tokens for a in answers] == [7] * 4
+        assert [a.stopped_by for a in answers] == ['</code>', 151645, '</code>', '', None]
+        assert [a.prompt_tokens for a in answers] == [7] * 5
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def write_bytes_tokenizer(directory: Path, normalizer=None, end: str = '') -> No
 EVALUATE = ('evaluate', '--config=configs/evaluate.py:tiny')
 PROBLEMS = '--config.problems={}/good.jsonl'
 MODEL = (*EVALUATE, PROBLEMS, '--config.model.path={}/')
+SERVED = (*MODEL[:3], '--config.model.path={}/model', '--config.backend=endpoint')
 PPO = ('ppo', '--config=configs/ppo.py:tiny')
 SFT = ('sft', '--config=configs/sft.py:tiny', '--config.traces={}/foreign')
 REWRITE = ('rewrite', '--config=configs/rewrite.py:tiny')
@@ -205,6 +206,20 @@ CASES = {  # binary and arguments, {} is the folder of files; words of the line
         (*MODEL[:3], '--config.model.path={}/model', '--config.mesh.fsdp=1', '--config.mesh.tensor=8'),
         'mesh num_attention_heads=4 tensor=8'),
     'budget beyond the cache': ((*EVALUATE, PROBLEMS, '--config.turns.max_tokens=9999'), 'max_tokens slots'),
+    'unknown backend': ((*EVALUATE, PROBLEMS, '--config.backend=vllm'), 'backend vllm engine, endpoint'),
+    'a server that is not named': ((*SERVED, '--config.endpoint.model=m'), 'endpoint.url missing'),
+    'a served model that is not named': ((*SERVED, '--config.endpoint.url=http://127.0.0.1:9/v1'),
+                                         'endpoint.model missing'),
+    'an address that is none': ((*SERVED, '--config.endpoint.url=localhost:8000'), "endpoint.url='localhost:8000' http://"),
+    'a password in an address': ((*SERVED, '--config.endpoint.url=http://me:pass@host/v1'), 'endpoint.url password'),
+    'a key that is not set': (
+        (*SERVED, '--config.endpoint.url=http://127.0.0.1:9/v1', '--config.endpoint.model=m',
+         '--config.endpoint.key_variable=NO_SUCH_KEY'), 'endpoint.key_variable=NO_SUCH_KEY export'),
+    'a key in the place of its name': ((*SERVED, '--config.endpoint.key_variable=sk-1'), 'endpoint.key_variable name'),
+    'a served model without its tokenizer': (
+        (*EVALUATE, PROBLEMS, '--config.backend=endpoint', '--config.endpoint.url=http://127.0.0.1:9/v1',
+         '--config.endpoint.model=m'), 'model.path tokenizer'),
+    'no requests at once': ((*SERVED, '--config.endpoint.concurrency=0'), 'endpoint.concurrency=0'),
     'unknown dtype': ((*EVALUATE, PROBLEMS, '--config.sampler.dtype=float13'), 'dtype float13'),
     'unknown feedback': ((*EVALUATE, PROBLEMS, '--config.feedback.style=kind'), 'style kind'),
     'somebody else’s folder': ((*EVALUATE, PROBLEMS, '--config.run.dir={}/busy'), 'busy'),
