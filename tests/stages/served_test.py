@@ -166,7 +166,8 @@ def test_killed_at_five_moments_and_gone_on_with_it_scores_the_same(files, tmp_p
         assert 30 <= kept < 4 * PROBLEMS
         end(start(run), 0)
         assert (run / 'summary.json').read_bytes() == (tmp_path / 'whole/summary.json').read_bytes()
-        assert sum(server.answered.values()) - before == 4 * PROBLEMS - kept
+        # What was on its way to the last one that was killed may have been counted since: two at most.
+        assert 0 <= sum(server.answered.values()) - before - (4 * PROBLEMS - kept) <= 2
         texts = [
             [(e.problem.id, e.sample, e.tokens, e.stop) for e in episode_files.read(d / 'episodes', 'val_problems')]
             for d in (run, tmp_path / 'whole')
