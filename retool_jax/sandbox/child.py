@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import re
@@ -22,7 +23,7 @@ import traceback
 from collections.abc import Callable
 
 from retool_jax.core.records import Fault, Verdict
-from retool_jax.sandbox.cgroups import Lease
+from retool_jax.sandbox.cgroups import SCARCE, Lease, expose
 from retool_jax.sandbox.inside import protocol
 from retool_jax.sandbox.settings import SandboxSettings
 
@@ -134,16 +135,12 @@ class Child:
                     self._pid = struct.unpack('3i', data[:12])[0]
             if message != protocol.SEALED or not self._pid or self._killed:
                 return  # ended before it was ready: its exit is reported by whoever waits for it
-            if flags & socket.MSG_CTRUNC:  # no room for the descriptor of its scratch
-                self._short = True
-                self.kill(None)
-                return
+            if flags & socket.MSG_CTRUNC:
+                raise OSError(errno.EMFILE, 'no room for the descriptor of its scratch')
             self.lease.place(self._pid)
-            # The machine's memory runs out: rather a snippet than a worker. No Path: Python 3.12 keeps the parts of
-            # every path for good, 440 bytes a snippet.
-            with contextlib.suppress(OSError), open(f'/proc/{self._pid}/oom_score_adj', 'w') as file:
-                file.write('1000')
-        except OSError:
+            expose(self._pid)
+        except OSError as error:
+            self._short = error.errno in SCARCE
             self.kill(None)
             return
         self._timer.cancel()
@@ -168,8 +165,11 @@ class Child:
             self.lease.arm(memory_bytes, settings.processes)
             with open(f'/proc/{self._pid}/statm') as file:
                 size = int(file.read().split()[0]) * _PAGE
-        except (OSError, ValueError):
-            self.kill(None)
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in SCARCE:  # at once: the next child takes what it leaves
+                self._close(Lost('no descriptor is left', Fault.LIMITS, short=True))
+            else:
+                self.kill(None)
             return
         self._start_cpu_s = self._process_cpu_s()
         counted = 'memory' in self.lease.enforced

@@ -11,7 +11,6 @@ import asyncio
 import collections
 import contextlib
 import ctypes
-import errno
 import itertools
 import os
 import resource
@@ -23,7 +22,7 @@ import time
 from retool_jax.core.records import Verdict
 from retool_jax.sandbox import canary, frames, jail
 from retool_jax.sandbox import guest as guest_lib
-from retool_jax.sandbox.cgroups import Groups
+from retool_jax.sandbox.cgroups import SCARCE, Groups
 from retool_jax.sandbox.child import Child, Lost, Request, fault_outcome
 from retool_jax.sandbox.settings import SandboxSettings
 from retool_jax.sandbox.workers import Cold, Reports, Resources, Warm
@@ -202,8 +201,10 @@ class Supervisor:
         elif request.cancelled:
             self._requests.pop(request.id, None)
         elif isinstance(outcome, Lost):
-            request.attempts += 1
+            request.attempts += not outcome.short or not self._alive()  # others take what a short one leaves
             request.child = None
+            if outcome.short:
+                self._run_short()
             if request.attempts <= self.settings.retries:
                 self.counters['retried'] += 1
                 self._queue[request.id] = request
@@ -247,7 +248,7 @@ class Supervisor:
     def _run_short(self, error: OSError | None = None) -> None:
         """A child could not be taken in. Without descriptors no more than are alive are tried until the next second."""
         alive = self._alive()
-        scarce = error is None or error.errno in (errno.EMFILE, errno.ENFILE)
+        scarce = error is None or error.errno in SCARCE
         if scarce:
             self.room = min(self.room, alive)
             print(f'sandbox: out of descriptors with {self.room} children', file=sys.stderr)
