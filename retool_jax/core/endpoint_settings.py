@@ -64,6 +64,10 @@ class EndpointSettings:
         library()
 
 
+# Keys that may be others when a run goes on: the same model may be served elsewhere, and a budget raised.
+FREE = tuple(f'endpoint.{field.name}' for field in dataclasses.fields(EndpointSettings) if field.name != 'model')
+
+
 def library() -> Any:
     """The package `openai`. Raises: UserError where it is not installed."""
     try:

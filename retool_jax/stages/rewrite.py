@@ -7,10 +7,12 @@ student's own sampler can take the model's place (`own_rounds`).
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
-from retool_jax.core import console
+from retool_jax.core import console, endpoint_settings
 from retool_jax.core.endpoint import Endpoint
 from retool_jax.stages import folder, own_rounds, parts
 from retool_jax.stages.intake import Intake
@@ -28,21 +30,24 @@ FINISHES = 3  # times that a trace is gone on with from an output that is not as
 def run(stage: Rewrite) -> None:
     """Writes the traces that hold (episodes/, kept.jsonl), the others and why (dropped.jsonl), last summary.json."""
     pairs, own = read(stage)
-    with parts.open_grader(stage.reward) as grader:
+    with contextlib.ExitStack() as stack:
+        grader = stack.enter_context(parts.open_grader(stage.reward))
         pairs = Intake(stage.reward.unreadable, grader.parses).worked(pairs)
-        with folder.claimed(stage) as directory, folder.stoppable(), parts.open_sandbox(stage.sandbox) as pool:
-            model = parts.open_model(stage.model, directory)
-            wording = Wording(model.template, model.tokenizer, stage.feedback, stage.max_tokens)
-            if stage.rewriter.kind == sampled.NAME:
-                console.banner(model=model, sandbox=pool, problems=len(pairs), run=directory)
-                found = own_rounds.make(stage, directory, [p for p, _ in pairs], pool, wording, grader.equal)
-                found = filters.apply(found, stage.filters)
-            else:
-                pairs, dropped = intake.verify(pairs, grader.equal)
-                console.banner(model=model, sandbox=pool, traces=len(pairs) + len(dropped), run=directory)
-                made = rewritten(stage, directory, pairs, pool, wording, grader.equal)
-                found = [*dropped, *filters.apply(made, stage.filters)]
-            folder.write(directory / 'summary.json', outcome.keep(directory, found, model.tokenizer, own))
+        directory = stack.enter_context(folder.claimed(stage, free=endpoint_settings.FREE))
+        stack.enter_context(folder.stoppable())
+        pool = stack.enter_context(parts.open_sandbox(stage.sandbox))
+        model = parts.open_model(stage.model, directory)
+        wording = Wording(model.template, model.tokenizer, stage.feedback, stage.max_tokens)
+        if stage.rewriter.kind == sampled.NAME:
+            console.banner(model=model, sandbox=pool, problems=len(pairs), run=directory)
+            found = own_rounds.make(stage, directory, [p for p, _ in pairs], pool, wording, grader.equal)
+            found = filters.apply(found, stage.filters)
+        else:
+            pairs, dropped = intake.verify(pairs, grader.equal)
+            console.banner(model=model, sandbox=pool, traces=len(pairs) + len(dropped), run=directory)
+            made = rewritten(stage, directory, pairs, pool, wording, grader.equal)
+            found = [*dropped, *filters.apply(made, stage.filters)]
+        folder.write(directory / 'summary.json', outcome.keep(directory, found, model.tokenizer, own))
     outcome.show(found, own)
 
 
@@ -75,7 +80,7 @@ def read(stage: Rewrite) -> tuple[list[Pair], set[str]]:
 
 
 def rewritten(
-    stage: Rewrite, directory, pairs: Sequence[Pair], pool: parts.Sandbox, wording: Wording, equal: Equal
+    stage: Rewrite, directory: Path, pairs: Sequence[Pair], pool: parts.Sandbox, wording: Wording, equal: Equal
 ) -> list[Judged]:
     """What becomes of traces by a calculator or a server."""
     if stage.rewriter.kind == calculator.NAME and not stage.rewriter.judge:

@@ -7,9 +7,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from retool_jax.core import console
+from retool_jax.core import console, endpoint_settings
 from retool_jax.core.endpoint import Endpoint
-from retool_jax.core.endpoint_settings import EndpointSettings
 from retool_jax.core.pytrees import Params
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.library import Spoken, load_spoken
@@ -24,12 +23,7 @@ from retool_jax.text import tags
 from retool_jax.text.template import end_ids
 
 ANSWERS = 'answers'  # below the run's folder
-# Keys of a run that may be others when it goes on: the same model may be served elsewhere, and a budget raised.
-FREE = (
-    *(f'endpoint.{field.name}' for field in dataclasses.fields(EndpointSettings) if field.name != 'model'),
-    'mesh',
-    'sampler',
-)
+FREE = (*endpoint_settings.FREE, 'mesh', 'sampler')  # keys of a run that may be others when it goes on
 # What makes an engine and its weights in the sampling layout, from a sandbox.
 type Make = Callable[[Executor | None], tuple[Engine | Served, Params | None]]
 
