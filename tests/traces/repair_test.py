@@ -1,5 +1,6 @@
 """Repairs: what language models write otherwise is kept under the rule that mends it, or dropped for its reason."""
 
+import json
 import platform
 
 import pytest
@@ -7,8 +8,8 @@ import pytest
 from retool_jax.core.records import Problem
 from retool_jax.sandbox.feedback import FeedbackSettings
 from retool_jax.sandbox.pool import Pool
-from retool_jax.tasks import answers
-from retool_jax.text.template import make_template
+from retool_jax.tasks import answers, problems
+from retool_jax.text.template import make_template, wrap_answer, wrap_snippet
 from retool_jax.traces import repair, snippets, verification
 from retool_jax.traces.verification import Wording
 from tests.fakes import byte_tokenizer
@@ -19,13 +20,18 @@ WORDING = Wording(make_template('tiny'), byte_tokenizer(), FeedbackSettings(styl
 
 
 @pytest.fixture(scope='module')
-def judged():
-    """What becomes of every rewriting of the table, by its name; their snippets are really run."""
+def pool():
     if platform.system() != 'Linux' or platform.machine() != 'x86_64':
         pytest.skip('the local pool needs Linux on x86_64')
-    items = [repair.read(Problem(r.name, 'What is 17 times 23?', r.answer, 'test', ''), r.text) for r in TABLE]
     with Pool(tiny()) as pool:
-        found = verification.verify(items, pool, WORDING, answers.equal_at_sight, progress=False)
+        yield pool
+
+
+@pytest.fixture(scope='module')
+def judged(pool):
+    """What becomes of every rewriting of the table, by its name; their snippets are really run."""
+    items = [repair.read(Problem(r.name, 'What is 17 times 23?', r.answer, 'test', ''), r.text) for r in TABLE]
+    found = verification.verify(items, pool, WORDING, answers.equal_at_sight, progress=False)
     return {item.draft.problem.id: item for item in found}
 
 
@@ -47,6 +53,23 @@ def test_what_is_kept_stands_as_it_is_when_it_is_read_again(judged):
         again = repair.read(found.draft.problem, found.text)
         assert again.repairs == () and again.turns == found.draft.turns
     assert len(kept) >= 20
+
+
+def test_a_row_of_retool_sft_whose_long_output_its_authors_cut_is_kept(pool, tmp_path):
+    code = "for i in range(300):\n    print(i * i * i)\nprint('last', 17 * 23)"
+    whole = ''.join(f'{i**3}\n' for i in range(300)) + 'last 391\n'
+    said = f'{whole[:200]}...{whole[-200:]}'  # O: over 400 characters, both ends of 200
+    written = (
+        f'I list them.\n{wrap_snippet(code)}\n<interpreter>\n{said}\n</interpreter>\n\nIt is 391.\n{wrap_answer("391")}'
+    )
+    asked = 'Use code. *user question:*\nWhat is the last number?\n\nRemember to place the final answer in a box.'
+    row = {'messages': [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': written}]}
+    (tmp_path / 'ReTool-SFT.jsonl').write_text(json.dumps(row) + '\n')
+    ((problem, text),) = problems.read_traces(tmp_path / 'ReTool-SFT.jsonl')
+    assert (problem.question, problem.answer) == ('What is the last number?', '391')
+    (one,) = verification.verify([repair.read(problem, text)], pool, WORDING, answers.equal_at_sight, progress=False)
+    assert (one.reason, one.draft.repairs) == ('kept', ()), one.detail
+    assert one.episode.calls[0].stdout == whole and 'characters omitted' in one.text
 
 
 def test_an_output_that_was_wrong_leaves_a_cut_trace_that_tells_the_real_one(judged):
