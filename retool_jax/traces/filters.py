@@ -15,13 +15,16 @@ from retool_jax.traces.verification import Judged
 class FilterSettings:
     """What is left out of the traces that hold."""
 
-    per_problem: int | None  # traces of one problem, the first ones; at least 1; None: all
-    # share of a problem's candidates that must hold, in [0, 1]: what hardly ever does may be luck; None: no bound
+    per_problem: int | None  # traces of one problem, the first ones; at least 1; None: all. H
+    # share of a problem's candidates that must hold, in [0, 1]: what hardly ever does may be luck; None: no bound.
+    # Difficulty by pass rate is OpenMathReasoning's (arXiv 2504.16891), the bounds are yours
     pass_rate_low: float | None
     pass_rate_high: float | None  # share that may hold: what always does teaches little; in [0, 1]; None: no bound
-    short_lines: int  # lines of code up to which a snippet is short, at least 1
-    short_share: float | None  # share of traces with short snippets alone among those with code, [0, 1); None: any
-    min_tokens: int | None  # written by the model in a trace, at least 1; None: any. The longest: max_tokens
+    # lines of code up to which a snippet is short, at least 1. OpenMathReasoning has a model judge whether code is
+    # significant; its length stands in for that. H
+    short_lines: int
+    short_share: float | None  # share of traces with short snippets alone among those with code, [0, 1); None: any. H
+    min_tokens: int | None  # written by the model in a trace, at least 1; None: any. The longest: max_tokens. H
 
     def __post_init__(self):
         check(
