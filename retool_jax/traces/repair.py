@@ -44,6 +44,7 @@ _TOOL_CALL = re.compile(r'<tool_call>\s*(\{.*?\})\s*</tool_call>', re.DOTALL)
 _RESPONSE = re.compile(r'\s*<tool_response>\n?(.*?)\n?</tool_response>', re.DOTALL)
 _BODY = re.compile(r'<code>(.*?)</code>', re.DOTALL)
 _ELEMENT = re.compile(r'<answer>(.*?)</answer>', re.DOTALL)
+_OPENS = ' \t\r\n$*'  # what may stand between a line's beginning and its box
 _LONGEST_BARE = 60  # characters of an answer that stands in its element without a box
 
 
@@ -159,9 +160,11 @@ def _answer_tag(text: str) -> str:
         return text
     if '<answer>' in tail:
         return f'{text.rstrip()}\n</answer>'
-    rest = re.fullmatch(r'(.*?)[\s$*]*(?:\\\[|\$\$)?\s*\\boxed\{.*\}\s*(?:\\\]|\$\$)?[\s$.*]*', text, re.DOTALL)
-    if rest and rest[1].rstrip().endswith(('\n', '>', '')) and not rest[1].rsplit('\n', 1)[-1].strip():
-        return f'{rest[1].rstrip()}\n\n{wrap_answer(box)}'.lstrip()  # the box is all of its line
+    head, _, rest = text.rpartition('\\boxed')
+    before = head.rstrip(_OPENS).removesuffix('\\[').rstrip(_OPENS)
+    alone = not before or '\n' in head[len(before) :]
+    if alone and re.fullmatch(rf'\s*\{{{re.escape(box)}\}}(?:\\\]|[\s$.*])*', rest):
+        return f'{before}\n\n{wrap_answer(box)}'.lstrip()  # the box is all of its line: it is put in the element
     return f'{text.rstrip()}\n\n{wrap_answer(box)}'
 
 

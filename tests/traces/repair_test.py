@@ -47,6 +47,12 @@ def test_a_rewriting_is_kept_mended_or_dropped_as_it_should_be(case, judged):
     assert set(case.becomes) <= set(repair.RULES)
 
 
+def test_a_box_that_is_all_of_its_line_goes_into_the_element_and_another_stays_in_its_sentence(judged):
+    assert judged['a box on a line of its own'].text.count('\\boxed') == 1
+    assert 'Done.\n\n<answer>' in judged['a box on a line of its own'].text
+    assert judged['a box without its element'].text.count('\\boxed{391}') == 2
+
+
 def test_what_is_kept_stands_as_it_is_when_it_is_read_again(judged):
     kept = [found for found in judged.values() if found.reason == 'kept']
     for found in kept:
