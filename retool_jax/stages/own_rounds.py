@@ -13,7 +13,6 @@ from retool_jax.stages import parts, sft
 from retool_jax.stages.config import CheckpointSettings, FineTuning, ModelSettings, RunSettings
 from retool_jax.stages.rewrite_config import Rewrite
 from retool_jax.traces import outcome, sampled, verification
-from retool_jax.traces.drafts import Draft
 from retool_jax.traces.sampled import Voice, Written
 from retool_jax.traces.verification import Equal, Judged, Wording
 
@@ -95,9 +94,7 @@ def _judged(
     written: Sequence[Written], problems: Sequence[Problem], pool: parts.Sandbox, wording: Wording, equal: Equal
 ) -> list[Judged]:
     by_id = {problem.id: problem for problem in problems}
-    items = [sampled.read(one, by_id[one.id]) for one in written]
-    verified = iter(verification.verify([i for i in items if isinstance(i, Draft)], pool, wording, equal))
-    return [next(verified) if isinstance(item, Draft) else item for item in items]
+    return verification.settle([sampled.read(one, by_id[one.id]) for one in written], pool, wording, equal)
 
 
 def _tuned(stage: Rewrite, directory: Path, place: Path, number: int, found: Sequence[Judged]) -> ModelSettings:

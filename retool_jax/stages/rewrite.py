@@ -20,7 +20,6 @@ from retool_jax.stages.rewrite_config import Rewrite
 from retool_jax.tasks import arithmetic, golds, gym, problems
 from retool_jax.traces import calculator, filters, intake, outcome, sampled, verification
 from retool_jax.traces.asked import Asked
-from retool_jax.traces.drafts import Draft
 from retool_jax.traces.intake import Pair
 from retool_jax.traces.verification import Equal, Judged, Wording
 
@@ -84,29 +83,23 @@ def rewritten(
 ) -> list[Judged]:
     """What becomes of traces by a calculator or a server."""
     if stage.rewriter.kind == calculator.NAME and not stage.rewriter.judge:
-        return judged(calculator.rewrite(pairs), pool, wording, equal)
+        return verification.settle(calculator.rewrite(pairs), pool, wording, equal)
     parameters = {'temperature': stage.rewriter.temperature, 'max_tokens': stage.rewriter.max_tokens}
     with Endpoint(stage.endpoint, directory / 'answers') as endpoint:
         server, dropped = Asked(endpoint, stage.rewriter.candidates, parameters), []
         if stage.rewriter.judge:
             pairs, dropped = server.judge(pairs)
         if stage.rewriter.kind == calculator.NAME:
-            found = judged(calculator.rewrite(pairs), pool, wording, equal)
+            found = verification.settle(calculator.rewrite(pairs), pool, wording, equal)
         else:
             words = {problem.id: text for problem, text in pairs}
-            found = judged(server.rewrite(pairs), pool, wording, equal)
+            found = verification.settle(server.rewrite(pairs), pool, wording, equal)
             for _ in range(FINISHES if stage.rewriter.finish else 0):
                 found, more = finished(found, server, words, pool, wording, equal)
                 if not more:
                     break
         console.say(endpoint.report())
         return [*dropped, *found]
-
-
-def judged(items: Sequence[Draft | Judged], pool: parts.Sandbox, wording: Wording, equal: Equal) -> list[Judged]:
-    """What a rewriter made, its drafts verified; in order."""
-    verified = iter(verification.verify([i for i in items if isinstance(i, Draft)], pool, wording, equal))
-    return [next(verified) if isinstance(item, Draft) else item for item in items]
 
 
 def finished(

@@ -84,6 +84,16 @@ def verify(
     return judge.assembled(found, results)
 
 
+def settle(items: Sequence[Draft | Judged], executor: Executor | None, wording: Wording, equal: Equal) -> list[Judged]:
+    """What a rewriter made, its drafts verified, in the order given; what it dropped itself stays as it is.
+
+    Raises:
+      ValueError: as `verify`.
+    """
+    verified = iter(verify([item for item in items if isinstance(item, Draft)], executor, wording, equal))
+    return [next(verified) if isinstance(item, Draft) else item for item in items]
+
+
 def tally(found: Iterable[Judged]) -> dict[str, int]:
     """How many traces were kept and dropped, by reason."""
     return dict.fromkeys(REASONS, 0) | collections.Counter(judged.reason for judged in found)
