@@ -29,6 +29,9 @@ FINISHES = 3  # times that a trace is gone on with from an output that is not as
 def run(stage: Rewrite) -> None:
     """Writes the traces that hold (episodes/, kept.jsonl), the others and why (dropped.jsonl), last summary.json."""
     pairs, own = read(stage)
+    if len(pairs) > stage.problems:
+        console.say(f'the first {stage.problems} of {len(pairs)} are taken (problems={stage.problems})')
+        pairs = pairs[: stage.problems]
     with contextlib.ExitStack() as stack:
         grader = stack.enter_context(parts.open_grader(stage.reward))
         pairs = Intake(stage.reward.unreadable, grader.parses).worked(pairs)
@@ -52,9 +55,9 @@ def run(stage: Rewrite) -> None:
 
 def read(stage: Rewrite) -> tuple[list[Pair], set[str]]:
     """Problems with their text traces, and the ids of those whose gold answer is the trace's own."""
-    kind, count = stage.rewriter.kind, stage.problems
+    kind = stage.rewriter.kind
     if stage.traces is None:
-        return [(p, '') for p in arithmetic.problems('train', count, stage.run.seed)], set()
+        return [(p, '') for p in arithmetic.problems('train', stage.problems, stage.run.seed)], set()
     if gym.named(stage.traces):
         with gym.maker() as child:
             if kind == sampled.NAME:
@@ -62,20 +65,20 @@ def read(stage: Rewrite) -> tuple[list[Pair], set[str]]:
             else:
                 pairs = gym.worked(stage.traces, child=child)
         random.Random(f'worked/{stage.run.seed}').shuffle(pairs)
-        return pairs[:count], set()
+        return pairs, set()
     leave_out = stage.reward.unreadable == 'leave_out'
     if kind == sampled.NAME:
         loaded = problems.load(stage.traces, leave_out)
         for line in loaded.remarks(stage.traces):
             console.say(line)
-        return [(p, '') for p in loaded.problems[:count]], set()
+        return [(p, '') for p in loaded.problems], set()
     pairs, remarks = problems.load_traces(stage.traces, leave_out, solutions=True)
     for line in remarks:
         console.say(line)
     own = golds.own(pairs, stage.traces)
     if stage.golds:
         pairs, own = golds.join(pairs, own, problems.read(stage.golds))
-    return pairs[:count], own
+    return pairs, own
 
 
 def rewritten(
