@@ -17,7 +17,7 @@ from retool_jax.core.cli import command
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
 from retool_jax.rollout.journal import Journal
-from retool_jax.stages.config import RunSettings
+from retool_jax.stages.config import ENGINE, RunSettings
 from retool_jax.stages.owner import NAME, Owner
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,6 +75,8 @@ def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
         except ValueError:
             raise UserError(f'run.dir={str(directory)!r}: config.json is damaged; choose another folder') from None
         retired = [key for key in RETIRED if not hasattr(stage, key)]
+        if hasattr(stage, 'backend') and before.get('backend') in (None, 'local'):  # an evaluation of earlier versions
+            before['backend'] = ENGINE
         found = settings.differences(before, stage, ignore=('run.dir', *retired, *free), renamed=RENAMED)
         # A run that was refused before its first result left a configuration that binds nobody.
         if found and has_results(directory):

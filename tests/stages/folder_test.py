@@ -1,5 +1,6 @@
 """A run's folder belongs to the configuration that made it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from ml_collections import ConfigDict
 
 from retool_jax.core.errors import UserError
 from retool_jax.stages import folder
+from retool_jax.stages.config import RunSettings
 
 
 def make_config(directory, **changes):
@@ -163,6 +165,30 @@ def test_a_folder_of_an_earlier_version_goes_on_without_the_keys_that_are_gone(t
     claim(make_config(directory, turns={'max_turns': 3}))
     with pytest.raises(UserError, match='turns.max_turns: 3, now 4'):
         claim(make_config(directory, turns={'max_turns': 4}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A stage with a backend, as an evaluation is."""
+
+    run: RunSettings
+    backend: str
+
+
+@pytest.mark.parametrize('earlier', [{}, {'backend': 'local'}])
+def test_an_evaluation_of_an_earlier_version_goes_on_with_the_engine_and_with_no_other_model(earlier, tmp_path):
+    directory = tmp_path / 'run'
+    directory.mkdir()
+    (directory / 'config.json').write_text(json.dumps({'run': {'dir': str(directory), 'seed': 0}} | earlier))
+    put_result(directory, 'episodes')
+    stage = lambda backend: Scored(RunSettings(dir=str(directory), seed=0), backend)
+    with folder.claimed(stage('engine')):
+        pass
+    with (
+        pytest.raises(UserError, match="backend: 'engine', now 'endpoint'"),
+        folder.claimed(stage('endpoint')),
+    ):
+        pass
 
 
 def test_a_folder_of_an_earlier_version_goes_on_where_a_key_has_another_name_by_now(tmp_path):
