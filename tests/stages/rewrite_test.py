@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import random
 import signal
@@ -58,8 +60,17 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_calculator_needs_no_model_and_tells_what_it_dropped(tmp_path, capsys):
-    rewrite.run(staged(tmp_path))
+@pytest.fixture(scope='module')
+def ran(tmp_path_factory):
+    """The folder in which the calculator has rewritten ROWS to run/, and what it said."""
+    folder = tmp_path_factory.mktemp('calculator')
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        rewrite.run(staged(folder))
+    return folder, said.getvalue()
+
+
+def test_a_calculator_needs_no_model_and_tells_what_it_dropped(ran):
+    tmp_path, said = ran
     kept, dropped = read(tmp_path / 'run/kept.jsonl'), read(tmp_path / 'run/dropped.jsonl')
     assert [row['answer'] for row in kept] == ['72', '17']
     assert [(row['reason'], row.get('rewriter', '')) for row in dropped] == [
@@ -77,18 +88,18 @@ def test_a_calculator_needs_no_model_and_tells_what_it_dropped(tmp_path, capsys)
     assert summary['statistics']['with_code'] == 1.0 and summary['statistics']['failing_calls'] == 0.0
     made = episode_files.read(tmp_path / 'run/episodes')
     assert [e.calls[-1].verdict for e in made] == [Verdict.OK] * 2
-    assert 'the text trace itself does not say the gold answer' in capsys.readouterr().out
+    assert 'the text trace itself does not say the gold answer' in said
 
 
-def test_what_was_kept_is_a_file_of_traces_that_a_cold_start_keeps_whole(tmp_path):
-    rewrite.run(staged(tmp_path))
+def test_what_was_kept_is_a_file_of_traces_that_a_cold_start_keeps_whole(ran):
+    tmp_path, _ = ran
     pairs = problems.read_traces(tmp_path / 'run/kept.jsonl')
     assert [problem.answer for problem, _ in pairs] == ['72', '17']
     assert [text for _, text in pairs] == [row['rewritten'] for row in read(tmp_path / 'run/kept.jsonl')]
 
 
-def test_filters_are_off_unless_asked_and_say_what_they_left_out(tmp_path):
-    rewrite.run(staged(tmp_path))
+def test_filters_are_off_unless_asked_and_say_what_they_left_out(ran):
+    tmp_path, _ = ran
     shorter, longer = sorted(e.acted_count for e in episode_files.read(tmp_path / 'run/episodes'))
     rewrite.run(staged(tmp_path, filters__min_tokens=longer, run__dir=str(tmp_path / 'again')))
     (row,) = [row for row in read(tmp_path / 'again/dropped.jsonl') if row['reason'] == 'filter']
