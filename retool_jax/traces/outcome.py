@@ -30,6 +30,10 @@ def keep(directory: Path, found: Sequence[Judged], tokenizer: Tokenizer, own: Co
       UserError: no trace was kept; dropped.jsonl is written then too.
     """
     made = verification.episodes(found)
+    samples: collections.Counter[str] = collections.Counter()
+    for episode in made:  # anew: traces that were finished later were counted apart
+        episode.sample = samples[episode.problem.id]
+        samples[episode.problem.id] += 1
     directory.mkdir(parents=True, exist_ok=True)
     with uninterrupted():
         _write(directory / DROPPED, (_row(judged) for judged in found if judged.episode is None))
