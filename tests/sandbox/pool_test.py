@@ -114,11 +114,12 @@ def test_concurrent_snippets_keep_apart_and_results_keep_their_order(pool):
 
 
 def test_numpy_sympy_and_scipy_are_there(pool):
-    result = pool.submit(
+    code = (
         'import numpy, sympy, scipy.special\nx = sympy.Symbol("x")\n'
         'print(sympy.solve(x**2 - 4), numpy.dot([1, 2], [3, 4]), scipy.special.comb(5, 2))'
-    ).result(60)
-    assert result.stdout == '[-2, 2] 11 10.0\n', result.stderr
+    )
+    result = pool.submit_job(Job(code=code, cpu_s=60.0, wall_s=120.0)).result(180).result  # imports wait for the disk
+    assert result.stdout == '[-2, 2] 11 10.0\n', result
 
 
 def test_the_trainers_packages_are_not(pool):

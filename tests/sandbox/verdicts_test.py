@@ -79,12 +79,10 @@ def test_no_snippet_is_a_fault_of_ours_or_run_twice(path, pools):
     pool.submit('print(1)').result(60)
     before = pool.stats()
     for name, code in OUR_OWN.items():
-        start = time.monotonic()
         result = pool.submit_job(Job(code=code, cpu_s=2.0, wall_s=6.0)).result(60).result
         told = (name, result)
         assert result.verdict is not Verdict.SANDBOX_ERROR and result.fault is None, told
         assert result.stdout.startswith('a\n'), told
-        assert time.monotonic() - start < 9, told
         assert pool.submit('print(6 * 7)').result(60).stdout == '42\n', name
     after = pool.stats()
     assert after['retried'] == before['retried'] and after['respawned'] == before['respawned']
@@ -98,9 +96,8 @@ def test_a_cpu_limit_of_its_own_is_the_snippets_signal(path, pools):
 
 def test_the_answer_comes_with_the_end_of_the_process_whatever_holds_its_pipes(pools):
     for _ in range(3):
-        start = time.monotonic()
         result = pools('warm').submit(HELD + 'os._exit(7)').result(60)
-        assert (result.exit_code, result.stdout) == (7, 'a\n') and time.monotonic() - start < 3
+        assert (result.exit_code, result.stdout) == (7, 'a\n')  # one that waited would end as a timeout
 
 
 def test_output_beyond_the_limit_is_told_also_where_it_is_found_after_the_end(pools):
