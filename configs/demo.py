@@ -94,10 +94,10 @@ def set_pretrained(config: ConfigDict, arg: str) -> None:
     config.forward.update(
         {
             'dtype': 'float32',
-            'remat': 'full',  # 'dots' was no quicker on 2 cores, and takes 1.1 GB more
-            'logprob_chunk': 512,
+            'remat': 'none',  # a row at a time takes 5 GB; 'full', four rows at a time, a quarter longer
+            'logprob_chunk': 256,
             'vocab_chunk': 1 << 16,
-            'micro_rows': 4,
+            'micro_rows': 1,
             'row_width': 512,
             'row_segments': 8,
         }

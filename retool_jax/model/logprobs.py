@@ -13,7 +13,7 @@ from retool_jax.core.pytrees import Params
 from retool_jax.model.decoder import head_weight
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 LANES = 128  # of an accelerator's vectors
 FLOOR = -1e30  # below every logit, and finite: its exponential is 0, and 0 times it is 0
@@ -24,16 +24,20 @@ def token_logprobs(
     hidden_BTD: Float[Array, 'B T D'],
     tokens_BT: Int[Array, 'B T'],
     *,
+    wanted_BT: Bool[Array, 'B T'] | None = None,
     temperature: float = 1.0,
     chunk: int = 256,
     vocab_chunk: int = 1 << 16,
 ) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
     """log p(token t | tokens before t) and the entropy of that distribution, both f32 [B, T].
 
-    Aligned to the token: entry t comes from hidden state t − 1, entry 0 is 0. `chunk` positions of a
-    row meet `vocab_chunk` entries of the vocabulary at a time, recomputed in the backward pass: the
+    Aligned to the token: entry t comes from hidden state t − 1, entry 0 is 0. B · `chunk` positions
+    meet `vocab_chunk` entries of the vocabulary at a time, recomputed in the backward pass: the
     largest array is B · chunk · vocab_chunk in f32. On a mesh each device sees its own rows and its
     own part of the vocabulary, and what is exchanged are four numbers a token.
+
+    wanted_BT: tokens whose numbers are asked for, None for all; the others' are 0. A device takes its
+    wanted positions first, and chunks in which there are none cost nothing.
 
     Raises:
       ValueError: T is no multiple of `chunk`.
@@ -42,64 +46,83 @@ def token_logprobs(
     chunk = min(chunk, t)
     if t % chunk:
         raise ValueError(f'sequence length {t} is not a multiple of the logprob chunk {chunk}')
-    target_BT = jnp.roll(tokens_BT, -1, axis=1)  # hidden t predicts token t + 1; the last entry is unused
+    wanted_BT = jnp.ones(tokens_BT.shape, bool) if wanted_BT is None else wanted_BT
+    # Hidden state t predicts token t + 1; the last one predicts nothing.
+    ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+    target_BT, wanted_BT = ahead(tokens_BT), ahead(wanted_BT)
     run = functools.partial(_rows, temperature=temperature, chunk=chunk, vocab_chunk=vocab_chunk)
     mesh = jax.sharding.get_abstract_mesh()
     w_DV = sharding.gather(head_weight(params), hidden_BTD.dtype, 'embed', 'vocab')
     if mesh.empty:
-        found = run(hidden_BTD, w_DV, target_BT, over=None)
+        found = run(hidden_BTD, w_DV, target_BT, wanted_BT)
     else:
         rows = sharding.spec(('batch', None), sharding.TRAIN_RULES)
         found = jax.shard_map(
-            functools.partial(run, over='tensor'),
+            functools.partial(run, over='tensor', across=rows[0]),
             mesh=mesh,
             out_specs=(rows, rows),
-            in_specs=(sharding.spec(('batch', None, None), sharding.TRAIN_RULES), jax.P(None, 'tensor'), rows),
-        )(hidden_BTD, w_DV, target_BT)
-    shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
-    return shift(found[0]), shift(found[1])
+            in_specs=(sharding.spec(('batch', None, None), sharding.TRAIN_RULES), jax.P(None, 'tensor'), rows, rows),
+        )(hidden_BTD, w_DV, target_BT, wanted_BT)
+    back = lambda x: jnp.pad(jnp.where(wanted_BT, x, 0.0)[:, :-1], ((0, 0), (1, 0)))
+    return back(found[0]), back(found[1])
 
 
 def _rows(
     x_BTD: jax.Array,
     w_DV: jax.Array,
     target_BT: jax.Array,
+    wanted_BT: jax.Array,
     *,
     temperature: float,
     chunk: int,
     vocab_chunk: int,
-    over: str | None,
+    over: str | None = None,
+    across: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores one device's rows against its part of the vocabulary; over: the mesh axis that splits the vocabulary."""
-    b, t, _ = x_BTD.shape
+    """Scores one device's rows against its part of the vocabulary.
+
+    over: the mesh axis that splits the vocabulary; across: those that split the rows.
+    """
+    b, t, d = x_BTD.shape
     if over is not None:
+        # What the devices exchange in the backward pass they exchange outside the branches below, which differ.
+        w_DV = jax.lax.pcast(w_DV, across, to='varying')
+        x_BTD = jax.lax.pcast(x_BTD, over, to='varying')
         target_BT = target_BT - jax.lax.axis_index(over) * w_DV.shape[1]
         # Tokens of another device's part become −1: their ids here could hit the zeros that fill the last chunk up.
         target_BT = jnp.where(target_BT < w_DV.shape[1], target_BT, -1)
     w_PDV, filled = _pieces(w_DV, vocab_chunk)
-    split = lambda x: jnp.moveaxis(x.reshape(b, t // chunk, chunk, *x.shape[2:]), 1, 0)
-    x_CBTD, target_CBT = split(x_BTD), split(target_BT)
+    order_X = jnp.argsort(~wanted_BT.reshape(-1), stable=True)  # what is wanted first
+    split = lambda x: x.reshape(b * t, *x.shape[2:]).at[order_X].get(unique_indices=True, mode='promise_in_bounds')
+    x_CXD = split(x_BTD).reshape(t // chunk, b * chunk, d)
+    target_CX, wanted_CX = (split(x).reshape(t // chunk, b * chunk) for x in (target_BT, wanted_BT))
 
     # The outer loop is over the vocabulary: the gradient of a chunk's weights is whole before the next chunk begins.
     def piece(found, w, first):
-        w = w.astype(jnp.float32)  # the dtype in which gradients of a row's chunks add up
+        w = w.astype(jnp.float32)  # the dtype in which gradients of the positions' chunks add up
 
         @jax.checkpoint
         def one(_, xs):
-            x, target, found = xs
-            logits = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
-            if filled:
-                logits = jnp.where(first + jnp.arange(w.shape[1]) < w_DV.shape[1], logits, FLOOR)
-            return None, _join(found, _sums(logits, target - first))
+            x, target, any_wanted, found = xs
 
-        return jax.lax.scan(one, None, (x_CBTD, target_CBT, found))[1]
+            def score_chunk():
+                logits = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
+                if filled:
+                    logits = jnp.where(first + jnp.arange(w.shape[1]) < w_DV.shape[1], logits, FLOOR)
+                return _join(found, _sums(logits, target - first))
 
-    found = piece(None, w_PDV[0], 0)
+            return None, jax.lax.cond(any_wanted, score_chunk, lambda: found)
+
+        return jax.lax.scan(one, None, (x_CXD, target_CX, wanted_CX.any(axis=1), found))[1]
+
+    zeros_CX = 0.0 * target_CX  # a constant would not differ from device to device, as what is found does
+    # A peak of FLOOR: the first chunk of the vocabulary replaces the rest, the 1.0 keeps what none replaces finite.
+    found = piece((zeros_CX + FLOOR, zeros_CX + 1.0, zeros_CX, zeros_CX), w_PDV[0], 0)
     if len(w_PDV) > 1:
         again = jax.checkpoint(lambda found, xs: (piece(found, *xs), None))
         found, _ = jax.lax.scan(again, found, (w_PDV[1:], jnp.arange(1, len(w_PDV)) * w_PDV.shape[2]))
     found = _finish(found if over is None else _over_devices(found, over))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(b, t)
+    join = lambda x: jnp.zeros(b * t, x.dtype).at[order_X].set(x.reshape(-1), unique_indices=True).reshape(b, t)
     return join(found[0]), join(found[1])
 
 
@@ -131,10 +154,8 @@ def _sums(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
     return peak, e.sum(axis=-1), (e * z).sum(axis=-1), jnp.where(hit, logits, 0.0).sum(axis=-1)
 
 
-def _join(a: tuple[jax.Array, ...] | None, b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _join(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The partial sums of two chunks together."""
-    if a is None:
-        return b
     peak = jnp.maximum(a[0], b[0])
     (total_a, mean_a), (total_b, mean_b) = _rebase(a, peak), _rebase(b, peak)
     return peak, total_a + total_b, mean_a + mean_b, a[3] + b[3]

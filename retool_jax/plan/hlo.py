@@ -41,7 +41,7 @@ class Instruction:
 
     def called(self) -> Iterator[str]:
         """Computations that it runs once per execution (not a loop's body)."""
-        for key in ('calls', 'to_apply', 'async_execution_thread'):
+        for key in ('calls', 'to_apply', 'async_execution_thread', 'true_computation', 'false_computation'):
             yield from re.findall(rf'\b{key}=%?([\w.\-]+)', self.rest)
         for group in re.findall(r'\b(?:branch_computations|called_computations)=\{([^}]*)\}', self.rest):
             yield from re.findall(r'%?([\w.\-]+)', group)

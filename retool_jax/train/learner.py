@@ -218,8 +218,8 @@ class Learner:
             yield self._cut(tree, np.int32(row))
 
     def _evaluate(self, params: Params, micro: Batch, logprobs: bool = True) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """logprob, entropy and value of every token, [B, T] each; zeros where `params` lacks the part, and for the
-        first two without `logprobs`."""
+        """logprob and entropy of every acted token, value of every token, [B, T] each; zeros where `params` lacks the
+        part, and for the first two without `logprobs`."""
         f = self.forward
         run = lambda weights: decoder.forward(
             self.config,
@@ -242,6 +242,7 @@ class Learner:
                         params['policy'],
                         hidden_BTD,
                         micro.tokens_BT,
+                        wanted_BT=micro.acted_BT,
                         temperature=self.temperature,
                         chunk=f.logprob_chunk,
                         vocab_chunk=f.vocab_chunk,

@@ -39,7 +39,7 @@ FUNCTIONS = {f'{m}.{name}': f for m in MODULES for name, f in over_arrays(m).ite
 def checked(name: str):
     """The function with its annotations resolved and enforced, arrays of numpy and JAX alike."""
     function = FUNCTIONS[name]
-    names = {x: getattr(jaxtyping, x) for x in ('Float', 'Int')} | {'Array': jax.Array | np.ndarray}
+    names = {x: getattr(jaxtyping, x) for x in ('Bool', 'Float', 'Int')} | {'Array': jax.Array | np.ndarray}
     hints = typing.get_type_hints(function, localns=names)
     copy = type(function)(function.__code__, function.__globals__, function.__name__, function.__defaults__)
     copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, hints

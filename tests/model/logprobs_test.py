@@ -61,6 +61,29 @@ def test_pieces_of_the_vocabulary_on_any_part_of_a_mesh_give_values_and_gradient
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('tensor', [1, 2])
+def test_only_wanted_tokens_have_numbers_and_gradients_and_chunks_without_any_are_not_computed(tensor):
+    wanted = RNG.random((B, T)) < 0.4
+    read = np.roll(wanted & (np.arange(T) > 0), -1, axis=1)  # hidden states that predict a wanted token
+
+    def loss(head, hidden, **kwargs):
+        found = token_logprobs({'lm_head': {'weight': head}}, hidden, TOKENS, chunk=1, **kwargs)
+        return sum(jnp.where(wanted, x, 0.0).sum() for x in found), found
+
+    run = lambda **kwargs: jax.jit(jax.value_and_grad(functools.partial(loss, **kwargs), (0, 1), has_aux=True))
+    (_, numbers), gradients = run(vocab_chunk=13)(HEAD, HIDDEN)
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'tensor': tensor}, jax.devices()[: 2 * tensor])
+    place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
+    # A device has one row of two here, so that chunks hold one position each, and any that were computed would show.
+    hidden = np.where(read[..., None], HIDDEN, np.nan).astype(np.float32)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        (_, found), slopes = run(vocab_chunk=13, wanted_BT=wanted)(place(HEAD, 'fsdp', 'tensor'), place(hidden, 'fsdp'))
+    for a, b in zip(found, numbers):
+        np.testing.assert_allclose(a, np.where(wanted, b, 0.0), atol=1e-5)
+    for a, b in zip(slopes, gradients):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_gradients_are_those_of_log_softmax():
     def plain(head, hidden):
         logp = jax.nn.log_softmax(hidden @ head)
