@@ -23,8 +23,8 @@ class ForwardSettings:
     # those results in the host's memory. H full
     remat: str
     unroll: int  # layers per step of the scan over layers; more compile slower, and run faster on CPUs. H 1
-    # Positions that meet the vocabulary at a time, for each row of a device; divides row_width. Acted tokens are scored,
-    # gathered to the front, and chunks that hold none are left out. H 2048
+    # Positions that meet the vocabulary at a time, for each row of a device; divides row_width. Acted tokens alone are
+    # scored: they are gathered to the front, and chunks that hold none are left out. H 2048
     logprob_chunk: int
     vocab_chunk: int  # vocabulary entries that meet a chunk of positions at a time. H 8192
     micro_rows: int  # rows of a micro-batch, over all devices of data × fsdp; 0: one for each device. H 0
