@@ -126,6 +126,7 @@ def test_the_trainers_packages_are_not(pool):
     assert 'ModuleNotFoundError' in pool.submit('import jax').result(60).stderr
 
 
+@pytest.mark.slow
 def test_every_worker_gives_the_same_bytes(pool):
     expected = pool.submit(SAME_EVERYWHERE, seed=7).result(60)
     assert expected.verdict is Verdict.OK, expected.stderr
@@ -136,6 +137,7 @@ def test_every_worker_gives_the_same_bytes(pool):
     assert pool.submit(SAME_EVERYWHERE, seed=8).result(60).stdout != expected.stdout
 
 
+@pytest.mark.slow
 def test_the_cold_path_draws_the_same_numbers(pools):
     code = (
         'import random, numpy, sympy\nprint(random.random(), numpy.random.rand(), sympy.randprime(1, 10**9), hash("a"))'

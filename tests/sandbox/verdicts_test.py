@@ -73,7 +73,7 @@ OUR_OWN = {  # what a policy could try in order to be counted as a fault
 }
 
 
-@pytest.mark.parametrize('path', ['warm', 'cold'])
+@pytest.mark.parametrize('path', ['warm', pytest.param('cold', marks=pytest.mark.slow)])
 def test_no_snippet_is_a_fault_of_ours_or_run_twice(path, pools):
     pool = pools(path)
     pool.submit('print(1)').result(60)

@@ -158,6 +158,7 @@ def test_questions_that_ask_for_an_expression_are_worked_out_operation_by_operat
         assert solution.count('\n') + 1 == problem.question.count(' + ') + problem.question.count(' - ')
 
 
+@pytest.mark.slow
 def test_data_sets_that_follow_the_order_of_sets_are_the_same_in_every_process():
     script = (
         'from retool_jax.tasks import gym\n'

@@ -60,7 +60,7 @@ ENDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('path', ['warm', 'cold'])
+@pytest.mark.parametrize('path', ['warm', pytest.param('cold', marks=pytest.mark.slow)])
 def test_a_snippet_ends_as_the_interpreter_would_end_it(path, pools):
     pool = pools(path)
     for name, (code, verdict, status, out, err) in ENDS.items():
