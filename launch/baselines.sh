@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Side environments with the peers that tests and benchmarks compare with, apart from .venv because
-# their pins disagree: .baselines/torch (torch, transformers), .baselines/tunix (google-tunix pins an
+# their pins disagree: .baselines/torch (torch, transformers, peft), .baselines/tunix (google-tunix pins an
 # older transformers). A test or bench that needs one runs .baselines/NAME/bin/python as a child.
 # .baselines/plan holds the TPU compiler alone, for launch/plan.py: inside .venv it would look for TPUs
 # at every start of JAX, for 20 seconds. `launch/baselines.sh plan` makes only that.
@@ -35,6 +35,6 @@ for found in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.11*/bin/python3 "$(type -P
     [ -n "$torch_python" ] || { "$found" -c 'import venv, ensurepip' >/dev/null 2>&1 && torch_python="$found"; } || true
 done
 make_env torch "$torch_python" 'torch==2.13.*' 'transformers>=5' safetensors sentencepiece numpy \
-    gguf accelerate
+    gguf accelerate 'peft==0.21.*'
 make_env tunix "${RETOOL_PYTHON:-.venv/bin/python}" 'google-tunix==0.1.7'
 echo 'baselines: ready'

@@ -12,13 +12,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from retool_jax.core.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
-LOGICAL = ('batch', 'seq', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab', 'layers')
+LOGICAL = ('batch', 'seq', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab', 'layers', 'rank')
 
 # Training: weights split over both axes, activations over the batch; between layers, where they are kept
 # for the backward pass, over the row's length too (a 32B's 64 layers of 18,432 tokens: 3 GiB a chip, not 11).
 TRAIN_RULES: dict[str, tuple[str, ...]] = {
     'batch': ('data', 'fsdp'), 'embed': ('fsdp',), 'heads': ('tensor',), 'kv_heads': ('tensor',),
-    'mlp': ('tensor',), 'vocab': ('tensor',), 'seq': ('tensor',), 'head_dim': (), 'layers': (),
+    'mlp': ('tensor',), 'vocab': ('tensor',), 'seq': ('tensor',), 'head_dim': (), 'layers': (), 'rank': (),
 }  # fmt: skip
 # What a training matmul reads: weights whole over fsdp.
 GATHERED_RULES: dict[str, tuple[str, ...]] = TRAIN_RULES | {'embed': ()}

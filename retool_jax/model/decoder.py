@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -22,7 +22,7 @@ from retool_jax.core.pytrees import KVCache, Params
 from retool_jax.core.sharding import constrain
 from retool_jax.model import attention, kernels, kv_cache
 from retool_jax.model.config import ModelConfig
-from retool_jax.model.layers import Block, Projection, RMSNorm, declare, rope_table
+from retool_jax.model.layers import Block, Projection, RMSNorm, declare, merge, rope_table
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
@@ -40,12 +40,20 @@ class Embedding(nnx.Module):
 class Decoder(nnx.Module):
     """The training layout: `layers` is one Block whose weights have a leading layer axis."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array):
+    def __init__(self, config: ModelConfig, key: jax.Array, rank: int = 0, targets: tuple[str, ...] = ()):
+        """rank, targets: of the adapters beside the layers' projections (model/lora.py)."""
         layer_key, rest = jax.random.split(key)
         rngs = nnx.Rngs(rest)
         self.embed_tokens = Embedding(config, rngs)
         keys = jax.random.split(layer_key, config.num_hidden_layers)
-        self.layers = jax.vmap(lambda k: Block(config, nnx.Rngs(k)))(keys)
+
+        def layer(key):
+            rngs = nnx.Rngs(key)
+            block = Block(config, rngs)
+            block.adapt(rank, targets, rngs)
+            return block
+
+        self.layers = jax.vmap(layer)(keys)
         self.norm = RMSNorm(config.hidden_size, 'embed', config.rms_norm_eps, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = Projection(
@@ -58,34 +66,36 @@ class Decoder(nnx.Module):
 
 
 @functools.cache
-def _abstract(config: ModelConfig) -> Decoder:
-    return jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
+def _abstract(config: ModelConfig, rank: int = 0, targets: tuple[str, ...] = ()) -> Decoder:
+    return jax.eval_shape(lambda: Decoder(config, jax.random.key(0), rank, targets))
 
 
 @functools.cache
-def _definition(config: ModelConfig, part: str):
+def _definition(config: ModelConfig, part: str, targets: tuple[str, ...]):
     """The static half of a module: 'layers' (a Block) or 'norm'."""
-    return nnx.split(getattr(_abstract(config), part))[0]
+    return nnx.split(getattr(_abstract(config, 1, targets), part))[0]
 
 
 def _bind(config: ModelConfig, part: str, params: Params):
-    return nnx.merge(_definition(config, part), nnx.State(params))
+    modules = [*params.get('self_attn', {}).items(), *params.get('mlp', {}).items()]
+    adapted = tuple(sorted(name for name, own in modules if 'lora_A' in own))
+    return nnx.merge(_definition(config, part, adapted), nnx.State(params))
 
 
-def init(config: ModelConfig, key: jax.Array) -> Params:
-    """Random f32 parameters in the training layout."""
-    return nnx.to_pure_dict(nnx.state(Decoder(config, key)))
+def init(config: ModelConfig, key: jax.Array, rank: int = 0, targets: tuple[str, ...] = ()) -> Params:
+    """Random f32 parameters in the training layout; with `rank`, those of adapters beside the projections `targets`."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, key, rank, targets)))
 
 
-def abstract_params(config: ModelConfig) -> Params:
+def abstract_params(config: ModelConfig, rank: int = 0, targets: tuple[str, ...] = ()) -> Params:
     """Shapes and dtypes of the training layout."""
-    return nnx.to_pure_dict(nnx.state(_abstract(config)))
+    return nnx.to_pure_dict(nnx.state(_abstract(config, rank, targets)))
 
 
-def logical_axes(config: ModelConfig) -> dict:
+def logical_axes(config: ModelConfig, rank: int = 0, targets: tuple[str, ...] = ()) -> dict:
     """The words of every weight's dimensions, in the shape of the training layout."""
     tree: dict = {}
-    for path, variable in nnx.to_flat_state(nnx.state(_abstract(config))):
+    for path, variable in nnx.to_flat_state(nnx.state(_abstract(config, rank, targets))):
         node = tree
         for word in path[:-1]:
             node = node.setdefault(word, {})
@@ -193,24 +203,30 @@ def to_sampling(config: ModelConfig, params: Params, dtype=jnp.float32) -> Param
 
 
 def sampling_layer(layers: Params, i: int | jax.Array, dtype=jnp.float32) -> Params:
-    """Layer `i` of the training layout's stack as the sampling layout has it."""
-    return _cast(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), layers), dtype)
+    """Layer `i` of the training layout's stack as the sampling layout has it: adapters added to their weights."""
+    layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), layers)
+    return cast(merge(layer), dtype)
 
 
 def sampling_ends(params: Params, dtype=jnp.float32) -> Params:
     """The sampling layout but for its layers: embeddings, last norm, head."""
     ends = {'embed_tokens': params['embed_tokens'], 'norm': params['norm'], 'lm_head': {'weight': head_weight(params)}}
-    return _cast(ends, dtype)
+    return cast(ends, dtype)
 
 
-def _cast(params: Params, dtype) -> Params:
+def cast(params: Params, dtype) -> Params:
     """Weights as the trainer's forward pass reads them: the gains of norms, which multiply in f32, stay f32.
 
     Everything else is cast where the trainer uses it, to the same bits. Gains of bf16 raised the deviation between
     sampler and trainer from 1.8e-3 to 2.9e-3 as soon as training had moved them.
     """
-    gain = lambda path: any('norm' in entry.key for entry in path)
+    gain = lambda path: is_gain([entry.key for entry in path])
     return jax.tree_util.tree_map_with_path(lambda path, x: x if gain(path) else x.astype(dtype), params)
+
+
+def is_gain(path: Sequence[str]) -> bool:
+    """Whether the weight at `path` is the gain of a norm."""
+    return any('norm' in word for word in path)
 
 
 def extend(

@@ -28,6 +28,7 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import decoder
 from retool_jax.model.config import ModelConfig, load_config, to_hf
+from retool_jax.model.layers import merge
 from retool_jax.model.tensor_files import INDEX, SINGLE, Tensor, read_headers
 
 # Our path: its name in the checkpoint ({} is the layer), and how many leading axes of ours are inputs.
@@ -56,6 +57,7 @@ TABLE: dict[str, tuple[str, int | None]] = {
     'lm_head.weight': ('lm_head.weight', 1),
 }
 DTYPES = {'BF16': jnp.bfloat16, 'F16': np.float16, 'F32': np.float32}
+KINDS = {jnp.dtype(dtype).name: kind for kind, dtype in DTYPES.items()}
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'vocab.json', 'merges.txt',
                    'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'generation_config.json',
 )  # fmt: skip
@@ -118,11 +120,13 @@ def load(
     shardings=None,
     dtype=jnp.float32,
     progress: Progress | None = None,
+    gains=None,
 ) -> Params:
     """Reads a Hugging Face directory into the training layout, straight onto the devices.
 
     shardings: a tree like the parameters (`core.sharding.shardings`), None for the default device. Every
-    process reads its own parts alone. Peak host memory: the largest tensor + 64 MiB.
+    process reads its own parts alone. gains: the dtype of norms where it is another. Peak host memory: the largest
+    tensor + 64 MiB.
 
     Raises: UserError naming a missing or truncated file, a field of config.json that differs, or
     the tensors that are missing, extra or of another shape.
@@ -143,7 +147,8 @@ def load(
         node = params
         for word in leaf.path[:-1]:
             node = node.setdefault(word, {})
-        node[leaf.path[-1]] = _load_leaf(leaf, tensors, homes.get(leaf.path), jnp.dtype(dtype), tick)
+        own = gains if gains is not None and decoder.is_gain(leaf.path) else dtype
+        node[leaf.path[-1]] = _load_leaf(leaf, tensors, homes.get(leaf.path), jnp.dtype(own), tick)
     return params
 
 
@@ -239,7 +244,7 @@ def save(
     file_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the training layout as a directory that transformers loads; called by every process.
+    """Writes the training layout as a directory that transformers loads, adapters merged; called by every process.
 
     It appears under its name when it is complete. tokenizer_dir: where the tokenizer's files and the
     ids of its special tokens are copied from. Files hold at most `file_bytes`, or one tensor.
@@ -249,7 +254,7 @@ def save(
     write(
         directory,
         config,
-        lambda leaf, i: [_fetch(params, leaf, i, dtype)],
+        lambda leaf, i: [fetch_tensor(params, leaf, i, dtype)],
         dtype,
         tokenizer_dir,
         file_bytes=file_bytes,
@@ -274,9 +279,8 @@ def write(
       UserError: another dtype than DTYPES, a directory that holds something, or no tokenizer where one is asked for.
     """
     directory, name = Path(directory).absolute(), jnp.dtype(dtype).name
-    kinds = {jnp.dtype(kind).name: code for code, kind in DTYPES.items()}
-    if name not in kinds:
-        raise UserError(f'dtype {name} is not supported; choose {", ".join(kinds)}')
+    if name not in KINDS:
+        raise UserError(f'dtype {name} is not supported; choose {", ".join(KINDS)}')
     refuse_existing(directory)
     tokenizer_files, special = _tokenizer(tokenizer_dir)
     # In the checkpoint's own order, layer by layer, so that a file holds whole layers.
@@ -294,12 +298,7 @@ def write(
     for number, part in enumerate(parts, 1):
         file = SINGLE if len(parts) == 1 else f'model-{number:05}-of-{len(parts):05}.safetensors'
         weight_map |= {leaf.names[i or 0]: file for leaf, i in part}
-        with open(partial / file if writes else os.devnull, 'wb') as f:
-            f.write(_header(part, kinds[name], jnp.dtype(dtype).itemsize))
-            for leaf, i in part:
-                for host in fetch(leaf, i):
-                    f.write(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
-                tick()
+        write_file(partial / file if writes else os.devnull, part, fetch, dtype, tick)
     if not writes:
         return
     if len(parts) > 1:
@@ -313,6 +312,22 @@ def write(
     if directory.exists():
         directory.rmdir()
     partial.rename(directory)
+
+
+def write_file(
+    path: str | os.PathLike,
+    part: list[tuple[Leaf, int | None]],
+    fetch: Callable[[Leaf, int | None], Iterable[np.ndarray]],
+    dtype,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """One safetensors file of the tensors of `part`, each a leaf and its layer, as `fetch` gives them to `write`."""
+    with open(path, 'wb') as file:
+        file.write(_header(part, jnp.dtype(dtype)))
+        for leaf, i in part:
+            for host in fetch(leaf, i):
+                file.write(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
+            tick()
 
 
 def refuse_existing(directory: str | os.PathLike) -> None:
@@ -348,29 +363,29 @@ def _split(order: list, itemsize: int, file_bytes: int) -> list[list]:
     return files
 
 
-def _header(part: list, code: str, itemsize: int) -> bytes:
+def _header(part: list, dtype: np.dtype) -> bytes:
     header, offset = {'__metadata__': {'format': 'pt'}}, 0
     for leaf, i in part:
-        stop = offset + math.prod(leaf.shape) * itemsize
-        header[leaf.names[i or 0]] = {'dtype': code, 'shape': leaf.theirs, 'data_offsets': [offset, stop]}
+        stop = offset + math.prod(leaf.shape) * dtype.itemsize
+        header[leaf.names[i or 0]] = {'dtype': KINDS[dtype.name], 'shape': leaf.theirs, 'data_offsets': [offset, stop]}
         offset = stop
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % 8)  # the data start aligned
     return struct.pack('<Q', len(text)) + text
 
 
-def _fetch(params: Params, leaf: Leaf, i: int | None, dtype) -> np.ndarray:
+def fetch_tensor(params: Params, leaf: Leaf, i: int | None, dtype) -> np.ndarray:
     """One tensor of the checkpoint on the host of every process."""
-    array = params
-    for word in leaf.path:
-        array = array[word]
-    part = _take(array, jnp.int32(i or 0), leaf.stacked, leaf.order, leaf.theirs, jnp.dtype(dtype))
+    module = functools.reduce(lambda node, word: node[word], leaf.path[:-1], params)
+    layer = jnp.int32(i or 0) if leaf.stacked else None
+    part = _take(module, leaf.path[-1], layer, leaf.order, leaf.theirs, jnp.dtype(dtype))
     return np.asarray(part if part.is_fully_addressable else multihost_utils.process_allgather(part, tiled=True))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _take(array, i, stacked: bool, order: tuple[int, ...], shape: tuple[int, ...], dtype):
-    part = jax.lax.dynamic_index_in_dim(array, i, keepdims=False) if stacked else array
+@functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
+def _take(module: Params, name: str, layer, order: tuple[int, ...], shape: tuple[int, ...], dtype):
+    cut = lambda x: x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    part = merge(jax.tree.map(cut, module))[name]
     return part.transpose(order).reshape(shape).astype(dtype)
 
 

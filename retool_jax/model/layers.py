@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import jax
@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from retool_jax.core.pytrees import Params
 from retool_jax.core.sharding import constrain, gather
 from retool_jax.model.config import Llama3Scaling, ModelConfig, YarnScaling
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
 
+PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')  # of a block
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BTNH times H^-½, k_BTKH, v_BTKH → BTNH
 
 
@@ -44,17 +46,29 @@ class RMSNorm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """A linear map; `weight` has the input axes first, whatever their number."""
+    """A linear map; `weight` has the input axes first, whatever their number. LoRA puts a narrow one beside it."""
 
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool, scale: float, rngs: nnx.Rngs):
         shape = (*inputs.values(), *outputs.values())
         self.weight = declare(rngs, shape, (*inputs, *outputs), scale)
         self.bias = declare(rngs, tuple(outputs.values()), tuple(outputs)) if bias else nnx.data(None)
+        self.lora_A = self.lora_B = nnx.data(None)
         self.axes, self.contracted = (*inputs, *outputs), len(inputs)
+
+    def adapt(self, rank: int, rngs: nnx.Rngs) -> None:
+        """x·W becomes x·W + (x·A)·B (LoRA, arXiv 2106.09685 §4.1), with peft's first weights: B is 0, and A has the
+        variance of its uniform distribution, 1 ÷ 3 inputs."""
+        named = list(zip(self.axes, self.weight.shape, strict=True))
+        inputs, outputs, narrow = dict(named[: self.contracted]), dict(named[self.contracted :]), {'rank': rank}
+        deviation = (3 * math.prod(inputs.values())) ** -0.5
+        self.lora_A = Projection(inputs, narrow, bias=False, scale=deviation, rngs=rngs)
+        self.lora_B = Projection(narrow, outputs, bias=False, scale=0.0, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         dims = (tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted)))
         y = jax.lax.dot_general(x, gather(self.weight[...], x.dtype, *self.axes), (dims, ((), ())))
+        if self.lora_A is not None:
+            y = y + self.lora_B(self.lora_A(x))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -113,11 +127,29 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, 'embed', config.rms_norm_eps, rngs)
         self.mlp = MLP(config, rngs)
 
+    def adapt(self, rank: int, targets: Collection[str], rngs: nnx.Rngs) -> None:
+        """Puts an adapter beside each of the projections `targets`."""
+        for part in (self.self_attn, self.mlp):
+            for name in PROJECTIONS:
+                if name in targets and hasattr(part, name):
+                    getattr(part, name).adapt(rank, rngs)
+
     def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
         whole = lambda x_BTD: constrain(x_BTD, 'batch', None, None)
         split = lambda x_BTD: constrain(x_BTD, 'batch', 'seq', None)
         x_BTD = x_BTD + split(self.self_attn(whole(self.input_layernorm(x_BTD)), rope, attend))
         return x_BTD + split(self.mlp(whole(self.post_attention_layernorm(x_BTD))))
+
+
+def merge(params: Params) -> Params:
+    """Parameters of a layer, or of one of its modules, with their adapters added up: W + A·B, in f32, in W's place."""
+    merged = {name: merge(node) if isinstance(node, dict) else node for name, node in params.items()}
+    if 'lora_A' not in merged:
+        return merged
+    a, b = (merged.pop(name)['weight'] for name in ('lora_A', 'lora_B'))
+    # An accelerator multiplies f32 in fewer bits unless it is told otherwise.
+    product = jnp.tensordot(a, b, axes=1, precision='highest')
+    return merged | {'weight': merged['weight'].astype(jnp.float32) + product}
 
 
 def rope_table(

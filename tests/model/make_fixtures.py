@@ -2,10 +2,11 @@
 
     make baselines
     .baselines/torch/bin/python tests/model/make_fixtures.py tests/model/fixtures
+    .baselines/torch/bin/python tests/model/make_fixtures.py tests/model/fixtures/qwen2_grouped --adapt
 
-Made with torch 2.13.0 and transformers 5.24.0. Needs nothing of this project. The live tests run it
+Made with torch 2.13.0, transformers 5.24.0 and peft 0.21.2. Needs nothing of this project. The live tests run it
 again with other seeds, larger shapes (--scale) and random ones (--random), and with --read to have
-transformers load a directory of ours.
+transformers load a directory of ours, with --adapter peft an adapter of ours beside it.
 """
 
 from __future__ import annotations
@@ -115,6 +116,26 @@ def golden(model, seed: int) -> dict[str, np.ndarray]:
     }
 
 
+def adapt(model, directory: Path, seed: int) -> None:
+    """What a model with the adapter in a directory says; one that is not there is made, beside every projection."""
+    import peft
+
+    if directory.exists():
+        model = peft.PeftModel.from_pretrained(model, directory).eval()
+    else:
+        torch.manual_seed(seed)
+        names = [f'{name}_proj' for name in ('q', 'k', 'v', 'o', 'gate', 'up', 'down')]
+        every = peft.LoraConfig(r=3, lora_alpha=4.5, target_modules=names, task_type='CAUSAL_LM')
+        model = peft.get_peft_model(model, every).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if 'lora_' in name:
+                    weight.normal_(0.0, 0.3)  # B too, which peft makes 0
+        model.save_pretrained(directory)
+        (directory / 'README.md').unlink()
+    np.savez_compressed(directory / 'golden.npz', **golden(model, seed))
+
+
 def main() -> None:
     flags = argparse.ArgumentParser()
     flags.add_argument('directory', type=Path)
@@ -122,10 +143,15 @@ def main() -> None:
     flags.add_argument('--random', type=int, default=0, help='so many random shapes of each family instead')
     flags.add_argument('--scale', type=int, default=1, help='multiplies widths and heads')
     flags.add_argument('--read', action='store_true', help='add golden.npz to a directory that is there')
+    flags.add_argument('--adapt', action='store_true', help='add an adapter of peft to a directory that is there')
+    flags.add_argument('--adapter', type=Path, help='add golden.npz to an adapter of the directory that is there')
     flags = flags.parse_args()
     torch.set_num_threads(1)
-    if flags.read:
+    if flags.read or flags.adapt or flags.adapter:
         model = transformers.AutoModelForCausalLM.from_pretrained(flags.directory, dtype=torch.float32).eval()
+        if not flags.read:
+            adapt(model, flags.adapter or flags.directory / 'adapter', flags.seed)
+            return
         np.savez_compressed(flags.directory / 'golden.npz', **golden(model, flags.seed))
         return
     made = random_cases(flags.random, flags.seed) if flags.random else cases(flags.scale)
