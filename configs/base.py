@@ -57,6 +57,12 @@ def model(arg: str) -> ConfigDict:
     )
 
 
+def lora() -> ConfigDict:
+    """Every weight is trained unless a rank is given; the learning rates then want ten times their value."""
+    targets = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+    return ConfigDict({'rank': 0, 'alpha': 32.0, 'targets': targets})
+
+
 def mesh(arg: str = 'tiny') -> ConfigDict:
     # -1 takes the devices that are left. tensor: a host's chips, beyond what one chip holds in rollout.
     return ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 4 if '32b' in arg or '14b' in arg else 1})
@@ -319,6 +325,7 @@ def reinforcement(arg: str, name: str) -> ConfigDict:
             'run': run(arg, name),
             'data': data(),
             'model': model(arg),
+            'lora': lora(),
             'mesh': mesh(arg),
             'forward': forward(arg),
             'sampler': sampler(arg),

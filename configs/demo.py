@@ -24,6 +24,7 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
         {
             'run': base.run(arg, 'demo'),
             'model': base.model(arg),
+            'lora': base.lora(),  # of RL; a model from nothing is fine-tuned in all its weights
             'package': {key: config_dict.placeholder(str) for key in ('requirement', 'digest', 'member')},
             'data': base.data(),
             'held_out': {'headline': config_dict.placeholder(str), 'apart': {}},

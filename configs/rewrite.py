@@ -51,6 +51,7 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
             },
             'max_tokens': base.turns(arg).max_tokens,
             'model': base.model(arg),
+            'lora': base.lora(),
             'mesh': base.mesh(arg),
             'sampler': base.sampler(arg),
             'turns': base.turns(arg),

@@ -26,6 +26,7 @@ def get_config(arg: str = 'tiny') -> ConfigDict:
             'traces': config_dict.placeholder(str),  # episodes/ of a cold start
             'unreadable': 'refuse',  # traces whose gold answers cannot be read; 'leave_out' those and list them
             'model': base.model(arg),
+            'lora': base.lora(),
             'mesh': base.mesh(arg),
             'forward': base.forward(arg),
             # Warm-up over a tenth of the steps, which are 2,000 traces × 2 ÷ 32 = 125.

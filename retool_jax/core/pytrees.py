@@ -77,5 +77,5 @@ class TrainState:
     """Parameters with their optimizer: one for the policy, one for a separate critic."""
 
     step: jax.Array  # int32, optimizer steps taken
-    params: Params  # f32 master weights
+    params: Params  # what is trained, f32: master weights, or adapters over frozen ones (model/lora.py)
     opt_state: Any

@@ -14,6 +14,7 @@ from retool_jax.core.checks import MANY, Rule, above, check, filled, local_path,
 from retool_jax.core.endpoint_settings import EndpointSettings
 from retool_jax.core.errors import UserError
 from retool_jax.core.sharding import AXES
+from retool_jax.model.lora import LoRASettings
 from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.rollout.turns import Budgets
 from retool_jax.sandbox.feedback import FeedbackSettings
@@ -240,6 +241,7 @@ class FineTuning:
     traces: str | None  # the episodes/ folder of a cold start
     unreadable: str  # traces whose gold answers cannot be read: 'refuse' the folder, or 'leave_out' and list them
     model: ModelSettings
+    lora: LoRASettings
     mesh: MeshSettings
     forward: ForwardSettings
     optimizer: OptimizerSettings
@@ -293,6 +295,7 @@ class Rollouts:
 
     run: RunSettings
     model: ModelSettings
+    lora: LoRASettings
     mesh: MeshSettings
     forward: ForwardSettings
     sampler: SamplerSettings

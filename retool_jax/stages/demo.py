@@ -117,6 +117,7 @@ class Story:
             **self.common(tools, 'sft'),
             traces=str(traces),
             unreadable='refuse',
+            lora=stage.lora if stage.model.path else dataclasses.replace(stage.lora, rank=0),
             mesh=stage.mesh,
             forward=stage.forward,
             optimizer=stage.sft_optimizer,

@@ -97,14 +97,15 @@ def run(stage: Reinforcement) -> dict[str, float]:
 
 def memory(parts: Parts, sampler: Sampler) -> dict[str, float]:
     """Bytes of the large buffers, over all devices; which of them are there at once: train/residency.py."""
-    params = parts.progress.state.params
+    params, learner = parts.progress.state.params, parts.learner
     to_sampling = functools.partial(decoder.to_sampling, parts.model.config, dtype=jnp.dtype(sampler.settings.dtype))
     sizes = {
+        'frozen weights': size(learner.frozen),
         'policy, f32': size(params['policy']),
         'critic': size(params.get('critic')),
         'optimizer state': size(parts.progress.state.opt_state),
         'reference policy': size(parts.residency.reference),
-        'sampling weights': size(jax.eval_shape(to_sampling, params['policy'])),
+        'sampling weights': size(jax.eval_shape(to_sampling, learner.whole(params['policy']))),
         'KV cache': size(jax.eval_shape(sampler.empty).cache),
     }
     return {name: found for name, found in sizes.items() if found}

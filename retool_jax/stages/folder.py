@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import shutil
@@ -77,6 +78,8 @@ def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
         retired = [key for key in RETIRED if not hasattr(stage, key)]
         if hasattr(stage, 'backend') and before.get('backend') in (None, 'local'):  # an evaluation of earlier versions
             before['backend'] = ENGINE
+        if hasattr(stage, 'lora') and 'lora' not in before:  # all weights were trained
+            before['lora'] = settings.to_json(dataclasses.replace(stage.lora, rank=0))
         found = settings.differences(before, stage, ignore=('run.dir', *retired, *free), renamed=RENAMED)
         # A run that was refused before its first result left a configuration that binds nobody.
         if found and has_results(directory):

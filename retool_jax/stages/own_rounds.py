@@ -107,6 +107,7 @@ def _tuned(stage: Rewrite, directory: Path, place: Path, number: int, found: Seq
         traces=str(traces / 'episodes'),
         unreadable=stage.reward.unreadable,
         model=stage.model,
+        lora=stage.lora,
         mesh=stage.mesh,
         forward=stage.forward,
         optimizer=stage.optimizer,

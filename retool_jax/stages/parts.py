@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,9 @@ from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import console, processes, sharding
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
-from retool_jax.model import decoder, hf
+from retool_jax.model import decoder, hf, lora
 from retool_jax.model.config import ModelConfig
+from retool_jax.model.lora import LoRASettings
 from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
@@ -33,6 +34,7 @@ from retool_jax.sandbox.guard import Guard
 from retool_jax.sandbox.pool import Pool
 from retool_jax.stages import embedded
 from retool_jax.stages.config import (
+    FineTuning,
     MeshSettings,
     ModelSettings,
     RewardSettings,
@@ -60,6 +62,8 @@ type Sandbox = Pool | Remote
 TRAINING, EVALUATION = 1, 2
 STALL_S = 60.0  # beyond all retries of a call, after which a silent sandbox is given up
 REMOTE_S = 900.0  # beyond the HTTP client's own patience with servers that are gone
+FINAL = 'final'  # folder of the trained model
+ADAPTER = 'adapter'  # folder of its adapters
 
 
 def open_model(settings: ModelSettings, directory: Path) -> Model:
@@ -92,18 +96,49 @@ def check_context(model: Model, tokens: int, key: str) -> None:
         )
 
 
-def load_policy(settings: ModelSettings, model: Model, seed: int, mesh: jax.sharding.Mesh) -> Params:
-    """f32 weights in the training layout: those of `model.path`, or random ones from `seed` without a path."""
+def load_policy(
+    settings: ModelSettings, model: Model, seed: int, mesh: jax.sharding.Mesh, dtype: str = 'float32'
+) -> Params:
+    """Weights in the training layout, in `dtype` but for the gains of norms (f32): those of `model.path`, or random
+    ones from `seed` without a path."""
     sizes = model.config
-    rules = decoder.fit_rules(sizes, mesh, sharding.TRAIN_RULES)
-    shardings = sharding.shardings(mesh, decoder.logical_axes(sizes), rules)
     if settings.path is None:
-        key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))  # plain numbers lie on no device
-        return jax.jit(lambda data: embedded.init(sizes, jax.random.wrap_key_data(data)), out_shardings=shardings)(
-            key_data
-        )
+        first = lambda key: decoder.cast(embedded.init(sizes, key), jnp.dtype(dtype))
+        return _random(first, seed, sizes, mesh, decoder.logical_axes(sizes))
+    shardings = _shardings(sizes, mesh, decoder.logical_axes(sizes))
     with console.progress('loading weights', sum(len(leaf.names) for leaf in hf.leaves(sizes))) as advance:
-        return hf.load(settings.path, sizes, shardings, progress=lambda done, total: advance())
+        return hf.load(
+            settings.path,
+            sizes,
+            shardings,
+            jnp.dtype(dtype),
+            progress=lambda done, total: advance(),
+            gains=jnp.float32,
+        )
+
+
+def load_trained(stage: FineTuning | Rollouts, model: Model, mesh: jax.sharding.Mesh) -> tuple[Params | None, Params]:
+    """(frozen weights, what is trained of the policy) in the training layout: None and all weights, or weights in
+    forward.dtype, to which the trainer casts them in any case, and first adapters."""
+    seed = stage.run.seed
+    if not stage.lora.rank:
+        return None, load_policy(stage.model, model, seed, mesh)
+    first = lambda key: lora.init(model.config, stage.lora, key)
+    adapters = _random(first, seed, model.config, mesh, lora.logical_axes(model.config, stage.lora))
+    return load_policy(stage.model, model, seed, mesh, stage.forward.dtype), adapters
+
+
+def _random(
+    init: Callable[[jax.Array], Params], seed: int, sizes: ModelConfig, mesh: jax.sharding.Mesh, axes: dict
+) -> Params:
+    """`init` of a key, laid out over the mesh."""
+    key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))  # plain numbers lie on no device
+    run = lambda data: init(jax.random.wrap_key_data(data))
+    return jax.jit(run, out_shardings=_shardings(sizes, mesh, axes))(key_data)
+
+
+def _shardings(sizes: ModelConfig, mesh: jax.sharding.Mesh, axes: dict) -> Params:
+    return sharding.shardings(mesh, axes, decoder.fit_rules(sizes, mesh, sharding.TRAIN_RULES))
 
 
 def make_sampler(
@@ -169,10 +204,15 @@ def make_engine(
 
 @functools.lru_cache(maxsize=1)
 def make_tuner(
-    forward: ForwardSettings, optimizer: OptimizerSettings, steps: int, config: ModelConfig, mesh: jax.sharding.Mesh
+    forward: ForwardSettings,
+    optimizer: OptimizerSettings,
+    steps: int,
+    adapters: LoRASettings,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
 ) -> Learner:
     """The learner of `steps` supervised steps; the same one where the same is asked for again."""
-    return Learner(config, forward, make_optimizer(optimizer, steps), mesh)
+    return Learner(config, forward, make_optimizer(optimizer, steps), mesh, adapter_scale=adapters.scale)
 
 
 def make_learner(stage: Rollouts, config: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Learner:
@@ -189,6 +229,7 @@ def make_learner(stage: Rollouts, config: ModelConfig, mesh: jax.sharding.Mesh |
         stage.loss,
         stage.advantage,
         stage.train_sampling.temperature,
+        stage.lora,
         config,
         mesh,
     )
@@ -203,16 +244,26 @@ def _learner(
     loss: LossSettings,
     advantage: AdvantageSettings,
     temperature: float,
+    adapters: LoRASettings,
     config: ModelConfig,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
 ) -> Learner:
     updates = sizes.minibatches * sizes.epochs
     optimizer = make_optimizer(policy, sizes.steps * updates, critic, sizes.critic_warmup_steps * updates)
-    return Learner(config, forward, optimizer, mesh, loss=loss, advantage=advantage, temperature=temperature)
+    return Learner(
+        config,
+        forward,
+        optimizer,
+        mesh,
+        loss=loss,
+        advantage=advantage,
+        temperature=temperature,
+        adapter_scale=adapters.scale,
+    )
 
 
 def begin(learner: Learner, critic: str, policy: Params) -> Progress:
-    """Step 0 of an RL stage: `policy` with its critic (PPOSettings.critic) and fresh moments."""
+    """Step 0 of an RL stage: what is trained of the policy, with its critic (PPOSettings.critic) and fresh moments."""
     return Progress(init_state(add_critic(learner.config, policy, critic), learner.optimizer))
 
 
@@ -245,9 +296,14 @@ class Parts:
     ) -> sources.Source:
         """Rollouts with the current weights."""
         engine = self.engine(sampler, executor, self.stage.train_sampling, TRAINING)
-        return sources.sampled(
+        source = sources.sampled(
             engine, self.stage.ppo, stream, self.model.template, self.model.tokenizer, grader, journal
         )
+        return lambda policy, *where: source(self.learner.whole(policy), *where)
+
+    def export(self, directory: Path) -> None:
+        """Writes the policy (`export`)."""
+        export(self.stage, directory, self.model, self.learner, self.progress.state.params['policy'])
 
 
 def build(stage: Rollouts, directory: Path) -> Parts:
@@ -255,12 +311,24 @@ def build(stage: Rollouts, directory: Path) -> Parts:
     mesh = make_mesh(stage.mesh)
     model = open_model(stage.model, directory)
     check_context(model, stage.turns.max_tokens, 'turns.max_tokens')
-    policy = load_policy(stage.model, model, stage.run.seed, mesh)
-    reference = jax.tree.map(jnp.copy, policy) if stage.loss.needs_reference else None
-    learner = make_learner(stage, model.config, mesh)
+    frozen, policy = load_trained(stage, model, mesh)
+    reference = None
+    if stage.loss.needs_reference:  # the frozen weights without adapters are one already
+        reference = {} if stage.lora.rank else jax.tree.map(jnp.copy, policy)
+    learner = make_learner(stage, model.config, mesh).over(frozen)
     return Parts(
         stage, model, mesh, learner, begin(learner, stage.ppo.critic, policy), Residency(stage.ppo.offload, reference)
     )
+
+
+def export(stage: FineTuning | Rollouts, directory: Path, model: Model, learner: Learner, policy: Params) -> None:
+    """Writes a trained policy below `directory` where it is not there yet: a Hugging Face directory, `final/`, into
+    which its adapters are merged, and those alone as peft has them, `adapter/`."""
+    base, sizes = stage.model.path or directory / 'model', model.config
+    if not (directory / FINAL).exists():
+        hf.save(directory / FINAL, sizes, learner.whole(policy), jnp.dtype(stage.forward.dtype), base)
+    if stage.lora.rank and stage.model.path and not (directory / ADAPTER).exists():  # random weights are nowhere
+        lora.save(directory / ADAPTER, sizes, stage.lora, policy, stage.model.path)
 
 
 def make_sandbox(sandbox: SandboxBlock) -> Sandbox:

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import grain
 import jax
-import jax.numpy as jnp
 
 from retool_jax.core import console, episode_files, metrics, processes
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem
 from retool_jax.core.signals import uninterrupted
-from retool_jax.model import hf
+from retool_jax.model import lora
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.requests import Executor
 from retool_jax.rollout.sampler import Sampler
@@ -23,14 +22,13 @@ from retool_jax.stages import folder
 from retool_jax.stages.alarms import Watch
 from retool_jax.stages.config import HalvesSettings, Reinforcement, ValidationSettings, require_path
 from retool_jax.stages.intake import Intake, tell_overlong
-from retool_jax.stages.parts import EVALUATION, Model, Parts, build, open_grader, open_guarded
+from retool_jax.stages.parts import EVALUATION, FINAL, Model, Parts, build, open_grader, open_guarded
 from retool_jax.tasks import arithmetic, stream, summary
 from retool_jax.tasks.grader import Grader
 from retool_jax.train import grading, ppo, sources
 from retool_jax.train.ppo import Progress, StepResult
 
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
-FINAL = 'final'  # folder of the trained model
 CARRIED = 'carried'  # folder of the unfinished episodes of each checkpoint
 FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox')  # may change between two starts of a run
 
@@ -97,7 +95,7 @@ def go_on(
             engine = parts.engine(sampler, executor, stage.evaluate_sampling, EVALUATION)
             made = grading.run(
                 engine,
-                sampler.sync(progress.state.params['policy']),
+                sampler.sync(parts.learner.whole(progress.state.params['policy'])),
                 step,
                 held_out,
                 validation.samples,
@@ -124,7 +122,8 @@ def go_on(
                 'cursor': progress.cursor,
                 'seed': stage.run.seed,
                 'carried': len(progress.carried),
-            } | score
+            }
+            meta |= lora.describe(stage.lora) | score
             checkpoints.save(progress.done, parts.residency.whole(progress.state), meta, wait=wait)
             journal.forget(progress.oldest if wait else saved[-1])  # the save before this one is complete
             saved.append(progress.oldest)
@@ -222,17 +221,9 @@ def ring(watch: Watch, result: StepResult, keep: Callable[[str, str, Sequence[Ep
 
 
 def export(parts: Parts, directory: Path) -> None:
-    """Writes the policy as a Hugging Face directory, `final/`."""
-    target = directory / FINAL
-    if not target.exists():
-        hf.save(
-            target,
-            parts.model.config,
-            parts.progress.state.params['policy'],
-            jnp.dtype(parts.stage.forward.dtype),
-            parts.stage.model.path or directory / 'model',
-        )
-    console.say(f'model: {target} (a Hugging Face directory)')
+    """Writes the policy below `directory`, and says where."""
+    parts.export(directory)
+    console.say(f'model: {directory / FINAL} (a Hugging Face directory)')
 
 
 def summarise(stage: Reinforcement, directory: Path) -> dict:

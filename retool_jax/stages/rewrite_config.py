@@ -7,6 +7,7 @@ import dataclasses
 from retool_jax.core.checks import MANY, check, filled, local_path, one_of, within
 from retool_jax.core.endpoint_settings import EndpointSettings
 from retool_jax.core.errors import UserError
+from retool_jax.model.lora import LoRASettings
 from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.rollout.turns import Budgets
 from retool_jax.sandbox.feedback import FeedbackSettings
@@ -80,6 +81,7 @@ class Rewrite:
     filters: FilterSettings
     max_tokens: int  # longer traces are dropped; at least 1
     model: ModelSettings
+    lora: LoRASettings
     mesh: MeshSettings
     sampler: SamplerSettings
     turns: Budgets

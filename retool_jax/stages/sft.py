@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.core import console, episode_files, processes
@@ -18,16 +17,15 @@ from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
 from retool_jax.core.pytrees import TrainState
 from retool_jax.core.records import Episode
-from retool_jax.model import hf
+from retool_jax.model import lora
 from retool_jax.rollout.library import Model
 from retool_jax.stages import folder, parts
 from retool_jax.stages.config import FineTuning
 from retool_jax.stages.intake import Intake
+from retool_jax.stages.parts import FINAL
 from retool_jax.tasks.grader import Grader
 from retool_jax.train import sft
 from retool_jax.train.state import init_state
-
-FINAL = 'final'  # folder of the trained model
 
 
 def run(stage: FineTuning) -> None:
@@ -83,10 +81,10 @@ def go_on(
     sizes, saving, forward = sft.settle(stage.sft, traces, stage.run.seed), stage.checkpoints, stage.forward
     mesh = parts.make_mesh(stage.mesh)
     with contextlib.ExitStack() as stack:
-        learner = parts.make_tuner(forward, stage.optimizer, sizes.steps, model.config, mesh)
-        tree = {'policy': parts.load_policy(stage.model, model, stage.run.seed, mesh)}
-        state = init_state(tree, learner.optimizer)
-        del tree  # the first step takes its memory
+        learner = parts.make_tuner(forward, stage.optimizer, sizes.steps, stage.lora, model.config, mesh)
+        frozen, policy = parts.load_trained(stage, model, mesh)
+        learner, state = learner.over(frozen), init_state({'policy': policy}, learner.optimizer)
+        del policy  # the first step takes its memory
         checkpoints = stack.enter_context(Checkpoints(directory / 'checkpoints', saving.keep_last, 'score'))
         writer = stack.enter_context(Metrics(directory, processes.leads()))
         start = checkpoints.latest() or 0
@@ -102,7 +100,7 @@ def go_on(
 
         def save(step: int, state: TrainState, metrics: dict[str, float]) -> None:
             score = {'score': -metrics[sft.HELD_OUT]} if best and sft.HELD_OUT in metrics else {}
-            checkpoints.save(step, state, {'step': step} | score)
+            checkpoints.save(step, state, {'step': step} | lora.describe(stage.lora) | score)
 
         if lead_steps:
             first = dataclasses.replace(sizes, steps=lead_steps)
@@ -115,15 +113,7 @@ def go_on(
                 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
                 del state  # or there would be two of them
                 state, _ = checkpoints.restore(chosen, like)
-    export = directory / FINAL
-    if not export.exists():
-        hf.save(
-            export,
-            model.config,
-            state.params['policy'],
-            jnp.dtype(forward.dtype),
-            stage.model.path or directory / 'model',
-        )
+    parts.export(stage, directory, model, learner, state.params['policy'])
 
 
 def read_traces(path: str, width: int) -> list[Episode]:

@@ -6,6 +6,7 @@ come from the whole mini-batch, so any cut gives the same gradient.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ from retool_jax.algo.advantages import advantages, reward_on_last_acted
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, Params, TrainState
-from retool_jax.model import decoder
+from retool_jax.model import decoder, lora
 from retool_jax.model.config import ModelConfig
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.train.pack import join
@@ -53,8 +54,10 @@ class Learner:
         loss: LossSettings | None = None,
         advantage: AdvantageSettings | None = None,
         temperature: float = 1.0,
+        adapter_scale: float = 1.0,
     ):
-        """loss and advantage are None for supervised training; temperature is the sampler's.
+        """loss and advantage are None for supervised training; temperature is the sampler's; adapter_scale is that of
+        adapters over frozen weights (`over`).
 
         Raises:
           UserError: sizes of `forward` that do not divide over the mesh.
@@ -73,6 +76,7 @@ class Learner:
             )
         self.config, self.forward, self.optimizer, self.mesh = config, forward, optimizer, mesh
         self.loss, self.advantage, self.temperature = loss, advantage, temperature
+        self.adapter_scale, self.frozen = adapter_scale, None
         self.rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))  # of everything with a leading batch axis
         self._cut = jax.jit(
             lambda tree, row: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, forward.micro_rows), tree),
@@ -87,6 +91,16 @@ class Learner:
         self._advantages = jax.jit(self._estimate, static_argnames=('num_groups',))
         self._denominators = jax.jit(self._count)
 
+    def over(self, frozen: Params | None) -> Learner:
+        """The same programs where what is trained are adapters over `frozen` weights (model/lora.py)."""
+        learner = copy.copy(self)
+        learner.frozen, learner._make_zeros = frozen, {}
+        return learner
+
+    def whole(self, params: Params) -> Params:
+        """The weights of a model of which `params` are trained, as the sampler and exports read them."""
+        return lora.over(self.frozen, params, self.adapter_scale)
+
     def sft_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step of −mean log p over the acted tokens of `batch` (numpy)."""
         stop, batch = len(batch.tokens_BT), self.put(self._whole(batch))
@@ -94,7 +108,7 @@ class Learner:
         gradients, found = self._zeros(state.params), []
         for micro in self._micro(batch, 0, stop):
             gradients, metrics = self._sft(
-                params=state.params, gradients=gradients, micro=micro, denominator=denominator
+                params=state.params, gradients=gradients, micro=micro, denominator=denominator, frozen=self.frozen
             )
             found.append(metrics)
         state, norms = self._apply(state=state, gradients=gradients)
@@ -104,7 +118,7 @@ class Learner:
         """Mean −log p over the acted tokens of `batch`, without a step."""
         stop, total, count = len(batch.tokens_BT), 0.0, 0.0
         for micro in self._micro(self.put(self._whole(batch)), 0, stop):
-            logprob_BT, _, _ = self._score(params=params, micro=micro)
+            logprob_BT, _, _ = self._score(params=params, micro=micro, frozen=self.frozen)
             total -= float(jnp.where(micro.acted_BT, logprob_BT, 0.0).sum())
             count += float(micro.acted_BT.sum())
         return total / max(count, 1.0)
@@ -126,14 +140,7 @@ class Learner:
                 raise ValueError(f'loss.kl_coef is {self.loss.kl_coef} but there is no reference policy')
             reference_BT = join_rows([self._scored({'policy': reference}, m)[0] for m in self._micro(batch, 0, rows)])
         advantage_BT, return_BT = self._advantages(batch, logprob_BT, reference_BT, value_BT, num_groups=num_groups)
-        return Scores(
-            logprob_BT=logprob_BT,
-            entropy_BT=entropy_BT,
-            reference_logprob_BT=reference_BT,
-            value_BT=value_BT,
-            advantage_BT=advantage_BT,
-            return_BT=return_BT,
-        )
+        return Scores(logprob_BT, entropy_BT, reference_BT, value_BT, advantage_BT, return_BT)
 
     def trust(self, batch: Batch, num_groups: int) -> Scores:
         """`score` without a forward pass: the sampler's logprobs are the old ones. There are no entropies, values or
@@ -180,10 +187,9 @@ class Learner:
         add, models = (self._held, [state.params]) if held else (self._ppo, backbones(state.params))
         for params in models:
             added, found = self._zeros({'critic': params['critic']} if held else params), []
+            given = {'params': params, 'denominators': denominators, 'frozen': self.frozen}
             for micro, scored in self._micro((batch, scores), *rows):
-                added, metrics = add(
-                    params=params, gradients=added, micro=micro, scores=scored, denominators=denominators
-                )
+                added, metrics = add(gradients=added, micro=micro, scores=scored, **given)
                 found.append(metrics)
             gradients, merged = gradients | added, merged | _merge(found)
         state, norms = self._apply(state=state, gradients=gradients)
@@ -210,17 +216,19 @@ class Learner:
 
     def _scored(self, params: Params, micro: Batch) -> tuple[jax.Array, ...]:
         """logprob, entropy and value, each from the backbone that has it; the others' are zeros."""
-        scores = [self._score(params=model, micro=micro) for model in backbones(params)]
+        scores = [self._score(params=model, micro=micro, frozen=self.frozen) for model in backbones(params)]
         return tuple(sum(xs[1:], xs[0]) for xs in zip(*scores))
 
     def _micro(self, tree, start: int, stop: int) -> Iterator:
         for row in range(start, stop, self.forward.micro_rows):
             yield self._cut(tree, np.int32(row))
 
-    def _evaluate(self, params: Params, micro: Batch, logprobs: bool = True) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _evaluate(
+        self, params: Params, micro: Batch, frozen: Params | None = None, logprobs: bool = True
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """logprob and entropy of every acted token, value of every token, [B, T] each; zeros where `params` lacks the
         part, and for the first two without `logprobs`."""
-        f = self.forward
+        f, whole = self.forward, lambda trained: lora.over(frozen, trained, self.adapter_scale)
         run = lambda weights: decoder.forward(
             self.config,
             weights,
@@ -236,10 +244,11 @@ class Learner:
         logprob_BT = entropy_BT = value_BT = jnp.zeros(micro.tokens_BT.shape, jnp.float32)
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             if 'policy' in params:
-                hidden_BTD = run(params['policy'])
+                policy = whole(params['policy'])
+                hidden_BTD = run(policy)
                 if logprobs:
                     logprob_BT, entropy_BT = token_logprobs(
-                        params['policy'],
+                        policy,
                         hidden_BTD,
                         micro.tokens_BT,
                         wanted_BT=micro.acted_BT,
@@ -250,7 +259,7 @@ class Learner:
             if 'critic' in params:
                 critic = params['critic']
                 if 'backbone' in critic:
-                    hidden_BTD = run(critic['backbone'])
+                    hidden_BTD = run(whole(critic['backbone']))
                 value_BT = (hidden_BTD.astype(jnp.float32) @ critic['head']['weight'] + critic['head']['bias'])[..., 0]
                 value_BT = jnp.pad(value_BT[:, :-1], ((0, 0), (1, 0)))  # V(state before token t)
         return logprob_BT, entropy_BT, value_BT
@@ -284,9 +293,9 @@ class Learner:
             self.loss.aggregation, mask_BT, batch.segment_ids_BT, n, self.loss.aggregation_constant
         ), tokens
 
-    def _add_sft(self, params, gradients, micro: Batch, denominator):
+    def _add_sft(self, params, gradients, micro: Batch, denominator, frozen=None):
         def objective(params):
-            logprob_BT, entropy_BT, _ = self._evaluate(params, micro)
+            logprob_BT, entropy_BT, _ = self._evaluate(params, micro, frozen)
             mask_BT = self._mask(micro)
             loss = -jnp.where(mask_BT, logprob_BT, 0.0).sum() / jnp.maximum(denominator, 1.0)
             return loss, {
@@ -297,9 +306,9 @@ class Learner:
         found, metrics = jax.grad(objective, has_aux=True)(params)
         return jax.tree.map(jnp.add, gradients, found), metrics
 
-    def _add_ppo(self, params, gradients, micro: Batch, scores: Scores, denominators):
+    def _add_ppo(self, params, gradients, micro: Batch, scores: Scores, denominators, frozen=None):
         def objective(params):
-            logprob_BT, entropy_BT, value_BT = self._evaluate(params, micro)
+            logprob_BT, entropy_BT, value_BT = self._evaluate(params, micro, frozen)
             loss, metrics = jnp.float32(0), {}
             if 'policy' in params:
                 loss, metrics = self._actor_loss(logprob_BT, entropy_BT, micro, scores, denominators[0])
@@ -311,11 +320,11 @@ class Learner:
         found, metrics = jax.grad(objective, has_aux=True)(params)
         return jax.tree.map(jnp.add, gradients, found), metrics
 
-    def _add_held(self, params, gradients, micro: Batch, scores: Scores, denominators):
+    def _add_held(self, params, gradients, micro: Batch, scores: Scores, denominators, frozen=None):
         trunk = {} if 'backbone' in params['critic'] else {'policy': params['policy']}
 
         def objective(critic):
-            value_BT = self._evaluate(trunk | {'critic': critic}, micro, logprobs=False)[2]
+            value_BT = self._evaluate(trunk | {'critic': critic}, micro, frozen, logprobs=False)[2]
             return self._critic_loss(value_BT, micro, scores, denominators[1])
 
         found, metrics = jax.grad(objective, has_aux=True)(params['critic'])

@@ -6,7 +6,8 @@
 | score   | x           | x      |                 | x         |                  |          |
 | update  | x           | x      | x               |           |                  |          |
 
-The last two columns need no moving: the rollout makes both and drops them when it returns.
+The last two columns need no moving: the rollout makes both and drops them when it returns. Weights that are frozen
+under adapters stay on the device in every phase, and are the reference too.
 """
 
 from __future__ import annotations

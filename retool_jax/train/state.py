@@ -105,7 +105,8 @@ def init_value_head(config: ModelConfig) -> Params:
 
 def add_critic(config: ModelConfig, policy: Params, kind: str) -> Params:
     """The trained tree: {'policy', 'critic'}; the critic is a 'head' on the policy's trunk, its own
-    'backbone' that starts from the policy's weights, or 'none'.
+    'backbone' that starts from the policy's weights, or 'none'. A policy of adapters has a critic of adapters, over the
+    same frozen weights.
 
     Raises:
       ValueError: no such kind.
@@ -116,7 +117,8 @@ def add_critic(config: ModelConfig, policy: Params, kind: str) -> Params:
         raise ValueError(f'critic {kind!r} is unknown; choose one of {", ".join(CRITICS)}')
     critic = {'head': _everywhere(init_value_head(config), policy)}
     if kind == 'backbone':
-        critic['backbone'] = {name: jax.tree.map(jnp.copy, policy[name]) for name in ('embed_tokens', 'layers', 'norm')}
+        trunk = [name for name in ('embed_tokens', 'layers', 'norm') if name in policy]
+        critic['backbone'] = {name: jax.tree.map(jnp.copy, policy[name]) for name in trunk}
     return {'policy': policy, 'critic': critic}
 
 

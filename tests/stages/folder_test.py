@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from retool_jax.core.errors import UserError
+from retool_jax.model.lora import LoRASettings
 from retool_jax.stages import folder
 from retool_jax.stages.config import RunSettings
 
@@ -189,6 +190,29 @@ def test_an_evaluation_of_an_earlier_version_goes_on_with_the_engine_and_with_no
         folder.claimed(stage('endpoint')),
     ):
         pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A stage that may train adapters."""
+
+    run: RunSettings
+    lora: LoRASettings
+
+
+def test_a_folder_of_an_earlier_version_goes_on_with_all_weights_and_not_with_adapters(tmp_path):
+    directory = tmp_path / 'run'
+    directory.mkdir()
+    (directory / 'config.json').write_text(json.dumps({'run': {'dir': str(directory), 'seed': 0}}))
+    put_result(directory, 'episodes')
+    stage = lambda rank: Adapted(
+        RunSettings(dir=str(directory), seed=0), LoRASettings(rank=rank, alpha=32.0, targets=('q_proj',))
+    )
+    with pytest.raises(UserError, match='lora.rank: 0, now 8'), folder.claimed(stage(8)):
+        pass
+    with folder.claimed(stage(0)):
+        pass
+    assert json.loads((directory / 'config.json').read_text())['lora']['rank'] == 0
 
 
 def test_a_folder_of_an_earlier_version_goes_on_where_a_key_has_another_name_by_now(tmp_path):
