@@ -1,4 +1,4 @@
-"""Hugging Face directories to orbax checkpoints and back, and out of GGUF files."""
+"""Hugging Face directories to orbax checkpoints and back, adapters to peft, and out of GGUF files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retool_jax.core import console
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.model import config as model_config
-from retool_jax.model import decoder, gguf, hf
+from retool_jax.model import decoder, gguf, hf, lora
 from retool_jax.text import vocabulary
 
 
@@ -29,12 +29,16 @@ def run(
 ) -> None:
     """One conversion, with a progress bar.
 
-    way: 'orbax' (`to_orbax`), 'hf' (`to_hf`, which `like`, `step` and `part` are for) or 'gguf' (`from_gguf`).
+    way: 'orbax' (`to_orbax`), 'hf' (`to_hf`, which `like`, `step` and `part` are for), 'peft' (`to_peft`, with the same
+    three) or 'gguf' (`from_gguf`).
     dtype: None is float32, bfloat16, or what holds a GGUF file's numbers exactly.
 
     Raises:
       UserError: those of the three, and of the configurations that they read.
     """
+    if way == 'peft':
+        to_peft(source, target, like, step=step, part=part)
+        return
     file = gguf.read(source) if way == 'gguf' else None
     config = gguf.load_config(file) if file else model_config.load_config(like if way == 'hf' else source)
     with console.progress(f'{source} → {target}', sum(len(leaf.names) for leaf in hf.leaves(config))) as advance:
@@ -71,28 +75,40 @@ def to_hf(
     dtype=jnp.bfloat16,
     progress: hf.Progress | None = None,
 ) -> None:
-    """Exports the policy of a checkpoint; config.json and tokenizer are those of the directory `like`.
+    """Exports the policy of a checkpoint; config.json and tokenizer are those of the directory `like`, and so are the
+    weights into which a checkpoint's adapters are merged.
 
     step: None is the newest. part: the dotted place of the weights in the checkpoint; nothing else of
     it is read. Raises: UserError naming what is missing, extra or of another shape.
     """
     hf.refuse_existing(target)  # before anything is read
-    if not Path(source).is_dir():
-        raise UserError(f'checkpoint {str(source)!r} is no directory')
-    config = model_config.load_config(like)
-    with Checkpoints(source, keep_last=1) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps or step not in (None, *steps):
-            raise UserError(
-                f'{source}: no checkpoint of step {"any" if step is None else step}; '
-                f'there are: {", ".join(map(str, steps)) or "none"}'
-            )
-    params = _read(
-        Path(source).absolute() / str(steps[-1] if step is None else step),
-        part.split('.'),
-        decoder.abstract_params(config),
-    )
+    config, (place, adapters) = model_config.load_config(like), _find(source, step)
+    if adapters is None:
+        params = _read(place, part.split('.'), decoder.abstract_params(config))
+    else:
+        trained = _read(place, part.split('.'), lora.abstract(config, adapters))
+        params = lora.over(hf.load(like, config), trained, adapters.scale)
     hf.save(target, config, params, dtype, tokenizer_dir=like, progress=progress)
+
+
+def to_peft(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    like: str | os.PathLike,
+    *,
+    step: int | None = None,
+    part: str = 'params.policy',
+) -> None:
+    """Exports the adapters of a checkpoint as a directory that peft loads; `like` holds the weights below them.
+
+    step, part: as in `to_hf`. Raises: UserError naming what is missing, extra or of another shape.
+    """
+    hf.refuse_existing(target)
+    config, (place, adapters) = model_config.load_config(like), _find(source, step)
+    if adapters is None:
+        raise UserError(f'{place}: all weights were trained (lora.rank=0), there are no adapters; use --to=hf')
+    trained = _read(place, part.split('.'), lora.abstract(config, adapters))
+    lora.save(target, config, adapters, trained, os.fspath(like))
 
 
 def from_gguf(file: gguf.File, target: str | os.PathLike, dtype=None, progress: hf.Progress | None = None) -> None:
@@ -111,6 +127,23 @@ def from_gguf(file: gguf.File, target: str | os.PathLike, dtype=None, progress: 
     with tempfile.TemporaryDirectory() as folder:
         vocabulary.save(file.metadata, Path(folder), str(file.path))
         hf.write(target, config, fetch, dtype, folder, progress=progress)
+
+
+def _find(source: str | os.PathLike, step: int | None) -> tuple[Path, lora.LoRASettings | None]:
+    """The folder of a step, and what its adapters are; None where all weights were trained."""
+    if not Path(source).is_dir():
+        raise UserError(f'checkpoint {str(source)!r} is no directory')
+    with Checkpoints(source, keep_last=1) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps or step not in (None, *steps):
+            raise UserError(
+                f'{source}: no checkpoint of step {"any" if step is None else step}; '
+                f'there are: {", ".join(map(str, steps)) or "none"}'
+            )
+        step = steps[-1] if step is None else step
+        said = checkpoints.meta(step).get('lora')
+    adapters = lora.LoRASettings(**said | {'targets': tuple(said['targets'])}) if said else None
+    return Path(source).absolute() / str(step), adapters
 
 
 def _read(directory: Path, part: list[str], wanted):
