@@ -23,17 +23,17 @@ def _temporaries(run: Run, name: str) -> int:
     inner = 2 * model.intermediate_size + 4 * model.num_attention_heads * model.head_dim
     layer = model.hidden_size * 4 + inner / tensor
     one_layer = 2 * tokens * layer * width  # a value and its gradient
-    weights = per_device(run.params['policy'])
-    gathered = 2 * weights * (run.mesh.size // tensor) / model.num_hidden_layers / 2  # bf16, this layer and the next
+    trained, (layers, _) = per_device(run.params['policy']), _read(run)
+    gathered = 2 * layers * (run.mesh.size // tensor) / model.num_hidden_layers  # this layer and the next
     logits = 3 * 4 * min(f.logprob_chunk, f.row_width) * min(f.vocab_chunk, model.vocab_size / tensor)
     if name.startswith('update'):
         kept = tokens * model.hidden_size * width * model.num_hidden_layers / tensor
         if f.remat != 'full':
             kept = tokens * layer * width * model.num_hidden_layers
         # A micro-batch's gradients come out of the scan over layers whole, before they are added to the others.
-        return int(weights + kept + one_layer + gathered + logits)
+        return int(trained + kept + one_layer + gathered + logits)
     if name == 'apply':
-        return weights  # the clipped gradients: their norm must be known before any of them is used
+        return trained  # the clipped gradients: their norm must be known before any of them is used
     if name.startswith('score'):
         return int(one_layer / 2 + gathered + logits)
     if name in ('extend', 'decode'):
@@ -46,25 +46,35 @@ def _temporaries(run: Run, name: str) -> int:
     return 0
 
 
+def _read(run: Run) -> tuple[float, float]:
+    """Bytes of the layers and of the other weights as matmuls read them, in 16 bits, a chip's part."""
+    if run.frozen is not None:  # they lie there in that dtype
+        layers, whole = per_device(run.frozen['layers']), per_device(run.frozen)
+    else:
+        layers, whole = (per_device(x) / 2 for x in (run.params['policy']['layers'], run.params['policy']))
+    return layers, whole - layers
+
+
 def _sent(run: Run, name: str) -> dict[str, float]:
     """Weights gathered over fsdp for each pass, gradients reduced once, activations over tensor in each layer."""
     f, model = run.learner.forward, run.model
     fsdp, tensor = run.mesh.shape['fsdp'], run.mesh.shape['tensor']
-    weights = per_device(run.params['policy']) * fsdp  # f32, one chip's after gathering
+    layers, ends = (n * fsdp for n in _read(run))  # one chip's after gathering
+    weights, trained = layers + ends, per_device(run.params['policy']) * fsdp
     tokens = f.micro_rows // (run.mesh.size // tensor) * f.row_width
     hidden = tokens * model.hidden_size * jnp.dtype(f.dtype).itemsize * (tensor - 1) / tensor * model.num_hidden_layers
     share = (fsdp - 1) / fsdp
     if name.startswith('update'):  # forwards, recomputed, backwards; two gathers and two scatters a layer and pass
         return {
-            'all-gather': 2 * weights / 2 * share + 3 * 2 * hidden,
-            'reduce-scatter': weights * share + 3 * 2 * hidden,
+            'all-gather': 2 * weights * share + 3 * 2 * hidden,
+            'reduce-scatter': trained * share + 3 * 2 * hidden,
         }
     if name.startswith('score'):
-        return {'all-gather': weights / 2 * share + 2 * hidden, 'reduce-scatter': 2 * hidden}
+        return {'all-gather': weights * share + 2 * hidden, 'reduce-scatter': 2 * hidden}
     if name == 'sync layer':
-        return {'all-gather': per_device(run.params['policy']['layers']) * fsdp / model.num_hidden_layers / 2 * share}
+        return {'all-gather': layers / model.num_hidden_layers * share}
     if name == 'sync ends':
-        return {'all-gather': (weights - per_device(run.params['policy']['layers']) * fsdp) / 2 * share}
+        return {'all-gather': ends * share}
     if name in ('extend', 'decode'):
         s = run.sampler.settings
         tokens = run.sampler.decode_rows * s.quota if name == 'decode' else s.feed_rows * s.chunk

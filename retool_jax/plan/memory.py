@@ -36,11 +36,12 @@ class Phase:
 def buffers(run: Run) -> dict[str, int]:
     """Every large buffer of a run, bytes on one chip."""
     state, cache = run.state, run.sample_state.cache
-    buffers = {'policy': per_device(state.params['policy'])}
+    buffers = {} if run.frozen is None else {'frozen weights': per_device(run.frozen)}
+    buffers['policy'] = per_device(state.params['policy'])
     if 'critic' in state.params:
         buffers['critic'] = per_device(state.params['critic'])
     buffers['optimizer'] = per_device(state.opt_state)
-    if run.loss.needs_reference:
+    if run.loss.needs_reference and run.frozen is None:
         buffers['reference'] = buffers['policy']
     buffers['gradients'] = per_device(state.params)
     buffers['sampling weights'] = per_device(run.sampling_params)
@@ -59,7 +60,7 @@ def phases(run: Run, facts: Sequence[Facts]) -> list[Phase]:
     waiting = {'critic', 'optimizer', 'reference'}
     phases = []
     for name in PHASES:
-        wanted = {'policy', *waiting} if not offload else {'policy', *ON_DEVICE[name]}
+        wanted = {'frozen weights', 'policy', *(ON_DEVICE[name] if offload else waiting)}
         wanted |= {
             'rollout': {'sampling weights', 'KV cache', 'rows'},
             'score': {'batch'},
@@ -73,11 +74,12 @@ def phases(run: Run, facts: Sequence[Facts]) -> list[Phase]:
 
 
 def policy_update(run: Run, facts: Sequence[Facts]) -> int:
-    """Bytes of the policy's own update: its weights, moments and gradients, and the program's temporaries."""
+    """Bytes of the policy's own update: its weights, moments and gradients, frozen weights, and the program's
+    temporaries."""
     params = next(params for params in backbones(run.params) if 'policy' in params)
     weights = per_device(params)
     fact = next(f for f in facts if f.name == f'update {name_of(params)}')
-    return 4 * weights + fact.temporaries
+    return 4 * weights + per_device(run.frozen) + fact.temporaries
 
 
 def tokens_that_fit(run: Run, phase: Phase, hbm: int) -> int:
@@ -109,6 +111,8 @@ def remedies(run: Run, phase: Phase, hbm: int) -> list[str]:
         remedies.append('forward.remat=full')
     if forward.micro_rows > run.mesh.shape['data'] * run.mesh.shape['fsdp']:
         remedies.append('forward.micro_rows=0 (one row for each device of data × fsdp)')
+    if phase.name == 'update' and run.frozen is None:
+        remedies.append('lora.rank=32 (adapters alone are trained, over frozen weights)')
     if phase.name == 'update' and run.sizes.critic == 'backbone':
         remedies.append('ppo.critic=head (no second backbone)')
     remedies.append(

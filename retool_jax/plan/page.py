@@ -60,10 +60,12 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
     step = sum(total.values())
     forward = run.learner.forward
     update = next(p for p in programs if p['name'].startswith('update policy'))
-    useful = roofline.model_flops(run.model, forward.micro_rows, forward.row_width)
+    frozen = run.frozen is not None
+    useful = roofline.model_flops(run.model, forward.micro_rows, forward.row_width, frozen)
     work = update['seconds']['total'] * count * chip.flops
     weights_only = (
-        roofline.model_flops(run.model, forward.micro_rows, 0 if not forward.row_width else 1) * forward.row_width
+        roofline.model_flops(run.model, forward.micro_rows, 0 if not forward.row_width else 1, frozen)
+        * forward.row_width
     )
     policy = memory.policy_update(run, facts)
     return {
@@ -154,7 +156,7 @@ def text(plan: dict) -> str:
               ', '.join(f'{k} {gib(n)}' for k, n in p['resident'].items() if n / GIB >= 0.005),
               f'{gib(p["temporaries"])} ({p["worst"]})', f'{p["share"]:.0%}', 'yes' if p['fits'] else 'NO',
               f'{p["seconds"]:,.0f}'] for p in plan['phases']]), '',
-        f'Policy update (weights, moments, gradients, temporaries): {gib(plan["policy_update"]["bytes"])} GiB, '
+        f'Policy update (all weights, moments, gradients, temporaries): {gib(plan["policy_update"]["bytes"])} GiB, '
         f'{plan["policy_update"]["share"]:.0%} of memory',
         f'KV slots × context that fit: {plan["kv_tokens_that_fit"]:,} tokens an engine, '
         f'{plan["kv_rows_that_fit"]:,} whole rows',

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 
 from retool_jax.core import sharding
 from retool_jax.core.pytrees import Batch, TrainState
-from retool_jax.model import attention, decoder
+from retool_jax.model import attention, decoder, lora
 from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Slice
 from retool_jax.rollout.sampler import Chunks, Sampler
@@ -66,16 +66,18 @@ class Run:
         self.sampler = Sampler(model, sampler, table, table[:, 0], (0,), self.sampler_mesh)
         self.sync = Sync(model, sampler.dtype, self.mesh)  # every device at once, before engines take their parts
 
-        axes = decoder.logical_axes(model)
+        axes, trained = decoder.logical_axes(model), decoder.abstract_params(model)
         rules = decoder.fit_rules(model, self.mesh, sharding.TRAIN_RULES)
+        self.frozen = None
+        if stage.lora.rank:
+            held = jax.eval_shape(lambda p: decoder.cast(p, jnp.dtype(forward.dtype)), trained)
+            self.frozen = _put(held, sharding.shardings(self.mesh, axes, rules))
+            axes, trained = lora.logical_axes(model, stage.lora), lora.abstract(model, stage.lora)
         whole = {
             'policy': axes,
-            'critic': {
-                'head': {'weight': ('embed', None), 'bias': (None,)},
-                'backbone': {name: axes[name] for name in ('embed_tokens', 'layers', 'norm')},
-            },
+            'critic': {'head': {'weight': ('embed', None), 'bias': (None,)}, 'backbone': axes},
         }
-        shapes = jax.eval_shape(lambda p: add_critic(model, p, self.sizes.critic), decoder.abstract_params(model))
+        shapes = jax.eval_shape(lambda p: add_critic(model, p, self.sizes.critic), trained)
         words = _like(shapes, whole)
         self.params = _put(shapes, sharding.shardings(self.mesh, words, rules))
         self.state = self._train_state()
@@ -131,6 +133,8 @@ class Run:
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.NamedSharding(self.mesh, jax.P()))
         learner, size = self.learner, self.mesh.size
         policy = self.params['policy']
+        if self.frozen is not None:
+            policy = lora.join(self.frozen, policy)
         yield Program(
             'sync layer',
             'rollout',
@@ -143,18 +147,13 @@ class Run:
         yield Program('apply', 'update', learner._apply, {'state': self.state, 'gradients': self.params}, size)
         for params in backbones(self.params):
             name = name_of(params)
-            yield Program(f'score {name}', 'score', learner._score, {'params': params, 'micro': micro}, size)
+            read = {'params': params, 'micro': micro, 'frozen': self.frozen}
+            yield Program(f'score {name}', 'score', learner._score, read, size)
             yield Program(
                 f'update {name}',
                 'update',
                 learner._ppo,
-                {
-                    'params': params,
-                    'gradients': params,
-                    'micro': micro,
-                    'scores': scores,
-                    'denominators': (number, number),
-                },
+                read | {'gradients': params, 'scores': scores, 'denominators': (number, number)},
                 size,
             )
         yield from self._rollout_programs()

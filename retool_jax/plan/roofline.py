@@ -87,11 +87,11 @@ class Sizes:
         return 1.0
 
 
-def model_flops(config: ModelConfig, rows: int, width: int) -> float:
-    """Floating-point operations that a gradient of `rows` full rows needs: 6 a weight and token, and causal
-    attention forwards and twice backwards; what is recomputed does not count."""
+def model_flops(config: ModelConfig, rows: int, width: int, frozen: bool = False) -> float:
+    """Floating-point operations that a gradient of `rows` full rows needs: 6 a weight and token, 4 where the weights
+    are frozen, and causal attention forwards and twice backwards; what is recomputed does not count."""
     weights = config.parameter_count()
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size  # the table is looked up, not multiplied
     scores = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * width / 2
-    return rows * width * (6.0 * weights + 3 * scores)
+    return rows * width * ((4.0 if frozen else 6.0) * weights + 3 * scores)

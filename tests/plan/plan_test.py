@@ -212,3 +212,26 @@ def test_the_policys_update_is_its_weights_four_times_and_its_temporaries():
     run, found = estimated()
     fact = next(f for f in found if f.name == 'update policy')
     assert memory.policy_update(run, found) == 4 * per_device(run.params['policy']) + fact.temporaries
+
+
+def test_adapters_are_counted_beside_frozen_weights_that_lie_there_in_every_phase():
+    flags = ('--config.lora.rank=8', '--config.loss.kl_coef=0.1', '--config.ppo.critic=backbone')
+    run, full = make_run(*flags, '--config.forward.dtype=bfloat16', '--config.mesh.tensor=2'), estimated()[0]
+    sizes, plain = memory.buffers(run), memory.buffers(full)
+    assert 0.5 * plain['policy'] <= sizes['frozen weights'] < 0.51 * plain['policy']  # in 16 bits, but for norms
+    assert sizes['policy'] < 0.3 * plain['policy'] and sizes['sampling weights'] == plain['sampling weights']
+    assert sizes['critic'] == pytest.approx(sizes['policy'], rel=0.05)
+    assert sizes['optimizer'] == pytest.approx(2 * (sizes['policy'] + sizes['critic']), rel=0.05)
+    assert sizes['gradients'] == sizes['policy'] + sizes['critic'] and 'reference' not in sizes
+    found = {f.name: f for f in (guess.estimate(run, program) for program in run.programs())}
+    assert all('frozen weights' in phase.resident for phase in memory.phases(run, list(found.values())))
+    whole = {f.name: f for f in estimated()[1]}
+    assert found.keys() == whole.keys()
+    # No gradient of any weight is computed: of three matmuls two are left, and the adapters' own.
+    assert 0.6 < found['update policy'].flops / whole['update policy'].flops < 0.9
+    assert found['decode'].flops == whole['decode'].flops
+    plan = page.make(run, list(found.values()), A)
+    assert (
+        plan['policy_update']['bytes']
+        == 4 * sizes['policy'] + sizes['frozen weights'] + found['update policy'].temporaries
+    )
