@@ -107,7 +107,8 @@ def set_pretrained(config: ConfigDict, arg: str) -> None:
         {
             'rows': 64,
             'slots': 384,
-            'chunk': 96,
+            'chunk': 32,  # a tool's output is 20 tokens; rows come to be fed one or two at a time
+            'feed_rows': 4,
             'quota': 32,
             'min_bound': 384,  # all slots: a shorter bound costs a copy of the cache per call
             'dtype': 'float32',
