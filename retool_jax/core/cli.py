@@ -7,6 +7,7 @@ binary is `retool-ppo`, and `configs/` is part of it unless the current folder h
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import inspect
@@ -14,7 +15,6 @@ import os
 import pkgutil
 import re
 import shlex
-import signal
 import sys
 import textwrap
 import threading
@@ -27,8 +27,9 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from retool_jax.core import settings, streams
+from retool_jax.core import settings, signals, streams
 from retool_jax.core.errors import UserError, nearest
+from retool_jax.core.signals import Terminated
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACEBACK = 'RETOOL_TRACEBACK'  # environment variable: 1 prints the traceback of a user's error too
@@ -49,15 +50,12 @@ _SERVER = ('starlette', 'uvicorn', 'pydantic', 'prometheus_client', 'httpx')  # 
 _SWALLOWING = ('__del__', '_xla_gc_callback')
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised in the main thread; `except KeyboardInterrupt` takes it together with Ctrl-C."""
-
-
 def run(main: Callable[[Any], None], stage: str, *, default_config: str | None = None) -> None:
     """Parses the command line, calls `main` with the stage that it describes and ends the process.
 
     Exit status: 0; 1 with a traceback for a fault of ours; 2 with one line for a fault of the user
     (see `explain`); 130 and 143 with one line after Ctrl-C and SIGTERM; 141 without a word where nobody reads on.
+    Of several processes one that fails ends all of them with its status; 75 where one died without a word.
 
     stage: the dataclass that the configuration becomes, 'package.module:Name', imported when it is needed.
     default_config: 'configs/NAME.py:ARG', used where --config is not given.
@@ -206,28 +204,45 @@ def explain(error: BaseException) -> str | None:
 
 @streams.ends_unread()
 def _run(body: Callable[[list[str]], None], main: Callable, stage: str | None = None) -> None:
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _stop)
-    try:
-        if any(a in ('-h', '--help', '--helpfull') for a in sys.argv[1:]):
-            _help(main, stage)
-            sys.exit(0)
-        logging.use_absl_handler()
-        body(sys.argv)
-    except KeyboardInterrupt as stop:
-        by_term = isinstance(stop, Terminated)
-        _say(str(stop) or ('stopped by SIGTERM' if by_term else 'interrupted'))
-        sys.exit(143 if by_term else 130)
-    except Exception as error:
-        line = explain(error)
-        if line is None:
-            raise
-        if os.environ.get(TRACEBACK):
-            traceback.print_exc()
-        _say(f'error: {line}')
-        sys.exit(2)
-    sys.exit(0)
+    with contextlib.ExitStack() as stack:
+        try:
+            if threading.current_thread() is threading.main_thread():
+                signals.listen(_stop)
+                stack.enter_context(signals.Watch(signals.grace()))
+            if any(a in ('-h', '--help', '--helpfull') for a in sys.argv[1:]):
+                _help(main, stage)
+                sys.exit(0)
+            logging.use_absl_handler()
+            body(sys.argv)
+            _leave(0)
+        except KeyboardInterrupt as stop:
+            by_term = isinstance(stop, Terminated)
+            line = str(stop) or ('stopped by SIGTERM' if by_term else 'interrupted')
+            _say(line)
+            _leave(143 if by_term else 130, line.partition('\n')[0])
+        except Exception as error:
+            line = explain(error)
+            if line is None:
+                _leave(streams.UNREAD if isinstance(error, BrokenPipeError) else 1, _one_line(error), unexpected=True)
+                raise
+            if os.environ.get(TRACEBACK):
+                traceback.print_exc()
+            _say(f'error: {line}')
+            _leave(2, f'error: {line}')
+        sys.exit(0)
+
+
+def _leave(status: int, line: str = '', unexpected: bool = False) -> None:
+    """Ends the process, unless all is well or a traceback is due; of several processes the others hear of it first."""
+    watch = signals.watch
+    if watch is not None and watch.farewell is not None:
+        watch.farewell(status, line)  # ends this one where it fails because another one ended
+        if status:
+            if unexpected:
+                traceback.print_exc()
+            signals.end(status)  # the interpreter's own end would wait for the others
+    if status and not unexpected:
+        sys.exit(status)
 
 
 def _stop(number: int, frame) -> None:
@@ -239,7 +254,7 @@ def _stop(number: int, frame) -> None:
             again.start()
             return
         frame = frame.f_back
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise signals.stop(number)
 
 
 def _say(line: str) -> None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from retool_jax.core import signals
 from retool_jax.core.cli import explain
 from retool_jax.core.errors import UserError
+from retool_jax.core.others import Others
 
 PROCESSES = 'RETOOL_PROCESSES'  # environment variable: a number of processes, or 'auto' on TPU pods and under SLURM
 START_S = 1800  # seconds for all processes to start: the hosts of a pod are minutes apart, as on a loaded machine
-SILENT_S = 300  # without a sign of life a process counts as dead, and the others end too
+SILENT_S = 50  # without a sign of life a process counts as dead, and the others end too
 PATIENCE_S = 7 * 24 * 3600  # seconds of `wait`: others may be at tools, validation or reports; silence tells a dead one
 SMALL = 4096  # bytes that go with the first all-gather of `gather`
+
+_others: list[Others] = []  # what hears of the other processes, to this one's very end
+_words = itertools.count()  # that `word` has asked for
 
 
 def join() -> None:
@@ -33,18 +40,36 @@ def join() -> None:
     wanted = os.environ.get(PROCESSES, '')
     if not wanted or jax.distributed.is_initialized():
         return
+    jax.config.update('jax_enable_preemption_service', False)  # it takes SIGTERM for itself
     patience = dict(initialization_timeout=START_S, heartbeat_timeout_seconds=SILENT_S)
     if wanted == 'auto':
-        jax.distributed.initialize(**patience)
-        return
-    given = {name: os.environ.get(name, '') for name in ('RETOOL_COORDINATOR', 'RETOOL_PROCESS')}
-    missing = next((name for name, value in given.items() if not value), None)
-    if missing or not wanted.isdigit():
-        raise UserError(
-            f'{missing or PROCESSES}: {PROCESSES}={wanted!r} is "auto", or a number that goes with '
-            'RETOOL_COORDINATOR=host:port and RETOOL_PROCESS=0, 1, …'
-        )
-    jax.distributed.initialize(given['RETOOL_COORDINATOR'], int(wanted), int(given['RETOOL_PROCESS']), **patience)
+        try:
+            jax.distributed.initialize(**patience)
+        except ValueError as error:
+            raise UserError(
+                f'{PROCESSES}=auto finds no cluster here ({error}); unset it, or give a number with '
+                'RETOOL_COORDINATOR=host:port and RETOOL_PROCESS=0, 1, …'
+            ) from None
+    else:
+        given = {name: os.environ.get(name, '') for name in ('RETOOL_COORDINATOR', 'RETOOL_PROCESS')}
+        missing = next((name for name, value in given.items() if not value), None)
+        if missing or not wanted.isdigit():
+            raise UserError(
+                f'{missing or PROCESSES}: {PROCESSES}={wanted!r} is "auto", or a number that goes with '
+                'RETOOL_COORDINATOR=host:port and RETOOL_PROCESS=0, 1, …'
+            )
+        jax.distributed.initialize(given['RETOOL_COORDINATOR'], int(wanted), int(given['RETOOL_PROCESS']), **patience)
+    state = distributed.global_state
+    if signals.watch is not None and state.num_processes > 1:
+        _others.append(Others(state.client, state.process_id, state.num_processes, state.coordinator_address, wait))
+        _others[0].attend()
+
+
+def refuse(what: str) -> None:
+    """Raises a UserError where several processes are asked for, for work that one does alone."""
+    wanted = os.environ.get(PROCESSES, '')
+    if wanted not in ('', '1'):
+        raise UserError(f'{PROCESSES}={wanted}: {what} is made by one process; start it once, without {PROCESSES}')
 
 
 def leads() -> bool:
@@ -99,6 +124,27 @@ def gather(item: object) -> list:
         pickle.loads((row[8:].tobytes()[:size] + tail[: max(size - SMALL, 0)])[:size])
         for row, tail, size in zip(all_first, rests, sizes)
     ]
+
+
+def word[T](value: T) -> T:
+    """The `value` of the process that leads, in every process; plain (JSON).
+
+    It goes through the store of the coordination service: no device is waited for, unlike in `gather`. Each process
+    has to make the call, as often as the others.
+    """
+    if jax.process_count() == 1:
+        return value
+    client, key = distributed.global_state.client, f'retool_jax_words/{next(_words)}'
+    if leads():
+        client.key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(client.blocking_key_value_get(key, PATIENCE_S * 1000))
+
+
+def agree(numbers: Sequence[int]) -> None:
+    """Raises `signals.stop` where any process was told to; the same in every process that has all their numbers."""
+    if number := max(numbers):
+        raise signals.stop(number)
 
 
 def first[T](work: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
-from retool_jax.core import console
+from retool_jax.core import console, processes
 from retool_jax.core.records import Problem
 from retool_jax.stages import folder, parts
 from retool_jax.stages.config import ColdStart, Mix
@@ -23,6 +23,7 @@ from retool_jax.traces.verification import Wording
 
 def run(stage: ColdStart) -> None:
     """Writes the traces that hold to `episodes/`, and what was kept and dropped to summary.json."""
+    processes.refuse('a cold start')
     leave_out = stage.reward.unreadable == 'leave_out'
     rewritten, remarks = problems.load_traces(stage.traces, leave_out) if stage.traces else (None, [])
     for line in remarks:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from retool_jax.core import console, endpoint_settings
+from retool_jax.core import console, endpoint_settings, processes
 from retool_jax.core.endpoint import Endpoint
 from retool_jax.stages import folder, own_rounds, parts
 from retool_jax.stages.intake import Intake
@@ -28,6 +28,7 @@ FINISHES = 3  # times that a trace is gone on with from an output that is not as
 
 def run(stage: Rewrite) -> None:
     """Writes the traces that hold (episodes/, kept.jsonl), the others and why (dropped.jsonl), last summary.json."""
+    processes.refuse('a rewriting')
     pairs, own = read(stage)
     if len(pairs) > stage.problems:
         console.say(f'the first {stage.problems} of {len(pairs)} are taken (problems={stage.problems})')

@@ -1,12 +1,28 @@
 """Signals wait for the end of what must not be cut in two, and are not lost."""
 
+import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
-from retool_jax.core.cli import Terminated
-from retool_jax.core.signals import uninterrupted
+from retool_jax.core import signals
+from retool_jax.core.cli import ROOT
+from retool_jax.core.signals import Terminated, uninterrupted
+
+# The main thread is in a call that takes minutes and lets no handler run, as a compilation does.
+COMPILING = """
+import hashlib
+from retool_jax.core import cli
+def main():
+    print('begun', flush=True)
+    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
+cli.run_plain(main)
+"""
 
 
 def terminate(signum, frame):
@@ -60,3 +76,44 @@ def test_what_is_ignored_stays_ignored():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(('number', 'kind'), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_block_that_asks_stops_itself_and_hears_of_nothing_twice(number, kind):
+    with pytest.raises(KeyboardInterrupt) as stop, uninterrupted():
+        assert signals.told() == 0
+        with uninterrupted():
+            signal.raise_signal(number)
+        assert signals.told() == number  # the inner block is over, the outer one is not
+        raise signals.stop(signals.told())
+    assert stop.type is kind and signals.told() == 0
+    with uninterrupted():
+        assert signals.told() == 0
+
+
+@pytest.mark.parametrize(('sent', 'status', 'line'), [
+    ([signal.SIGTERM], 143, 'stopped by SIGTERM; what ran then has not come to an end within 0.5 s'),
+    pytest.param([signal.SIGINT, signal.SIGINT], 130, 'interrupted twice', marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_process_whose_main_thread_hears_nothing_ends_all_the_same(sent, status, line):
+    child = subprocess.Popen(
+        [sys.executable, '-c', COMPILING], cwd=ROOT, env=os.environ | {signals.GRACE: '5.5'}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdout.readline() == 'begun\n'
+    ticks = lambda: int(Path(f'/proc/{child.pid}/stat').read_text().split()[13])
+    began = ticks()
+    while ticks() < began + 10:  # 0.1 s of computing
+        time.sleep(0.01)
+    for number in sent:
+        child.send_signal(number)
+        time.sleep(1.1 * signals.TWICE_S * (len(sent) > 1))
+    _, written = child.communicate(timeout=60)
+    assert (child.returncode, written) == (status, f'{line}\n')
+
+
+@pytest.mark.parametrize('text', ['soon', '5', '-1', 'nan'])
+def test_a_grace_that_leaves_no_time_is_refused(monkeypatch, text):
+    monkeypatch.setenv(signals.GRACE, text)
+    with pytest.raises(ValueError, match=f"^RETOOL_GRACE_S='{text}': expected seconds, more than 5"):
+        signals.grace()

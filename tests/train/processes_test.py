@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +14,9 @@ import numpy as np
 import pytest
 
 from retool_jax.core import console, episode_files, processes
+from retool_jax.core.errors import UserError
 from retool_jax.core.records import ExecResult, Verdict
+from retool_jax.stages import cold_start
 from retool_jax.stages.folder import open_journal
 from tests import several
 from tests.fakes import byte_tokenizer
@@ -72,6 +77,26 @@ def test_a_process_that_is_not_told_which_it_is_is_refused(monkeypatch, env, mis
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f'^{missing}: '):
         processes.join()
+
+
+def test_auto_is_refused_with_one_line_where_there_is_no_cluster():
+    program = 'from retool_jax.core import cli, processes; cli.run_plain(processes.join)'
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(('SLURM', 'OMPI', 'TPU'))}
+    done = subprocess.run(
+        [sys.executable, '-c', program], cwd=several.ROOT, env=outside | {processes.PROCESSES: 'auto'},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith('error: RETOOL_PROCESSES=auto finds no cluster here') and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('count', ['auto', '2'])
+def test_work_of_one_process_is_refused_to_several(monkeypatch, count):
+    monkeypatch.setenv(processes.PROCESSES, count)
+    with pytest.raises(UserError, match=f'^RETOOL_PROCESSES={count}: a cold start is made by one process'):
+        cold_start.run(None)
+    monkeypatch.setenv(processes.PROCESSES, '1')
+    processes.refuse('a cold start')
 
 
 def test_a_process_alone_joins_nobody_and_leads(monkeypatch):
