@@ -7,6 +7,8 @@ import dataclasses
 import errno
 import json
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +20,7 @@ from retool_jax.core.cli import command
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
 from retool_jax.rollout.journal import Journal
+from retool_jax.stages import owner
 from retool_jax.stages.config import ENGINE, RunSettings
 from retool_jax.stages.owner import NAME, Owner
 
@@ -25,9 +28,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Keys of folders that earlier versions made, where the stage has none of that name; neither changed a run.
 RETIRED = ('backend', 'turns.tools')
 RENAMED = {'sampler.group': 'sampler.feed_rows'}  # keys of such folders that have another name by now
+ADDED = {'checkpoints.every_s': 0.0}  # keys that earlier versions had not, with what they did
+LATE_S = 10.0  # in which a file is seen by other hosts: NFS keeps for seconds that there was none
+HOST = socket.gethostname()
 DATA = 'data.json'
 # What a run is worth going on with, or, where it kept nothing, worth reading.
-RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints', 'dropped.jsonl', 'answers', 'round_1')
+RESULTS = ('metrics.jsonl', 'episodes', 'checkpoints', 'stopped', 'dropped.jsonl', 'answers', 'round_1')
 
 
 class Stage(Protocol):
@@ -50,7 +56,7 @@ def claimed(stage: Stage, free: Sequence[str] = ()) -> Iterator[Path]:
     fresh = not there or not any(path.name != NAME for path in directory.iterdir())
     owners: list[Owner] = []
     try:
-        processes.first(lambda: _claim(stage, free, owners))
+        _check_shared(directory, processes.first(lambda: _claim(stage, free, owners)))
         yield directory
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
@@ -63,11 +69,27 @@ def claimed(stage: Stage, free: Sequence[str] = ()) -> Iterator[Path]:
                 directory.rmdir()
         raise
     finally:
-        for owner in owners:
-            owner.close()
+        for held in owners:
+            held.close()
 
 
-def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
+def _check_shared(directory: Path, token: str) -> None:
+    """Raises a UserError in all processes where one does not see the file that the one that leads has just written."""
+    if processes.count() == 1:
+        return
+    began = time.monotonic()
+    while not (sees := owner.token(directory) == token) and time.monotonic() - began < LATE_S:
+        time.sleep(0.1)
+    blind = [place for place, sees in processes.gather((f'process {jax.process_index()} on {HOST}', sees)) if not sees]
+    if blind:
+        raise UserError(
+            f'run.dir={str(directory)!r} is another folder for {", ".join(blind)}; choose one on storage that all '
+            'processes see'
+        )
+
+
+def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> str:
+    """Takes the folder; returns its owner's token."""
     directory = Path(stage.run.dir)
     file = directory / 'config.json'
     if file.exists():
@@ -81,6 +103,7 @@ def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
         if hasattr(stage, 'lora') and 'lora' not in before:  # all weights were trained
             before['lora'] = settings.to_json(dataclasses.replace(stage.lora, rank=0))
         found = settings.differences(before, stage, ignore=('run.dir', *retired, *free), renamed=RENAMED)
+        found = {key: pair for key, pair in found.items() if pair != (settings.ABSENT, ADDED.get(key, settings.ABSENT))}
         # A run that was refused before its first result left a configuration that binds nobody.
         if found and has_results(directory):
             raise UserError(
@@ -95,6 +118,7 @@ def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     owners.append(Owner(directory))
     write(file, settings.to_json(stage))
+    return owners[-1].token
 
 
 def write(path: Path, content: object) -> None:
@@ -144,7 +168,8 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise type(stop)(f'stopped; the same command goes on from the last checkpoint:\n{command()}') from stop
+        how = f'; the same command goes on from the last checkpoint:\n{command()}' if processes.leads() else ''
+        raise type(stop)(f'stopped{how}') from stop
 
 
 def rewind(directory: Path, step: int, writer: Metrics) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
 import tempfile
 import threading
@@ -29,8 +30,8 @@ class Owner:
     """
 
     def __init__(self, directory: Path):
-        self.path = directory / NAME
-        self._descriptor = _take(self.path)
+        self.path, self.token = directory / NAME, secrets.token_hex(8)
+        self._descriptor = _take(self.path, self.token)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name='heartbeat', daemon=True)
         self._thread.start()
@@ -49,7 +50,15 @@ class Owner:
                 os.utime(self._descriptor)
 
 
-def _take(path: Path) -> int:
+def token(directory: Path) -> str:
+    """What the owner of a folder is known by, '' where none is seen from here."""
+    try:
+        return json.loads((directory / NAME).read_text())['token']
+    except (OSError, ValueError, KeyError):
+        return ''
+
+
+def _take(path: Path, token: str) -> int:
     """A descriptor of the file, which names this process and is locked where it can be."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -60,6 +69,7 @@ def _take(path: Path) -> int:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):  # not one that its owner has just removed
                     me = {'host': socket.gethostname(), 'pid': os.getpid(), 'started': _started(os.getpid())}
+                    me['token'] = token
                     try:
                         os.ftruncate(descriptor, 0)
                         os.pwrite(descriptor, json.dumps(me).encode(), 0)
