@@ -291,7 +291,7 @@ def data() -> ConfigDict:
 
 
 def checkpoints(every: int) -> ConfigDict:
-    return ConfigDict({'every': every, 'keep_last': 2})  # every: steps
+    return ConfigDict({'every': every, 'every_s': 0.0, 'keep_last': 2})  # every: steps
 
 
 def mix(arg: str = 'tiny') -> ConfigDict:

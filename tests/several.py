@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from retool_jax.core.cli import ROOT
 
@@ -25,13 +26,32 @@ def run(count: int, arguments: Sequence[str], devices: int = DEVICES) -> list[st
 
     arguments: the script or module, and what it is called with. All processes have to end well.
     """
+    with started(count, arguments, devices) as (children, read):
+        statuses = _statuses(children)
+        for child in children:
+            child.kill()
+            child.wait()
+        written = read()
+    assert statuses == [0] * count, '\n'.join(f'process {i}:\n{text[-4000:]}' for i, text in enumerate(written))
+    return written
+
+
+@contextlib.contextmanager
+def started(
+    count: int, arguments: Sequence[str], devices: int = DEVICES, places: Sequence[Path] | None = None
+) -> Iterator[tuple[list[subprocess.Popen], Callable[[], list[str]]]]:
+    """The processes of a run, and what reads all that each has written to stderr; they end with the block.
+
+    places: the folder in which each is started, instead of this project's.
+    """
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ.get('XLA_FLAGS', ''))
     patience = [f'--xla_cpu_collective_{name}timeout_seconds={PATIENCE_S}' for name in ('', 'call_terminate_')]
     env = os.environ | {
-        'XLA_FLAGS': ' '.join([flags, *patience, f'--xla_force_host_platform_device_count={devices // count}'])
+        'XLA_FLAGS': ' '.join([flags, *patience, f'--xla_force_host_platform_device_count={devices // count}']),
+        'PYTHONPATH': str(ROOT),
     }
     if count > 1:
         env |= {
@@ -44,24 +64,23 @@ def run(count: int, arguments: Sequence[str], devices: int = DEVICES) -> list[st
         children = [
             subprocess.Popen(
                 [sys.executable, '-m', 'tests.several', *arguments],
-                cwd=ROOT,
+                cwd=places[i] if places else ROOT,
                 env=env | {'RETOOL_PROCESS': str(i)},
                 stdout=subprocess.DEVNULL,
                 stderr=text,
             )
             for i, text in enumerate(texts)
         ]
+
+        def read() -> list[str]:
+            return [os.pread(text.fileno(), 2**20, 0).decode(errors='replace') for text in texts]
+
         try:
-            statuses = _statuses(children)
+            yield children, read
         finally:
             for child in children:
                 child.kill()
                 child.wait()
-        for text in texts:
-            text.seek(0)
-        written = [text.read() for text in texts]
-    assert statuses == [0] * count, '\n'.join(f'process {i}:\n{text[-4000:]}' for i, text in enumerate(written))
-    return written
 
 
 def _statuses(children: Sequence[subprocess.Popen]) -> list[int | None]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from retool_jax.core import signals
 from retool_jax.core.pytrees import Params, SampleState
 from retool_jax.core.records import Episode
 from retool_jax.rollout import turns
@@ -53,7 +54,7 @@ class Engine:
         self.link = link
         # Plain numbers: on a mesh over several processes an array would have to say where it lies.
         self.key_data = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), purpose)))
-        self.stats = RolloutStats()
+        self.stats, self.told = RolloutStats(), 0  # of the last run; the signal that ended it before its end
         self.timeline: Timeline | None = None
         self.common: tuple[int, ...] = ()  # ids that prompts begin with, computed once per run (template.common_ids)
         self.keeps_cache = False  # keeps the KV cache between runs: quicker, where nothing else needs the memory
@@ -84,13 +85,32 @@ class Engine:
         quanta: decode calls that each episode may take part in; what is then unfinished comes back with stop None,
         to be taken up by `Request.resume` under later weights. They are counted per episode, so that where one is cut
         depends on no latency; a tool that runs is waited for. finished: is called with every episode that ends.
+
+        Raises: `signals.stop` where it was told to; what is unfinished is lost, but for its tool results.
         """
+        done = self.make(params, version, requests, step, journal=journal, quanta=quanta, finished=finished)
+        if self.told:
+            raise signals.stop(self.told)
+        return done
+
+    def make(
+        self,
+        params: Params,
+        version: int,
+        requests: Sequence[Request],
+        step: int,
+        *,
+        journal: Journal | None = None,
+        quanta: int | None = None,
+        finished: Callable[[Episode], None] = lambda episode: None,
+    ) -> list[Episode]:
+        """`run`, with fewer episodes where `told` says why."""
         done: dict[int, Episode] = {}
         for index, episode in self.stream(params, version, requests, step, journal=journal, quanta=quanta):
             done[index] = episode
             if episode.stop is not None:
                 finished(episode)
-        return [done[i] for i in range(len(requests))]
+        return [done[i] for i in sorted(done)]
 
     def stream(
         self,
@@ -102,7 +122,7 @@ class Engine:
         journal: Journal | None = None,
         quanta: int | None = None,
     ) -> Iterator[tuple[int, Episode]]:
-        """Yields (index of the request, episode) as they finish."""
+        """Yields (index of the request, episode) as they finish; ends early where `told` then says why."""
         equipment = Equipment(
             sampler=self.sampler,
             rules=self.rules,
@@ -123,7 +143,8 @@ class Engine:
             quanta=quanta,
             state=self.kept or self.sampler.empty(),
         )
-        self.kept, self.stats = None, scheduler.stats
+        self.kept, self.stats, self.told = None, scheduler.stats, 0
         yield from scheduler.run()
+        self.told = scheduler.told
         if self.keeps_cache:
             self.kept = scheduler.state

@@ -39,21 +39,26 @@ class Lockstep:
     def owns(self, row: int) -> bool:
         return row % self.count == self.process
 
-    def share(self, answers: dict[int, ExecResult]) -> dict[int, ExecResult]:
-        """The answers of all processes; an all-gather, so that all act on them in the same pass."""
-        return {row: result for part in processes.gather(answers) for row, result in part.items()}
+    def share(self, answers: dict[int, ExecResult], told: int) -> tuple[dict[int, ExecResult], int]:
+        """The answers and signals of all processes; an all-gather, so that all act on them in the same pass."""
+        found = processes.gather((answers, told))
+        return {row: result for part, _ in found for row, result in part.items()}, max(told for _, told in found)
 
 
 class Apart(Engine):
     """The engine of one process of several, each on its own devices; all of them make the same calls of `run`."""
 
     def run(self, params: Params, version: int, requests: Sequence[Request], step: int, **options) -> list[Episode]:
-        """`Engine.run` of this process's part of the requests; every process gets all episodes, in order."""
+        """`Engine.run` of this process's part of the requests; every process gets all episodes, in order.
+
+        One that is told to stop leaves early, and all raise it once the others have.
+        """
         mine = part(requests, jax.process_index(), jax.process_count())
-        made = super().run(params, version, mine, step, **options)
-        found = processes.gather((made, self.stats))
-        self.stats = total([stats for _, stats in found])
-        return [episode for made, _ in found for episode in made]
+        made = self.make(params, version, mine, step, **options)
+        found = processes.gather((made if not self.told else (), self.stats, self.told))
+        processes.agree([told for *_, told in found])
+        self.stats = total([stats for _, stats, _ in found])
+        return [episode for made, *_ in found for episode in made]
 
 
 def part(requests: Sequence[Request], process: int, count: int) -> list[Request]:

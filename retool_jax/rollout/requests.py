@@ -21,8 +21,8 @@ class Link(Protocol):
     def owns(self, row: int) -> bool:
         """Whether this process runs the tools of a row."""
 
-    def share(self, answers: dict[int, ExecResult]) -> dict[int, ExecResult]:
-        """The answers of all processes, the same in each."""
+    def share(self, answers: dict[int, ExecResult], told: int) -> tuple[dict[int, ExecResult], int]:
+        """The answers of all processes and the signal that any was told to stop by, the same in each."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Every pass collects what tools answered, gives free rows to queued episodes, feeds what is pending (prompts and
 tool outputs, by the same call) and sends one quantum of decoding to the device. While the device decodes, the
 host does what the next pass does not need: it appends what rows wrote that go on, and hands finished episodes
-out. It waits for a tool only when no row can decode.
+out. It waits for a tool only when no row can decode. Told to stop, it leaves between two passes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from retool_jax.core import signals
 from retool_jax.core.pytrees import Params, SampleState
 from retool_jax.core.records import Episode, ExecResult, Stop
 from retool_jax.rollout import turns
@@ -31,7 +32,7 @@ from retool_jax.rollout.settings import SamplingSettings
 from retool_jax.rollout.stats import RolloutStats, Timeline
 
 QUANTUM_S = 0.1  # of one decode call where there are tools: a call and its answer wait for the end of one each
-TICK_S = 0.05  # linked engines: how long a process waits for its own tools before it asks the others
+TICK_S = 0.05  # of a wait for tools, before the others and the signals are asked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,12 +81,12 @@ class Scheduler:
         self.ended: collections.deque[tuple[int, Episode]] = collections.deque()  # not handed out yet
         self.fed: tuple[float, jax.Array, list[int]] | None = None  # since when, ready when done, rows
         self.quantum, self.step_s = 0, None  # decode calls so far; seconds of one step of the last, once there was one
+        self.told = 0  # the signal that ended the run early
 
     def run(self) -> Iterator[tuple[int, Episode]]:
         """Yields (index of the request, episode) as they finish."""
         began = time.perf_counter()
-        while self.queue or any(self.rows):
-            self._collect()
+        while (self.queue or any(self.rows)) and not self._collect():
             self._admit()
             self._feed()
             decoding = self._decode()  # from here on the device is busy
@@ -221,17 +222,16 @@ class Scheduler:
             )
         self.stats.shared_tokens += length * len(rows)
 
-    def _collect(self) -> None:
-        """Hands finished tool calls to the turn rules."""
+    def _collect(self) -> int:
+        """Hands finished tool calls to the turn rules; returns `told`."""
+        self.told = signals.told()
         waiting = {r: row for r, row in enumerate(self.rows) if row and row.asked_s}
-        if not waiting:
-            return
         answers = {r: row.future.result() for r, row in waiting.items() if row.future and row.future.done()}
         if self.journal is not None:
             for r, result in answers.items():
                 self.journal.put(call_key(self.rows[r].episode, self.rows[r].code), result)
         if self.link is not None:
-            answers = self.link.share(answers)
+            answers, self.told = self.link.share(answers, self.told)
         now = time.perf_counter()
         for r in sorted(answers):
             row = self.rows[r]
@@ -240,11 +240,11 @@ class Scheduler:
                 self.timeline.span(r, 'tool', row.asked_s, now, verdict=answers[r].verdict.value)
             row.future, row.asked_s = None, 0.0
             self._resume(r, answers[r])
+        return self.told
 
     def _resume(self, r: int, result: ExecResult) -> None:
-        row = self.rows[r]
         self.stats.tool_wall_s.append(result.wall_s)
-        self._follow(r, self.rules.resume(row.episode, row.code, result))
+        self._follow(r, self.rules.resume(self.rows[r].episode, self.rows[r].code, result))
 
     def _follow(self, r: int, following: turns.Next) -> None:
         """Does what the turn rules say."""
@@ -395,6 +395,5 @@ class Scheduler:
         """Waits until a tool answers, since no row can decode."""
         futures = [row.future for row in self.rows if row and row.future]
         began = time.perf_counter()
-        timeout_s = None if self.link is None else TICK_S
-        concurrent.futures.wait(futures, timeout_s, concurrent.futures.FIRST_COMPLETED)
+        concurrent.futures.wait(futures, TICK_S, concurrent.futures.FIRST_COMPLETED)
         self.stats.tools_blocked_s += time.perf_counter() - began

@@ -19,7 +19,7 @@ import queue
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from retool_jax.core import answers
+from retool_jax.core import answers, signals
 from retool_jax.core.answers import Answer, Failure
 from retool_jax.core.endpoint import Endpoint
 from retool_jax.core.errors import UserError
@@ -31,6 +31,7 @@ from retool_jax.rollout.requests import Executor, Request
 from retool_jax.rollout.sampler import STOP_EOS, STOP_LENGTH
 from retool_jax.rollout.settings import SamplingSettings
 
+TICK_S = 0.5  # between two looks whether the run is to stop
 OPEN_PER_SLOT = 2  # episodes for each request that may be on its way: while a tool of one runs another one writes
 
 
@@ -69,7 +70,8 @@ class Served:
         *,
         journal: Journal | None = None,
     ) -> Iterator[tuple[int, Episode]]:
-        """Yields (index of the request, episode) as they finish; `params` are the server's own, and not looked at.
+        """Yields (index of the request, episode) as they finish, until all have or the run is told to stop; `params`
+        are the server's own, and not looked at.
 
         Raises:
           UserError: behind the last episode, if some could not be finished: the budget was used up, or the server
@@ -77,7 +79,7 @@ class Served:
         """
         run = _Run(self, version, step, journal)
         waiting = collections.deque(enumerate(requests))
-        while waiting or run.open:
+        while (waiting or run.open) and not signals.told():
             while waiting and len(run.open) < self.rows and not run.spent:
                 run.begin(*waiting.popleft())
             yield from run.ended()
@@ -86,7 +88,7 @@ class Served:
             elif run.spent:
                 break
             yield from run.ended()
-        if unfinished := len(run.lost) + len(waiting):
+        if (unfinished := len(run.lost) + len(waiting)) and not signals.told():
             raise UserError(
                 f'{unfinished} of {len(requests)} episodes are not finished: {run.lost[-1]}; the others are kept, and '
                 'the same command goes on with these'
@@ -116,8 +118,11 @@ class _Run:
         self._follow(index, turns.Sample(allowance) if allowance > 0 else turns.End(Stop.LENGTH))
 
     def take(self) -> None:
-        """Waits for an answer or a tool, and does what the rules say of it."""
-        index, future = self._events.get()
+        """Waits a moment for an answer or a tool, and does what the rules say of it."""
+        try:
+            index, future = self._events.get(timeout=TICK_S)
+        except queue.Empty:
+            return
         found, rules = future.result(), self.served.rules
         if isinstance(found, ExecResult):
             episode, code = self.open[index], self.code.pop(index)

@@ -137,10 +137,11 @@ class CheckpointSettings:
     """When state is saved."""
 
     every: int  # steps from one checkpoint to the next, at least 1; a killed run makes that many again at most
+    every_s: float  # seconds after which one is due besides, at the end of a step; 0: steps alone decide. H
     keep_last: int  # checkpoints that are kept, at least 1; the best one stays besides
 
     def __post_init__(self):
-        check(self, every=within(1, MANY), keep_last=within(1, MANY))
+        check(self, every=within(1, MANY), every_s=within(0, 1e9), keep_last=within(1, MANY))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retool_jax.core import console, episode_files, metrics
+from retool_jax.core import console, episode_files, metrics, processes
 from retool_jax.core.metrics import Metrics
 from retool_jax.core.records import Episode
 from retool_jax.rollout.requests import Executor
@@ -112,7 +112,7 @@ class Story:
     def fine_tune(self, tools: bool, traces: Path) -> Path:
         """Supervised fine-tuning of the first model to its last step; the folder of the one that it becomes."""
         stage, recipe = self.stage, self.recipe
-        saves = CheckpointSettings(every=-(-recipe.sft_steps // SFT_SAVES), keep_last=1)
+        saves = CheckpointSettings(every=-(-recipe.sft_steps // SFT_SAVES), every_s=0.0, keep_last=1)
         stage = FineTuning(
             **self.common(tools, 'sft'),
             traces=str(traces),
@@ -262,6 +262,7 @@ def opened(stage: Demo) -> Iterator[Story]:
 
 def run(stage: Demo) -> dict:
     """The whole story, or the rest of it; returns what summary.json holds."""
+    processes.refuse('the demo')
     began = time.perf_counter()
     with opened(stage) as story:
         # One model to begin with; two cold starts from it.

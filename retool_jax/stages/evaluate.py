@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from retool_jax.core import console, episode_files, processes
+from retool_jax.core import console, episode_files, processes, signals
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
 from retool_jax.core.pytrees import Params
@@ -155,18 +155,18 @@ def run_kept(
         waiting.clear()
 
     kept = time.monotonic()
-    try:
-        for _, episode in engine.stream(params, 0, mine, 0, journal=journal) if mine else ():
-            waiting.append(episode)
-            advance()
-            if len(waiting) >= engine.rows or time.monotonic() - kept > KEEP_S:
+    with uninterrupted():
+        try:
+            for _, episode in engine.stream(params, 0, mine, 0, journal=journal) if mine else ():
+                waiting.append(episode)
+                advance()
+                if len(waiting) >= engine.rows or time.monotonic() - kept > KEEP_S:
+                    keep()
+                    kept = time.monotonic()
+        finally:  # of a stop too: what is finished stays
+            if waiting:
                 keep()
-                kept = time.monotonic()
-    finally:  # of a stop too: what is finished stays
-        if waiting:
-            with uninterrupted():
-                keep()
-    processes.wait()
+        processes.agree(processes.gather(signals.told()))
     if folder_of == unfinished and processes.leads():
         found = {(e.problem.id, e.sample): e for e in episode_files.read(unfinished)}
         with uninterrupted():

@@ -101,7 +101,7 @@ def _tuned(stage: Rewrite, directory: Path, place: Path, number: int, found: Seq
     """The first model, fine-tuned on all that was kept so far."""
     traces = place / 'so_far'
     outcome.keep(traces, found, parts.open_model(stage.model, directory).tokenizer)
-    steps = CheckpointSettings(every=max(stage.sft.steps // SAVES, 1), keep_last=1)
+    steps = CheckpointSettings(every=max(stage.sft.steps // SAVES, 1), every_s=0.0, keep_last=1)
     tuning = FineTuning(
         run=RunSettings(dir=str(place / 'sft'), seed=stage.run.seed),
         traces=str(traces / 'episodes'),

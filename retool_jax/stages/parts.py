@@ -293,11 +293,12 @@ class Parts:
         stream: sources.Problems,
         grader: Grader,
         journal: Journal | None = None,
+        aside: Path | None = None,
     ) -> sources.Source:
-        """Rollouts with the current weights."""
+        """Rollouts with the current weights; aside: of `sources.sampled`."""
         engine = self.engine(sampler, executor, self.stage.train_sampling, TRAINING)
         source = sources.sampled(
-            engine, self.stage.ppo, stream, self.model.template, self.model.tokenizer, grader, journal
+            engine, self.stage.ppo, stream, self.model.template, self.model.tokenizer, grader, journal, aside
         )
         return lambda policy, *where: source(self.learner.whole(policy), *where)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grain
-import jax
 
-from retool_jax.core import console, episode_files, metrics, processes
+from retool_jax.core import console, episode_files, metrics, processes, signals
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem
@@ -30,6 +30,7 @@ from retool_jax.train.ppo import Progress, StepResult
 
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
 CARRIED = 'carried'  # folder of the unfinished episodes of each checkpoint
+STOPPED = 'stopped'  # folder of the finished episodes of a step that was stopped
 FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox')  # may change between two starts of a run
 
 
@@ -78,14 +79,14 @@ def go_on(
         restore(progress, checkpoints, directory, halves, stage.run.seed)
         folder.rewind(directory, progress.done, writer)
         source = (
-            parts.source(sampler, executor, problems, grader, journal)
+            parts.source(sampler, executor, problems, grader, journal, directory / STOPPED)
             if rolls
             else sources.dumped(halves.episodes, model.config.vocab_size, stage.forward.row_width)
         )
         advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
         validates = lambda done: bool(held_out) and (done == sizes.steps or done % validation.every == 0)
         saves = lambda done: done == sizes.steps or done % saving.every == 0
-        saved, score = [progress.oldest], {}
+        saved, score, written = [progress.oldest], {}, [progress.done]
 
         def keep(folder_name: str, name: str, episodes: Sequence[Episode], step: int | None = None) -> None:
             if processes.leads():
@@ -115,6 +116,7 @@ def go_on(
                 return
             if processes.leads():
                 episode_files.remove(directory / CARRIED, {carried_part(step) for step in there})
+                sources.forget_aside(directory / STOPPED, max(there, default=0))
             if progress.carried:
                 keep(CARRIED, carried_part(progress.done), progress.carried, progress.done)
             meta = {
@@ -138,7 +140,8 @@ def go_on(
             with uninterrupted():
                 keep('episodes', f'train_{step:05d}', result.episodes, step)
                 writer.write(step, {'phase': 'ppo' if halves.train else 'rollout'} | line)
-                if halves.train and saves(step + 1) and progress.done == step + 1:
+                written.append(step + 1)
+                if halves.train and (saves(step + 1) or result.timed) and progress.done == step + 1:
                     save()
             advance(f'correct {line["rewards/correct"]:.2f} code {line["tools/code_ratio"]:.2f}')
             ring(watch, result, keep)
@@ -155,17 +158,18 @@ def go_on(
                     report=report,
                     due=lambda done: saves(done) or validates(done),
                     spoiled=lambda step, episodes: keep('alarms', f'not_finite_{step:05d}', episodes),
+                    save_every_s=saving.every_s,
                 )
             else:
                 roll_out(source, progress, sizes.steps, report, journal)
         except KeyboardInterrupt:
-            # Of several processes each hears of it at another point: the last checkpoint has to do.
-            if jax.process_count() == 1 and halves.train and progress.done and writer.last == progress.done - 1:
+            if halves.train and progress.done and written[-1] == progress.done:
                 save(wait=True)
             raise
     if halves.train:
         export(parts, directory)
     if processes.leads():
+        shutil.rmtree(directory / STOPPED, ignore_errors=True)
         folder.write(directory / 'summary.json', summarise(stage, directory))
 
 
@@ -202,11 +206,13 @@ def roll_out(
 ) -> None:
     """Rollouts without training: the episodes and what they say of themselves."""
     for step in range(progress.done, steps):
-        made = source(progress.state.params['policy'], step, progress.cursor)
-        progress.done, progress.cursor = step + 1, made.cursor
-        line = made.metrics | sources.describe(made.episodes) | {'data/cursor': float(made.cursor)}
-        report(StepResult(step, line, made.episodes))
-        journal.forget(step + 1)
+        with uninterrupted():
+            made = source(progress.state.params['policy'], step, progress.cursor)
+            progress.done, progress.cursor = step + 1, made.cursor
+            line = made.metrics | sources.describe(made.episodes) | {'data/cursor': float(made.cursor)}
+            report(StepResult(step, line, made.episodes))
+            journal.forget(step + 1)
+            processes.agree([processes.word(signals.told())])
 
 
 def ring(watch: Watch, result: StepResult, keep: Callable[[str, str, Sequence[Episode]], None]) -> None:

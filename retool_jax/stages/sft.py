@@ -102,10 +102,13 @@ def go_on(
             score = {'score': -metrics[sft.HELD_OUT]} if best and sft.HELD_OUT in metrics else {}
             checkpoints.save(step, state, {'step': step} | lora.describe(stage.lora) | score)
 
+        train = lambda state, seen, sizes: sft.train(
+            learner, state, seen, sizes, stage.run.seed, log, save, saving.every, held_out, saving.every_s
+        )
         if lead_steps:
             first = dataclasses.replace(sizes, steps=lead_steps)
-            state = sft.train(learner, state, lead, first, stage.run.seed, log, save, saving.every, held_out)
-        state = sft.train(learner, state, traces, sizes, stage.run.seed, log, save, saving.every, held_out)
+            state = train(state, lead, first)
+        state = train(state, traces, sizes)
         chosen = checkpoints.best() if best else None
         if chosen is not None:
             console.say(f'best: step {chosen}, held-out loss {-checkpoints.meta(chosen)["score"]:.4f}')

@@ -17,7 +17,7 @@ from retool_jax.algo.advantages import explained_variance
 from retool_jax.algo.groups import episode_masks, unequal_groups
 from retool_jax.algo.segments import in_update
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
-from retool_jax.core import checks
+from retool_jax.core import checks, processes, signals
 from retool_jax.core.checks import MANY, one_of, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, TrainState
@@ -134,6 +134,7 @@ class StepResult:
     metrics: dict[str, float]
     episodes: list[Episode]
     stopping: bool = False  # the run has been told to end: no time for more than to write this down
+    timed: bool = False  # a checkpoint is due by the clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +148,12 @@ class _Pending:
     metrics: dict[str, float]
     clock: _Clock
 
-    def fetch(self, stopping: bool) -> StepResult:
+    def fetch(self, stopping: bool, timed: bool) -> StepResult:
         metrics = mean_metrics(self.step, self.found) | self.metrics | sources.describe(self.episodes)
         if self.explained is not None:
             metrics['critic/explained_var'] = float(self.explained)
         metrics['time/update_s'] = self.clock.seconds()
-        return StepResult(self.step, metrics, self.episodes, stopping)
+        return StepResult(self.step, metrics, self.episodes, stopping, timed)
 
 
 class _Clock(threading.Thread):
@@ -183,48 +184,56 @@ def train(
     report: Callable[[StepResult], None] = lambda result: None,
     due: Callable[[int], bool] = lambda done: False,
     spoiled: Callable[[int, Sequence[Episode]], None] = lambda step, episodes: None,
+    save_every_s: float = 0.0,
 ) -> TrainState:
     """Steps progress.done … settings.steps − 1; `progress` is moved on after each.
 
     `report(result)` is called one step late, so that the host waits for the device only where it needs tokens. It is
-    called at once for a step after which `due(steps done)` holds, for the last one and on Ctrl-C: `progress` is then
-    what the reported step left behind. `spoiled(step, episodes)` is called before a loss that is not finite
-    ends the run.
+    called at once for a step after which `due(steps done)` holds or `save_every_s` seconds (0: any number) have passed
+    since the last such one, for the last step, and where the run is told to stop, which all processes do after the same
+    step: `progress` is then what the reported step left behind. `spoiled(step, episodes)` is called before a loss that
+    is not finite ends the run.
     """
     residency = residency or Residency(settings.offload)
     late: _Pending | None = None
+    saved_s = time.monotonic()
 
-    def flush(stopping: bool = False) -> None:
+    def flush(stopping: bool = False, timed: bool = False) -> None:
         nonlocal late
         pending, late = late, None
         if pending is None:
             return
         try:
-            result = pending.fetch(stopping)
+            result = pending.fetch(stopping, timed)
         except UserError:
             spoiled(pending.step, pending.episodes)
             raise
         report(result)
 
-    try:
-        for step in range(progress.done, settings.steps):
-            began = time.perf_counter()
-            progress.state = residency.enter('rollout', progress.state)
-            collected = collect(progress.state.params['policy'], step, progress.cursor, progress.carried)
-            flush()
-            # The update gives the state's buffers to the device: there is no whole state until it returns.
-            with uninterrupted():
+    # The update gives the state's buffers to the device: there is no whole state until it returns.
+    with uninterrupted():
+        try:
+            for step in range(progress.done, settings.steps):
+                began = time.perf_counter()
+                progress.state = residency.enter('rollout', progress.state)
+                collected = collect(progress.state.params['policy'], step, progress.cursor, progress.carried)
+                flush()
                 late = update(learner, progress, settings, collected.episodes, seed, step, residency)
                 progress.done, progress.cursor, progress.carried = step + 1, collected.cursor, collected.carried
                 late.metrics.update(
                     collected.metrics
                     | {'data/cursor': float(collected.cursor), 'time/step_s': time.perf_counter() - began}
                 )
-            if due(step + 1):
-                flush()
-    except KeyboardInterrupt:
-        flush(stopping=True)
-        raise
+                timed = bool(save_every_s) and time.monotonic() - saved_s >= save_every_s
+                told, timed = processes.word((signals.told(), timed))
+                if told:
+                    raise signals.stop(told)
+                if timed or due(step + 1):
+                    flush(timed=timed)
+                    saved_s = time.monotonic()
+        except KeyboardInterrupt:
+            flush(stopping=True)
+            raise
     flush()
     progress.state = residency.whole(progress.state)
     return progress.state

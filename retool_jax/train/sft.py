@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 
+from retool_jax.core import processes, signals
 from retool_jax.core.checks import MANY, below, check, within
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.core.records import Episode
@@ -108,45 +109,41 @@ def train(
     save: Callable[[int, TrainState, dict[str, float]], None] | None = None,
     save_every: int = 1,
     held_out: Sequence[Episode] = (),
+    save_every_s: float = 0.0,
 ) -> TrainState:
     """Runs the remaining steps of `state`.
 
     `log(step, metrics)` is called one step late, so that the host never waits for the step in flight;
     `save(steps done, state, metrics of the last)` after every `save_every` steps and the last, when all of them are
-    logged, and on Ctrl-C. Before such a save the loss on `held_out` is measured and logged as sft/held_out_loss.
+    logged; also when `save_every_s` seconds have passed since (0: never), and where the run is told to stop, after the
+    same step in all processes. Before the former the loss on `held_out` is measured and logged as sft/held_out_loss.
     """
-    start, late = int(state.step), []
+    start, late, saved_s = int(state.step), [], time.monotonic()
     due = lambda done: done == settings.steps or (save is not None and done % save_every == 0)
     measured = packed(held_out, learner.forward) if held_out else None
 
     def flush(extra: dict[str, float]) -> dict[str, float]:
-        step, found = late[0]
+        step, found = late.pop(0)
         metrics = mean_metrics(step, [found]) | extra
-        late.pop(0)
         log(step, metrics)
         return metrics
 
-    try:
+    with uninterrupted():  # the state is given to each step and comes back changed
         for step, batch in enumerate(batches(episodes, settings, learner.forward, seed, start), start=start):
-            with uninterrupted():  # the state is given to the step and comes back changed
-                state, found = learner.sft_step(state, batch)
-                late.append((step, found))
+            state, found = learner.sft_step(state, batch)
+            late.append((step, found))
             if len(late) > 1:
-                with uninterrupted():
-                    flush({})
-            if due(step + 1):
-                extra = {} if measured is None else {HELD_OUT: learner.sft_loss(state.params, measured)}
-                with uninterrupted():
-                    metrics = flush(extra)
-                    if save is not None:
-                        save(step + 1, state, metrics)
-    except KeyboardInterrupt:
-        done = late[-1][0] + 1 if late else 0
-        # Nothing is saved where resume does better from the last checkpoint: with several processes Ctrl-C reaches
-        # them at different steps, so there is no common state; a step whose held-out loss is due is made again.
-        if save is not None and late and jax.process_count() == 1 and (measured is None or not due(done)):
-            while late:
-                metrics = flush({})
-            save(done, state, metrics)
-        raise
+                flush({})
+            timed = bool(save_every_s) and time.monotonic() - saved_s >= save_every_s
+            told, timed = processes.word((signals.told(), timed))
+            measures = measured is not None and due(step + 1)
+            if told and measures:  # on the next start: it may take longer than there is time
+                raise signals.stop(told)
+            if due(step + 1) or told or timed:
+                metrics = flush({HELD_OUT: learner.sft_loss(state.params, measured)} if measures else {})
+                if save is not None:
+                    save(step + 1, state, metrics)
+                saved_s = time.monotonic()
+            if told:
+                raise signals.stop(told)
     return state

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
+import jax
 import numpy as np
 
 from retool_jax.algo.groups import overlong_penalty, unequal_groups
-from retool_jax.core import episode_files
+from retool_jax.core import episode_files, processes, signals
 from retool_jax.core.checks import MANY, check, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
@@ -90,7 +92,7 @@ def sampled(
     tokenizer: Tokenizer,
     grader: Grader,
     journal: Journal | None = None,
-    finished: Callable[[Episode], None] = lambda episode: None,
+    aside: Path | None = None,
 ) -> Source:
     """The source that rolls out: current weights in the sampling layout, every token stamped with its step.
 
@@ -101,6 +103,9 @@ def sampled(
     With `quanta` a step begins with the groups that the one before left unfinished, tops them up to
     `problems_per_step`, and takes those that are whole when every episode has had its decode calls; where none is,
     it goes around again. Tokens keep the logprobs and the version of the weights that wrote them.
+
+    A step that is told to stop, before its update, leaves its finished episodes in the folder `aside`; those that
+    are there are not made again, and the others are what they would have been.
     """
     rounds = max(settings.dynamic_rounds, 1)
 
@@ -110,17 +115,30 @@ def sampled(
         taken: list[list[Episode]] = []
         first: list[list[Episode]] = []
         seen: collections.Counter = collections.Counter()
+        ended: dict[int, list[Episode]] = {}  # by round: what this process has finished
+
+        def make(requests: Sequence[Request], turn: int) -> list[Episode]:
+            """The episodes of a round, less those that a stopped one has left."""
+            known, ended[turn] = left_aside(aside, step, turn), []
+            missing = [r for r in requests if _key_of(r, step) not in known]
+            try:
+                quanta, note = settings.quanta or None, ended[turn].append
+                made = engine.run(weights, step, missing, step, journal=journal, quanta=quanta, finished=note)
+                processes.agree([processes.word(signals.told())])
+            except KeyboardInterrupt:
+                if aside is not None and (engine.link is None or processes.leads()):
+                    leave_aside(aside, step, ended, tokenizer)
+                raise
+            new = iter(made)
+            return [known[key] if (key := _key_of(r, step)) in known else next(new) for r in requests]
+
         while len(taken) < settings.problems_per_step and (tally['rounds'] < rounds or not (taken or first)):
             missing = settings.problems_per_step - len(taken)
             room = missing - len(open_groups) if settings.quanta else settings.problems_per_step
             asked = [stream[i] for i in range(cursor, cursor + room)]
             requests = [Request.resume(copied(e)) for group in open_groups for e in group if e.stop is None]
             requests += number(grading.make_requests(asked, settings.samples, template, tokenizer), seen)
-            made = iter(
-                engine.run(
-                    weights, step, requests, step, journal=journal, quanta=settings.quanta or None, finished=finished
-                )
-            )
+            made = iter(make(requests, tally['rounds']))
             groups = [[next(made) if e.stop is None else e for e in group] for group in open_groups]
             groups += split(list(made), settings.samples)
             whole = [group for group in groups if all(e.stop is not None for e in group)]
@@ -152,6 +170,31 @@ def sampled(
         return Collected(episodes, cursor, metrics, carried)
 
     return collect
+
+
+def leave_aside(directory: Path, step: int, ended: Mapping[int, Sequence[Episode]], tokenizer: Tokenizer) -> None:
+    """Writes the finished episodes of each round of a step for the run that goes on; each process its own."""
+    count = len(episode_files.names(directory))
+    for turn, episodes in ended.items():
+        if episodes:
+            name = f'{step:05d}_{turn:03d}_{jax.process_index():03d}_{count:05d}'
+            episode_files.write(directory, name, episodes, tokenizer.decode, step)
+
+
+def left_aside(directory: Path | None, step: int, turn: int) -> dict[tuple[int, str, int], Episode]:
+    """What `leave_aside` has written of round `turn` of a step, by (step of its beginning, problem, sample)."""
+    names = [] if directory is None else episode_files.names(directory)
+    ours = [name for name in names if name.startswith(f'{step:05d}_{turn:03d}_')]
+    return {(e.step, e.problem.id, e.sample): e for name in ours for e in episode_files.read(directory, name)}
+
+
+def forget_aside(directory: Path, step: int) -> None:
+    """Removes what was left of the steps before `step`."""
+    episode_files.remove(directory, [name for name in episode_files.names(directory) if int(name[:5]) >= step])
+
+
+def _key_of(request: Request, step: int) -> tuple[int, str, int]:
+    return (request.begun.step if request.begun else step), request.problem.id, request.sample
 
 
 def split(episodes: Sequence[Episode], samples: int) -> list[list[Episode]]:

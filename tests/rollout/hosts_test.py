@@ -76,7 +76,7 @@ def test_parts_are_whole_problems_in_order(count):
 def test_a_process_alone_gathers_what_it_gave_and_answers_itself():
     assert processes.gather({'a': [1, 'x' * 9000]}) == [{'a': [1, 'x' * 9000]}]
     link = hosts.Lockstep()
-    assert all(link.owns(row) for row in range(5)) and link.share({3: 'answer'}) == {3: 'answer'}
+    assert all(link.owns(row) for row in range(5)) and link.share({3: 'answer'}, 15) == ({3: 'answer'}, 15)
 
 
 def test_counts_of_engines_add_up_and_the_longest_time_counts():

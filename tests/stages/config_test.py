@@ -36,7 +36,7 @@ BAD = {
     float: {math.nan: None, math.inf: None, -math.inf: None, 1e300: None, -1.0: None,
             0.0: r'\w*sampling\.(temperature|min_p)|(text\.)?(\w*optimizer\.(lr|b1|b2|weight_decay)|advantage\.\w+)|'
                  r'loss\.(clip_low|clip_high|entropy_coef|kl_coef|value_coef|correction_low)|sft\.evaluation_share|'
-                 r'watch\.\w+|text\.needy|recipe\.evaluation_share|rewriter\.temperature|'
+                 r'watch\.\w+|checkpoints\.every_s|text\.needy|recipe\.evaluation_share|rewriter\.temperature|'
                  r'filters\.(pass_rate_low|pass_rate_high|short_share)'},
     str: {'': None, ' ': None,
           'nonsense': r'run\.dir|model\.(path|name|instruction)|traces|golds|(validation\.)?problems|halves\.episodes|'

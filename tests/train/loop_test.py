@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 
+from retool_jax.core import signals
 from retool_jax.train import ppo
 from retool_jax.train.ppo import Progress
 from retool_jax.train.residency import Residency
@@ -26,6 +27,7 @@ class Run:
     """A run whose updates only count; `log` says what happened in which order."""
 
     def __init__(self, monkeypatch, during=lambda what, step: None, loss=lambda step: 1.0):
+        self.timed = []
         self.progress, self.log, self.during, self.loss = Progress(State({'policy': None})), [], during, loss
         monkeypatch.setattr(ppo, 'update', self.update)
 
@@ -36,6 +38,8 @@ class Run:
     def collect(self, params, step, cursor, carried=()):
         self.happen('collect', step)
         assert [e.step for e in carried] == [step - 1] * (step > 0)
+        if signals.told():  # as a rollout does
+            raise signals.stop(signals.told())
         return Collected(EPISODES, cursor + 3, {'time/rollout_s': 1.0}, (dataclasses.replace(EPISODES[0], step=step),))
 
     def update(self, learner, progress, settings, episodes, seed, step, residency):
@@ -45,10 +49,11 @@ class Run:
         return ppo._Pending(step, episodes, found, None, {}, ppo._Clock(0.0, ()))
 
     def report(self, result):
+        self.timed.append(result.timed)
         self.happen('stopping' if result.stopping else 'report', result.step)
         assert result.metrics['data/cursor'] == 3 * (result.step + 1) and result.metrics['time/rollout_s'] == 1
 
-    def train(self, steps=3, due=lambda done: False):
+    def train(self, steps=3, due=lambda done: False, save_every_s=0.0):
         ppo.train(
             None,
             self.progress,
@@ -58,6 +63,7 @@ class Run:
             residency=Residency(False),
             report=self.report,
             due=due,
+            save_every_s=save_every_s,
             spoiled=lambda step, episodes: self.log.append(('spoiled', step, len(episodes))),
         )
 
@@ -79,6 +85,16 @@ def test_a_step_that_is_due_is_reported_while_the_progress_is_its_own(monkeypatc
     assert run.log.index(('report', 1)) < run.log.index(('collect', 2))
 
 
+def test_a_step_after_so_many_seconds_is_reported_at_once_as_due_by_the_clock(monkeypatch):
+    run = Run(monkeypatch)
+    run.train(save_every_s=1e-9)
+    assert run.log == [(what, step) for step in range(3) for what in ('collect', 'update', 'report')]
+    assert run.timed == [True] * 3
+    run = Run(monkeypatch)
+    run.train(save_every_s=3600.0)
+    assert run.timed == [False] * 3 and run.log[2:4] == [('collect', 1), ('report', 0)]
+
+
 @pytest.mark.parametrize(
     ('what', 'done', 'tail'),
     [('collect', 1, [('collect', 1), ('stopping', 0)]), ('update', 2, [('update', 1), ('stopping', 1)])],
@@ -95,7 +111,7 @@ def test_a_report_that_is_interrupted_is_not_made_again(monkeypatch):
     run = Run(monkeypatch, lambda what, step: (what, step) == ('report', 1) and signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run.train(due=lambda done: True)
-    assert run.log[-1] == ('report', 1) and run.progress.done == 2
+    assert run.log[-2:] == [('report', 1), ('collect', 2)] and run.progress.done == 2
 
 
 def test_a_loss_that_is_not_finite_hands_over_its_episodes_and_ends_the_run(monkeypatch):

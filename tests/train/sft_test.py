@@ -180,6 +180,23 @@ def test_the_held_out_loss_is_measured_before_every_save_and_logged_with_its_ste
     assert saved == {done: (done, logged[done - 1]) for done in (2, 4, 5)}
 
 
+def test_the_clock_saves_besides_and_measures_nothing(episodes):
+    saved = {}
+    sft.train(
+        Counting(),
+        Steps(0),
+        episodes[:8],
+        dataclasses.replace(SETTINGS, steps=5),
+        0,
+        lambda step, metrics: None,
+        lambda done, state, metrics: saved.setdefault(done, (state.step, metrics.get(sft.HELD_OUT))),
+        4,
+        episodes[8:],
+        save_every_s=1e-9,
+    )
+    assert saved == {1: (1, None), 2: (2, None), 3: (3, None), 4: (4, 0.0), 5: (5, 1.0)}
+
+
 @pytest.mark.parametrize('held_out', [0, 2])
 @pytest.mark.parametrize('during', ['step', 'log', 'measure'])
 @pytest.mark.parametrize('at', [2, 3])  # after 4 steps a save is due

@@ -3,13 +3,15 @@
 import collections
 import copy
 import dataclasses
+import signal
 import types
 
 import numpy as np
 import pytest
 
-from retool_jax.core import episode_files
+from retool_jax.core import episode_files, signals
 from retool_jax.core.records import Fault, Problem, Reward, Stop, ToolCall, Verdict
+from retool_jax.core.signals import Terminated
 from retool_jax.rollout.requests import Request
 from retool_jax.rollout.stats import RolloutStats
 from retool_jax.text.template import make_template
@@ -26,8 +28,11 @@ CUT = dataclasses.replace(SETTINGS, dynamic_rounds=0, quanta=1)
 class ScriptedEngine:
     """Every problem's answer says how its samples end: '+' right, '-' wrong, 'f' a fault of the sandbox.
 
-    Its family says how many quanta the last sample takes; the others take one.
+    Its family says how many quanta the last sample takes; the others take one. It is told to stop when it has finished
+    `stop_after` episodes.
     """
+
+    link, stop_after = None, -1
 
     def __init__(self):
         self.sampler = types.SimpleNamespace(sync=lambda params: params)
@@ -37,9 +42,11 @@ class ScriptedEngine:
 
     def run(self, weights, version, requests, step, journal=None, quanta=None, finished=None):
         self.asked.append([r.problem.id for r in requests])
-        rng = np.random.default_rng(0)
         made = []
         for r in requests:
+            if self.stop_after == 0:
+                raise signals.stop(signal.SIGTERM)
+            rng = np.random.default_rng([int(r.problem.id[1:]), r.sample])
             e = r.begun or dataclasses.replace(
                 small.make_episode(rng, r.problem.id, 3, sample=r.sample, step=step), problem=r.problem, reward=None
             )
@@ -50,6 +57,9 @@ class ScriptedEngine:
             else:
                 e.stop = None
             made.append(e)
+            if e.stop is not None:
+                finished(e)
+                self.stop_after -= 1
         return made
 
 
@@ -67,11 +77,11 @@ def scripted(monkeypatch):
     monkeypatch.setattr(grading, 'grade', grade)
 
 
-def make_source(answers, settings):
+def make_source(answers, settings, aside=None):
     """'+-3' is a problem whose last sample takes three quanta."""
     engine = ScriptedEngine()
     stream = [Problem(f'p{i}', 'Q?', answer[:2], 'test', answer[2:]) for i, answer in enumerate(answers)]
-    return sources.sampled(engine, settings, stream, make_template('tiny'), small.TOKENIZER, None), engine
+    return sources.sampled(engine, settings, stream, make_template('tiny'), small.TOKENIZER, None, aside=aside), engine
 
 
 def collect(answers, settings=SETTINGS, cursor=0):
@@ -322,3 +332,24 @@ def test_metrics_of_hand_made_episodes_are_what_counting_gives():
     assert sources.describe(episodes) == pytest.approx(expected)
     silent = sources.describe(episodes[2:])
     assert not any(value for name, value in silent.items() if name.startswith('tools/'))
+
+
+@pytest.mark.parametrize('settings', [SETTINGS, dataclasses.replace(CUT, quanta=2)])
+def test_a_stopped_step_goes_on_with_what_was_finished(tmp_path, settings):
+    answers = ['++', '+-', '--', '-+', '+-', '+-']
+    whole, engine = collect(answers, settings)
+    total = sum(map(len, engine.asked))
+    for count in (1, 0, 2, 2):  # episodes that each life finishes, in the first round and in the second
+        source, engine = make_source(answers, settings, tmp_path)
+        engine.stop_after = count
+        if total > count:
+            with pytest.raises(Terminated):
+                source(None, 5, 0)
+            total -= count
+    source, engine = make_source(answers, settings, tmp_path)
+    assert (found := source(None, 5, 0)).episodes == whole.episodes and found.cursor == whole.cursor
+    assert sum(map(len, engine.asked)) == total
+    sources.forget_aside(tmp_path, 5)
+    assert episode_files.names(tmp_path)
+    sources.forget_aside(tmp_path, 6)
+    assert not episode_files.names(tmp_path)
