@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRACEBACK = 'RETOOL_TRACEBACK'  # environment variable: 1 prints the traceback of a user's error too
 
 HELP_WIDTH = 100  # characters of a line
+LONG_S = 30.0  # in which a process has told the others that it ends
 
 _OVERRIDE = re.compile(r'--?(?P<no>no)?config\.(?P<key>[^=]+)(?:=(?P<value>.*))?$', re.DOTALL)
 _ASIDE = ('retool_jax', 'absl', 'ml_collections')  # modules whose flags --help leaves out
@@ -236,10 +237,11 @@ def _leave(status: int, line: str = '', unexpected: bool = False) -> None:
     """Ends the process, unless all is well or a traceback is due; of several processes the others hear of it first."""
     watch = signals.watch
     if watch is not None and watch.farewell is not None:
-        watch.farewell(status, line)  # ends this one where it fails because another one ended
         if status:
-            if unexpected:
-                traceback.print_exc()
+            signals.ignore()  # whoever starts processes tells all to stop where one ends
+            watch.end_within(LONG_S, status, line)
+        watch.farewell(status, line, traceback.format_exc() if unexpected else '')
+        if status:
             signals.end(status)  # the interpreter's own end would wait for the others
     if status and not unexpected:
         sys.exit(status)

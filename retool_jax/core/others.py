@@ -13,6 +13,7 @@ import secrets
 import selectors
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +23,8 @@ from retool_jax.core import signals
 
 PLACE = 'retool_jax'  # in the store: NAME/stop/PROCESS, NAME/gone/PROCESS
 TICK_S = 0.5  # between two looks: some 1,000 a second where 512 processes ask
-LEFT_S = 10.0  # from another one's end to one's own, for what is being written
-NEWS_S = 5.0  # in which a failure may turn out to be another process's death
+LEFT_S = 8.0  # from another one's end to one's own, for what is being written
+NEWS_S = 4.0  # in which a failure may turn out to be another process's death
 SERVER, NAMELESS = -2, -1  # what a connection is, where it is not that of a process
 DIED = 75  # exit status where another process died without a word: EX_TEMPFAIL, it may work next time
 
@@ -52,11 +53,11 @@ class Others:
         self._thread = threading.Thread(target=self._listen, name='others', daemon=True)
         self._thread.start()
 
-    def leave(self, status: int, line: str) -> None:
+    def leave(self, status: int, line: str, text: str = '') -> None:
         """Tells the others that this process ends; with status 0 it returns when all have come as far.
 
-        With another status they end too, within LEFT_S. Where this end follows from another one's, the process ends
-        here with that one's line.
+        With another status they end too, within LEFT_S, and `text` is printed. Where this end follows from another
+        one's, the process ends here with that one's line instead.
         """
         if status == 0:
             self.wait()  # the one that leads holds the store: with it the others would lose everything
@@ -64,20 +65,20 @@ class Others:
             self._thread.join()  # its connections stay open: closed ones would be taken for a death
             return
         if status == 1:  # a collective that failed, perhaps
-            began = time.monotonic()
-            while not self.gone and time.monotonic() - began < NEWS_S:
+            until = time.monotonic() + NEWS_S
+            while not self.gone and time.monotonic() < until:
                 time.sleep(TICK_S / 5)
             if self.gone:
                 status, line = self._cause()
-        self._leaving = True
+        self._leaving, caused = True, bool(self.gone) and (status, line) == self._cause()
+        if text and not caused:
+            print(text, file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):  # the store is gone with the process that leads
             self._put('gone', [status, f'{self.name}: {line}'])
-            began = time.monotonic()
-            while (
-                self.process == 0 and len(self._news()['gone']) < self.count and time.monotonic() - began < LEFT_S + 1
-            ):
+            until = time.monotonic() + LEFT_S + 1
+            while self.process == 0 and len(self._news()['gone']) < self.count and time.monotonic() < until:
                 time.sleep(TICK_S / 5)  # they hear of it from here
-        if self.gone and (status, line) == self._cause():
+        if caused:
             signals.end(status, line)
 
     def close(self) -> None:

@@ -101,7 +101,7 @@ class Watch:
     def __init__(self, grace_s: float):
         self.grace_s, self.number = grace_s, 0
         # Of several processes: tells the others with which status and line this one ends.
-        self.farewell: Callable[[int, str], None] | None = None
+        self.farewell: Callable[..., None] | None = None
         self._since = 0.0
         self._ends: dict[str, tuple[float, int, str]] = {}  # why: (when, exit status, line)
         self._read, self._write = os.pipe()
@@ -189,6 +189,12 @@ def listen(handler: Callable) -> None:
         signal.signal(number, handler)
     if handler not in _ours:
         _ours.append(handler)
+
+
+def ignore() -> None:
+    """Lets nothing interrupt the end of the process, which has begun. Main thread only."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def grace() -> float:
