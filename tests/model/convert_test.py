@@ -107,6 +107,10 @@ def test_what_does_not_fit_is_named(model, tmp_path):
         checkpoints.save(1, {'params': {'policy': params}}, {}, wait=True)
     with pytest.raises(ValueError, match='no checkpoint of step 4; there are: 1'):
         export(step=4)
+    with pytest.raises(
+        ValueError, match=r'all weights were trained \(lora.rank=0\), there are no adapters; use --to=hf'
+    ):
+        convert.to_peft(tmp_path / 'run', tmp_path / 'out', model)
     with pytest.raises(ValueError, match='params.actor is not in this checkpoint; there is policy'):
         export(part='params.actor')
     with pytest.raises(ValueError) as caught:

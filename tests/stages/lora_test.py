@@ -53,12 +53,21 @@ def differing(a, b) -> set[str]:
     return {path[-2].key for (path, x), y in pairs if not np.array_equal(x, y)}
 
 
-def test_a_stopped_ppo_run_over_adapters_ends_as_the_undisturbed_one_and_its_checkpoints_hold_them_alone(folder):
-    whole = reinforce(folder, 'lora_whole')
+@pytest.fixture(scope='module')
+def whole(folder):
+    """The undisturbed run."""
+    return reinforce(folder, 'lora_whole')
+
+
+@pytest.mark.slow
+def test_a_stopped_run_over_adapters_ends_as_the_undisturbed_one(folder, whole):
     with pytest.raises(KeyboardInterrupt, match='the same command goes on'):
         reinforce(folder, 'lora_stopped', stop_at=1)
     assert len(metrics.read(folder / 'lora_stopped')) == 2
     assert reinforce(folder, 'lora_stopped') == whole
+
+
+def test_checkpoints_of_a_ppo_run_hold_adapters_alone_and_are_exported_merged_and_for_peft(folder, whole):
     with Checkpoints(folder / 'lora_whole' / 'checkpoints', 1, 'score') as checkpoints:
         stored = checkpoints._orbax.checkpointables_metadata(killable.STEPS).metadata['state']
         assert checkpoints.meta(killable.STEPS)['lora'] == {'rank': 4, 'alpha': 32.0, 'targets': list(lora.PROJECTIONS)}
@@ -66,8 +75,6 @@ def test_a_stopped_ppo_run_over_adapters_ends_as_the_undisturbed_one_and_its_che
     assert leaves == {'lora_A', 'lora_B', 'head'}  # and the critic's head
     base, final = weights_of(folder / 'model'), weights_of(folder / 'lora_whole' / 'final')
     assert differing(base, final) == set(lora.PROJECTIONS)
-
-    # The same weights and the same adapter out of the checkpoint.
     exported, like = folder / 'exported', folder / 'model'
     convert.run('hf', folder / 'lora_whole' / 'checkpoints', exported / 'merged', like=like, dtype='float32')
     assert (exported / 'merged' / 'model.safetensors').read_bytes() == whole[1][0]
