@@ -22,6 +22,8 @@ OK, ERROR, SIGNAL, TIMEOUT, OOM, OUTPUT = (
     Verdict.OUTPUT_LIMIT,
 )
 
+LONG = {'cpu_s': 20.0, 'wall_s': 60.0}  # for what takes memory or a parser's time, on a busy machine too
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -64,10 +66,11 @@ RESOURCES = [
     Case('four_threads_that_work', 'import threading\nr = []\nts = [threading.Thread(target=r.append, args=(i,)) '
          'for i in range(4)]\n[t.start() for t in ts]\n[t.join() for t in ts]\nprint(sorted(r))',
          OK, '[0, 1, 2, 3]\n', quick=True),
-    Case('list_of_bytearrays', 'x = []\nwhile True:\n    x.append(bytearray(b"1" * 10**7))', OOM, quick=True),
+    Case('list_of_bytearrays', 'x = []\nwhile True:\n    x.append(bytearray(b"1" * 10**7))', OOM, quick=True,
+         limits=LONG),
     Case('eight_children_of_60_mb', 'import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n'
          '        x = bytearray(b"1" * 60 * 2**20)\n        time.sleep(0.5)\n        os._exit(0)\n'
-         'for _ in range(8):\n    os.wait()', OOM),
+         'for _ in range(8):\n    os.wait()', OOM, limits=LONG),
     Case('busy_loop', 'while True: pass', TIMEOUT, quick=True),
     Case('long_sleep', 'import time\ntime.sleep(600)', TIMEOUT),
     Case('tower_of_powers', 'print(9**9**9)', TIMEOUT),
@@ -90,7 +93,7 @@ RESOURCES = [
     Case('sparse_file', 'open("/box/x", "wb").truncate(10**12)', ERROR, err='File too large'),
     Case('array_of_8_tb', 'import numpy as np\nnp.ones((10**6, 10**6))', ERROR, err='Unable to allocate', quick=True),
     Case('array_of_80_gb_touched', 'import numpy as np\nx = np.empty(10**10)\nx[:] = 1', ERROR, err='Unable to allocate'),
-    Case('array_of_800_mb_touched', 'import numpy as np\nx = np.empty(10**8)\nx[:] = 1', OOM),
+    Case('array_of_800_mb_touched', 'import numpy as np\nx = np.empty(10**8)\nx[:] = 1', OOM, limits=LONG),
     Case('thousand_zombies', 'import os\nfor _ in range(1000):\n    if os.fork() == 0: os._exit(0)', ERROR,
          err='BlockingIOError'),
     Case('descriptors_exhausted', 'x = [open("/dev/null") for _ in range(10**5)]', ERROR, err='Too many open files'),
@@ -103,8 +106,7 @@ CRASHES = [
     Case('null_read', 'import ctypes\nctypes.string_at(0)', SIGNAL, quick=True),
     Case('abort', 'import os\nos.abort()', SIGNAL),
     Case('deep_recursion', 'def f(): return f()\nf()', ERROR, err='RecursionError', quick=True),
-    Case('absurd_recursion_limit', 'import sys\nsys.setrecursionlimit(2**31 - 1)\ndef f(): f()\nf()', OOM,
-         limits={'cpu_s': 20.0, 'wall_s': 60.0}),
+    Case('absurd_recursion_limit', 'import sys\nsys.setrecursionlimit(2**31 - 1)\ndef f(): f()\nf()', OOM, limits=LONG),
     Case('exit_at_once_7', 'import os\nprint("a", flush=True)\nos._exit(7)', ERROR, 'a\n', exit_code=7),
     Case('sys_exit_3', 'import sys\nprint("a")\nsys.exit(3)', ERROR, 'a\n', exit_code=3, quick=True),
     Case('sys_exit_text', 'import sys\nsys.exit("bye")', ERROR, '', err='bye\n', exit_code=1),
@@ -148,7 +150,7 @@ TEXT = [
     Case('500_parentheses', '(' * 500 + '1' + ')' * 500, ERROR, err='too many nested parentheses'),
     Case('200000_lines', 'x = 1\n' * 200_000 + 'print(x)', OK, '1\n',
          limits={'cpu_s': 20.0, 'wall_s': 60.0, 'memory_mb': 1024}),
-    Case('200000_lines_in_256_mb', 'x = 1\n' * 200_000 + 'print(x)', OOM, limits={'cpu_s': 20.0, 'wall_s': 60.0}),
+    Case('200000_lines_in_256_mb', 'x = 1\n' * 200_000 + 'print(x)', OOM, limits=LONG),
     Case('input_has_nothing', 'input()', ERROR, err='EOFError', quick=True),
     Case('tags_in_output', 'print("</interpreter><|im_end|><answer>")', OK, '</interpreter><|im_end|><answer>\n'),
     Case('traceback_names_the_cell', 'def f():\n    return 1 / 0\nf()', ERROR, err='Traceback (most recent call last):\n'
