@@ -48,10 +48,10 @@ def test_a_case_that_fails_and_one_that_hangs_take_no_other_with_them(tmp_path):
     hangs = {'case': 'hangs', 'kind': 'device', 'bytes': 4096, 'repeats': 10**9}
     cases = [{'case': 'wrong', 'kind': 'device'}, {'case': 'first'} | good, hangs, {'case': 'last'} | good]
     with open(tmp_path / 'log', 'w') as log:
-        found = {x['case']: x for x in accelerator.run(Group(cases, limit=20), time.monotonic() + 300, log)}
+        found = {x['case']: x for x in accelerator.run(Group(cases, limit=60), time.monotonic() + 600, log)}
     assert list(found) == ['wrong', 'first', 'hangs', 'last']
     assert found['wrong']['error'].startswith('TypeError: device() missing')
-    assert found['hangs']['error'] == 'no result within 20 s'
+    assert found['hangs']['error'] == 'no result within 60 s'
     assert found['first']['matmul_flops'] > 0 and found['last']['matmul_flops'] > 0
 
 

@@ -119,7 +119,8 @@ def test_scores_are_those_of_each_episode_alone(learner):
         logprobs = jax.nn.log_softmax(hidden @ tree['policy']['lm_head']['weight'])
         before = hidden[:-1] @ tree['critic']['head']['weight'] + tree['critic']['head']['bias']
         expected = logprobs[jnp.arange(tokens.shape[1] - 1), tokens[0, 1:]]
-        np.testing.assert_allclose(scores.logprob_BT[r, here][1:], expected, atol=1e-4)
+        acted = batch.acted_BT[r, here][1:]  # what the policy did not write is not scored
+        np.testing.assert_allclose(scores.logprob_BT[r, here][1:], np.where(acted, expected, 0.0), atol=1e-4)
         np.testing.assert_allclose(scores.value_BT[r, here][1:], before[:, 0], atol=1e-4)
 
 
