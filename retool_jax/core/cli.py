@@ -251,7 +251,7 @@ def _stop(number: int, frame) -> None:
     """Ends the main thread's work by an exception; where Python would swallow it, a moment later."""
     while frame is not None:
         if frame.f_code.co_name in _SWALLOWING:
-            again = threading.Timer(0.01, os.kill, (os.getpid(), number))
+            again = threading.Timer(0.01, signals.again, (number,))
             again.daemon = True
             again.start()
             return

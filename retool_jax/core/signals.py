@@ -61,7 +61,15 @@ def uninterrupted() -> Iterator[None]:
         if _held:
             number = _held[0]
             _held.clear()
-            signal.raise_signal(number)
+            again(number)
+
+
+def again(number: int) -> None:
+    """Raises a signal in the main thread that was heard already and has had no effect yet; the watch takes it for no
+    second one."""
+    if watch is not None:
+        watch.repeated += 1
+    signal.pthread_kill(threading.main_thread().ident, number)
 
 
 def _hold(number: int, frame) -> None:
@@ -100,6 +108,7 @@ class Watch:
 
     def __init__(self, grace_s: float):
         self.grace_s, self.number = grace_s, 0
+        self.repeated = 0  # signals on their way that `again` raised
         # Of several processes: tells the others with which status and line this one ends.
         self.farewell: Callable[..., None] | None = None
         self._since = 0.0
@@ -149,6 +158,9 @@ class Watch:
 
     def _hear(self, number: int) -> None:
         now = time.monotonic()
+        if self.repeated:
+            self.repeated -= 1
+            return
         if signal.getsignal(number) not in _ours:  # a server drains, as long as that takes
             return
         if self.number and number == signal.SIGINT and now - self._since > TWICE_S:

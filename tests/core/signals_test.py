@@ -112,6 +112,19 @@ def test_a_process_whose_main_thread_hears_nothing_ends_all_the_same(sent, statu
     assert (child.returncode, written) == (status, f'{line}\n')
 
 
+def test_ctrl_c_that_was_held_back_for_long_is_not_taken_for_a_second_one():
+    script = (
+        'import signal, time\nfrom retool_jax.core import signals\nsignals.TWICE_S = 0.0\n'
+        'def stop(number, frame):\n    raise signals.stop(number)\n'
+        'signals.listen(stop)\n'
+        'with signals.Watch(5.0):\n    try:\n        with signals.uninterrupted():\n'
+        '            signal.raise_signal(signal.SIGINT)\n            time.sleep(0.3)\n'
+        '    except KeyboardInterrupt:\n        time.sleep(0.3)\n        print("saved")\n'
+    )
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, 'saved\n'), done.stderr
+
+
 @pytest.mark.parametrize('text', ['soon', '5', '-1', 'nan'])
 def test_a_grace_that_leaves_no_time_is_refused(monkeypatch, text):
     monkeypatch.setenv(signals.GRACE, text)

@@ -271,7 +271,7 @@ def test_nothing_in_an_update_waits_for_the_device(runs, monkeypatch):
     monkeypatch.setattr(kind, '_value', property(lambda self: fetched.append(self.shape) or value.fget(self)))
     pending = ppo.update(learner, progress, SETTINGS, results[1].episodes, 0, 1, Residency(False))
     assert fetched == []
-    result = pending.fetch(False)
+    result = pending.fetch(False, False)
     assert fetched  # so it would have been noticed
     assert result.metrics['actor/pg_loss'] == results[1].metrics['actor/pg_loss']
     assert result.metrics['time/update_s'] > 0
