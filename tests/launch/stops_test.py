@@ -14,9 +14,6 @@ import pytest
 
 from retool_jax.core import episode_files, metrics
 from retool_jax.core.others import DIED
-from retool_jax.core.records import Episode, Problem, Stop
-from retool_jax.text import template
-from retool_jax.text.tokenizer import load_tokenizer
 from tests import several
 from tests.train import killable
 
@@ -42,16 +39,7 @@ def files(tmp_path_factory):
     """A model that compiles in seconds, with problems and traces for it."""
     folder = tmp_path_factory.mktemp('stops') / 'files'
     killable.make_model(folder)
-    tokenizer, tiny = load_tokenizer(folder / 'model'), template.make_template('tiny')
-    traces = []
-    for i in range(20):
-        trace = Episode(Problem(f'p{i}', f'{i}?', str(i), 'test', ''), sample=0, step=0, stop=Stop.EOS, turns=1)
-        trace.append(template.prompt_ids(tiny, tokenizer, trace.problem.question), acted=False)
-        trace.prompt_length = len(trace.tokens)
-        ids = [*tokenizer.encode(template.wrap_answer(str(i))), *template.end_ids(tiny, tokenizer)]
-        trace.append(ids, acted=True, logprobs=[0.0] * len(ids))
-        traces.append(trace)
-    episode_files.write(folder / 'traces', 'cold_start', traces, tokenizer.decode)
+    killable.make_traces(folder)
     return folder
 
 

@@ -8,13 +8,10 @@ import pytest
 from retool_jax.core import cli, episode_files, metrics, settings
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
-from retool_jax.core.records import Episode, Problem, Stop
 from retool_jax.model import hf
 from retool_jax.model.config import load_config
 from retool_jax.stages import parts, sft
 from retool_jax.stages.config import FineTuning
-from retool_jax.text import template
-from retool_jax.text.tokenizer import load_tokenizer
 from retool_jax.train.learner import Learner
 from retool_jax.train.sft import HELD_OUT, hold_out, packed
 from tests.train import killable, small
@@ -31,16 +28,7 @@ VALUES = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('finetune') / 'files'
     killable.make_model(folder)
-    tokenizer, tiny = load_tokenizer(folder / 'model'), template.make_template('tiny')
-    traces = []
-    for i in range(20):
-        trace = Episode(Problem(f'p{i}', f'{i}?', str(i), 'test', ''), sample=0, step=0, stop=Stop.EOS, turns=1)
-        trace.append(template.prompt_ids(tiny, tokenizer, trace.problem.question), acted=False)
-        trace.prompt_length = len(trace.tokens)
-        ids = [*tokenizer.encode(template.wrap_answer(str(i))), *template.end_ids(tiny, tokenizer)]
-        trace.append(ids, acted=True, logprobs=[0.0] * len(ids))
-        traces.append(trace)
-    episode_files.write(folder / 'traces', 'cold_start', traces, tokenizer.decode)
+    killable.make_traces(folder)
     return folder
 
 

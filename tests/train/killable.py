@@ -19,16 +19,16 @@ from unittest import mock
 
 import jax
 
-from retool_jax.core import cli, settings
+from retool_jax.core import cli, episode_files, settings
 from retool_jax.core.metrics import Metrics
-from retool_jax.core.records import ExecResult, Verdict
+from retool_jax.core.records import Episode, ExecResult, Problem, Stop, Verdict
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import load_config
 from retool_jax.rollout.journal import Journal
 from retool_jax.stages import parts, ppo
 from retool_jax.stages.config import Reinforcement
 from retool_jax.text import tags, template
-from retool_jax.text.tokenizer import train_bpe
+from retool_jax.text.tokenizer import load_tokenizer, train_bpe
 from tests.model.sizes import make_config
 from tests.train import small
 
@@ -41,6 +41,20 @@ VALUES = {
     'forward.vocab_chunk': 264, 'forward.row_segments': 3, 'forward.micro_rows': 2, 'optimizer.lr': 1e-2,
     'watch.equal_rewards': 'ignore',
 }  # fmt: skip
+
+
+def make_traces(folder):
+    """Twenty traces in the model's own tokens, in `traces` beside it."""
+    tokenizer, tiny = load_tokenizer(folder / 'model'), template.make_template('tiny')
+    traces = []
+    for i in range(20):
+        trace = Episode(Problem(f'p{i}', f'{i}?', str(i), 'test', ''), sample=0, step=0, stop=Stop.EOS, turns=1)
+        trace.append(template.prompt_ids(tiny, tokenizer, trace.problem.question), acted=False)
+        trace.prompt_length = len(trace.tokens)
+        ids = [*tokenizer.encode(template.wrap_answer(str(i))), *template.end_ids(tiny, tokenizer)]
+        trace.append(ids, acted=True, logprobs=[0.0] * len(ids))
+        traces.append(trace)
+    episode_files.write(folder / 'traces', 'cold_start', traces, tokenizer.decode)
 
 
 def make_model(folder: Path) -> None:

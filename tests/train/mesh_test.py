@@ -106,13 +106,7 @@ def test_a_supervised_step_on_six_devices_is_that_of_one():
 
 def assert_same_step(found, expected):
     """Gradients, parameters, metrics and scores of `step_on`, up to the order of additions."""
-    for part in ('policy', 'critic'):
-        assert small.distance(found[0][part], expected[0][part]) < 1e-5
-        assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected[0][part]))
-    change = np.concatenate([np.abs(a - b).ravel() for a, b in zip(*map(jax.tree.leaves, (found[1], expected[1])))])
-    assert change.mean() < 0.05 * small.LR and change.max() < 2 * small.LR
-    for name, value in expected[2].items():
-        np.testing.assert_allclose(found[2][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    small.assert_same_step(found, expected)
     for a, b in zip(jax.tree.leaves(found[3]), jax.tree.leaves(expected[3])):
         np.testing.assert_allclose(a, b, atol=1e-4)
 

@@ -171,3 +171,14 @@ def make_engine(sampler: Sampler, kind=Engine) -> Engine:
 
 def make_problems(count: int) -> list[Problem]:
     return [Problem(f'p{i}', f'Q{i}?', '7', 'test', '') for i in range(count)]
+
+
+def assert_same_step(found, expected):
+    """(gradients, parameters, metrics, …) of one step on two meshes are equal up to the order of additions."""
+    for part in ('policy', 'critic'):
+        assert distance(found[0][part], expected[0][part]) < 1e-5
+        assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected[0][part]))
+    change = np.concatenate([np.abs(a - b).ravel() for a, b in zip(*map(jax.tree.leaves, (found[1], expected[1])))])
+    assert change.mean() < 0.05 * LR and change.max() < 2 * LR
+    for name, value in expected[2].items():
+        np.testing.assert_allclose(found[2][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
