@@ -73,6 +73,7 @@ def forward(arg: str) -> ConfigDict:
     return ConfigDict(
         {
             'dtype': 'float32' if tiny else 'bfloat16',
+            'gradient_dtype': 'float32',
             'attention': 'dense' if tiny else 'auto',
             'remat': 'none' if tiny else 'full',
             'unroll': 4 if tiny else 1,
@@ -184,6 +185,7 @@ def optimizer(
 ) -> ConfigDict:
     return ConfigDict(
         {
+            'kind': 'adamw',
             'lr': lr,
             'schedule': schedule,
             'warmup_steps': warmup_steps,

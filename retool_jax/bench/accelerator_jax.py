@@ -173,6 +173,7 @@ def update(
     config = models.sizes(None, model)
     forward = ForwardSettings(
         dtype=dtype,
+        gradient_dtype='float32',
         attention=attend,
         remat=remat,
         unroll=1,

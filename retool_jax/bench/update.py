@@ -62,6 +62,7 @@ def measure(shape: Shape, repeats: int, say: Callable[[str], None]) -> dict:
     config = model_config(shape)
     forward = ForwardSettings(
         dtype=shape.dtype,
+        gradient_dtype='float32',
         attention=shape.attention,
         remat=shape.remat,
         unroll=shape.unroll,
@@ -162,7 +163,14 @@ def update_seconds(config: ModelConfig, forward: ForwardSettings, batch: Batch, 
     mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
     optimizer = make_optimizer(
         OptimizerSettings(
-            lr=1e-6, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.01, grad_clip=1.0
+            kind='adamw',
+            lr=1e-6,
+            schedule='constant',
+            warmup_steps=0,
+            b1=0.9,
+            b2=0.999,
+            weight_decay=0.01,
+            grad_clip=1.0,
         ),
         repeats,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from retool_jax.core import sharding
 from retool_jax.core.pytrees import Params
@@ -32,7 +34,7 @@ def token_logprobs(
     """log p(token t | tokens before t) and the entropy of that distribution, both f32 [B, T].
 
     Aligned to the token: entry t comes from hidden state t − 1, entry 0 is 0. B · `chunk` positions
-    meet `vocab_chunk` entries of the vocabulary at a time, recomputed in the backward pass: the
+    meet `vocab_chunk` entries of the vocabulary at a time, and once more in the backward pass: the
     largest array is B · chunk · vocab_chunk in f32. On a mesh each device sees its own rows and its
     own part of the vocabulary, and what is exchanged are four numbers a token.
 
@@ -91,46 +93,115 @@ def _rows(
         target_BT = target_BT - jax.lax.axis_index(over) * w_DV.shape[1]
         # Tokens of another device's part become −1: their ids here could hit the zeros that fill the last chunk up.
         target_BT = jnp.where(target_BT < w_DV.shape[1], target_BT, -1)
-    w_PDV, filled = _pieces(w_DV, vocab_chunk)
     order_X = jnp.argsort(~wanted_BT.reshape(-1), stable=True)  # what is wanted first
     split = lambda x: x.reshape(b * t, *x.shape[2:]).at[order_X].get(unique_indices=True, mode='promise_in_bounds')
     x_CXD = split(x_BTD).reshape(t // chunk, b * chunk, d)
     target_CX, wanted_CX = (split(x).reshape(t // chunk, b * chunk) for x in (target_BT, wanted_BT))
-
-    # The outer loop is over the vocabulary: the gradient of a chunk's weights is whole before the next chunk begins.
-    def piece(found, w, first):
-        w = w.astype(jnp.float32)  # the dtype in which gradients of the positions' chunks add up
-
-        @jax.checkpoint
-        def one(_, xs):
-            x, target, any_wanted, found = xs
-
-            def score_chunk():
-                logits = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
-                if filled:
-                    logits = jnp.where(first + jnp.arange(w.shape[1]) < w_DV.shape[1], logits, FLOOR)
-                return _join(found, _sums(logits, target - first))
-
-            return None, jax.lax.cond(any_wanted, score_chunk, lambda: found)
-
-        return jax.lax.scan(one, None, (x_CXD, target_CX, wanted_CX.any(axis=1), found))[1]
-
-    zeros_CX = 0.0 * target_CX  # a constant would not differ from device to device, as what is found does
-    # A peak of FLOOR: the first chunk of the vocabulary replaces the rest, the 1.0 keeps what none replaces finite.
-    found = piece((zeros_CX + FLOOR, zeros_CX + 1.0, zeros_CX, zeros_CX), w_PDV[0], 0)
-    if len(w_PDV) > 1:
-        again = jax.checkpoint(lambda found, xs: (piece(found, *xs), None))
-        found, _ = jax.lax.scan(again, found, (w_PDV[1:], jnp.arange(1, len(w_PDV)) * w_PDV.shape[2]))
-    found = _finish(found if over is None else _over_devices(found, over))
+    found = _scored(_Form(temperature, vocab_chunk, over), x_CXD, w_DV, target_CX, wanted_CX.any(axis=1))
     join = lambda x: jnp.zeros(b * t, x.dtype).at[order_X].set(x.reshape(-1), unique_indices=True).reshape(b, t)
     return join(found[0]), join(found[1])
 
 
-def _pieces(w_DV: jax.Array, vocab_chunk: int) -> tuple[jax.Array, bool]:
-    """The output matrix as [chunks, D, width], and whether zeros fill the last chunk up."""
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What does not change from call to call."""
+
+    temperature: float
+    vocab_chunk: int
+    over: str | None  # the mesh axis that splits the vocabulary
+
+    def logits(self, x: jax.Array, w: jax.Array, left: jax.Array) -> jax.Array:
+        """f32 [X, W]; entries from `left` on, which fill the last piece up, are no part of the vocabulary."""
+        logits = jnp.matmul(x, w, preferred_element_type=jnp.float32) / self.temperature
+        return jnp.where(jnp.arange(w.shape[1]) < left, logits, FLOOR)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scored(form: _Form, x_CXD: jax.Array, w_DV: jax.Array, target_CX: jax.Array, any_C: jax.Array):
+    """Logprobs of the targets and entropies, f32 [C, X]; chunks of positions without `any` keep what no logits give.
+
+    The gradient is written out: by autodiff each piece would be computed three times, once more than needed, and the
+    head's matmuls of the backward pass would run in f32.
+    """
+    return _sums_of_all(form, x_CXD, w_DV, target_CX, any_C)[0]
+
+
+def _sums_of_all(form: _Form, x_CXD, w_DV, target_CX, any_C):
+    """((logprob, entropy), log Σ exp z), f32 [C, X] each."""
+
+    def piece(found, xs):
+        w, first = xs
+
+        def one(_, xs):
+            x, target, any_wanted, found = xs
+            add = lambda: _join(found, _sums(form.logits(x, w, w_DV.shape[1] - first), target - first))
+            return None, jax.lax.cond(any_wanted, add, lambda: found)
+
+        return jax.lax.scan(one, None, (x_CXD, target_CX, any_C, found))[1], None
+
+    zeros_CX = 0.0 * target_CX  # a constant would not differ from device to device, as what is found does
+    # A peak of FLOOR: the first piece of the vocabulary replaces the rest, the 1.0 keeps what none replaces finite.
+    nothing = (zeros_CX + FLOOR, zeros_CX + 1.0, zeros_CX, zeros_CX)
+    found, _ = jax.lax.scan(piece, nothing, _pieces(w_DV, form.vocab_chunk))
+    found = found if form.over is None else _over_devices(found, form.over)
+    return _finish(found), found[0] + jnp.log(found[1])
+
+
+def _keep(form: _Form, x_CXD, w_DV, target_CX, any_C):
+    """The pass forwards, with what the pass backwards needs."""
+    *inputs, any_C = (primal.value for primal in (x_CXD, w_DV, target_CX, any_C))
+    found, total_CX = _sums_of_all(form, *inputs, any_C)
+    # A head that is not trained, adapters being, has no gradient; what is static is said by a tree without leaves.
+    return found, (*inputs, any_C, total_CX, found[1], () if w_DV.perturbed else None)
+
+
+def _gradients(form: _Form, kept, cotangents):
+    """Of logits z with p = softmax(z): ∂ log p[target] = 1[target] − p, ∂H = −p·(log p + H). In the pass backwards, as
+    forwards, matmuls take the hidden states' dtype and add up in f32."""
+    x_CXD, w_DV, target_CX, any_C, total_CX, entropy_CX, trained = kept
+    zeros_CX = 0.0 * target_CX
+    logprob_CX, slope_CX = (zeros_CX if isinstance(c, SymbolicZero) else c + zeros_CX for c in cotangents)
+    pieces = _pieces(w_DV, form.vocab_chunk)
+
+    def piece(dx_CXD, xs):
+        w, first = xs
+
+        def one(dw, xs):
+            x, target, any_wanted, total, entropy, logprob, slope, dx = xs
+
+            def add():
+                logp = form.logits(x, w, w_DV.shape[1] - first) - total[:, None]
+                hit = (target - first)[:, None] == jnp.arange(w.shape[1])
+                each = logprob[:, None] + slope[:, None] * (logp + entropy[:, None])
+                dz = (jnp.where(hit, logprob[:, None], 0.0) - jnp.exp(logp) * each) / form.temperature
+                dz = dz.astype(x.dtype)
+                product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+                return dx + product(dz, w.T), dw if trained is None else dw + product(x.T, dz)
+
+            dx, dw = jax.lax.cond(any_wanted, add, lambda: (dx, dw))
+            return dw, dx
+
+        nothing = None if trained is None else jnp.zeros(w.shape, jnp.float32) + zeros_CX[0, 0]
+        dw, dx_CXD = jax.lax.scan(
+            one, nothing, (x_CXD, target_CX, any_C, total_CX, entropy_CX, logprob_CX, slope_CX, dx_CXD)
+        )
+        return dx_CXD, dw
+
+    dx_CXD, dw_PDV = jax.lax.scan(piece, jnp.zeros(x_CXD.shape, jnp.float32) + zeros_CX[..., None], pieces)
+    dw_DV = None
+    if trained is not None:
+        dw_DV = jnp.moveaxis(dw_PDV, 0, 1).reshape(len(w_DV), -1)[:, : w_DV.shape[1]].astype(w_DV.dtype)
+    return dx_CXD.astype(x_CXD.dtype), dw_DV, None, None
+
+
+_scored.defvjp(_keep, _gradients, symbolic_zeros=True)
+
+
+def _pieces(w_DV: jax.Array, vocab_chunk: int) -> tuple[jax.Array, jax.Array]:
+    """The output matrix as [pieces, D, width], filled up with zeros, and the first entry of each."""
     d, v = w_DV.shape
     if v <= vocab_chunk:
-        return w_DV[None], False
+        return w_DV[None], jnp.zeros(1, jnp.int32)
     # Widths are multiples of 128. One that divides V is preferred, unless it were below vocab_chunk ÷ 4.
     widths = [w for w in range(vocab_chunk // LANES * LANES, vocab_chunk // 4, -LANES) if v % w == 0]
     count = -(-v // vocab_chunk)
@@ -138,7 +209,7 @@ def _pieces(w_DV: jax.Array, vocab_chunk: int) -> tuple[jax.Array, bool]:
     width = widths[0] if widths else min(-(-even // LANES) * LANES, vocab_chunk)
     count = -(-v // width)
     padded = jnp.pad(w_DV, ((0, 0), (0, count * width - v))) if count * width > v else w_DV
-    return jnp.moveaxis(padded.reshape(d, count, width), 1, 0), count * width > v
+    return jnp.moveaxis(padded.reshape(d, count, width), 1, 0), jnp.arange(count) * width
 
 
 def _sums(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
@@ -146,10 +217,9 @@ def _sums(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
 
     peak is the largest z of the chunk, e = exp(z − peak).
     """
-    peak = jax.lax.stop_gradient(logits.max(axis=-1))
+    peak = logits.max(axis=-1)
     z = logits - peak[..., None]
     e = jnp.exp(z)
-    # A one-hot product, not a gather: its gradient is a local product too.
     hit = target[..., None] == jnp.arange(logits.shape[-1])
     return peak, e.sum(axis=-1), (e * z).sum(axis=-1), jnp.where(hit, logits, 0.0).sum(axis=-1)
 

@@ -23,15 +23,16 @@ def _temporaries(run: Run, name: str) -> int:
     inner = 2 * model.intermediate_size + 4 * model.num_attention_heads * model.head_dim
     layer = model.hidden_size * 4 + inner / tensor
     one_layer = 2 * tokens * layer * width  # a value and its gradient
-    trained, (layers, _) = per_device(run.params['policy']), _read(run)
+    (trained, added), (layers, _) = (per_device(x['policy']) for x in (run.params, run.gradients)), _read(run)
     gathered = 2 * layers * (run.mesh.size // tensor) / model.num_hidden_layers  # this layer and the next
     logits = 3 * 4 * min(f.logprob_chunk, f.row_width) * min(f.vocab_chunk, model.vocab_size / tensor)
     if name.startswith('update'):
         kept = tokens * model.hidden_size * width * model.num_hidden_layers / tensor
         if f.remat != 'full':
             kept = tokens * layer * width * model.num_hidden_layers
-        # A micro-batch's gradients come out of the scan over layers whole, before they are added to the others.
-        return int(trained + kept + one_layer + gathered + logits)
+        # A micro-batch's gradients come out of the scan over layers whole, before they are added to the others; weights
+        # of which they are taken in another dtype than f32 are a copy.
+        return int(added * (2 if added < trained else 1) + kept + one_layer + gathered + logits)
     if name == 'apply':
         return trained  # the clipped gradients: their norm must be known before any of them is used
     if name.startswith('score'):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from retool_jax.plan.facts import Facts
 from retool_jax.plan.programs import Run, name_of, per_device
-from retool_jax.train.learner import backbones
 from retool_jax.train.residency import ON_DEVICE
+from retool_jax.train.state import backbones
 
 PHASES = ('rollout', 'score', 'update')
 LIMIT = 0.9  # share of a chip's memory that a run may fill: runtime and fragmentation take the rest
@@ -43,7 +43,7 @@ def buffers(run: Run) -> dict[str, int]:
     buffers['optimizer'] = per_device(state.opt_state)
     if run.loss.needs_reference and run.frozen is None:
         buffers['reference'] = buffers['policy']
-    buffers['gradients'] = per_device(state.params)
+    buffers['gradients'] = per_device(run.gradients)
     buffers['sampling weights'] = per_device(run.sampling_params)
     buffers['KV cache'] = per_device((cache.k, cache.v))
     buffers['rows'] = per_device(run.sample_state) - buffers['KV cache']  # logits, keys, lengths

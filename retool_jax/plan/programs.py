@@ -23,8 +23,8 @@ from retool_jax.rollout.sync import Sync, shardings
 from retool_jax.stages import parts
 from retool_jax.stages.config import Reinforcement
 from retool_jax.text import tags
-from retool_jax.train.learner import Scores, backbones
-from retool_jax.train.state import add_critic, init_state
+from retool_jax.train.learner import Scores
+from retool_jax.train.state import add_critic, backbones, init_state, lowered
 
 Shapes = Any  # a tree of ShapeDtypeStructs with shardings
 
@@ -81,6 +81,8 @@ class Run:
         words = _like(shapes, whole)
         self.params = _put(shapes, sharding.shardings(self.mesh, words, rules))
         self.state = self._train_state()
+        low = jax.eval_shape(lambda p: lowered(p, forward.gradient_dtype), self.params)
+        self.gradients = jax.tree.map(lambda x, p: _shape(x, p.sharding), low, self.params)
         self.sampling_params = _put(
             jax.eval_shape(
                 lambda p: decoder.to_sampling(model, p, jnp.dtype(sampler.dtype)), decoder.abstract_params(model)
@@ -144,7 +146,8 @@ class Run:
             held=True,
         )
         yield Program('sync ends', 'rollout', self.sync.ends, {'params': policy}, size, held=True)
-        yield Program('apply', 'update', learner._apply, {'state': self.state, 'gradients': self.params}, size)
+        applied = {'state': self.state, 'gradients': self.gradients}
+        yield Program('apply', 'update', learner.applier(self.state), applied, size)
         for params in backbones(self.params):
             name = name_of(params)
             read = {'params': params, 'micro': micro, 'frozen': self.frozen}
@@ -153,7 +156,12 @@ class Run:
                 f'update {name}',
                 'update',
                 learner._ppo,
-                read | {'gradients': params, 'scores': scores, 'denominators': (number, number)},
+                read
+                | {
+                    'gradients': {part: self.gradients[part] for part in params},
+                    'scores': scores,
+                    'denominators': (number, number),
+                },
                 size,
             )
         yield from self._rollout_programs()

@@ -1,13 +1,14 @@
 """The update: forward, loss and gradient of a micro-batch, sums over micro-batches, one AdamW step.
 
-A mini-batch is cut into micro-batches of fixed shape whose gradients add up in f32. Denominators
-come from the whole mini-batch, so any cut gives the same gradient.
+A mini-batch is cut into micro-batches of fixed shape whose gradients add up in forward.gradient_dtype.
+Denominators come from the whole mini-batch, so any cut gives the same gradient.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -26,6 +27,7 @@ from retool_jax.model.config import ModelConfig
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.train.pack import join
 from retool_jax.train.settings import ForwardSettings
+from retool_jax.train.state import backbones, lowered
 
 
 @jax.tree_util.register_dataclass
@@ -77,16 +79,16 @@ class Learner:
         self.config, self.forward, self.optimizer, self.mesh = config, forward, optimizer, mesh
         self.loss, self.advantage, self.temperature = loss, advantage, temperature
         self.adapter_scale, self.frozen = adapter_scale, None
+        self._lowered = functools.partial(lowered, dtype=forward.gradient_dtype)
         self.rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))  # of everything with a leading batch axis
         self._cut = jax.jit(
             lambda tree, row: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, forward.micro_rows), tree),
             out_shardings=self.rows,
         )
-        self._make_zeros = {}  # compiled for the parameters' shardings when they are first seen
+        self._make_zeros, self._appliers = {}, {}  # compiled for shardings when they are first seen
         self._sft = jax.jit(self._add_sft, donate_argnames=('gradients',))
         self._ppo = jax.jit(self._add_ppo, donate_argnames=('gradients',))
         self._held = jax.jit(self._add_held, donate_argnames=('gradients',))
-        self._apply = jax.jit(self._apply_gradients, donate_argnames=('state',))
         self._score = jax.jit(self._evaluate)
         self._advantages = jax.jit(self._estimate, static_argnames=('num_groups',))
         self._denominators = jax.jit(self._count)
@@ -94,7 +96,7 @@ class Learner:
     def over(self, frozen: Params | None) -> Learner:
         """The same programs where what is trained are adapters over `frozen` weights (model/lora.py)."""
         learner = copy.copy(self)
-        learner.frozen, learner._make_zeros = frozen, {}
+        learner.frozen, learner._make_zeros, learner._appliers = frozen, {}, {}
         return learner
 
     def whole(self, params: Params) -> Params:
@@ -111,7 +113,7 @@ class Learner:
                 params=state.params, gradients=gradients, micro=micro, denominator=denominator, frozen=self.frozen
             )
             found.append(metrics)
-        state, norms = self._apply(state=state, gradients=gradients)
+        state, norms = self.applier(state)(state=state, gradients=gradients)
         return state, _merge(found) | norms
 
     def sft_loss(self, params: Params, batch: Batch) -> float:
@@ -192,7 +194,7 @@ class Learner:
                 added, metrics = add(gradients=added, micro=micro, scores=scored, **given)
                 found.append(metrics)
             gradients, merged = gradients | added, merged | _merge(found)
-        state, norms = self._apply(state=state, gradients=gradients)
+        state, norms = self.applier(state)(state=state, gradients=gradients)
         return state, {'actor/grad_norm': np.float32(0)} | merged | norms
 
     def put(self, tree):
@@ -209,7 +211,7 @@ class Learner:
         """Gradients to add to, laid out as the parameters are."""
         if tuple(params) not in self._make_zeros:
             self._make_zeros[tuple(params)] = jax.jit(
-                lambda params: jax.tree.map(jnp.zeros_like, params),
+                lambda params: jax.tree.map(jnp.zeros_like, self._lowered(params)),
                 out_shardings=jax.tree.map(lambda x: x.sharding, params),
             )
         return self._make_zeros[tuple(params)](params)
@@ -303,7 +305,7 @@ class Learner:
                 'sft/entropy': tallies.mean_over(entropy_BT, mask_BT),
             }
 
-        found, metrics = jax.grad(objective, has_aux=True)(params)
+        found, metrics = jax.grad(objective, has_aux=True)(self._lowered(params))
         return jax.tree.map(jnp.add, gradients, found), metrics
 
     def _add_ppo(self, params, gradients, micro: Batch, scores: Scores, denominators, frozen=None):
@@ -317,7 +319,7 @@ class Learner:
                 loss, metrics = loss + value_loss, metrics | more
             return loss, metrics
 
-        found, metrics = jax.grad(objective, has_aux=True)(params)
+        found, metrics = jax.grad(objective, has_aux=True)(self._lowered(params))
         return jax.tree.map(jnp.add, gradients, found), metrics
 
     def _add_held(self, params, gradients, micro: Batch, scores: Scores, denominators, frozen=None):
@@ -327,7 +329,7 @@ class Learner:
             value_BT = self._evaluate(trunk | {'critic': critic}, micro, frozen, logprobs=False)[2]
             return self._critic_loss(value_BT, micro, scores, denominators[1])
 
-        found, metrics = jax.grad(objective, has_aux=True)(params['critic'])
+        found, metrics = jax.grad(objective, has_aux=True)(self._lowered(params['critic']))
         _, more = self._actor_loss(scores.logprob_BT, scores.entropy_BT, micro, scores, denominators[0])
         return jax.tree.map(jnp.add, gradients, {'critic': found}), metrics | more
 
@@ -356,20 +358,22 @@ class Learner:
             denominator=denominator,
         )
 
+    def applier(self, state: TrainState):
+        """The optimizer's step, compiled; every array of `state` lies afterwards where it lay."""
+        lies = jax.tree.map(lambda x: x.sharding, state)
+        key = tuple(jax.tree.leaves(lies))
+        if key not in self._appliers:
+            step = jax.jit(self._apply_gradients, donate_argnames=('state',), out_shardings=(lies, None))
+            self._appliers[key] = step
+        return self._appliers[key]
+
     def _apply_gradients(self, state: TrainState, gradients: Params):
+        gradients = jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         names = {'policy': 'actor/grad_norm', 'critic': 'critic/grad_norm'}
         norms = {names[part]: optax.tree.norm(g) for part, g in gradients.items()}
         moved = {part: optax.apply_updates(state.params[part], changes) for part, changes in updates.items()}
         return TrainState(step=state.step + 1, params=state.params | moved, opt_state=opt_state), norms
-
-
-def backbones(params: Params) -> list[Params]:
-    """{'policy', 'critic'} cut between models that share no weights, each scored and differentiated by itself: the
-    activations and collectives of one at a time. A critic that is a head on the policy stays with it."""
-    if 'backbone' in params.get('critic', {}):
-        return [{name: weights} for name, weights in params.items()]
-    return [params]
 
 
 def _merge(found: list) -> dict[str, jax.Array]:

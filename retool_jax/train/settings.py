@@ -16,6 +16,9 @@ class ForwardSettings:
     """How a training forward pass is computed."""
 
     dtype: str  # of activations: 'float32', 'bfloat16' or 'float16'; weights are f32. H bfloat16
+    # In which gradients are taken and added up over micro-batches: 'float32', or `dtype`, in half the memory: what a
+    # micro-batch adds is then rounded to it. H float32
+    gradient_dtype: str
     # 'dense', 'blocked', 'splash' (TPU) or 'cudnn' (GPU; before Hopper rows of one episode); 'auto' takes dense up to
     # 1,024 tokens, beyond them splash on a TPU, cudnn in 16 bits on a GPU from Hopper on, blocked elsewhere. H auto
     attention: str
@@ -44,6 +47,8 @@ class ForwardSettings:
             row_width=within(1, 2**24),
             row_segments=within(1, 2**16),
         )
+        if self.gradient_dtype not in ('float32', self.dtype):
+            raise UserError(f'gradient_dtype={self.gradient_dtype!r}: expected float32 or ./dtype={self.dtype}')
         if self.row_width % min(self.logprob_chunk, self.row_width):
             raise UserError(
                 f'logprob_chunk={self.logprob_chunk} does not divide row_width={self.row_width}; choose a divisor'

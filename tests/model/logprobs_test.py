@@ -13,6 +13,7 @@ import pytest
 
 from retool_jax.core import sharding
 from retool_jax.model.logprobs import score, token_logprobs
+from retool_jax.plan import flops
 
 B, T, D, V = 2, 12, 8, 50
 RNG = np.random.default_rng(0)
@@ -97,6 +98,26 @@ def test_gradients_are_those_of_log_softmax():
 
     for a, b in zip(jax.jit(jax.grad(pieces, (0, 1)))(HEAD, HIDDEN), jax.jit(jax.grad(plain, (0, 1)))(HEAD, HIDDEN)):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_each_pass_makes_its_matmuls_once_in_the_dtype_of_the_hidden_states_and_a_frozen_head_none(dtype):
+    def loss(head, hidden, **kwargs):
+        return token_logprobs({'lm_head': {'weight': head}}, hidden, TOKENS, chunk=4, vocab_chunk=25)[0].sum()
+
+    trace = lambda argnums: jax.make_jaxpr(jax.grad(loss, argnums))(HEAD, HIDDEN.astype(dtype))
+    one = 2 * B * T * D * 2 * 25  # two pieces of the vocabulary
+    assert flops.count(trace((0, 1))) == 4 * one  # forwards, logits again, both gradients
+    assert flops.count(trace(1)) == 3 * one
+    operands = {v.aval.dtype for eqn in matmuls(trace((0, 1)).jaxpr) for v in eqn.invars}
+    assert operands == {jnp.dtype(dtype)}
+
+
+def matmuls(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield from [eqn] if eqn.primitive.name == 'dot_general' else []
+        for inner in flops._inner(eqn.params):
+            yield from matmuls(getattr(inner, 'jaxpr', inner))
 
 
 def test_no_array_of_all_positions_times_the_vocabulary_exists():

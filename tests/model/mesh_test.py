@@ -26,6 +26,7 @@ CONFIG = make_config('qwen2', num_attention_heads=8, num_key_value_heads=2, head
 BIASED = dataclasses.replace(CONFIG, model_type='llama', attention_bias=True, mlp_bias=True)
 FORWARD = ForwardSettings(
     dtype='float32',
+    gradient_dtype='float32',
     attention='dense',
     remat='none',
     unroll=1,

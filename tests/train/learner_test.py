@@ -192,7 +192,14 @@ def test_only_a_head_on_the_trunk_turns_the_policy_by_the_value_loss(learner, cr
 @pytest.mark.parametrize('critic', ['head', pytest.param('backbone', marks=pytest.mark.slow)])
 def test_a_held_policy_takes_no_step_and_no_moments_and_its_first_step_is_that_of_a_fresh_one(critic):
     adam = OptimizerSettings(
-        lr=small.LR, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.01, grad_clip=1.0
+        kind='adamw',
+        lr=small.LR,
+        schedule='constant',
+        warmup_steps=0,
+        b1=0.9,
+        b2=0.999,
+        weight_decay=0.01,
+        grad_clip=1.0,
     )
     learner = small.make_learner(make_optimizer(adam, 6, adam, critic_warmup_steps=2))
     batch, stop = make_batch()

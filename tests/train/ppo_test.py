@@ -187,7 +187,7 @@ def test_void_truncated_and_faulty_episodes_are_masked_as_the_settings_say(drop_
 def runs():
     """Two real steps, and their second one again from the state after the first: every episode fails."""
     adam = OptimizerSettings(
-        lr=1e-2, schedule='constant', warmup_steps=0, b1=0.9, b2=0.99, weight_decay=0.0, grad_clip=1.0
+        kind='adamw', lr=1e-2, schedule='constant', warmup_steps=0, b1=0.9, b2=0.99, weight_decay=0.0, grad_clip=1.0
     )
     optimizer = make_optimizer(adam, 4, adam)
     forward = small.make_forward(row_width=128, logprob_chunk=128, vocab_chunk=264, micro_rows=4)

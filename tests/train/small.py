@@ -26,6 +26,7 @@ LR = 1e-2
 # Unrolled and in one chunk a learner compiles in half the time.
 FORWARD = dict(
     dtype='float32',
+    gradient_dtype='float32',
     attention='dense',
     remat='none',
     unroll=2,

@@ -21,7 +21,16 @@ from tests.model.sizes import make_config, make_params
 def settings(**changes):
     return OptimizerSettings(
         **(
-            dict(lr=0.5, schedule='constant', warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.1, grad_clip=1.0)
+            dict(
+                kind='adamw',
+                lr=0.5,
+                schedule='constant',
+                warmup_steps=0,
+                b1=0.9,
+                b2=0.999,
+                weight_decay=0.1,
+                grad_clip=1.0,
+            )
             | changes
         )
     )
