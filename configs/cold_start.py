@@ -12,10 +12,14 @@ by its reason, and answers that were held against nothing but the trace's own la
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from configs import base, cards
 
 
 def get_config(arg: str = 'tiny') -> ConfigDict:
+    return cards.fitted(make, 'cold_start', arg)
+
+
+def make(arg: str) -> ConfigDict:
     return ConfigDict(
         {
             'run': base.run(arg, 'cold_start'),

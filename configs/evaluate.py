@@ -21,12 +21,16 @@ P) are `official`'s lenient avg@32; of the other budgets nobody has published a 
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from configs import base, cards
 
 OFFICIAL = 'official'
 
 
 def get_config(arg: str = 'tiny') -> ConfigDict:
+    return cards.fitted(make, 'evaluate', arg)
+
+
+def make(arg: str) -> ConfigDict:
     name, official = arg, arg == OFFICIAL or arg.startswith(f'{OFFICIAL}_')
     if official:
         arg = arg.removeprefix(OFFICIAL).removeprefix('_') or 'qwen2_5_32b'

@@ -14,10 +14,14 @@ start at 24 %) is of its values, --config.loss.aggregation=token-mean --config.l
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, cards
 
 
 def get_config(arg: str = 'tiny') -> ConfigDict:
+    return cards.fitted(make, 'grpo', arg)
+
+
+def make(arg: str) -> ConfigDict:
     config = base.reinforcement(arg, 'grpo')
     tiny = base.is_tiny(arg)
     config.advantage.kind = 'grpo'

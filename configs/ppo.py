@@ -25,8 +25,8 @@ from its GRPO model of 150 (configs/grpo.py): 55 % mean@30 on AIME 2025.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, cards
 
 
 def get_config(arg: str = 'tiny') -> ConfigDict:
-    return base.reinforcement(arg, 'ppo')
+    return cards.fitted(lambda model: base.reinforcement(model, 'ppo'), 'ppo', arg)

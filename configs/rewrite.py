@@ -16,10 +16,14 @@ with its kept.jsonl.
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from configs import base, cards
 
 
 def get_config(arg: str = 'tiny') -> ConfigDict:
+    return cards.fitted(make, 'rewrite', arg)
+
+
+def make(arg: str) -> ConfigDict:
     tiny = base.is_tiny(arg)
     return ConfigDict(
         {

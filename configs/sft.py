@@ -15,10 +15,14 @@ ReTool's 2,000 traces. That recipe whole:
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from configs import base, cards
 
 
 def get_config(arg: str = 'tiny') -> ConfigDict:
+    return cards.fitted(make, 'sft', arg)
+
+
+def make(arg: str) -> ConfigDict:
     tiny = base.is_tiny(arg)
     return ConfigDict(
         {

@@ -308,7 +308,7 @@ def _name_configs(file: Path) -> None:
 
 
 def _known_configs() -> str:
-    names = sorted(p.name for p in config_folder().glob('*.py') if p.name not in ('__init__.py', 'base.py'))
+    names = sorted(p.name for p in config_folder().glob('*.py') if p.name not in ('__init__.py', 'base.py', 'cards.py'))
     return ', '.join(f'configs/{n}' for n in names)
 
 

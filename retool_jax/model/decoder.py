@@ -27,7 +27,8 @@ from retool_jax.model.layers import Block, Projection, RMSNorm, declare, merge, 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
 
-REMATS = ('none', 'full', 'dots', 'offload')
+REMATS = ('none', 'full', 'attention', 'dots', 'offload')
+FUSED = ('pallas_call', 'dot_product_attention_fwd_wrapper')  # attention by splash, and by cuDNN
 
 
 class Embedding(nnx.Module):
@@ -157,9 +158,9 @@ def forward(
 ) -> Float[Array, 'B T D']:
     """Hidden states after the final norm, [B, T, D] in `dtype`, by a scan over layers.
 
-    `remat`: 'none' keeps activations, 'full' recomputes each layer in the backward pass, 'dots'
-    keeps matmul results only, 'offload' keeps those in the host's memory. `unroll`: layers per
-    step of the scan (on CPU a fully unrolled tiny model trains a quarter faster and compiles
+    `remat`: 'none' keeps activations, 'full' recomputes each layer in the backward pass, 'attention'
+    all of it but fused attention, 'dots' keeps matmul results too, 'offload' keeps those in the host's memory.
+    `unroll`: layers per step of the scan (on CPU a fully unrolled tiny model trains a quarter faster and compiles
     four times slower).
     """
     x_BTD = params['embed_tokens']['weight'].astype(dtype)[tokens_BT]
@@ -172,9 +173,12 @@ def forward(
         x_BTD = _bind(config, 'layers', layer_params)(x_BTD, rope, mix)
         return constrain(x_BTD, 'batch', 'seq', None), None
 
+    fused = lambda primitive, *_, **__: primitive.name in FUSED
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     policies = {
         'full': jax.checkpoint_policies.nothing_saveable,
-        'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        'attention': fused,
+        'dots': jax.checkpoint_policies.save_from_both_policies(dots, fused),
         'offload': jax.checkpoint_policies.offload_dot_with_no_batch_dims('device', 'pinned_host'),
     }
     if remat != 'none':

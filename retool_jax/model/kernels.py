@@ -5,10 +5,12 @@ Neither holds a matrix of scores, forwards or backwards. Queries come scaled, qÂ
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -94,11 +96,7 @@ def cudnn(
     if implementation == 'cudnn' and q_BTNH.dtype not in HALVES:
         raise UserError(f'forward.attention: cudnn has no {q_BTNH.dtype.name} kernel; set forward.dtype=bfloat16')
     chip = jax.devices()[0]
-    if segments > 1 and 0 < capability(chip) < HOPPER:
-        raise UserError(
-            f'forward.row_segments={segments}: cudnn takes several episodes in a row on Hopper and later, not on '
-            f'{chip.device_kind}; set it to 1, or forward.attention=blocked'
-        )
+    check_packed(segments, capability(chip), chip.device_kind)
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         segment_BTNH = segment_ids_BT[:, :, None, None]
@@ -122,6 +120,27 @@ def cudnn(
         return jnp.where(inside, out, jnp.where(segment_BTNH == 0, 0, jnp.nan)).astype(out.dtype)
 
     return _on_each_device(local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def check_packed(segments: int, capability: float, name: str) -> None:
+    """Raises a UserError where the GPU `name` has no cuDNN kernel for rows of so many episodes."""
+    if segments > 1 and 0 < capability < HOPPER:
+        raise UserError(
+            f'forward.row_segments={segments}: cudnn takes several episodes in a row on Hopper and later, not on '
+            f'{name}; set it to 1, or forward.attention=blocked'
+        )
+
+
+@contextlib.contextmanager
+def traced_anywhere():
+    """A block in which `cudnn` is traced without a GPU, whose library JAX asks for its version otherwise."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    with (
+        mock.patch.object(fused, 'check_cudnn_version', lambda: 91200),
+        mock.patch.object(fused, 'check_compute_capability', lambda _: True),
+    ):
+        yield
 
 
 def bounds(segment_ids_BT: Int[Array, 'B T'], segments: int) -> tuple[Int[Array, 'B N'], Int[Array, 'B N1']]:

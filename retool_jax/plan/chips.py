@@ -1,7 +1,7 @@
 """Published figures of accelerators, and slices of them that a program can be compiled for.
 
 TPU: Google Cloud's pages of each generation (HBM capacity and bandwidth, bf16 peak, total of the
-inter-chip links in both directions). GPU: NVIDIA's data sheets, dense bf16, NVLink both directions.
+inter-chip links in both directions). GPU: NVIDIA's data sheets, dense bf16, NVLink (or PCIe) both directions.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Chip:
     flops: float  # bf16 multiply-adds × 2 per second
     link: float  # bytes/s one way between neighbours, both directions of one torus axis together (GPU: NVLink)
     host: int  # devices of a host in a slice of many
+    capability: float = 0.0  # of an NVIDIA GPU: which kernels it has
 
 
 # link: (total of all links, both ways) ÷ 2 ÷ axes: v5p has 3 axes, v5e and v6e 2. A ring along one axis sends
@@ -41,10 +42,13 @@ CHIPS = {
     'v5p': Chip('v5p', 'tpu', 95 * 2**30, 2765 * GB, 459e12, 200 * GB, 4),
     'v6e': Chip('v6e', 'tpu', 32 * 2**30, 1640 * GB, 918e12, 200 * GB, 4),
     'tpu7x': Chip('tpu7x', 'tpu', 96 * 2**30, 3690 * GB, 1153e12, 200 * GB, 8),  # a chip is two devices
-    'a100': Chip('a100', 'gpu', 80 * 2**30, 2039 * GB, 312e12, 300 * GB, 8),
-    'h100': Chip('h100', 'gpu', 80 * 2**30, 3350 * GB, 989e12, 450 * GB, 8),
-    'h200': Chip('h200', 'gpu', 141 * GB, 4800 * GB, 989e12, 450 * GB, 8),
-    'b200': Chip('b200', 'gpu', 180 * GB, 7700 * GB, 2250e12, 900 * GB, 8),
+    'rtx4090': Chip('rtx4090', 'gpu', 24 * GB, 1008 * GB, 165e12, 32 * GB, 8, 8.9),
+    'a100_40': Chip('a100_40', 'gpu', 40 * 2**30, 1555 * GB, 312e12, 300 * GB, 8, 8.0),
+    'l40s': Chip('l40s', 'gpu', 48 * GB, 864 * GB, 362e12, 32 * GB, 8, 8.9),
+    'a100': Chip('a100', 'gpu', 80 * 2**30, 2039 * GB, 312e12, 300 * GB, 8, 8.0),
+    'h100': Chip('h100', 'gpu', 80 * 2**30, 3350 * GB, 989e12, 450 * GB, 8, 9.0),
+    'h200': Chip('h200', 'gpu', 141 * GB, 4800 * GB, 989e12, 450 * GB, 8, 9.0),
+    'b200': Chip('b200', 'gpu', 180 * GB, 7700 * GB, 2250e12, 900 * GB, 8, 10.0),
 }
 
 

@@ -11,6 +11,7 @@ from concurrent import futures
 
 import jax
 
+from retool_jax.model import kernels
 from retool_jax.plan import flops, hlo
 from retool_jax.plan.programs import Program, per_device
 
@@ -114,11 +115,12 @@ def needed(text: str) -> int:
 def estimate(program: Program, temporaries: int, sent: dict[str, float]) -> Facts:
     """The same from shapes alone, where no compiler for the chip is at hand.
 
-    Every matmul is taken to read its operands and to write its result; temporaries and exchanged
-    bytes are the caller's (plan.guess).
+    Every matmul, and cuDNN's attention, is taken to read its operands and to write its result; temporaries and
+    exchanged bytes are the caller's (plan.guess).
     """
     began = time.perf_counter()
-    jaxpr = program.function.trace(**program.arguments).jaxpr
+    with kernels.traced_anywhere():
+        jaxpr = program.function.trace(**program.arguments).jaxpr
     arguments = sum(per_device(tree) for tree in program.arguments.values() if not isinstance(tree, int | bool))
     work = flops.count(jaxpr, program.trips) / program.devices
     moved = max(flops.traffic(jaxpr, program.trips) / program.devices, arguments)

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 from jax.extend import core
 
+# Matmuls of cuDNN's attention: scores and mixed values; backwards scores again and four gradients.
+CUDNN = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 5}
+
 
 def count(jaxpr, trips: int = 1) -> float:
     """Multiply-adds × 2 of all matmuls, of all devices together.
@@ -19,7 +22,7 @@ def count(jaxpr, trips: int = 1) -> float:
 
 
 def traffic(jaxpr, trips: int = 1) -> float:
-    """Bytes of the operands and results of all matmuls, of all devices together."""
+    """Bytes of the operands and results of all matmuls, and of cuDNN's attention, of all devices together."""
     return _walk(
         jaxpr,
         trips,
@@ -28,6 +31,9 @@ def traffic(jaxpr, trips: int = 1) -> float:
 
 
 def _matmul_flops(eqn) -> float:
+    if eqn.primitive.name in CUDNN:  # causal: half of the square
+        b, t, n, h = eqn.invars[0].aval.shape
+        return CUDNN[eqn.primitive.name] * 2.0 * b * n * h * t * t / 2
     (contract, _), _ = eqn.params['dimension_numbers']
     left = eqn.invars[0].aval.shape
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[d] for d in contract)
@@ -38,7 +44,7 @@ def _walk(jaxpr, trips: int, cost: Callable) -> float:
     total = 0.0
     for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
         name, params = eqn.primitive.name, eqn.params
-        if name == 'dot_general':
+        if name == 'dot_general' or name in CUDNN:
             total += cost(eqn)
         elif name == 'scan':
             total += params['length'] * _walk(params['jaxpr'], trips, cost)

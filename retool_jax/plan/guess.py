@@ -27,9 +27,11 @@ def _temporaries(run: Run, name: str) -> int:
     gathered = 2 * layers * (run.mesh.size // tensor) / model.num_hidden_layers  # this layer and the next
     logits = 3 * 4 * min(f.logprob_chunk, f.row_width) * min(f.vocab_chunk, model.vocab_size / tensor)
     if name.startswith('update'):
-        kept = tokens * model.hidden_size * width * model.num_hidden_layers / tensor
-        if f.remat != 'full':
-            kept = tokens * layer * width * model.num_hidden_layers
+        heads = model.num_attention_heads * model.head_dim
+        kept = {'full': model.hidden_size / tensor, 'attention': (model.hidden_size + heads) / tensor}.get(
+            f.remat, layer
+        )
+        kept *= tokens * width * model.num_hidden_layers
         # A micro-batch's gradients come out of the scan over layers whole, before they are added to the others; weights
         # of which they are taken in another dtype than f32 are a copy.
         return int(added * (2 if added < trained else 1) + kept + one_layer + gathered + logits)
@@ -38,12 +40,13 @@ def _temporaries(run: Run, name: str) -> int:
     if name.startswith('score'):
         return int(one_layer / 2 + gathered + logits)
     if name in ('extend', 'decode'):
-        s = run.sampler.settings
-        rows = s.rows if name == 'decode' else s.feed_rows * s.chunk
-        return int(
-            rows * (layer * width * 2 + 4 * model.vocab_size / tensor)
-            + (per_device((run.sample_state.cache.k[0],)) * 2)
-        )
+        s, heads = run.sampler.settings, model.num_attention_heads / tensor
+        rows, width = s.rows if name == 'decode' else s.feed_rows, jnp.dtype(s.dtype).itemsize
+        tokens = rows if name == 'decode' else rows * s.chunk
+        logits = 4 * rows * model.vocab_size / tensor
+        # Scores of one layer in f32, their softmax, and that in the weights' dtype; decoding GPUs hold none.
+        scores = 0 if name == 'decode' else (4 + 4 + width) * tokens * heads * s.slots
+        return int(tokens * layer * width * 2 + logits + scores + 2 * per_device((run.sample_state.cache.k[0],)))
     return 0
 
 

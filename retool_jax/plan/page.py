@@ -122,11 +122,13 @@ def _sizes(run: Run) -> Sizes:
         epochs=run.sizes.epochs,
         micro_rows=f.micro_rows,
         row_width=f.row_width,
+        row_segments=f.row_segments,
         engines=run.slice.count // run.sampler_mesh.size,
         decode_rows=run.sampler.decode_rows,
         quota=s.quota,
         feed_rows=s.feed_rows,
         layers=run.model.num_hidden_layers,
+        policy_scores=run.sizes.rescore + run.loss.needs_reference,
     )
 
 

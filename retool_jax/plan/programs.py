@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 
 from retool_jax.core import sharding
 from retool_jax.core.pytrees import Batch, TrainState
-from retool_jax.model import attention, decoder, lora
+from retool_jax.model import attention, decoder, kernels, lora
 from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Slice
 from retool_jax.rollout.sampler import Chunks, Sampler
@@ -50,9 +50,11 @@ class Run:
         self.model, self.slice, self.sizes, self.turns = model, slice, stage.ppo, stage.turns
         self.mesh = make_mesh(dataclasses.asdict(stage.mesh), slice, slice.count)
         forward = stage.forward
-        kind = attention.resolve(forward.attention, forward.row_width, slice.chip.platform)
-        # cuDNN's kernel is traced on a GPU only: blocked stands for it, which holds no square of scores either.
-        forward = dataclasses.replace(forward, attention='blocked' if kind == 'cudnn' else kind)
+        chip = slice.chip
+        kind = attention.resolve(forward.attention, forward.row_width, chip.platform, chip.capability, forward.dtype)
+        if kind == 'cudnn':
+            kernels.check_packed(forward.row_segments, chip.capability, chip.name)
+        forward = dataclasses.replace(forward, attention=kind)
         self.loss = stage.loss
         self.learner = parts.make_learner(dataclasses.replace(stage, forward=forward), model, self.mesh)
         # Engines are local to as many devices as hold the sampling weights, the tensor axis; where it is longer than a

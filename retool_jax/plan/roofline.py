@@ -58,15 +58,17 @@ class Sizes:
     epochs: int
     micro_rows: int
     row_width: int
+    row_segments: int
     engines: int
     decode_rows: int  # of an engine, in one decode call
     quota: int
     feed_rows: int
     layers: int
+    policy_scores: int  # passes over a step's episodes for logprobs: of the policy, of its reference
 
     def micro_batches(self, a: Assumptions) -> int:
         """Micro-batches of a pass over the step's episodes."""
-        rows = self.episodes * a.tokens / (self.row_width * a.packing)
+        rows = max(self.episodes * a.tokens / (self.row_width * a.packing), self.episodes / self.row_segments)
         return self.minibatches * math.ceil(rows / self.minibatches / self.micro_rows)
 
     def runs(self, name: str, a: Assumptions) -> float:
@@ -77,7 +79,7 @@ class Sizes:
         if name == 'extend':
             return share * a.feeds / self.feed_rows
         if name.startswith('score'):
-            return self.micro_batches(a)
+            return self.micro_batches(a) * (self.policy_scores if name == 'score policy' else 1)
         if name == 'sync layer':
             return self.layers
         if name == 'apply':

@@ -113,16 +113,18 @@ def test_a_step_runs_each_program_as_often_as_its_episodes_need():
         epochs=3,
         micro_rows=4,
         row_width=200,
+        row_segments=8,
         engines=2,
         decode_rows=8,
         quota=10,
         feed_rows=4,
         layers=48,
+        policy_scores=2,
     )
     a = Assumptions(tokens=100, packing=1.0, occupancy=0.5, feeds=4)
     assert sizes.micro_batches(a) == 8  # 32 rows in two mini-batches of 4 micro-batches
-    expected = {'sync layer': 48, 'sync ends': 1, 'apply': 6, 'score policy': 8, 'update critic': 24, 'extend': 32,
-                'decode': 80}  # fmt: skip
+    expected = {'sync layer': 48, 'sync ends': 1, 'apply': 6, 'score policy': 16, 'score critic': 8,
+                'update critic': 24, 'extend': 32, 'decode': 80}  # fmt: skip
     assert {name: sizes.runs(name, a) for name in expected} == expected
 
 
