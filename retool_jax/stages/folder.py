@@ -19,6 +19,7 @@ from retool_jax.core import episode_files, processes, settings
 from retool_jax.core.cli import command
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
+from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout.journal import Journal
 from retool_jax.stages import owner
 from retool_jax.stages.config import ENGINE, RunSettings
@@ -72,8 +73,9 @@ def claimed(stage: Stage, free: Sequence[str] = ()) -> Iterator[Path]:
                 directory.rmdir()
         raise
     finally:
-        for held in owners:
-            held.close()
+        with uninterrupted():
+            for held in owners:
+                held.close()
 
 
 def _check_shared(directory: Path, token: str) -> None:
@@ -119,7 +121,8 @@ def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> str:
     elif directory.is_file():
         raise UserError(f'run.dir={str(directory)!r} is a file; choose a new or empty folder')
     directory.mkdir(parents=True, exist_ok=True)
-    owners.append(Owner(directory))
+    with uninterrupted():  # one that is taken is in the list of those that are given free
+        owners.append(Owner(directory))
     write(file, settings.to_json(stage))
     return owners[-1].token
 

@@ -151,7 +151,12 @@ def plain_gradients():
 
 @pytest.mark.parametrize(
     'options',
-    [{'remat': 'full'}, {'remat': 'dots', 'unroll': 2}, pytest.param({'remat': 'offload'}, marks=pytest.mark.slow)],
+    [
+        {'remat': 'full'},
+        {'remat': 'attention'},
+        {'remat': 'dots', 'unroll': 2},
+        pytest.param({'remat': 'offload'}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_recomputing_and_unrolling_change_neither_loss_nor_gradients(options):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from retool_jax.core import sharding
-from retool_jax.model import kernels
+from retool_jax.model import decoder, kernels
 from retool_jax.plan import flops
+from tests.model.sizes import make_config
 
 X, W = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((5, 16, 16), jnp.float32)
 LAYERS = 5 * 2 * 8 * 16 * 16
@@ -57,3 +60,29 @@ def test_a_causal_kernel_counts_the_blocks_at_and_below_the_diagonal(monkeypatch
 
 def test_traffic_is_what_matmuls_read_and_write():
     assert flops.traffic(jax.jit(layers).trace(X, W).jaxpr) == 5 * 4 * (8 * 16 + 16 * 16 + 8 * 16)
+
+
+def test_cudnns_attention_is_causal_and_moves_its_operands_and_results_alone():
+    b, t, n, k, h = 2, 256, 8, 2, 64
+    make = lambda heads: jax.ShapeDtypeStruct((b, t, heads, h), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((b, t), jnp.int32)
+    attend = lambda q, k, v, s: kernels.cudnn(q, k, v, s, segments=4)
+    loss = lambda *x: attend(*x).astype(jnp.float32).sum()
+    with kernels.traced_anywhere():
+        forward = jax.make_jaxpr(attend)(make(n), make(k), make(k), segments)
+        both = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(make(n), make(k), make(k), segments)
+    one = 2 * b * n * h * t * t / 2  # a matmul of the lower half of all scores
+    assert (flops.count(forward), flops.count(both)) == (2 * one, 7 * one)
+    read = 2 * b * t * h * (n + 2 * k)
+    assert read + 2 * b * t * h * n < flops.traffic(forward) < 1.1 * (read + 2 * b * t * h * n)
+
+
+@pytest.mark.parametrize(('remat', 'passes'), [('full', 2), ('attention', 1), ('dots', 1)])
+def test_kept_attention_is_not_computed_again(remat, passes):
+    config = make_config(hidden_size=64, head_dim=64)
+    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    run = functools.partial(decoder.forward, config, dtype=jnp.bfloat16, attend='cudnn', segments=4, remat=remat)
+    with kernels.traced_anywhere():
+        params = decoder.abstract_params(config)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p, *x: run(p, *x).astype(jnp.float32).sum()))(params, ids, ids, ids)
+    assert str(jaxpr).count(' dot_product_attention_fwd_wrapper[') == passes  # once for all layers of the scan
