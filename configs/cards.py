@@ -33,7 +33,9 @@ ADAPTERS = {'lora.rank': 32, 'optimizer.lr': 1e-5, 'critic_optimizer.lr': 2e-5}
 AMPERE = {'forward.attention': 'cudnn', 'forward.row_segments': 1, 'forward.row_width': TOKENS}
 RECIPES = {
     ('grpo', 'qwen2_5_1_5b', 'rtx4090'): ADAPTERS | AMPERE | {'sampler.rows': 32},
-    ('ppo', 'qwen2_5_1_5b', 'rtx4090'): ADAPTERS | AMPERE | {'sampler.rows': 32},
+    ('ppo', 'qwen2_5_1_5b', 'rtx4090'): ADAPTERS | AMPERE | {  # a critic of its own would take more than a day
+        'sampler.rows': 32, 'ppo.critic': 'head', 'loss.value_coef': 0.5,
+    },
     ('grpo', 'qwen2_5_1_5b', 'a100_40'): ADAPTERS | AMPERE | {'sampler.rows': 64},
     ('ppo', 'qwen2_5_1_5b', 'a100_40'): ADAPTERS | AMPERE | {'sampler.rows': 64},
     ('grpo', 'qwen2_5_1_5b', 'l40s'): ADAPTERS | AMPERE | {'sampler.rows': 64},

@@ -19,7 +19,7 @@ from tests.launch import launcher
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ('README.md', 'docs/guide.md', 'docs/troubleshooting.md', 'docs/sandbox.md')
-VARIABLES = {'SIZE': 'qwen2_5_7b', 'MODEL': 'Qwen2.5-7B-Instruct'}
+VARIABLES = {'ARG': 'qwen2_5_7b@1x80gb', 'SIZE': 'qwen2_5_7b', 'MODEL': 'Qwen2.5-7B-Instruct'}
 TAKES_CONFIG = ('demo', 'cold_start', 'sft', 'ppo', 'evaluate', 'plan')
 
 
