@@ -80,7 +80,7 @@ def groups(toy: bool) -> list[Group]:
         }
 
     def update(width: int, attend: str, rows: int, remat='full') -> Group:
-        chunks = (width // 2, 64) if toy else (2048, 8192)
+        chunks = (width // 2, 64) if toy else (4096, 65536)
         return Group(
             [
                 {
