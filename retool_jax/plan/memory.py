@@ -77,9 +77,9 @@ def policy_update(run: Run, facts: Sequence[Facts]) -> int:
     """Bytes of the policy's own update: its weights, moments and gradients, frozen weights, and the program's
     temporaries."""
     params = next(params for params in backbones(run.params) if 'policy' in params)
-    weights = per_device(params)
+    held = sum(per_device((params[part], run.state.opt_state[part], run.gradients[part])) for part in params)
     fact = next(f for f in facts if f.name == f'update {name_of(params)}')
-    return 4 * weights + per_device(run.frozen) + fact.temporaries
+    return held + per_device(run.frozen) + fact.temporaries
 
 
 def tokens_that_fit(run: Run, phase: Phase, hbm: int) -> int:
@@ -112,6 +112,8 @@ def remedies(run: Run, phase: Phase, hbm: int) -> list[str]:
     if forward.micro_rows > run.mesh.shape['data'] * run.mesh.shape['fsdp']:
         remedies.append('forward.micro_rows=0 (one row for each device of data × fsdp)')
     if phase.name == 'update' and run.frozen is None:
+        if phase.resident['optimizer'] > phase.resident['policy']:
+            remedies.append('optimizer.kind=adamw_bf16 or adafactor (moments in half the memory, or next to none)')
         remedies.append('lora.rank=32 (adapters alone are trained, over frozen weights)')
     if phase.name == 'update' and run.sizes.critic == 'backbone':
         remedies.append('ppo.critic=head (no second backbone)')

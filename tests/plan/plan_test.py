@@ -39,6 +39,9 @@ def test_a_name_without_published_sizes_is_refused():
         models.sizes(None, 'qwen9')
 
 
+GROUPS = ('--config.advantage.kind=grpo', '--config.advantage.whiten=False', '--config.loss.value_coef=0.5')
+
+
 def make_run(*overrides: str, topology: str = 'h100:8') -> Run:
     stage = settings.build(Reinforcement, cli.parse_config(['plan', '--config=configs/ppo.py:tiny', *overrides]))
     return Run(stage, models.sizes(None, 'tiny'), chips.open_slice(topology))
@@ -70,6 +73,20 @@ def test_buffers_are_a_chips_share_of_the_weights():
     assert weights / 2 <= sizes['sampling weights'] <= (weights + head) / 2 * 1.1  # the tied head is a copy of its own
     s, m = run.sampler.settings, run.model
     assert sizes['KV cache'] == 2 * 4 * m.num_hidden_layers * s.rows * s.slots * m.num_key_value_heads * m.head_dim / 2
+
+
+@pytest.mark.parametrize(('kind', 'least', 'most'), [('adamw', 8, 8), ('adamw_bf16', 4, 4), ('adafactor', 0, 1.2)])
+def test_an_optimizer_holds_so_many_bytes_a_weight(kind, least, most):
+    # tiny: a fifth of its weights are in matrices too small to be factored, which begins at 128.
+    run = make_run(f'--config.optimizer.kind={kind}', '--config.ppo.critic=none', *GROUPS, topology='h100:1')
+    weights = run.model.parameter_count()
+    assert least * weights <= memory.buffers(run)['optimizer'] <= most * weights + 100
+
+
+def test_gradients_in_16_bits_are_half_as_large():
+    low = ('--config.forward.dtype=bfloat16', '--config.forward.gradient_dtype=bfloat16')
+    whole, half = (memory.buffers(make_run(*keys, topology='h100:1'))['gradients'] for keys in ((), low))
+    assert 0.5 * whole <= half < 0.51 * whole
 
 
 def test_a_phase_holds_what_the_residency_table_says():
@@ -213,7 +230,8 @@ def test_a_topology_that_is_none_is_refused(name):
 def test_the_policys_update_is_its_weights_four_times_and_its_temporaries():
     run, found = estimated()
     fact = next(f for f in found if f.name == 'update policy')
-    assert memory.policy_update(run, found) == 4 * per_device(run.params['policy']) + fact.temporaries
+    held = 4 * per_device(run.params['policy']) + fact.temporaries
+    assert memory.policy_update(run, found) == pytest.approx(held, rel=1e-5)  # and two counters
 
 
 def test_adapters_are_counted_beside_frozen_weights_that_lie_there_in_every_phase():
