@@ -1,10 +1,11 @@
-"""Compares PPO, GRPO and DAPO on the embedded task, each from the same cold starts; the last line is one JSON object.
+"""Compares algorithms and settings of RL on the embedded task, all from the same cold starts; the last line is JSON.
 
     python launch/bench_algorithms.py
     python launch/bench_algorithms.py --seeds=0 --algorithms=grpo --config.optimizer.lr=3e-4
+    python launch/bench_algorithms.py --algorithms=ppo --variant=small=optimizer.kind:adafactor
 
-Each takes its advantage, loss and ppo blocks from configs/NAME.py:tiny, all else from configs/demo.py. A seed takes
-about a quarter of an hour on 2 CPU cores.
+An algorithm takes its advantage, loss and ppo blocks from configs/NAME.py:tiny, all else from configs/demo.py, and a
+variant only what it names. A seed takes about a quarter of an hour on 2 CPU cores.
 """
 
 import json
@@ -19,6 +20,7 @@ from retool_jax.core import cli, settings
 
 NAMES = ('ppo', 'grpo', 'dapo')
 ALGORITHMS = flags.DEFINE_list('algorithms', list(NAMES), 'Which to run.')
+VARIANTS = flags.DEFINE_multi_string('variant', [], 'NAME=BLOCK.KEY:VALUE,…: the demo with these values, beside them.')
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of the whole story, cold start included.')
 TARGET = flags.DEFINE_float('target', 0.9, 'Share of right answers whose time is taken.', 0.0, 1.0)
 
@@ -31,11 +33,13 @@ def main(stage) -> None:
         raise cli.UserError(f'--algorithms={",".join(sorted(unknown))}: choose of {", ".join(NAMES)}')
     if not all(seed.isdecimal() for seed in SEEDS.value):
         raise cli.UserError(f'--seeds={",".join(SEEDS.value)}: whole numbers, separated by commas')
-    stages = {
-        name: settings.build(Reinforcement, cli.load_config(f'configs/{name}.py:tiny')) for name in ALGORITHMS.value
-    }
+    read = lambda name: settings.build(Reinforcement, cli.load_config(f'configs/{name}.py:tiny'))
+    lines = {name: algorithms.algorithm(read(name)) for name in ALGORITHMS.value}
+    for given in VARIANTS.value:
+        name, _, changes = given.partition('=')
+        lines[name] = algorithms.variant(stage, changes)
     say = lambda line: print(line, file=sys.stderr, flush=True)
-    print(json.dumps(algorithms.measure(stage, stages, [int(s) for s in SEEDS.value], TARGET.value, say)))
+    print(json.dumps(algorithms.measure(stage, lines, [int(s) for s in SEEDS.value], TARGET.value, say)))
 
 
 if __name__ == '__main__':
