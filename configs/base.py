@@ -250,6 +250,10 @@ def ppo(arg: str) -> ConfigDict:
     )
 
 
+def profile() -> ConfigDict:
+    return ConfigDict({'steps': ()})
+
+
 def halves() -> ConfigDict:
     """Both halves of a step, unless one is asked for alone."""
     return ConfigDict(
@@ -345,6 +349,7 @@ def reinforcement(arg: str, name: str) -> ConfigDict:
             'halves': halves(),
             'watch': watch(),
             'checkpoints': checkpoints(every=10),
+            'profile': profile(),
             'validation': {
                 'problems': config_dict.placeholder(str),  # a problem file; none: no validation
                 'limit': config_dict.placeholder(int),

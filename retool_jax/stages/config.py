@@ -13,6 +13,7 @@ from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.checks import MANY, Rule, above, check, filled, local_path, one_of, within
 from retool_jax.core.endpoint_settings import EndpointSettings
 from retool_jax.core.errors import UserError
+from retool_jax.core.profile import ProfileSettings
 from retool_jax.core.sharding import AXES
 from retool_jax.model.lora import LoRASettings
 from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
@@ -336,6 +337,7 @@ class Reinforcement(Rollouts):
     watch: WatchSettings
     checkpoints: CheckpointSettings
     validation: ValidationSettings
+    profile: ProfileSettings
 
     def __post_init__(self):
         super().__post_init__()

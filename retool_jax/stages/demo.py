@@ -32,6 +32,7 @@ from retool_jax.stages.config import (
     ColdStart,
     FineTuning,
     HalvesSettings,
+    ProfileSettings,
     Reinforcement,
     Rollouts,
     RunSettings,
@@ -159,6 +160,7 @@ class Story:
             watch=UNWATCHED,
             checkpoints=self.stage.checkpoints,
             validation=ValidationSettings(problems=None, limit=None, every=1, samples=1),
+            profile=ProfileSettings(steps=()),
         )
         with folder.claimed(stage, free=PLACES) as directory:
             if not (directory / 'summary.json').exists():

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import grain
 
-from retool_jax.core import console, episode_files, metrics, processes, signals
+from retool_jax.core import console, episode_files, metrics, processes, profile, signals
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
+from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Problem
 from retool_jax.core.signals import uninterrupted
 from retool_jax.model import lora
@@ -31,7 +32,14 @@ from retool_jax.train.ppo import Progress, StepResult
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
 CARRIED = 'carried'  # folder of the unfinished episodes of each checkpoint
 STOPPED = 'stopped'  # folder of the finished episodes of a step that was stopped
-FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox')  # may change between two starts of a run
+FREE = (
+    'ppo.steps',
+    'checkpoints',
+    'validation',
+    'watch',
+    'sandbox',
+    'profile',
+)  # may change between two starts of a run
 
 
 def run(stage: Reinforcement) -> None:
@@ -83,10 +91,15 @@ def go_on(
             if rolls
             else sources.dumped(halves.episodes, model.config.vocab_size, stage.forward.row_width)
         )
+        begin = stack.enter_context(profile.traced(directory / 'profile', stage.profile.steps))
         advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
         validates = lambda done: bool(held_out) and (done == sizes.steps or done % validation.every == 0)
         saves = lambda done: done == sizes.steps or done % saving.every == 0
         saved, score, written = [progress.oldest], {}, [progress.done]
+
+        def collect(params: Params, step: int, *given) -> sources.Collected:
+            begin(step, params)
+            return source(params, step, *given)
 
         def keep(folder_name: str, name: str, episodes: Sequence[Episode], step: int | None = None) -> None:
             if processes.leads():
@@ -152,7 +165,7 @@ def go_on(
                     parts.learner,
                     progress,
                     sizes,
-                    collect=source,
+                    collect=collect,
                     seed=stage.run.seed,
                     residency=parts.residency,
                     report=report,
@@ -161,7 +174,7 @@ def go_on(
                     save_every_s=saving.every_s,
                 )
             else:
-                roll_out(source, progress, sizes.steps, report, journal)
+                roll_out(collect, progress, sizes.steps, report, journal)
         except KeyboardInterrupt:
             if halves.train and progress.done and written[-1] == progress.done:
                 save(wait=True)

@@ -43,7 +43,8 @@ BAD = {
                       r'rewriter\.hint|endpoint\.(model|key_variable)',
           **dict.fromkeys(('gs://bucket/thing', 's3://bucket/thing', 'hdfs://x/y'),
                           r'model\.name|rewriter\.hint|endpoint\.model')},
-    tuple: {('',): None, (' ',): None, (0,): None, ('gs://bucket/a.jsonl',): None, (math.nan,): None, (None,): None},
+    tuple: {('',): None, (' ',): None, (0,): r'profile\.steps', ('gs://bucket/a.jsonl',): None,
+            (math.nan,): None, (None,): None},
     bool: {},
 }  # fmt: skip
 # Of training: a temperature of 0 is for evaluation alone.
