@@ -18,7 +18,9 @@ os.environ['JAX_PLATFORMS'] = 'cpu'  # JAX itself runs on the host
 
 from retool_jax.core import cli, console
 
-TOPOLOGY = flags.DEFINE_string('topology', 'v5p:4x4x4', 'KIND:SHAPE: v5e, v5p, v6e, tpu7x; a100, h100, h200, b200.')
+TOPOLOGY = flags.DEFINE_string(
+    'topology', 'v5p:4x4x4', 'KIND:SHAPE: v5e, v5p, v6e, tpu7x; rtx4090, l40s, a100_40, a100, h100, h200, b200.'
+)
 TOKENS = flags.DEFINE_integer('tokens', 6144, 'Mean tokens of an episode (the paper: 10,400 falling to 2,400).')
 JSON = flags.DEFINE_bool('json', False, 'Prints one JSON object instead of tables.')
 
