@@ -32,14 +32,8 @@ from retool_jax.train.ppo import Progress, StepResult
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
 CARRIED = 'carried'  # folder of the unfinished episodes of each checkpoint
 STOPPED = 'stopped'  # folder of the finished episodes of a step that was stopped
-FREE = (
-    'ppo.steps',
-    'checkpoints',
-    'validation',
-    'watch',
-    'sandbox',
-    'profile',
-)  # may change between two starts of a run
+# May change between two starts of a run.
+FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox', 'profile')
 
 
 def run(stage: Reinforcement) -> None:
