@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from retool_jax.core.columns import narrow
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Episode, Problem, Reward, Stop, ToolCall, Verdict
 
@@ -54,7 +55,7 @@ def write(
         'offsets': np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
         'tokens': _join([e.tokens for e in episodes], np.int32),
         'acted': _join([e.acted for e in episodes], np.bool_),
-        'logprobs': _narrow(_join([e.logprobs for e in episodes], np.float64)),
+        'logprobs': narrow(_join([e.logprobs for e in episodes], None)),
         'versions': _join([e.versions for e in episodes], np.int32),
     }
     step = max((e.step for e in episodes), default=0) if step is None else step
@@ -152,11 +153,6 @@ class _replacing:
 
 def _join(rows: list[list[Any]], dtype: Any) -> np.ndarray:
     return np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.zeros(0, dtype)
-
-
-def _narrow(x: np.ndarray) -> np.ndarray:
-    narrow = x.astype(np.float32)  # exact: a sampler computes them in f32
-    return narrow if np.array_equal(narrow, x, equal_nan=True) else x
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import pickle
 import threading
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from jax._src import distributed
-from jax.experimental import multihost_utils
 
-from retool_jax.core import signals
+from retool_jax.core import columns, ring, signals
 from retool_jax.core.cli import explain
 from retool_jax.core.errors import UserError
 from retool_jax.core.others import Others
@@ -23,9 +20,9 @@ PROCESSES = 'RETOOL_PROCESSES'  # environment variable: a number of processes, o
 START_S = 1800  # seconds for all processes to start: the hosts of a pod are minutes apart, as on a loaded machine
 SILENT_S = 50  # without a sign of life a process counts as dead, and the others end too
 PATIENCE_S = 7 * 24 * 3600  # seconds of `wait`: others may be at tools, validation or reports; silence tells a dead one
-SMALL = 4096  # bytes that go with the first all-gather of `gather`
 
 _others: list[Others] = []  # what hears of the other processes, to this one's very end
+_rings: list[ring.Ring] = []  # of `gather`, once it was called
 _words = itertools.count()  # that `word` has asked for
 
 
@@ -105,25 +102,19 @@ def wait() -> None:
 
 
 def gather(item: object) -> list:
-    """The `item` of every process, in the order of the processes; each has to make the call."""
+    """The `item` of every process, in the order of the processes; each has to make the call.
+
+    It goes from host to host (`ring`), arrays as they lie (`columns`): no device has to have room for it. Those of one
+    other process are in memory until none of them is used any more.
+    """
     if jax.process_count() == 1:
         return [item]
-    wait()
-    data = np.frombuffer(pickle.dumps(item), np.uint8)
-    first = np.zeros(8 + SMALL, np.uint8)
-    first[:8] = np.frombuffer(np.int64(len(data)).tobytes(), np.uint8)
-    first[8 : 8 + min(len(data), SMALL)] = data[:SMALL]
-    all_first = np.asarray(multihost_utils.process_allgather(first))
-    sizes = [int(np.frombuffer(row[:8].tobytes(), np.int64)[0]) for row in all_first]
-    rests = [b''] * len(sizes)
-    if (longest := max(sizes) - SMALL) > 0:  # padded to a power of two: few shapes are ever compiled
-        rest = np.zeros(1 << (longest - 1).bit_length(), np.uint8)
-        rest[: max(len(data) - SMALL, 0)] = data[SMALL:]
-        rests = [row.tobytes() for row in np.asarray(multihost_utils.process_allgather(rest))]
-    return [
-        pickle.loads((row[8:].tobytes()[:size] + tail[: max(size - SMALL, 0)])[:size])
-        for row, tail, size in zip(all_first, rests, sizes)
-    ]
+    if not _rings:
+        state = distributed.global_state
+        names = ring.addresses(state.coordinator_address, state.process_id == 0)
+        _rings.append(ring.Ring(state.client, jax.process_index(), jax.process_count(), names, wait))
+    found = _rings[0].gather(columns.split(item))
+    return [columns.join(found[i]) if i in found else item for i in range(jax.process_count())]
 
 
 def word[T](value: T) -> T:

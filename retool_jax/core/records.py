@@ -109,7 +109,8 @@ class Episode:
     `acted` is True where the policy wrote the token (the loss mask); it is set by whoever wrote
     the token and never found again from text. Logprobs are the sampler's, at the sampling
     temperature, and 0.0 where not acted. Versions name the weights that wrote the token (-1 where
-    not acted).
+    not acted). They are lists while the episode is written, and read alike once it is whole
+    (core/columns.py).
     """
 
     problem: Problem

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from retool_jax.core import signals
+from retool_jax.core import columns, signals
 from retool_jax.core.pytrees import Params, SampleState
 from retool_jax.core.records import Episode
 from retool_jax.rollout import turns
@@ -144,7 +144,10 @@ class Engine:
             state=self.kept or self.sampler.empty(),
         )
         self.kept, self.stats, self.told = None, scheduler.stats, 0
-        yield from scheduler.run()
+        for index, episode in scheduler.run():
+            if episode.stop is not None:
+                columns.settle(episode)
+            yield index, episode
         self.told = scheduler.told
         if self.keeps_cache:
             self.kept = scheduler.state

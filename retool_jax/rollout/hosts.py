@@ -2,7 +2,7 @@
 
 A model that fits the devices of one process is sampled by an engine per process, with no collective while tools
 answer; finished episodes are gathered at the end. A larger one is sampled on a mesh over all processes: every
-process runs the same loop over the same rows, each runs the tools of its own rows, and one small all-gather
+process runs the same loop over the same rows, each runs the tools of its own rows, and one small exchange
 per pass makes the answers known to all at the same point of the loop. Which of the two follows from the mesh: whether
 its tensor axis fits into a process.
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from retool_jax.core import processes, sharding
+from retool_jax.core import columns, processes, sharding
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, ExecResult
 from retool_jax.model.config import ModelConfig
@@ -40,7 +40,7 @@ class Lockstep:
         return row % self.count == self.process
 
     def share(self, answers: dict[int, ExecResult], told: int) -> tuple[dict[int, ExecResult], int]:
-        """The answers and signals of all processes; an all-gather, so that all act on them in the same pass."""
+        """The answers and signals of all processes; all act on them in the same pass."""
         found = processes.gather((answers, told))
         return {row: result for part, _ in found for row, result in part.items()}, max(told for _, told in found)
 
@@ -55,6 +55,8 @@ class Apart(Engine):
         """
         mine = part(requests, jax.process_index(), jax.process_count())
         made = self.make(params, version, mine, step, **options)
+        for episode in made:  # unfinished ones too: who goes on with them makes copies
+            columns.settle(episode)
         found = processes.gather((made if not self.told else (), self.stats, self.told))
         processes.agree([told for *_, told in found])
         self.stats = total([stats for _, stats, _ in found])

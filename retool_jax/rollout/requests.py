@@ -32,7 +32,7 @@ class Request:
     problem: Problem
     sample: int
     prompt: tuple[int, ...]
-    begun: Episode | None = None  # unfinished (its stop is None); it goes on as it is, without a copy
+    begun: Episode | None = None  # unfinished (its stop is None), of lists; it goes on as it is, without a copy
 
     @staticmethod
     def resume(episode: Episode) -> Request:

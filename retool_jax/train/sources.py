@@ -280,7 +280,7 @@ def describe(episodes: Sequence[Episode]) -> dict[str, float]:
 def describe_carried(episodes: Sequence[Episode], carried: Sequence[Episode], step: int) -> dict[str, float]:
     """How much a step leaves unfinished, and how old what it trains on is, in steps."""
     ages = [step - e.step for e in episodes]
-    versions = np.array([v for e in episodes for v, acted in zip(e.versions, e.acted) if acted])
+    versions = np.concatenate([np.asarray(e.versions, np.int32)[np.asarray(e.acted, bool)] for e in episodes])
     return {
         'partial/carried': float(sum(e.stop is None for e in carried)),
         'partial/age_mean': float(np.mean(ages)),

@@ -87,7 +87,7 @@ def main(work: str, decode_rows: str, directory: str) -> None:
         engine.executor = FakePool(answer, lambda code: rng.random() * slow)  # noqa: B023
         episodes = engine.run(weights, 0, requests(), 4)
         found.append((episodes, len(engine.executor.codes), engine.stats.episodes))
-    long = processes.gather('x' * (10_000 * (1 + jax.process_index())))  # beyond what goes with the first all-gather
+    long = processes.gather('x' * (10_000 * (1 + jax.process_index())))
     assert [len(x) for x in long] == [10_000 * (1 + i) for i in range(jax.process_count())]
     with open(Path(directory) / f'{work}_{jax.process_index()}.pkl', 'wb') as file:
         pickle.dump(found, file)
