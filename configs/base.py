@@ -65,7 +65,7 @@ def lora() -> ConfigDict:
 
 def mesh(arg: str = 'tiny') -> ConfigDict:
     # -1 takes the devices that are left. tensor: a host's chips, beyond what one chip holds in rollout.
-    return ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 4 if '32b' in arg or '14b' in arg else 1})
+    return ConfigDict({'data': 1, 'fsdp': -1, 'tensor': 4 if '32b' in arg or '14b' in arg else 1, 'slices': 1})
 
 
 def forward(arg: str) -> ConfigDict:

@@ -21,21 +21,25 @@ from retool_jax.core import cli, console
 TOPOLOGY = flags.DEFINE_string(
     'topology', 'v5p:4x4x4', 'KIND:SHAPE: v5e, v5p, v6e, tpu7x; rtx4090, l40s, a100_40, a100, h100, h200, b200.'
 )
+SLICES = flags.DEFINE_integer(
+    'slices', 0, 'Slices of that topology, joined by the network between hosts. 0: config.mesh.slices.', lower_bound=0
+)
 TOKENS = flags.DEFINE_integer('tokens', 6144, 'Mean tokens of an episode (the paper: 10,400 falling to 2,400).')
 JSON = flags.DEFINE_bool('json', False, 'Prints one JSON object instead of tables.')
 
 
 def main(stage):
-    from retool_jax.plan import chips, facts, guess, models, page, programs, roofline
+    from retool_jax.plan import chips, dcn, facts, guess, models, page, programs, roofline
 
     model = models.sizes(stage.model.path, stage.model.name)
-    run = programs.Run(stage, model, chips.open_slice(TOPOLOGY.value))
+    run = programs.Run(stage, model, chips.open_slice(TOPOLOGY.value, SLICES.value or stage.mesh.slices or 1))
     todo, began = list(run.programs()), time.perf_counter()
     if run.slice.devices:
-        with console.progress(f'{TOPOLOGY.value}: compiling', len(todo)) as advance:
+        with console.progress(f'{run.slice.name}: compiling', len(todo)) as advance:
             found = facts.compile_all(todo, advance)
     else:
         found = [guess.estimate(run, program) for program in todo]
+    found = [dcn.add(run, fact) for fact in found]
     plan = page.make(
         run, found, roofline.Assumptions(tokens=TOKENS.value), time.perf_counter() - began, time.process_time()
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -42,12 +43,36 @@ def fill(shape: Mapping[str, int], count: int) -> tuple[int, ...]:
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `AXES` whose sizes `fill` completes."""
+    """A mesh over `AXES` whose sizes `fill` completes, `lay_out` over `shape`'s slices (without them: 1)."""
     devices = list(jax.devices() if devices is None else devices)
-    sizes = fill(shape, len(devices))
-    # jax.make_mesh refuses a mesh axis that is a part of an axis of the torus: tensor=4 on v6e:8x8.
-    laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    laid = lay_out(fill(shape, len(devices)), devices, shape.get('slices', 1))
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def lay_out(sizes: Sequence[int], devices: Sequence[jax.Device], slices: int) -> np.ndarray:
+    """Devices as an array of `sizes`, its axes along the torus of a slice, the first one from slice to slice.
+
+    slices: groups of devices that have a torus of their own, by their `slice_index`; 0: as many as there are.
+
+    Raises: UserError where the devices are of another number of slices, or the first axis is no multiple of them.
+    """
+    found = len({getattr(device, 'slice_index', 0) for device in devices})
+    slices = slices or found
+    if slices != found and (slices > 1 or devices[0].platform == 'tpu'):  # 1: the hosts of GPUs may be told apart too
+        raise UserError(f'mesh.slices={slices}: the devices are of {found} slice(s); 0 takes as many as there are')
+    check_slices(sizes, slices)
+    # jax.make_mesh refuses a mesh axis that is a part of an axis of the torus: tensor=4 on v6e:8x8.
+    split = dict(allow_split_physical_axes=True)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, **split)
+    inside = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, **split)
+
+
+def check_slices(sizes: Sequence[int], slices: int) -> None:
+    """Raises a UserError where an axis over so many slices does not divide by them."""
+    if sizes[0] % slices:
+        raise UserError(f'mesh.data={sizes[0]} runs over {slices} slices; set it to a multiple of {slices}')
 
 
 def spec(axes: Sequence[str | None], rules: Mapping[str, tuple[str, ...]]) -> PartitionSpec:

@@ -18,6 +18,7 @@ import jax
 from retool_jax.core.errors import UserError
 
 GB = 10**9
+GBIT = GB / 8
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,22 +34,25 @@ class Chip:
     link: float  # bytes/s one way between neighbours, both directions of one torus axis together (GPU: NVLink)
     host: int  # devices of a host in a slice of many
     capability: float = 0.0  # of an NVIDIA GPU: which kernels it has
+    dcn: float = 100 * GBIT / 8  # bytes/s to other slices, one way; without a figure eight share a port of 100 Gbit/s
 
 
 # link: (total of all links, both ways) ÷ 2 ÷ axes: v5p has 3 axes, v5e and v6e 2. A ring along one axis sends
 # to both neighbours at once.
+# dcn: Google Cloud's pages too. v5p has 50 Gbit/s a chip; v6e hosts of 8 chips four ports of 200, v5e's two of 100; for
+# tpu7x v5p's is taken. NVIDIA's DGX hosts of 8 have a port for each GPU, of 400 Gbit/s since H100, of 200 with A100.
 CHIPS = {
-    'v5e': Chip('v5e', 'tpu', 16 * 2**30, 819 * GB, 197e12, 100 * GB, 4),
-    'v5p': Chip('v5p', 'tpu', 95 * 2**30, 2765 * GB, 459e12, 200 * GB, 4),
-    'v6e': Chip('v6e', 'tpu', 32 * 2**30, 1640 * GB, 918e12, 200 * GB, 4),
-    'tpu7x': Chip('tpu7x', 'tpu', 96 * 2**30, 3690 * GB, 1153e12, 200 * GB, 8),  # a chip is two devices
+    'v5e': Chip('v5e', 'tpu', 16 * 2**30, 819 * GB, 197e12, 100 * GB, 4, dcn=25 * GBIT),
+    'v5p': Chip('v5p', 'tpu', 95 * 2**30, 2765 * GB, 459e12, 200 * GB, 4, dcn=50 * GBIT),
+    'v6e': Chip('v6e', 'tpu', 32 * 2**30, 1640 * GB, 918e12, 200 * GB, 4, dcn=100 * GBIT),
+    'tpu7x': Chip('tpu7x', 'tpu', 96 * 2**30, 3690 * GB, 1153e12, 200 * GB, 8, dcn=25 * GBIT),  # a chip is two devices
     'rtx4090': Chip('rtx4090', 'gpu', 24 * GB, 1008 * GB, 165e12, 32 * GB, 8, 8.9),
-    'a100_40': Chip('a100_40', 'gpu', 40 * 2**30, 1555 * GB, 312e12, 300 * GB, 8, 8.0),
+    'a100_40': Chip('a100_40', 'gpu', 40 * 2**30, 1555 * GB, 312e12, 300 * GB, 8, 8.0, 200 * GBIT),
     'l40s': Chip('l40s', 'gpu', 48 * GB, 864 * GB, 362e12, 32 * GB, 8, 8.9),
-    'a100': Chip('a100', 'gpu', 80 * 2**30, 2039 * GB, 312e12, 300 * GB, 8, 8.0),
-    'h100': Chip('h100', 'gpu', 80 * 2**30, 3350 * GB, 989e12, 450 * GB, 8, 9.0),
-    'h200': Chip('h200', 'gpu', 141 * GB, 4800 * GB, 989e12, 450 * GB, 8, 9.0),
-    'b200': Chip('b200', 'gpu', 180 * GB, 7700 * GB, 2250e12, 900 * GB, 8, 10.0),
+    'a100': Chip('a100', 'gpu', 80 * 2**30, 2039 * GB, 312e12, 300 * GB, 8, 8.0, 200 * GBIT),
+    'h100': Chip('h100', 'gpu', 80 * 2**30, 3350 * GB, 989e12, 450 * GB, 8, 9.0, 400 * GBIT),
+    'h200': Chip('h200', 'gpu', 141 * GB, 4800 * GB, 989e12, 450 * GB, 8, 9.0, 400 * GBIT),
+    'b200': Chip('b200', 'gpu', 180 * GB, 7700 * GB, 2250e12, 900 * GB, 8, 10.0, 400 * GBIT),
 }
 
 
@@ -58,13 +62,14 @@ class Slice:
 
     name: str
     chip: Chip
-    count: int
+    count: int  # of all slices
     devices: list[jax.Device] | None
     host_devices: list[jax.Device] | None = None  # those of one host, of a slice of several
+    slices: int = 1  # that are alike, joined by the network between hosts
 
 
-def open_slice(name: str) -> Slice:
-    """The slice that 'v5p:4x4x4' or 'h100:8' names.
+def open_slice(name: str, slices: int = 1) -> Slice:
+    """The slice that 'v5p:4x4x4' or 'h100:8' names, or so many of it.
 
     Raises: UserError for a name that is none, or a TPU where the compiler is not installed.
     """
@@ -74,8 +79,9 @@ def open_slice(name: str) -> Slice:
             f'--topology={name}: expected KIND:SHAPE like v5p:4x4x4 or h100:64; kinds are {", ".join(CHIPS)}'
         )
     chip, count = CHIPS[match[1]], math.prod(map(int, match[2].split('x')))
+    title = name if slices == 1 else f'{slices} × {name}'
     if chip.platform == 'gpu':
-        return Slice(name, chip, count, None)
+        return Slice(title, chip, slices * count, None, slices=slices)
     if compiler() is None:
         raise UserError(
             f'--topology={name} needs the TPU compiler: bash launch/baselines.sh plan, or pip install .[plan]'
@@ -83,13 +89,16 @@ def open_slice(name: str) -> Slice:
     prepare()
     from jax.experimental import topologies
 
-    describe = lambda name: list(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
+    describe = lambda name, **more: list(
+        topologies.get_topology_desc(platform='tpu', topology_name=name, **more).devices
+    )
     try:
-        devices = describe(name)
+        devices = describe(name, num_slices=slices) if slices > 1 else describe(name)
     except Exception as error:  # the compiler's own words, of many types
         raise UserError(f'--topology={name}: {" ".join(str(error).split())[:300]}') from None
     host = f'{match[1]}:2x2' + 'x1' * (match[2].count('x') - 1)
-    return Slice(name, chip, len(devices), devices, describe(host) if len(devices) > chip.host == 4 else None)
+    own = describe(host) if len(devices) > chip.host == 4 else None
+    return Slice(title, chip, len(devices), devices, own, slices)
 
 
 def compiler() -> Path | None:

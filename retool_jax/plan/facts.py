@@ -15,6 +15,7 @@ from retool_jax.model import kernels
 from retool_jax.plan import flops, hlo
 from retool_jax.plan.programs import Program, per_device
 
+BETWEEN_SLICES = 'all-reduce between slices'  # a kind of collective; over the hosts' network
 UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30}
 
 
@@ -35,7 +36,8 @@ class Facts:
 
     @property
     def sent_bytes(self) -> float:
-        return sum(self.sent.values())
+        """Over the links of a slice."""
+        return sum(n for kind, n in self.sent.items() if kind != BETWEEN_SLICES)
 
 
 def compile_all(programs: Sequence[Program], done: Callable[[str], None], workers: int = 2) -> list[Facts]:

@@ -48,7 +48,7 @@ class Run:
     def __init__(self, stage: Reinforcement, model: ModelConfig, slice: Slice):
         """Raises: UserError naming the key, or what does not divide."""
         self.model, self.slice, self.sizes, self.turns = model, slice, stage.ppo, stage.turns
-        self.mesh = make_mesh(dataclasses.asdict(stage.mesh), slice, slice.count)
+        self.mesh = make_mesh(dataclasses.asdict(stage.mesh) | {'slices': slice.slices}, slice, slice.count)
         forward = stage.forward
         chip = slice.chip
         kind = attention.resolve(forward.attention, forward.row_width, chip.platform, chip.capability, forward.dtype)
@@ -220,6 +220,7 @@ def make_mesh(shape: Mapping[str, int], slice: Slice, count: int) -> jax.shardin
         own = slice.host_devices if slice.host_devices and count <= len(slice.host_devices) else slice.devices
         return sharding.make_mesh(shape, own[:count])
     sizes = sharding.fill(shape, count)
+    sharding.check_slices(sizes, shape.get('slices', 1))
     return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 

@@ -7,7 +7,7 @@ import math
 
 from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Chip
-from retool_jax.plan.facts import Facts
+from retool_jax.plan.facts import BETWEEN_SLICES, Facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def seconds(facts: Facts, chip: Chip, a: Assumptions) -> Seconds:
     return Seconds(
         facts.flops / (chip.flops * a.matmul),
         facts.moved / (chip.hbm_bandwidth * a.memory),
-        facts.sent_bytes / (chip.link * a.links),
+        facts.sent_bytes / (chip.link * a.links) + facts.sent.get(BETWEEN_SLICES, 0.0) / (chip.dcn * a.links),
     )
 
 

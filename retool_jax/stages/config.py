@@ -70,9 +70,12 @@ class MeshSettings:
     fsdp: int  # devices among which episodes and weights are divided; at least 1, or -1
     # devices among which heads and MLP of a layer are divided; at least 1, or -1; the chips of one host at most
     tensor: int
+    # slices of TPUs that the data axis runs over, by the network between their hosts; 0: as many as there are
+    slices: int
 
     def __post_init__(self):
-        check(self, **dict.fromkeys(AXES, Rule(lambda n: n == -1 or 1 <= n <= 2**20, 'must be at least 1, or -1')))
+        size = Rule(lambda n: n == -1 or 1 <= n <= 2**20, 'must be at least 1, or -1')
+        check(self, **dict.fromkeys(AXES, size), slices=within(0, 2**20))
         rest = [axis for axis in AXES if getattr(self, axis) == -1]
         if len(rest) > 1:
             raise UserError(f'{"=-1 and mesh.".join(rest)}=-1: only one axis can take the devices that are left')

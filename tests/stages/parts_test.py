@@ -110,7 +110,7 @@ def test_the_table_stops_where_tools_and_answers_do(tools, on_answer, expected):
 
 
 def test_the_mesh_takes_all_devices():
-    mesh = parts.make_mesh(MeshSettings(data=1, fsdp=-1, tensor=2))
+    mesh = parts.make_mesh(MeshSettings(data=1, fsdp=-1, tensor=2, slices=1))
     assert dict(mesh.shape) == {'data': 1, 'fsdp': len(jax.devices()) // 2, 'tensor': 2}
 
 
