@@ -24,15 +24,18 @@ TOPOLOGY = flags.DEFINE_string(
 SLICES = flags.DEFINE_integer(
     'slices', 0, 'Slices of that topology, joined by the network between hosts. 0: config.mesh.slices.', lower_bound=0
 )
-TOKENS = flags.DEFINE_integer('tokens', 6144, 'Mean tokens of an episode (the paper: 10,400 falling to 2,400).')
+TOKENS = flags.DEFINE_integer(
+    'tokens', None, 'Mean tokens of an episode (the paper: 10,400 falling to 2,400); none: 6,144 or 3/8 of a budget.'
+)
 JSON = flags.DEFINE_bool('json', False, 'Prints one JSON object instead of tables.')
 
 
 def main(stage):
-    from retool_jax.plan import chips, dcn, facts, guess, models, page, programs, roofline
+    from retool_jax.plan import chips, dcn, engines, facts, guess, models, page, programs
 
     model = models.sizes(stage.model.path, stage.model.name)
     run = programs.Run(stage, model, chips.open_slice(TOPOLOGY.value, SLICES.value or stage.mesh.slices or 1))
+    assumptions = engines.assume(run, TOKENS.value)  # before minutes of compiling
     todo, began = list(run.programs()), time.perf_counter()
     if run.slice.devices:
         with console.progress(f'{run.slice.name}: compiling', len(todo)) as advance:
@@ -40,9 +43,7 @@ def main(stage):
     else:
         found = [guess.estimate(run, program) for program in todo]
     found = [dcn.add(run, fact) for fact in found]
-    plan = page.make(
-        run, found, roofline.Assumptions(tokens=TOKENS.value), time.perf_counter() - began, time.process_time()
-    )
+    plan = page.make(run, found, assumptions, time.perf_counter() - began, time.process_time())
     print(json.dumps(plan) if JSON.value else page.text(plan))
     sys.exit(0 if plan['fits'] else 1)
 

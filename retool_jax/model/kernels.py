@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # names of annotations only: accelerator machines need not ha
 LANES = 128  # of a TPU's vector unit: rows of scores come in such widths
 HOPPER = 9.0  # compute capability from which cuDNN takes packed rows
 TILE = 64  # slots that a step of `decode` takes
+DECODE = 'decode_attention'  # the name of its kernel
 MASKED = -1e30  # finite, so that a fully masked (padding) row stays free of NaN
 HALVES = (jnp.dtype('bfloat16'), jnp.dtype('float16'))  # dtypes of cuDNN's kernels
 BLOCKS = (1024, 512, 256, LANES)  # tiles tried for splash attention, the largest that divides
@@ -132,13 +133,17 @@ def check_packed(segments: int, capability: float, name: str) -> None:
 
 
 @contextlib.contextmanager
-def traced_anywhere():
-    """A block in which `cudnn` is traced without a GPU, whose library JAX asks for its version otherwise."""
+def traced_anywhere(chip: float | None = None):
+    """A block in which `cudnn` is traced without a GPU, whose library JAX asks for its version otherwise.
+
+    chip: the compute capability of the GPU that functions are traced for; None: of this machine's, if any.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     with (
         mock.patch.object(fused, 'check_cudnn_version', lambda: 91200),
         mock.patch.object(fused, 'check_compute_capability', lambda _: True),
+        contextlib.nullcontext() if chip is None else mock.patch(f'{__name__}.capability', lambda _: chip),
     ):
         yield
 
@@ -180,6 +185,11 @@ def decodes(q_BCNH: jax.Array, k_BKSH: object) -> bool:
     return fits and capability(jax.devices()[0]) >= HOPPER
 
 
+def padded(group: int) -> int:
+    """Query heads that `decode` multiplies where `group` share a KV head: a tensor core takes 16 at least."""
+    return max(16, 1 << (group - 1).bit_length())
+
+
 def decode(
     q_BNH: Float[Array, 'B N H'],
     k_BKSH: Float[Array, 'B K S H'],
@@ -204,7 +214,7 @@ def decode(
     group = heads // kv_heads
     part = min(max(256, 1 << (4 * rows * kv_heads - 1).bit_length()), 2048)  # about 1,000 programs with 4,096 slots
     parts = -(-bound // part)
-    wide = max(16, 1 << (group - 1).bit_length())  # what a tensor core multiplies at least
+    wide = padded(group)
 
     def kernel(length_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref):
         first, length, real_G = pl.program_id(2) * part, length_ref[()], jnp.arange(wide) < group
@@ -249,7 +259,7 @@ def decode(
         out_shape=[jax.ShapeDtypeStruct((*numbers.shape, head_dim), jnp.float32), numbers, numbers],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
-        name='decode_attention',
+        name=DECODE,
     )(length_B, q_BNH.reshape(rows, kv_heads, group, head_dim), k_BKSH, v_BKSH)
     share_BKPG = jnp.exp(top_BKPG - top_BKPG.max(axis=2, keepdims=True))
     out_BKGH = (share_BKPG[..., None] * out_BKPGH).sum(axis=2) / (share_BKPG * total_BKPG).sum(axis=2)[..., None]

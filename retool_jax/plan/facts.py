@@ -33,15 +33,42 @@ class Facts:
     compile_s: float
     estimated: bool = False  # from shapes alone
     refused: str = ''  # the compiler's words where the program does not fit
+    exchanges: int = 0  # collectives of one run
+    # Of a program that reads the KV cache: slots of a row that it reads, and what one slot more of every row adds.
+    slots: int = 0
+    slot_flops: float = 0.0
+    slot_moved: float = 0.0
+    by_length: bool = False  # a kernel reads as many slots as hold tokens, instead of `slots`
 
     @property
     def sent_bytes(self) -> float:
         """Over the links of a slice."""
         return sum(n for kind, n in self.sent.items() if kind != BETWEEN_SLICES)
 
+    def at(self, slots: float) -> Facts:
+        """The same reading so many slots of a row."""
+        more = slots - self.slots
+        return dataclasses.replace(
+            self,
+            flops=self.flops + more * self.slot_flops,
+            moved=self.moved + more * self.slot_moved,
+            slots=slots,
+        )
+
+    def along(self, shorter: Facts) -> Facts:
+        """With what a slot adds, between this and the same program reading fewer."""
+        more = self.slots - shorter.slots
+        return dataclasses.replace(
+            self,
+            slot_flops=(self.flops - shorter.flops) / more,
+            slot_moved=(self.moved - shorter.moved) / more,
+            compile_s=self.compile_s + shorter.compile_s,
+        )
+
 
 def compile_all(programs: Sequence[Program], done: Callable[[str], None], workers: int = 2) -> list[Facts]:
     """Compiles each program for the devices that its shapes lie on; `done` hears the name of each that is ready.
+    One that reads the KV cache is compiled with its longest and its shortest reads.
 
     Tracing holds the interpreter, the compiler does not: it works on one program while others are traced, on
     `workers` at most (a 32B program takes 2 GB of this machine's memory).
@@ -49,7 +76,8 @@ def compile_all(programs: Sequence[Program], done: Callable[[str], None], worker
     with futures.ThreadPoolExecutor(workers) as pool:
         running = []
         for program in programs:
-            running.append(pool.submit(_compile, program, program.function.trace(**program.arguments)))
+            traced = [(program.function.trace(**arguments), slots) for arguments, slots in program.reads()]
+            running.append(pool.submit(_compile, program, traced))
             running[-1].add_done_callback(lambda _, name=program.name: done(name))
         try:
             return [one.result() for one in running]
@@ -58,10 +86,19 @@ def compile_all(programs: Sequence[Program], done: Callable[[str], None], worker
             raise
 
 
-def _compile(program: Program, traced: jax.stages.Traced) -> Facts:
+def _compile(program: Program, traced: list[tuple[jax.stages.Traced, int]]) -> Facts:
+    """Of a program whose longest reads come first."""
+    longest, *shorter = traced
+    found = _compile_one(program, *longest)
+    if shorter and not found.refused:
+        found = found.along(_compile_one(program, *shorter[0]))
+    return found
+
+
+def _compile_one(program: Program, traced: jax.stages.Traced, slots: int) -> Facts:
     began = time.perf_counter()
     work = flops.count(traced.jaxpr, program.trips) / program.devices
-    arguments = sum(per_device(tree) for tree in program.arguments.values() if not isinstance(tree, int | bool))
+    arguments = _arguments(program)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -72,28 +109,38 @@ def _compile(program: Program, traced: jax.stages.Traced) -> Facts:
             program.name,
             program.phase,
             arguments,
-            max(used - arguments, 0),
+            max(used - arguments, 0) + program.copies,
             work,
             0.0,
             {},
             time.perf_counter() - began,
             refused=' '.join(str(error).split())[:400],
+            slots=slots,
         )
     memory = compiled.memory_analysis()
     module = hlo.Module(compiled.as_text(), program.trips)
     sent: collections.Counter[str] = collections.Counter()
+    exchanges = 0
     for collective in module.collectives():
         sent[collective.kind] += collective.sent
+        exchanges += collective.times if collective.sent else 0
     return Facts(
         program.name,
         program.phase,
         memory.argument_size_in_bytes,
-        beside_arguments(memory, program.held),
+        beside_arguments(memory, program.held) + program.copies,
         work,
         module.bytes_moved(),
         dict(sent),
         time.perf_counter() - began,
+        exchanges=exchanges,
+        slots=slots,
     )
+
+
+def _arguments(program: Program) -> int:
+    """Bytes of a program's arguments on one chip, static ones left out."""
+    return sum(per_device(tree) for tree in program.arguments.values() if not isinstance(tree, int | bool))
 
 
 def beside_arguments(memory, held: bool) -> int:
@@ -114,26 +161,48 @@ def needed(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]]) if match else 0
 
 
-def estimate(program: Program, temporaries: int, sent: dict[str, float]) -> Facts:
+def estimate(
+    program: Program, temporaries: int, sent: dict[str, float], exchanges: int = 0, capability: float | None = None
+) -> Facts:
     """The same from shapes alone, where no compiler for the chip is at hand.
 
-    Every matmul, and cuDNN's attention, is taken to read its operands and to write its result; temporaries and
-    exchanged bytes are the caller's (plan.guess).
+    Every matmul and every kernel of attention is taken to read its operands and to write its result, and what is
+    gathered to be copied; temporaries, exchanged bytes and collectives are the caller's (plan.guess).
+    capability: of the GPU, which decides on kernels; None: this machine's.
     """
+    longest, *shorter = (
+        _estimate(program, arguments, slots, temporaries, sent, exchanges, capability)
+        for arguments, slots in program.reads()
+    )
+    return longest.along(shorter[0]) if shorter else longest
+
+
+def _estimate(
+    program: Program,
+    arguments: dict,
+    slots: int,
+    temporaries: int,
+    sent: dict[str, float],
+    exchanges: int,
+    capability: float | None,
+) -> Facts:
     began = time.perf_counter()
-    with kernels.traced_anywhere():
-        jaxpr = program.function.trace(**program.arguments).jaxpr
-    arguments = sum(per_device(tree) for tree in program.arguments.values() if not isinstance(tree, int | bool))
-    work = flops.count(jaxpr, program.trips) / program.devices
-    moved = max(flops.traffic(jaxpr, program.trips) / program.devices, arguments)
+    with kernels.traced_anywhere(capability):
+        jaxpr = program.function.trace(**arguments).jaxpr
+    size = _arguments(program)
+    # All arguments are read once at least, but a cache only as far as it is attended to.
+    read = size - per_device(arguments['state']) if slots else size
     return Facts(
         program.name,
         program.phase,
-        arguments,
-        temporaries,
-        work,
-        moved,
+        size,
+        temporaries + program.copies,
+        flops.count(jaxpr, program.trips) / program.devices,
+        max(flops.traffic(jaxpr, program.trips) / program.devices, read),
         sent,
         time.perf_counter() - began,
         estimated=True,
+        exchanges=exchanges,
+        slots=slots,
+        by_length=bool(slots) and flops.reads_by_length(jaxpr),
     )

@@ -7,44 +7,67 @@ from collections.abc import Callable
 
 from jax.extend import core
 
+from retool_jax.model import kernels
+
 # Matmuls of cuDNN's attention: scores and mixed values; backwards scores again and four gradients.
 CUDNN = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 5}
+SPLASH = 'splash'  # begins the names of JAX's kernels of splash attention, forwards and backwards
 
 
 def count(jaxpr, trips: int = 1) -> float:
     """Multiply-adds × 2 of all matmuls, of all devices together.
 
-    trips: iterations of while loops, which have no length. A branch counts as its
-    costliest side, a kernel (`pallas_call`) as grid × body; where the last two sizes of the grid are equal, they
-    are blocks of queries and keys of causal attention, and those above the diagonal are left out.
+    trips: iterations of while loops, which have no length. A branch counts as its costliest side, a kernel
+    (`pallas_call`) as grid × body; of splash attention's grids, which are causal here, the blocks above the diagonal
+    are left out. kernels.decode counts as if every slot that it is given held a token.
     """
     return _walk(jaxpr, trips, _matmul_flops)
 
 
 def traffic(jaxpr, trips: int = 1) -> float:
-    """Bytes of the operands and results of all matmuls, and of cuDNN's attention, of all devices together."""
-    return _walk(
-        jaxpr,
-        trips,
-        lambda eqn: sum(float(math.prod(v.aval.shape)) * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars)),
-    )
+    """Bytes of the operands and results of all matmuls, of cuDNN's attention and of kernels.decode, and twice those of
+    what is gathered, of all devices together."""
+    return _walk(jaxpr, trips, _bytes)
+
+
+def reads_by_length(jaxpr) -> bool:
+    """Whether kernels.decode attends, which reads only the slots of a row that hold tokens."""
+    return _walk(jaxpr, 1, lambda eqn: float(_name(eqn) == kernels.DECODE)) > 0
+
+
+def _name(eqn) -> str:
+    """Of a primitive; of a kernel its own."""
+    return eqn.params['name'] or '' if eqn.primitive.name == 'pallas_call' else eqn.primitive.name
+
+
+def _bytes(eqn) -> float:
+    size = lambda v: float(math.prod(v.aval.shape)) * getattr(v.aval.dtype, 'itemsize', 0)
+    if eqn.primitive.name == 'gather':  # read where it lay, written side by side
+        return 2 * size(eqn.outvars[0])
+    return sum(map(size, (*eqn.invars, *eqn.outvars)))
 
 
 def _matmul_flops(eqn) -> float:
-    if eqn.primitive.name in CUDNN:  # causal: half of the square
+    name = _name(eqn)
+    if name == 'gather':
+        return 0.0
+    if name in CUDNN:  # causal: half of the square
         b, t, n, h = eqn.invars[0].aval.shape
-        return CUDNN[eqn.primitive.name] * 2.0 * b * n * h * t * t / 2
+        return CUDNN[name] * 2.0 * b * n * h * t * t / 2
+    if name == kernels.DECODE:  # scores and mixed values
+        group, cache = eqn.invars[1].aval.shape[2], eqn.invars[2].aval.shape
+        return 2 * 2.0 * math.prod(cache) * kernels.padded(group)
     (contract, _), _ = eqn.params['dimension_numbers']
     left = eqn.invars[0].aval.shape
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[d] for d in contract)
 
 
 def _walk(jaxpr, trips: int, cost: Callable) -> float:
-    """`cost` of every matmul, times how often it runs."""
+    """`cost` of every matmul, gather and fused attention, times how often it runs."""
     total = 0.0
     for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
         name, params = eqn.primitive.name, eqn.params
-        if name == 'dot_general' or name in CUDNN:
+        if name in ('dot_general', 'gather') or name in CUDNN or _name(eqn) == kernels.DECODE:
             total += cost(eqn)
         elif name == 'scan':
             total += params['length'] * _walk(params['jaxpr'], trips, cost)
@@ -56,13 +79,21 @@ def _walk(jaxpr, trips: int, cost: Callable) -> float:
             total += math.prod(params['mesh'].shape.values()) * _walk(params['jaxpr'], trips, cost)
         elif name == 'pallas_call':
             grid = params['grid_mapping'].grid
-            done = math.prod(grid)
-            if len(grid) > 2 and grid[-1] == grid[-2]:
-                done *= (grid[-1] + 1) / (2 * grid[-1])
-            total += done * _walk(params['jaxpr'], trips, cost)
+            total += math.prod(grid) * _share(_name(eqn), grid) * _walk(params['jaxpr'], trips, cost)
         else:
             total += sum(_walk(inner, trips, cost) for inner in _inner(params))
     return total
+
+
+def _share(name: str, grid: tuple[int, ...]) -> float:
+    """Share of a kernel's grid that computes anything.
+
+    The last axis of splash attention's grids counts blocks, of keys in (heads, queries, keys) and of queries in (keys,
+    heads, queries), the gradient of keys and values; elsewhere in the grid are as many of the others.
+    """
+    blocks = grid[-1] if grid else 1
+    causal = name.startswith(SPLASH) and grid.count(blocks) > 1
+    return (blocks + 1) / (2 * blocks) if causal else 1.0
 
 
 def _inner(params: dict):

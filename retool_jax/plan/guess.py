@@ -8,10 +8,16 @@ from retool_jax.plan import facts
 from retool_jax.plan.facts import Facts
 from retool_jax.plan.programs import Program, Run, per_device
 
+# Collectives of a decode step outside its layers: the token's embedding, softmax and draw over the vocabulary.
+ENDS = 8
+
 
 def estimate(run: Run, program: Program) -> Facts:
     """What a program would take on one chip."""
-    return facts.estimate(program, _temporaries(run, program.name), _sent(run, program.name))
+    name = program.name
+    return facts.estimate(
+        program, _temporaries(run, name), _sent(run, name), _exchanges(run, name), run.slice.chip.capability
+    )
 
 
 def _temporaries(run: Run, name: str) -> int:
@@ -46,8 +52,17 @@ def _temporaries(run: Run, name: str) -> int:
         logits = 4 * rows * model.vocab_size / tensor
         # Scores of one layer in f32, their softmax, and that in the weights' dtype; decoding GPUs hold none.
         scores = 0 if name == 'decode' else (4 + 4 + width) * tokens * heads * s.slots
-        return int(tokens * layer * width * 2 + logits + scores + 2 * per_device((run.sample_state.cache.k[0],)))
+        taken = run.copied(s.slots) if name == 'decode' else 0
+        one = 2 * per_device((run.sample_state.cache.k[0],))
+        return int(tokens * layer * width * 2 + logits + scores + taken + one)
     return 0
+
+
+def _exchanges(run: Run, name: str) -> int:
+    """Collectives of a decode call: two a layer and step over tensor, and `ENDS` for embedding and draw."""
+    if name != 'decode' or run.mesh.shape['tensor'] == 1:
+        return 0
+    return run.sampler.settings.quota * (2 * run.model.num_hidden_layers + ENDS)
 
 
 def _read(run: Run) -> tuple[float, float]:

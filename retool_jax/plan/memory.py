@@ -83,9 +83,11 @@ def policy_update(run: Run, facts: Sequence[Facts]) -> int:
 
 
 def tokens_that_fit(run: Run, phase: Phase, hbm: int) -> int:
-    """KV slots × context, in tokens of one engine, that `LIMIT` of the memory leaves room for in rollout."""
-    a_token = phase.resident['KV cache'] / (run.sampler.settings.rows * run.sampler.settings.slots)
-    rest = phase.total - phase.resident['KV cache']
+    """KV slots × context, in tokens of one engine, that `LIMIT` of the memory leaves room for in rollout, beside what a
+    decode call copies of them."""
+    copies = run.copies
+    a_token = (phase.resident['KV cache'] + copies) / (run.sampler.settings.rows * run.sampler.settings.slots)
+    rest = phase.total - phase.resident['KV cache'] - (copies if phase.worst == 'decode' else 0)
     return max(int((LIMIT * hbm - rest) / a_token), 0)
 
 
@@ -104,6 +106,11 @@ def remedies(run: Run, phase: Phase, hbm: int) -> list[str]:
             remedies.append(
                 f'mesh.tensor={2 * run.mesh.shape["tensor"]} (weights over more chips), or a smaller '
                 f'sampler.slots (now {settings.slots})'
+            )
+        if run.copies and phase.worst == 'decode' and phase.total - run.copies <= LIMIT * hbm:
+            remedies.append(
+                f'sampler.min_bound={settings.slots} (decode calls copy no rows, but all read every slot; now '
+                f'{settings.min_bound})'
             )
         return remedies
     forward = run.learner.forward

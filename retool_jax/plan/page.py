@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from retool_jax.plan import memory, roofline
+from retool_jax.plan import engines, memory, roofline
 from retool_jax.plan.facts import Facts
 from retool_jax.plan.programs import Run
 from retool_jax.plan.roofline import Assumptions, Sizes
@@ -26,15 +26,21 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
     """
     chip, count = run.slice.chip, run.slice.count
     sizes = _sizes(run)
+    rollout = engines.simulate(run, facts, assumptions)
+    parts = {'decode': rollout.decode, 'extend': rollout.extend}
     programs, total = [], {phase: 0.0 for phase in memory.PHASES}
     for f in facts:
-        t, runs = roofline.seconds(f, chip, assumptions), sizes.runs(f.name, assumptions)
-        total[f.phase] += runs * t.total
+        if part := parts.get(f.name):
+            runs, took = part.runs, part.one()
+        else:
+            t, runs = roofline.seconds(f, chip, assumptions), sizes.runs(f.name, assumptions)
+            took = dataclasses.asdict(t) | {'total': t.total, 'bound': t.bound}
+        total[f.phase] += runs * took['total']
         programs.append(
             dataclasses.asdict(f)
             | {
                 'sent_total': f.sent_bytes,
-                'seconds': dataclasses.asdict(t) | {'total': t.total, 'bound': t.bound},
+                'seconds': took,
                 'runs': runs,
             }
         )
@@ -76,11 +82,12 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
         'model': {'parameters': run.model.parameter_count(), 'type': run.model.model_type},
         'mesh': dict(run.mesh.shape),
         'sampler_mesh': dict(run.sampler_mesh.shape),
-        'engines': sizes.engines,
+        'engines': rollout.engines,
         'attention': forward.attention,
         'programs': programs,
         'phases': phases,
         'policy_update': {'bytes': policy, 'share': policy / chip.hbm},
+        'rollout': dataclasses.asdict(rollout) | {'seconds': rollout.seconds},
         'kv_tokens_that_fit': fit,
         'kv_rows_that_fit': fit // run.sampler.settings.slots,
         'step': {
@@ -115,7 +122,7 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
 
 
 def _sizes(run: Run) -> Sizes:
-    s, f = run.sampler.settings, run.learner.forward
+    f = run.learner.forward
     return Sizes(
         episodes=run.sizes.problems_per_step * run.sizes.samples,
         minibatches=run.sizes.minibatches,
@@ -123,10 +130,6 @@ def _sizes(run: Run) -> Sizes:
         micro_rows=f.micro_rows,
         row_width=f.row_width,
         row_segments=f.row_segments,
-        engines=run.slice.count // run.sampler_mesh.size,
-        decode_rows=run.sampler.decode_rows,
-        quota=s.quota,
-        feed_rows=s.feed_rows,
         layers=run.model.num_hidden_layers,
         policy_scores=run.sizes.rescore + run.loss.needs_reference,
     )
@@ -142,7 +145,7 @@ def text(plan: dict) -> str:
         + (' – an ESTIMATE from shapes, nothing was compiled' if plan['estimated'] else ' – compiled'),
         f'{plan["model"]["parameters"] / 1e9:.1f} B parameters, training mesh {mesh}, '
         f'{plan["engines"]} engines of {plan["chips"] // plan["engines"]} chips, attention {plan["attention"]}', '',
-        'Programs, on one chip (one run)', *_table(
+        'Programs, on one chip (one run; extend and decode with their longest reads, their seconds the mean)', *_table(
             ['program', 'phase', 'arguments GiB', 'temporaries GiB', 'TFLOP', 'memory GB', 'links GB', 'seconds',
              'bound by', 'runs a step'],
             [[p['name'], p['phase'], gib(p['arguments']), gib(p['temporaries']), f'{p["flops"] / 1e12:.1f}',
@@ -168,6 +171,7 @@ def text(plan: dict) -> str:
         f'Policy update: {plan["mfu"]["update_policy"]:.0%} model-FLOPs utilisation estimated; MaxText publishes '
         f'{plan["mfu"]["published"]:.1%} for pretraining 32B on v5p-128. Why less:',
         *(f'  - {reason}' for reason in plan['mfu']['reasons']),
+        _lengths(plan['rollout'], plan['assumptions']['sigma']),
         'Assumed: ' + ', '.join(f'{name} {value:g}' for name, value in plan['assumptions'].items())
         + ' (see retool_jax/plan/roofline.py)',
         f'Compiled in {plan["compile_s"]:,.0f} s, {plan["cpu_s"]:,.0f} s of CPU time']  # fmt: skip
@@ -177,6 +181,16 @@ def text(plan: dict) -> str:
                 f'{phase["name"]} does not fit ({phase["share"]:.0%} of memory): set ' + '; or '.join(phase['remedies'])
             )
     return '\n'.join(lines)
+
+
+def _lengths(r: dict, sigma: float) -> str:
+    """What was assumed of the episodes, and what came of it."""
+    return (
+        f'Lengths assumed: log-normal, sigma {sigma:g}, mean {r["mean"]:,.0f}, cut at {r["budget"]:,} tokens; '
+        f'the slowest of {r["engines"]} engines makes {r["episodes"]:,} episodes of {r["calls"]} calls of tools '
+        f'on {r["rows"]} rows in {r["steps"]:,} decode steps, {r["busy"]:.0%} of its row-steps busy; '
+        f'a step reads {r["read"]:,.0f} slots a row, of which {r["live"]:,.0f} hold tokens'
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

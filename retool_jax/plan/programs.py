@@ -40,6 +40,17 @@ class Program:
     devices: int
     trips: int = 1  # iterations of a loop whose length the compiler does not know
     held: bool = False  # its results are buffers that its phase counts (plan.memory), not temporaries
+    shortest: int = 0  # slots of a row that it reads at least, where it has an argument `bound`, the most
+    copies: int = 0  # bytes that its temporaries hold more with some other bound than that of `arguments`
+
+    def reads(self) -> list[tuple[dict[str, Shapes], int]]:
+        """(arguments, slots of a row that it reads) of the longest reads and, where there are others, of the shortest;
+        0 slots where it reads no cache."""
+        longest = self.arguments.get('bound', 0)
+        found = [(self.arguments, longest)]
+        if self.shortest < longest:
+            found.append((self.arguments | {'bound': self.shortest}, self.shortest))
+        return found
 
 
 class Run:
@@ -48,6 +59,7 @@ class Run:
     def __init__(self, stage: Reinforcement, model: ModelConfig, slice: Slice):
         """Raises: UserError naming the key, or what does not divide."""
         self.model, self.slice, self.sizes, self.turns = model, slice, stage.ppo, stage.turns
+        self.tools = stage.model.tools
         self.mesh = make_mesh(dataclasses.asdict(stage.mesh) | {'slices': slice.slices}, slice, slice.count)
         forward = stage.forward
         chip = slice.chip
@@ -60,9 +72,9 @@ class Run:
         # Engines are local to as many devices as hold the sampling weights, the tensor axis; where it is longer than a
         # host's devices, all hosts step one engine together (rollout/hosts.py).
         tensor = self.mesh.shape['tensor']
-        together = slice.count > slice.chip.host and slice.chip.host % tensor
+        self.lockstep = bool(slice.count > slice.chip.host and slice.chip.host % tensor)
         alone = {'data': 1, 'fsdp': 1, 'tensor': tensor}
-        self.sampler_mesh = self.mesh if together else make_mesh(alone, slice, tensor)
+        self.sampler_mesh = self.mesh if self.lockstep else make_mesh(alone, slice, tensor)
         sampler = stage.sampler
         table = np.zeros((sum(map(len, tags.TAGS)) + 1, model.vocab_size), np.int32)
         self.sampler = Sampler(model, sampler, table, table[:, 0], (0,), self.sampler_mesh)
@@ -168,8 +180,23 @@ class Run:
             )
         yield from self._rollout_programs()
 
+    def copied(self, bound: int) -> int:
+        """Bytes on one chip that a decode call takes out of the cache before its first step (rollout/rows.py): `bound`
+        slots of its rows, nothing where those are all slots of all rows."""
+        s, cache = self.sampler.settings, self.sample_state.cache
+        if bound == s.slots and not self.sampler.chooses:
+            return 0
+        return per_device((cache.k, cache.v)) * self.sampler.decode_rows * bound // (s.rows * s.slots)
+
+    @functools.cached_property
+    def copies(self) -> int:
+        """The most of those that a call reading all slots has not: of the longest bound but `slots`."""
+        bounds = self.sampler.bounds()
+        return self.copied(bounds[-2]) if len(bounds) > 1 and not self.sampler.chooses else 0
+
     def _rollout_programs(self) -> Iterator[Program]:
         s, v = self.sampler.settings, self.model.vocab_size
+        shortest = self.sampler.bounds()[0]
         whole = jax.NamedSharding(self.sampler_mesh, jax.P())
         ints = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
         chunks = Chunks(
@@ -187,6 +214,7 @@ class Run:
             self.sampler._extend,
             {'params': self.sampling_params, 'state': self.sample_state, 'chunks': chunks, 'bound': s.slots},
             size,
+            shortest=shortest,
         )
         states = self.sampler.table.shape[0]
         yield Program(
@@ -205,6 +233,8 @@ class Run:
             },
             size,
             trips=s.quota,
+            shortest=shortest,
+            copies=self.copies,
         )
 
 

@@ -9,6 +9,8 @@ from retool_jax.model.config import ModelConfig
 from retool_jax.plan.chips import Chip
 from retool_jax.plan.facts import BETWEEN_SLICES, Facts
 
+RESOURCES = ('compute', 'memory', 'links')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assumptions:
@@ -17,9 +19,10 @@ class Assumptions:
     matmul: float = 0.75  # share of the bf16 peak that large matmuls and fused attention reach
     memory: float = 0.80  # share of the HBM's bandwidth that a read of weights or KV reaches
     links: float = 0.80  # share of the links' rate along one axis of the torus; exchanges overlap with work
+    collective_s: float = 1e-5  # of each collective of a decode step, beside its bytes: it is short, and waited for
     packing: float = 0.95  # share of a packed row that is no padding
-    occupancy: float = 0.70  # share of rows that decode: others wait for tools, the last episodes run alone
-    feeds: float = 8.0  # chunks fed per episode: prompt and tool outputs
+    feeds: int = 8  # chunks fed per episode, its prompt and tools' answers; fewer where there are fewer turns
+    sigma: float = 0.6  # standard deviation of the logarithm of an episode's length
     tokens: int  # mean length of an episode, prompt and tool output included
 
 
@@ -30,14 +33,15 @@ class Seconds:
     compute: float
     memory: float
     links: float
+    waits: float = 0.0  # of collectives, for one another; they come on top
 
     @property
     def total(self) -> float:
-        return max(self.compute, self.memory, self.links)
+        return max(getattr(self, name) for name in RESOURCES) + self.waits
 
     @property
     def bound(self) -> str:
-        return max(('compute', 'memory', 'links'), key=lambda name: getattr(self, name))
+        return max(RESOURCES, key=lambda name: getattr(self, name))
 
 
 def seconds(facts: Facts, chip: Chip, a: Assumptions) -> Seconds:
@@ -46,12 +50,13 @@ def seconds(facts: Facts, chip: Chip, a: Assumptions) -> Seconds:
         facts.flops / (chip.flops * a.matmul),
         facts.moved / (chip.hbm_bandwidth * a.memory),
         facts.sent_bytes / (chip.link * a.links) + facts.sent.get(BETWEEN_SLICES, 0.0) / (chip.dcn * a.links),
+        facts.exchanges * a.collective_s if facts.name == 'decode' else 0.0,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much work an RL step is."""
+    """How much work an RL step is, beside its rollout (plan/engines.py)."""
 
     episodes: int
     minibatches: int
@@ -59,10 +64,6 @@ class Sizes:
     micro_rows: int
     row_width: int
     row_segments: int
-    engines: int
-    decode_rows: int  # of an engine, in one decode call
-    quota: int
-    feed_rows: int
     layers: int
     policy_scores: int  # passes over a step's episodes for logprobs: of the policy, of its reference
 
@@ -73,11 +74,6 @@ class Sizes:
 
     def runs(self, name: str, a: Assumptions) -> float:
         """How often an RL step runs a program."""
-        share = self.episodes / self.engines
-        if name == 'decode':
-            return share * a.tokens / (self.decode_rows * a.occupancy * self.quota)
-        if name == 'extend':
-            return share * a.feeds / self.feed_rows
         if name.startswith('score'):
             return self.micro_batches(a) * (self.policy_scores if name == 'score policy' else 1)
         if name == 'sync layer':

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from configs import cards
 from retool_jax.core import cli, settings
-from retool_jax.plan import chips, guess, models, page
+from retool_jax.plan import chips, guess, memory, models, page
 from retool_jax.plan.memory import LIMIT
 from retool_jax.plan.programs import Run
 from retool_jax.plan.roofline import Assumptions
@@ -27,12 +29,18 @@ def test_a_recipe_fits_its_card_and_a_day_holds_100_steps_of_256_long_episodes(a
     assert stage.ppo.problems_per_step * stage.ppo.samples >= 256 and stage.ppo.steps == 100
     assert stage.turns.max_tokens == stage.sampler.slots == 8192 <= stage.forward.row_width
     run = Run(stage, models.sizes(None, stage.model.name), chips.open_slice(f'{card}:1'))
-    plan = page.make(run, [guess.estimate(run, program) for program in run.programs()], Assumptions(tokens=3072))
+    found = [guess.estimate(run, program) for program in run.programs()]
+    plan = page.make(run, found, Assumptions(tokens=3072))
     assert plan['fits'] and max(phase['share'] for phase in plan['phases']) <= LIMIT, plan['phases']
     assert plan['run']['hours'] <= 24
     assert plan['attention'] == 'cudnn'
-    if (algorithm, model, card) == QUICK:  # it held 64.1 GiB, of rollout, on an H200
-        assert [phase['total'] / GIB for phase in plan['phases'][:1]] == [pytest.approx(64.1, rel=0.05)]
+    if (algorithm, model, card) == QUICK:
+        # With 64 rows it held 64.1 GiB, of rollout, on an H200, in episodes of 1,140 tokens: calls copied 2,048 slots.
+        run = Run(dataclasses.replace(stage, sampler=dataclasses.replace(stage.sampler, rows=64)), run.model, run.slice)
+        rollout = [guess.estimate(run, program) for program in run.programs() if program.phase == 'rollout']
+        phase = memory.phases(run, [f for f in found if f.phase != 'rollout'] + rollout)[0]
+        assert phase.worst == 'decode'
+        assert (phase.total - run.copies + run.copied(2048)) / GIB == pytest.approx(64.1, rel=0.03)
 
 
 def test_every_card_has_published_figures():

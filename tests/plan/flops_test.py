@@ -58,6 +58,42 @@ def test_a_causal_kernel_counts_the_blocks_at_and_below_the_diagonal(monkeypatch
     assert counted(kernels.splash, q, q, q, s) == 4 * pairs * 128 * 4
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('heads, kv_heads', [(6, 6), (6, 2), (4, 4)])  # 4: as many as there are blocks
+def test_the_gradient_of_a_causal_kernel_counts_half_the_blocks_in_whatever_order_its_grid_has_them(
+    monkeypatch, heads, kv_heads
+):
+    monkeypatch.setattr(kernels, 'BLOCKS', (128,))
+    make = lambda heads: jax.ShapeDtypeStruct((2, 512, heads, 128), jnp.bfloat16)
+    s = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+    loss = lambda q, k, v, s: kernels.splash(q, k, v, s).astype(jnp.float32).sum()
+    pairs = 2 * 512 * 512 * 5 / 8  # 4 × 4 blocks of two rows, 10 of which count
+    one = 2 * pairs * 128 * heads
+    # Forwards scores and mixed values. Backwards one kernel for queries, 3, and one for keys and values, 4, whose grid
+    # is (keys, heads, queries). Between them results meet their gradients, position by position.
+    found = counted(jax.grad(loss, (0, 1, 2)), make(heads), make(kv_heads), make(kv_heads), s)
+    assert found == (2 + 3 + 4) * one + 2 * 2 * 512 * heads * 128
+
+
+def test_the_decode_kernel_counts_by_the_slots_that_it_is_given_and_is_known_as_one_that_reads_by_length():
+    b, n, k, s, h = 3, 14, 2, 320, 64
+    make = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    length = jax.ShapeDtypeStruct((b,), jnp.int32)
+    attend = lambda q, k, v, length: kernels.decode(q, k, v, length, s)
+    jaxpr = jax.make_jaxpr(attend)(make(b, n, h), make(b, k, s, h), make(b, k, s, h), length)
+    assert flops.count(jaxpr) == 2 * 2 * b * k * 16 * s * h  # of 7 query heads of a KV head a tensor core makes 16
+    cache = 2 * b * k * s * h * 2
+    queries_and_results = b * n * h * 2 + 2 * b * n * (h + 2) * 4 + b * 4  # two parts of 256 slots, in f32; lengths
+    assert flops.traffic(jaxpr) == cache + queries_and_results
+    assert flops.reads_by_length(jaxpr) and not flops.reads_by_length(jax.make_jaxpr(layers)(X, W))
+
+
+def test_what_is_gathered_is_read_and_written():
+    f = lambda x, i: x.at[i, :4].get(mode='promise_in_bounds')
+    x, i = jax.ShapeDtypeStruct((8, 16, 2), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    assert (counted(f, x, i), flops.traffic(jax.make_jaxpr(f)(x, i))) == (0, 2 * 3 * 4 * 2 * 4)
+
+
 def test_traffic_is_what_matmuls_read_and_write():
     assert flops.traffic(jax.jit(layers).trace(X, W).jaxpr) == 5 * 4 * (8 * 16 + 16 * 16 + 8 * 16)
 

@@ -1,0 +1,204 @@
+"""Rollout is priced by what its calls read: each against an account by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from retool_jax.model.config import TINY
+from retool_jax.plan import chips, engines, facts, guess, memory
+from retool_jax.plan.engines import Prices
+from retool_jax.plan.facts import Facts
+from retool_jax.plan.lengths import Course
+from retool_jax.plan.programs import Run
+from retool_jax.plan.roofline import Assumptions
+from tests.plan.runs import make_run
+
+ROWS, FEED_ROWS, CHUNK, SLOTS, QUOTA = 64, 8, 64, 256, 16  # of the tiny sampler, whose bounds are 64, 128 and 256
+LAYERS, HEADS, HEAD_DIM = TINY.num_hidden_layers, TINY.num_attention_heads, TINY.head_dim
+HALF = ('--config.sampler.dtype=bfloat16', '--config.sampler.cache_dtype=bfloat16')
+H100 = chips.CHIPS['h100']
+BANDWIDTH = 0.8 * H100.hbm_bandwidth
+A = Assumptions(tokens=75)
+
+
+@functools.cache
+def rollout(*overrides: str, topology: str = 'h100:1') -> tuple[Run, dict[str, Facts]]:
+    """A run, and what is estimated of its rollout's programs."""
+    run = make_run(*overrides, topology=topology)
+    return run, {p.name: guess.estimate(run, p) for p in run.programs() if p.name in ('extend', 'decode')}
+
+
+def priced(run: Run, decode: Facts, extend: Facts | None = None) -> Prices:
+    return Prices(run, [decode, extend or dataclasses.replace(decode, name='extend')], A)
+
+
+def course(longest, live=(), busy=(), extends=(1,), reach=(1,)) -> Course:
+    """Pieces of `QUOTA` steps each."""
+    count = len(longest)
+    return Course(
+        steps_P=np.full(count, QUOTA),
+        busy_P=np.array(busy or [ROWS] * count),
+        live_P=np.array(live or [0] * count),
+        longest_P=np.array(longest),
+        extends_F=np.array(extends),
+        reach_F=np.array(reach),
+    )
+
+
+def decode_facts(step: float, slot: float, exchanges: int = 0, by_length: bool = False) -> Facts:
+    """A decode call whose steps move `step` bytes and `slot` more for each slot of a row."""
+    moved = QUOTA * (step + SLOTS * slot)
+    return Facts(
+        'decode', 'rollout', 0, 0, 1.0, moved, {}, 0.0, exchanges=QUOTA * exchanges, slots=SLOTS,
+        slot_moved=QUOTA * slot, by_length=by_length,
+    )  # fmt: skip
+
+
+def test_a_decode_step_reads_up_to_the_bound_of_the_longest_row_and_a_call_copies_that():
+    run = make_run('--config.model.tools=False', topology='h100:1')
+    prices = priced(run, decode_facts(step=1e8, slot=1e6, exchanges=3))
+    part, read = prices.decoding(course(longest=[40, 64, 65, 200, 200]), call=QUOTA)
+    bounds = [64, 64, 128, 256, 256]  # of the longest row at the end of a call
+    cache = 2 * LAYERS * ROWS * HEADS * HEAD_DIM * 4  # bytes of a slot of all rows, f32
+    copies = 2 * cache * (64 + 64 + 128)  # read and written; where all slots are read nothing is copied
+    moved = QUOTA * sum(1e8 + 1e6 * bound for bound in bounds) + copies
+    waits = 5 * QUOTA * 3 * 1e-5
+    assert part.runs == 5 and read == sum(bounds) / 5
+    assert part.memory == pytest.approx(moved / BANDWIDTH)
+    assert part.waits == pytest.approx(waits) and part.total == pytest.approx(moved / BANDWIDTH + waits)
+    assert part.one()['bound'] == 'memory' and part.one()['total'] == pytest.approx(part.total / 5)
+
+
+def test_a_kernel_that_reads_by_length_moves_what_rows_hold_and_one_tile_of_those_without():
+    run = make_run('--config.model.tools=False', topology='h100:1')
+    prices = priced(run, decode_facts(step=1e8, slot=1e6, by_length=True))
+    part, read = prices.decoding(course(longest=[200], live=[10 * 128], busy=[10]), call=QUOTA)
+    assert read == (10 * 128 + 54 * 64) / ROWS
+    assert part.memory == pytest.approx(QUOTA * (1e8 + 1e6 * read) / BANDWIDTH)
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'steps'),
+    [
+        ((), 3),  # of 0.03 s in 0.1 s
+        (('--config.model.tools=False',), QUOTA),
+        (('--config.ppo.quanta=4', '--config.loss.correction=token'), QUOTA),
+    ],
+)
+def test_a_decode_call_is_short_where_rows_wait_for_tools(overrides, steps):
+    run = make_run(*overrides, topology='h100:1')
+    one = priced(run, decode_facts(step=0.03 * BANDWIDTH, slot=0))
+    assert one.steps(SLOTS, SLOTS) == steps
+    part, _ = one.decoding(course(longest=[200]), call=steps)
+    assert part.runs == pytest.approx(QUOTA / steps) and part.total == pytest.approx(QUOTA * 0.03)
+
+
+def test_engines_that_all_hosts_step_together_keep_to_the_whole_quota():
+    run = make_run('--config.mesh.tensor=4', topology='h100:16')
+    assert not run.lockstep and run.sampler_mesh.size == 4
+    chip = dataclasses.replace(H100, host=2)
+    run = make_run('--config.mesh.tensor=4', topology=chips.Slice('h100:4', chip, 4, None))
+    assert run.lockstep and run.sampler_mesh.size == 4
+    assert priced(run, decode_facts(step=0.03 * BANDWIDTH, slot=0)).steps(SLOTS, SLOTS) == QUOTA
+
+
+def test_every_call_of_extend_takes_the_bound_of_its_longest_row():
+    run, found = rollout()
+    prices = priced(run, found['decode'], dataclasses.replace(found['extend'], flops=1.0, moved=1e9, slot_moved=1e6))
+    part = prices.extending(course(longest=[1], extends=[3, 2], reach=[70, 300]))
+    assert part.runs == 5
+    assert part.memory == pytest.approx((3 * (1e9 - 128 * 1e6) + 2 * 1e9) / BANDWIDTH)
+
+
+def restored(width: int) -> float:
+    """Bytes that a call moves back into the cache where it took out less than all slots, shared out among the slots
+    between its shortest and its longest reads."""
+    return 2 * QUOTA * LAYERS * ROWS * 2 * HEADS * HEAD_DIM * width / (SLOTS - 64)
+
+
+def test_the_slots_that_xla_reads_are_those_of_keys_values_and_scores_up_to_the_bound():
+    _, found = rollout()
+    decode, extend = found['decode'], found['extend']
+    assert not decode.by_length and decode.slots == extend.slots == SLOTS
+    keys_and_values, scores = 2 * HEADS * HEAD_DIM * 4, 2 * HEADS * 4  # written in f32 and read again
+    assert decode.slot_moved + restored(4) == pytest.approx(QUOTA * LAYERS * ROWS * (keys_and_values + scores))
+    assert decode.slot_flops == pytest.approx(QUOTA * LAYERS * ROWS * 4 * HEADS * HEAD_DIM)
+    # What extend reads of a row it gathers first: read, written, and read by the matmul.
+    assert extend.slot_moved == pytest.approx(LAYERS * FEED_ROWS * (3 * keys_and_values + CHUNK * scores))
+    assert extend.slot_flops == pytest.approx(LAYERS * FEED_ROWS * CHUNK * 4 * HEADS * HEAD_DIM)
+
+
+def test_hopper_decodes_one_device_by_a_kernel_that_reads_by_length():
+    _, found = rollout(*HALF)
+    decode = found['decode']
+    assert decode.by_length and not found['extend'].by_length
+    assert decode.slot_moved + restored(2) == pytest.approx(QUOTA * LAYERS * ROWS * 2 * HEADS * HEAD_DIM * 2)
+    assert decode.slot_flops == pytest.approx(QUOTA * LAYERS * ROWS * HEADS * 4 * 16 * HEAD_DIM)  # one head of 16
+    assert not rollout(*HALF, topology='a100:1')[1]['decode'].by_length
+    assert not rollout(*HALF, '--config.mesh.tensor=2', topology='h100:2')[1]['decode'].by_length
+
+
+def test_less_is_read_where_rows_are_shorter():
+    _, found = rollout()
+    at = found['decode'].at(64)
+    assert at.slots == 64 and at.at(SLOTS) == found['decode']
+    assert found['decode'].moved - at.moved == pytest.approx((SLOTS - 64) * at.slot_moved)
+
+
+@functools.cache
+def on_cpus(count: int, bound: int = SLOTS, *overrides: str) -> tuple[Run, Facts]:
+    """The decode program, compiled for devices of this machine."""
+    devices = jax.devices()[:count]
+    slice = chips.Slice(f'cpu:{count}', dataclasses.replace(H100, platform='cpu'), count, devices)
+    run = make_run('--config.mesh.tensor=-1', '--config.mesh.fsdp=1', *overrides, topology=slice)
+    program = next(p for p in run.programs() if p.name == 'decode')
+    program = dataclasses.replace(program, arguments=program.arguments | {'bound': bound}, shortest=bound, copies=0)
+    return run, facts.compile_all([program], lambda name: None)[0]
+
+
+def test_a_call_that_reads_less_than_all_slots_holds_a_copy_of_them():
+    run, whole = on_cpus(1)
+    _, half = on_cpus(1, 128)
+    cache = memory.buffers(run)['KV cache']
+    assert run.copied(SLOTS) == 0 and run.copied(128) == run.copies == cache / 2
+    assert half.temporaries - whole.temporaries == pytest.approx(run.copied(128), rel=0.1)
+
+
+def test_a_call_of_some_rows_copies_theirs_whatever_it_reads():
+    run = make_run('--config.sampler.decode_rows=16', topology='h100:1')
+    assert run.copied(SLOTS) == memory.buffers(run)['KV cache'] / 4 and run.copied(64) == run.copied(SLOTS) / 4
+    assert run.copies == 0  # what is compiled, or estimated, holds more already
+    part, _ = priced(run, decode_facts(step=1e8, slot=0)).decoding(course(longest=[40]), call=QUOTA)
+    assert part.memory == pytest.approx(QUOTA * 1e8 / BANDWIDTH)
+
+
+def test_the_guess_of_collectives_is_near_what_is_compiled():
+    run, compiled = on_cpus(2)
+    assert compiled.exchanges % QUOTA <= 2 * LAYERS  # a few are outside the loop
+    assert compiled.exchanges / QUOTA == pytest.approx(guess._exchanges(run, 'decode') / QUOTA, rel=0.5)
+    assert guess._exchanges(run, 'extend') == 0 == guess._exchanges(rollout()[0], 'decode')
+
+
+def test_a_step_is_the_slowest_engines_and_always_the_same():
+    run, found = rollout('--config.mesh.tensor=2', topology='h100:8')
+    a = engines.assume(run, None)
+    assert a.tokens == 75  # 3/8 of 200
+    first = engines.simulate(run, found.values(), a)
+    assert first == engines.simulate(run, found.values(), a)
+    assert (first.engines, first.episodes, first.rows, first.calls, first.budget) == (4, 64, ROWS, 3, 200)
+    assert first.mean == pytest.approx(75, abs=0.5) and 64 <= first.read <= SLOTS and first.live < first.read
+    assert first.steps * first.busy * ROWS == pytest.approx(64 * 75, rel=0.3)  # this engine's share of the tokens
+    alone, _ = rollout('--config.mesh.tensor=2', topology='h100:2')
+    assert engines.simulate(alone, found.values(), a).seconds > 2 * first.seconds  # one engine makes all 256
+    none = make_run('--config.mesh.tensor=1', '--config.ppo.problems_per_step=4', topology='h100:8')
+    assert engines.simulate(none, found.values(), a).episodes == 4  # more engines than problems
+
+
+def test_a_mean_that_the_budget_does_not_allow_is_refused():
+    with pytest.raises(ValueError, match='^--tokens=6144 must lie between 1 and turns.max_tokens=200'):
+        engines.assume(rollout()[0], 6144)
