@@ -44,7 +44,7 @@ RECIPES = {
     ('grpo', 'qwen2_5_7b', 'h100'): ADAPTERS | {'sampler.rows': 64},
     ('ppo', 'qwen2_5_7b', 'h100'): ADAPTERS | {'sampler.rows': 64},
     ('grpo', 'qwen3_4b', 'h100'): {  # all weights
-        'optimizer.kind': 'adafactor', 'forward.gradient_dtype': 'bfloat16', 'sampler.rows': 32,
+        'optimizer.kind': 'adafactor', 'forward.gradient_dtype': 'bfloat16', 'sampler.rows': 24,
     },
     ('grpo', 'qwen2_5_7b', 'h200'): ADAPTERS | {'sampler.rows': 128},
     ('ppo', 'qwen2_5_7b', 'h200'): ADAPTERS | {'sampler.rows': 128},
