@@ -250,6 +250,10 @@ def ppo(arg: str) -> ConfigDict:
     )
 
 
+def episodes() -> ConfigDict:
+    return ConfigDict({'keep': 1})  # those of every step
+
+
 def profile() -> ConfigDict:
     return ConfigDict({'steps': ()})
 
@@ -349,6 +353,7 @@ def reinforcement(arg: str, name: str) -> ConfigDict:
             'halves': halves(),
             'watch': watch(),
             'checkpoints': checkpoints(every=10),
+            'episodes': episodes(),
             'profile': profile(),
             'validation': {
                 'problems': config_dict.placeholder(str),  # a problem file; none: no validation

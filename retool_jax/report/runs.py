@@ -112,23 +112,23 @@ class Run:
 
     def transcripts(self, part: Part) -> list[Transcript]:
         """All episodes of a part. Raises: UserError naming the file where it is damaged."""
-        path = self.directory / 'episodes' / f'{part.name}.jsonl'
+        path = episode_files.text_file(self.directory / 'episodes', part.name)
         try:
-            with open(path, encoding='utf-8') as file:
+            with episode_files.open_text(path) as file:
                 header = json.loads(file.readline())
                 if header.get('schema') != episode_files.SCHEMA:
                     raise UserError(f'schema {header.get("schema")!r}; this version reads {episode_files.SCHEMA}')
                 return [_transcript(json.loads(line)) for line in file]
-        except (ValueError, KeyError, TypeError) as error:
+        except episode_files.DAMAGES as error:
             raise UserError(f'{path}: not a file of episodes ({error}): remove it or write it anew') from error
 
     def count(self, part: Part) -> int:
         """Episodes of a part, by its first line. Raises: UserError for a file of something else."""
-        path = self.directory / 'episodes' / f'{part.name}.jsonl'
+        path = episode_files.text_file(self.directory / 'episodes', part.name)
         try:
-            with open(path, encoding='utf-8') as file:
+            with episode_files.open_text(path) as file:
                 return int(json.loads(file.readline())['episodes'])
-        except (ValueError, KeyError, TypeError) as error:
+        except episode_files.DAMAGES as error:
             raise UserError(f'{path}: not a file of episodes ({error}): remove it or write it anew') from error
 
     def arrays(self, part: Part, chosen: Sequence[int]) -> Iterator[Arrays]:

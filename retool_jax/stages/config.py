@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.checks import MANY, Rule, above, check, filled, local_path, one_of, within
 from retool_jax.core.endpoint_settings import EndpointSettings
+from retool_jax.core.episode_files import EpisodeSettings
 from retool_jax.core.errors import UserError
 from retool_jax.core.profile import ProfileSettings
 from retool_jax.core.sharding import AXES
@@ -340,10 +341,15 @@ class Reinforcement(Rollouts):
     watch: WatchSettings
     checkpoints: CheckpointSettings
     validation: ValidationSettings
+    episodes: EpisodeSettings
     profile: ProfileSettings
 
     def __post_init__(self):
         super().__post_init__()
+        if self.episodes.keep != 1 and not self.halves.train:
+            raise UserError(
+                f'episodes.keep={self.episodes.keep} throws away what halves.train=False makes; set episodes.keep=1'
+            )
         if self.ppo.quanta and not (self.halves.train and self.halves.episodes is None):
             raise UserError(
                 f'ppo.quanta={self.ppo.quanta} carries episodes over to the weights of the next step, '

@@ -30,6 +30,7 @@ from retool_jax.stages.alarms import ALARMS, WatchSettings
 from retool_jax.stages.config import (
     CheckpointSettings,
     ColdStart,
+    EpisodeSettings,
     FineTuning,
     HalvesSettings,
     ProfileSettings,
@@ -48,6 +49,7 @@ from retool_jax.train import sft as train_sft
 from retool_jax.train.sft import SFTSettings
 
 PLACES = ('traces', 'model.path')  # of stages: below the demo's folder, or in a cache, both of which may be moved
+FIXED = ('watch', 'episodes', 'profile')  # blocks of RL that no flag of the demo reaches; versions add keys to them
 SFT_SAVES = 5  # checkpoints of a fine-tuning, at each of which the held-out loss is measured
 MODELS = ('base', 'base_tool', 'sft', 'tool_rl', 'text_sft', 'text_rl')  # as they are scored, in the story's order
 # What RL gained, and what the tool adds: pairs of models that are compared problem by problem.
@@ -160,9 +162,10 @@ class Story:
             watch=UNWATCHED,
             checkpoints=self.stage.checkpoints,
             validation=ValidationSettings(problems=None, limit=None, every=1, samples=1),
+            episodes=EpisodeSettings(keep=1),
             profile=ProfileSettings(steps=()),
         )
-        with folder.claimed(stage, free=PLACES) as directory:
+        with folder.claimed(stage, free=(*PLACES, *FIXED)) as directory:
             if not (directory / 'summary.json').exists():
                 asked = stage.ppo.problems_per_step * max(stage.ppo.dynamic_rounds, 1)
                 ppo.go_on(
@@ -175,12 +178,10 @@ class Story:
                     self.task.asked(asked * stage.ppo.steps),
                 )
         self.log(f'ppo_{_kind(tools)}', metrics.read(directory))
+        there = episode_files.names(self.directory / 'episodes')
         for step in range(stage.ppo.steps):
-            for suffix in ('npz', 'jsonl'):  # the text last: it is what says that a part is there
-                _copy(
-                    directory / 'episodes' / f'train_{step:05d}.{suffix}',
-                    self.directory / 'episodes' / f'{_kind(tools)}_{step:05d}.{suffix}',
-                )
+            if (name := f'{_kind(tools)}_{step:05d}') not in there:
+                episode_files.link(directory / 'episodes', f'train_{step:05d}', self.directory / 'episodes', name)
         return directory / ppo.FINAL
 
     def score(self, name: str, tools: bool, path: Path | None = None, apart: bool = True) -> dict:
@@ -343,16 +344,12 @@ def show(summary: dict) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies a file or a folder that is not there yet; it appears under its name when it is whole."""
+    """Copies a folder that is not there yet; it appears under its name when it is whole."""
     if target.exists():
         return
     new = target.with_name(f'{target.name}.new')
-    if source.is_dir():
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(source, new)
-    else:
-        new.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, new)
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(source, new)
     new.replace(target)
 
 

@@ -33,7 +33,7 @@ EMBEDDED = 100_000  # problems of the embedded task that are drawn from
 CARRIED = 'carried'  # folder of the unfinished episodes of each checkpoint
 STOPPED = 'stopped'  # folder of the finished episodes of a step that was stopped
 # May change between two starts of a run.
-FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox', 'profile')
+FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox', 'episodes', 'profile')
 
 
 def run(stage: Reinforcement) -> None:
@@ -99,6 +99,13 @@ def go_on(
             if processes.leads():
                 episode_files.write(directory / folder_name, name, episodes, model.tokenizer.decode, step)
 
+        def remember(name: str, step: int, episodes: Sequence[Episode]) -> None:
+            """Keeps the episodes of a step for an alarm: those that are kept already under its name too."""
+            if not processes.leads():
+                return
+            if not episode_files.link(directory / 'episodes', train_part(step), directory / 'alarms', name):
+                keep('alarms', name, episodes)
+
         def validate(step: int) -> dict[str, float]:
             engine = parts.engine(sampler, executor, stage.evaluate_sampling, EVALUATION)
             made = grading.run(
@@ -145,13 +152,14 @@ def go_on(
                     return  # the step is made again, and then measured
                 line = line | validate(step)
             with uninterrupted():
-                keep('episodes', f'train_{step:05d}', result.episodes, step)
+                if stage.episodes.keeps(step, sizes.steps):
+                    keep('episodes', train_part(step), result.episodes, step)
                 writer.write(step, {'phase': 'ppo' if halves.train else 'rollout'} | line)
                 written.append(step + 1)
                 if halves.train and (saves(step + 1) or result.timed) and progress.done == step + 1:
                     save()
             advance(f'correct {line["rewards/correct"]:.2f} code {line["tools/code_ratio"]:.2f}')
-            ring(watch, result, keep)
+            ring(watch, result, remember)
 
         try:
             if halves.train:
@@ -203,6 +211,11 @@ def restore(progress: Progress, checkpoints: Checkpoints, directory: Path, halve
     console.say(f'goes on at step {step}')
 
 
+def train_part(step: int) -> str:
+    """Names the episodes of a step."""
+    return f'train_{step:05d}'
+
+
 def carried_part(step: int) -> str:
     """Names the episodes that are unfinished when so many steps are done."""
     return f'after_{step:05d}'
@@ -222,12 +235,12 @@ def roll_out(
             processes.agree([processes.word(signals.told())])
 
 
-def ring(watch: Watch, result: StepResult, keep: Callable[[str, str, Sequence[Episode]], None]) -> None:
+def ring(watch: Watch, result: StepResult, remember: Callable[[str, int, Sequence[Episode]], None]) -> None:
     """Says each alarm with the step's episodes kept beside the run; raises UserError where it stops the run."""
     for alarm in watch.look(result.metrics, result.episodes):
         name = f'{alarm.name}_{result.step:05d}'
-        keep('alarms', name, result.episodes)
-        text = f'step {result.step}: {alarm.name}: {alarm.text} (episodes: alarms/{name}.jsonl)'
+        remember(name, result.step, result.episodes)
+        text = f'step {result.step}: {alarm.name}: {alarm.text} (episodes: alarms/{name}.jsonl.gz)'
         if alarm.stop:
             raise UserError(f'{text}; the last checkpoint is intact, and watch.{alarm.name}=warn goes on from it')
         console.say(f'warning: {text}')

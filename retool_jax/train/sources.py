@@ -307,15 +307,15 @@ def dumped(directory: str, vocab_size: int, width: int | None = None) -> Source:
 
     def collect(params: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected:
         name = names[step % len(names)]
-        episodes = episode_files.read(directory, name)
+        episodes, path = episode_files.read(directory, name), episode_files.text_file(directory, name)
         if any(e.reward is None for e in episodes):
-            raise UserError(f'{directory}/{name}.jsonl holds episodes without a reward: they were never graded')
+            raise UserError(f'{path} holds episodes without a reward: they were never graded')
         if max(max(e.tokens) for e in episodes) >= vocab_size:
-            raise UserError(f'{directory}/{name}.jsonl holds ids beyond the model: it was written for another one')
+            raise UserError(f'{path} holds ids beyond the model: it was written for another one')
         longest = max(episodes, key=lambda e: len(e.tokens))
         if width is not None and len(longest.tokens) > width:
             raise UserError(
-                f'{directory}/{name}.jsonl: an episode of problem {longest.problem.id!r} has '
+                f'{path}: an episode of problem {longest.problem.id!r} has '
                 f'{len(longest.tokens)} tokens, more than forward.row_width={width}; raise it'
             )
         return Collected(episodes, cursor, {'time/rollout_s': 0.0, 'time/tools_blocked_s': 0.0})

@@ -84,7 +84,7 @@ def result(directory: Path) -> dict:
 
 def marks(moment: str, directory: Path) -> set[str]:
     """What changes in a run's folder when it updates or saves."""
-    parts = {str(path) for path in (directory / 'episodes').glob('unfinished/*.jsonl')}
+    parts = {str(path) for path in (directory / 'episodes').glob('unfinished/*.jsonl.gz')}
     if moment == 'update':
         return parts | {str(line['step']) for line in metrics.read(directory)}
     return parts | {str(path) for path in (directory / 'checkpoints').glob('*')}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from retool_jax.core import episode_files
 from retool_jax.report import pages
 from retool_jax.report.browser import Limits
 from tests.report import chrome
@@ -21,11 +22,12 @@ HARM = '</script><script>window.harmed=1</script><img src=x onerror="window.harm
 @pytest.fixture(scope='module')
 def page(tmp_path_factory) -> Path:
     folder = run_folder(tmp_path_factory.mktemp('browsed') / 'run')
-    hostile = folder / 'episodes' / 'val_sft_new_operands.jsonl'
-    header, first, *rest = hostile.read_text().splitlines()
+    hostile = folder / 'episodes' / 'val_sft_new_operands.jsonl.gz'
+    with episode_files.open_text(hostile) as file:
+        header, first, *rest = file.read().splitlines()
     line = json.loads(first)
     line['problem']['question'] = line['segments'][1]['text'] = HARM + 'zebra'
-    hostile.write_text('\n'.join([header, json.dumps(line), *rest]) + '\n')
+    hostile.with_suffix('').write_text('\n'.join([header, json.dumps(line), *rest]) + '\n')
     return pages.write(folder, Limits(episodes=2000))
 
 

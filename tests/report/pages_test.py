@@ -186,12 +186,13 @@ def test_episodes_without_arrays_or_tokenizer_are_shown_as_text(run_dir):
 
 
 def test_hostile_text_stays_data(run_dir):
-    path = run_dir / 'episodes' / 'val_sft_new_operands.jsonl'
+    path = run_dir / 'episodes' / 'val_sft_new_operands.jsonl.gz'
     evil = '</script><script>window.harmed=1</script><!--<script> \u2028 \ud800 <img src=x onerror=alert(1)>'
-    header, first, *rest = path.read_text().splitlines()
+    with episode_files.open_text(path) as file:
+        header, first, *rest = file.read().splitlines()
     line = json.loads(first)
     line['segments'][1]['text'] = line['problem']['question'] = line['problem']['family'] = evil
-    path.write_text('\n'.join([header, json.dumps(line), *rest]) + '\n')
+    path.with_suffix('').write_text('\n'.join([header, json.dumps(line), *rest]) + '\n')  # as earlier versions wrote it
     text = pages.write(run_dir).read_text(encoding='utf-8')
     assert '<script>window.harmed' not in text and '<img' not in text and '<!--' not in text
     harmless = evil.replace('\ud800', '?')
@@ -203,6 +204,7 @@ def test_hostile_text_stays_data(run_dir):
     [
         ('episodes/tool_00001.jsonl', '{"schema": 1, "episodes": 1}\n{"oops": 1}\n', 'tool_00001.jsonl'),
         ('episodes/tool_00001.jsonl', 'not json\n', 'tool_00001.jsonl'),
+        ('episodes/tool_00001.jsonl.gz', 'not compressed', 'tool_00001.jsonl.gz'),
         ('episodes/tool_00001.jsonl', '{"schema": 99, "episodes": 0}\n', 'schema 99'),
         ('summary.json', '{', 'summary.json'),
         ('metrics.jsonl', '{"step": 0}\nnonsense\n', 'metrics.jsonl:2'),

@@ -91,7 +91,7 @@ def test_told_again_it_says_the_same_at_once(run):
 def test_each_stage_left_a_folder_of_its_own(run):
     directory, _ = run
     for kind in ('tool', 'text'):
-        for stage, result in (('cold_start', 'episodes/cold_start.jsonl'), ('sft', 'final'), ('ppo', 'final')):
+        for stage, result in (('cold_start', 'episodes/cold_start.jsonl.gz'), ('sft', 'final'), ('ppo', 'final')):
             assert json.loads((directory / kind / stage / 'config.json').read_text())['run']['seed'] == 0
             assert (directory / kind / stage / result).exists()
     weights = lambda path: (directory / path / 'model.safetensors').read_bytes()
@@ -101,7 +101,7 @@ def test_each_stage_left_a_folder_of_its_own(run):
 MOMENTS = {  # what is there when the demo is killed
     'in the first evaluation': lambda d: (d / 'journal.jsonl').exists(),
     'in fine-tuning, the easiest traces done': lambda d: (d / 'tool/sft/checkpoints/2').is_dir(),
-    'between two held-out sets': lambda d: (d / 'episodes/val_sft_new_operands.jsonl').exists(),
+    'between two held-out sets': lambda d: (d / 'episodes/val_sft_new_operands.jsonl.gz').exists(),
     'after the first step of PPO': lambda d: bool(metrics.read(d / 'tool/ppo')),
     'in the text-only line, its policy being written': lambda d: any((d / 'text/ppo').glob('final*')),
 }

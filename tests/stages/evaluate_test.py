@@ -83,7 +83,7 @@ def test_a_stopped_evaluation_ends_as_the_unbroken_one(parts, tmp_path):
     assert made == whole and counted == 14
     assert len(asked) == 14 - len(kept) and not {(e.problem.id, e.sample) for e in kept} & set(asked)
     assert summary.summarise(made) == summary.summarise(whole)
-    for name in ('val_set.jsonl', 'val_set.npz'):
+    for name in ('val_set.jsonl.gz', 'val_set.npz'):
         assert (stopped / 'episodes' / name).read_bytes() == (tmp_path / 'whole/episodes' / name).read_bytes()
     assert not (stopped / 'episodes' / evaluate.UNFINISHED).exists()
     assert (stopped / 'journal.jsonl').read_bytes() == b''

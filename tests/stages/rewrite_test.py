@@ -234,7 +234,7 @@ def files(directory: Path) -> dict[str, str]:
     return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
 
 
-NAMES = ('kept.jsonl', 'dropped.jsonl', 'summary.json', 'cold_start.jsonl', 'cold_start.npz')
+NAMES = ('kept.jsonl', 'dropped.jsonl', 'summary.json', 'cold_start.jsonl.gz', 'cold_start.npz')
 
 
 @pytest.mark.slow

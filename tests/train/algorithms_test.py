@@ -236,3 +236,22 @@ def test_contradictions_are_refused_before_anything_is_written(folder, values, w
     with killable.tiny_world(folder, 'refused'), pytest.raises(ValueError, match=words) as refused:
         ppo.run(killable.make_stage(folder, 'refused', **values))
     assert cli.explain(refused.value) and not (folder / 'refused').exists()
+
+
+@pytest.mark.parametrize('keep', [1, 0])
+def test_an_alarm_refers_to_the_episodes_of_its_step_or_keeps_them(folder, keep):
+    _, stage = run(folder, f'keep{keep}', **{'episodes.keep': keep, 'watch.entropy_below': 100.0})
+    directory = folder / f'keep{keep}'
+    kept, alarms = ['train_00000', 'train_00001'] if keep else [], directory / 'alarms'
+    assert episode_files.names(directory / 'episodes') == kept and episode_files.names(alarms) == ['entropy_00000']
+    made = episode_files.read(alarms, 'entropy_00000')
+    assert len(made) == stage.ppo.problems_per_step * stage.ppo.samples and {e.step for e in made} == {0}
+    if keep:
+        assert made == episode_files.read(directory / 'episodes', 'train_00000')
+        for end in ('.npz', '.jsonl.gz'):
+            assert (alarms / f'entropy_00000{end}').samefile(directory / 'episodes' / f'train_00000{end}')
+
+
+def test_rollouts_that_would_not_be_kept_are_refused(folder):
+    with pytest.raises(ValueError, match='episodes.keep=0 throws away what halves.train=False makes'):
+        killable.make_stage(folder, 'thrown', **{'halves.train': False, 'episodes.keep': 0})
