@@ -287,6 +287,9 @@ def watch() -> ConfigDict:
             'faults': 'stop',  # share of calls that the sandbox itself failed
             'timeouts_above': 0.02,
             'timeouts': 'warn',  # share of episodes whose answer is not judged in time
+            'straggler_above': 1.5,
+            'straggler_steps': 3,
+            'straggler': 'warn',  # the slowest process of a rollout over the median, so many steps in a row
         }
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 from retool_jax.core.errors import UserError
 
 FILE = 'metrics.jsonl'
+HOSTS = 'hosts.jsonl'  # beside it, a line for each process of a step
 
 
 class Metrics:
@@ -77,10 +78,7 @@ class Metrics:
         self.close()
 
     def _open(self, keep: int | None) -> None:
-        lines = [line for line in read(self._path) if keep is None or line['step'] <= keep]
-        new = self._path.with_suffix('.jsonl.new')
-        new.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-        os.replace(new, self._path)
+        lines = cut(self._path, keep)
         self.last = lines[-1]['step'] if lines else None
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         if self._tensorboard:
@@ -123,6 +121,26 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
         except ValueError:
             raise UserError(f'{path}:{number}: not a line of metrics: {line[:60]!r}') from None
     return parsed
+
+
+def cut(path: Path, keep: int | None) -> list[dict[str, Any]]:
+    """Drops the lines of steps beyond `keep` (None: none of them) and a last one that was cut short; returns the rest.
+
+    Raises: UserError where the file is damaged.
+    """
+    lines = [line for line in read(path) if keep is None or line['step'] <= keep]
+    new = path.with_suffix('.jsonl.new')
+    new.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    os.replace(new, path)
+    return lines
+
+
+def append(path: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends a line for each of the rows of a step, all at once; numbers that are not finite become null."""
+    lines = [{'step': step} | {key: _plain(value) for key, value in row.items()} for row in rows]
+    if lines:
+        with open(path, 'ab', buffering=0) as file:
+            file.write(''.join(json.dumps(line, allow_nan=False) + '\n' for line in lines).encode())
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import threading
 from collections.abc import Callable, Sequence
 
@@ -115,6 +116,15 @@ def gather(item: object) -> list:
         _rings.append(ring.Ring(state.client, jax.process_index(), jax.process_count(), names, wait))
     found = _rings[0].gather(columns.split(item))
     return [columns.join(found[i]) if i in found else item for i in range(jax.process_count())]
+
+
+def peaks() -> tuple[float | None, float]:
+    """The most bytes that one of this process's devices has held, None where they do not say, and the process itself in
+    the host's memory."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    known = all('peak_bytes_in_use' in s for s in stats)
+    fullest = max(s['peak_bytes_in_use'] for s in stats) if known else None
+    return fullest, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def word[T](value: T) -> T:

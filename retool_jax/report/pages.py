@@ -7,7 +7,7 @@ import time
 from html import escape
 from pathlib import Path
 
-from retool_jax.report import analysis, browser, code_use, curves, labels, scores, yields
+from retool_jax.report import analysis, browser, code_use, curves, hosts, labels, scores, yields
 from retool_jax.report.analysis import CodeUse
 from retool_jax.report.browser import Limits
 from retool_jax.report.runs import Part, Run
@@ -28,6 +28,7 @@ def write(run_dir: str | os.PathLike, limits: Limits = Limits()) -> Path:  # noq
         ('Scores', scores.tiles(run.summary) + scores.tables(run.summary)),
         ('Traces', yields.section(run.summary)),
         ('Learning curves', curves.section(run.points)),
+        ('Hosts', hosts.section(run.hosts)),
         ('How code is used', _code_use(run, limits, uses)),
         ('Episodes', _browser(len(blocks), total, with_tokens)),
     ]

@@ -104,6 +104,7 @@ class Run:
         self.config: dict[str, Any] = _read_json(self.directory / 'config.json')
         self.summary: dict[str, Any] = _read_json(self.directory / 'summary.json')
         self.points = [_point(line) for line in metrics.read(self.directory)]
+        self.hosts = metrics.read(self.directory / metrics.HOSTS)
         self.parts = sorted(_part(name) for name in episode_files.names(self.directory / 'episodes'))
         if not (self.points or self.parts or self.summary):
             raise UserError(

@@ -55,6 +55,7 @@ class Engine:
         # Plain numbers: on a mesh over several processes an array would have to say where it lies.
         self.key_data = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), purpose)))
         self.stats, self.told = RolloutStats(), 0  # of the last run; the signal that ended it before its end
+        self.own = self.stats  # those of this process alone
         self.timeline: Timeline | None = None
         self.common: tuple[int, ...] = ()  # ids that prompts begin with, computed once per run (template.common_ids)
         self.keeps_cache = False  # keeps the KV cache between runs: quicker, where nothing else needs the memory
@@ -143,7 +144,7 @@ class Engine:
             quanta=quanta,
             state=self.kept or self.sampler.empty(),
         )
-        self.kept, self.stats, self.told = None, scheduler.stats, 0
+        self.kept, self.stats, self.own, self.told = None, scheduler.stats, scheduler.stats, 0
         for index, episode in scheduler.run():
             if episode.stop is not None:
                 columns.settle(episode)

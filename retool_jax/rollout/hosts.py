@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import socket
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,7 +28,7 @@ from retool_jax.core.records import Episode, ExecResult
 from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import sync
 from retool_jax.rollout.engine import Engine
-from retool_jax.rollout.requests import Request
+from retool_jax.rollout.requests import Link, Request
 from retool_jax.rollout.stats import RolloutStats
 
 
@@ -35,13 +37,16 @@ class Lockstep:
 
     def __init__(self):
         self.process, self.count = jax.process_index(), jax.process_count()
+        self.waited_s = 0.0
 
     def owns(self, row: int) -> bool:
         return row % self.count == self.process
 
     def share(self, answers: dict[int, ExecResult], told: int) -> tuple[dict[int, ExecResult], int]:
         """The answers and signals of all processes; all act on them in the same pass."""
+        began = time.perf_counter()
         found = processes.gather((answers, told))
+        self.waited_s += time.perf_counter() - began
         return {row: result for part, _ in found for row, result in part.items()}, max(told for _, told in found)
 
 
@@ -86,6 +91,31 @@ def total(parts: Sequence[RolloutStats]) -> RolloutStats:
         )
         setattr(found, field.name, add(values))
     return found
+
+
+def describe(own: RolloutStats, link: Link | None) -> list[dict[str, float | int | str | None]]:
+    """What each process did in a rollout, and on which machine, in their order; every process has to make the call.
+
+    own: of this process's engine; link: the engine's, whose clock begins anew. rollout_s is the time of its own part,
+    without that of the link, waiting_s what the slowest took longer. Peaks of memory are since the process began: of
+    its fullest device, None where devices do not say, and of the process in the host's memory.
+    """
+    device, host = processes.peaks()
+    waited_s = 0.0
+    if link is not None:
+        waited_s, link.waited_s = link.waited_s, 0.0
+    mine = {
+        'process': jax.process_index(),
+        'host': socket.gethostname(),
+        'rollout_s': own.total_s - waited_s,
+        'sampled_tokens': own.sampled_tokens,
+        'tools_p99_s': own.summary()['tools/seconds_p99'],
+        'device_peak_mb': None if device is None else device / 2**20,
+        'host_peak_mb': host / 2**20,
+    }
+    lines = processes.gather(mine)
+    longest_s = max(line['rollout_s'] for line in lines)
+    return [line | {'waiting_s': longest_s - line['rollout_s']} for line in lines]
 
 
 def spans(mesh: jax.sharding.Mesh) -> bool:

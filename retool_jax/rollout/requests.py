@@ -18,6 +18,8 @@ class Executor(Protocol):
 class Link(Protocol):
     """What an engine on a mesh over several processes needs of the others: hosts.Lockstep."""
 
+    waited_s: float  # in `share`, since somebody set it to 0
+
     def owns(self, row: int) -> bool:
         """Whether this process runs the tools of a row."""
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 from retool_jax.core.checks import MANY, check, one_of, within
 from retool_jax.core.records import Episode
 
 ACTIONS = ('ignore', 'warn', 'stop')
-ALARMS = ('entropy', 'equal_rewards', 'mismatch', 'episode_mismatch', 'failures', 'faults', 'timeouts')
+ALARMS = (
+    'entropy', 'equal_rewards', 'mismatch', 'episode_mismatch', 'failures', 'faults', 'timeouts', 'straggler',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,9 @@ class WatchSettings:
     failures_above: float  # share of calls that end in anything but OK, 0 to 1: more rings `failures`. H
     faults_above: float  # share of calls that the sandbox itself failed, 0 to 1: more rings `faults`. H
     timeouts_above: float  # share of episodes whose answer the judge had no time for, 0 to 1: more rings `timeouts`. H
+    # rollout time of the slowest process over the median one, at least 0: more rings `straggler`. H
+    straggler_above: float
+    straggler_steps: int  # steps in a row in which it is the same process, at least 1: as many ring it. H
     entropy: str  # the policy has collapsed: 'ignore', 'warn' or 'stop'. H
     equal_rewards: str  # there is nothing to learn from: 'ignore', 'warn' or 'stop'. H
     mismatch: str  # sampler and trainer disagree: 'ignore', 'warn' or 'stop'. H
@@ -33,13 +39,14 @@ class WatchSettings:
     failures: str  # most code fails: 'ignore', 'warn' or 'stop'. H
     faults: str  # the sandbox fails: 'ignore', 'warn' or 'stop'. H
     timeouts: str  # answers count as wrong unjudged: 'ignore', 'warn' or 'stop'. H
+    straggler: str  # one process holds up the others: 'ignore', 'warn' or 'stop'. H
 
     def __post_init__(self):
         check(
             self,
             entropy_below=within(0, 1e9),
-            equal_steps=within(1, MANY),
-            **dict.fromkeys(('mismatch_above', 'episode_mismatch_above'), within(0, 1e9)),
+            **dict.fromkeys(('equal_steps', 'straggler_steps'), within(1, MANY)),
+            **dict.fromkeys(('mismatch_above', 'episode_mismatch_above', 'straggler_above'), within(0, 1e9)),
             **dict.fromkeys(('failures_above', 'faults_above', 'timeouts_above'), within(0, 1)),
             **dict.fromkeys(ALARMS, one_of(ACTIONS)),
         )
@@ -55,7 +62,8 @@ class Alarm:
 
 
 class Watch:
-    """Reads each step's metrics; remembers for how many steps all answers have been right, or all wrong.
+    """Reads each step's metrics; remembers for how many steps all answers have been right, or all wrong, and for how
+    many one process has held up the others.
 
     An alarm is given when its condition begins to hold, not again at every step in which it goes on.
     """
@@ -63,10 +71,13 @@ class Watch:
     def __init__(self, settings: WatchSettings):
         self.settings = settings
         self._equal = 0
+        self._behind, self._slowest = 0, -1
         self._ringing: set[str] = set()
 
-    def look(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> list[Alarm]:
-        """The alarms of a step that is over."""
+    def look(
+        self, metrics: Mapping[str, float], episodes: Sequence[Episode], hosts: Sequence[Mapping] = ()
+    ) -> list[Alarm]:
+        """The alarms of a step that is over; hosts: what each process did in it (rollout/hosts.py: describe)."""
         s = self.settings
         # Correctness, not the reward: reward.style=verl and the overlong penalty tell wrong answers apart.
         self._equal = self._equal + 1 if len({e.reward.correct for e in episodes}) == 1 else 0
@@ -101,6 +112,7 @@ class Watch:
                          f'grader/timeout_frequency {of("grader/timeout_frequency"):.2f} exceeds {s.timeouts_above:g}: '
                          'so many answers count as wrong because they were not judged in time; read them, and raise '
                          'reward.time_limit_s where they are in earnest'),
+            'straggler': self._follow(hosts),
         }  # fmt: skip
         alarms = []
         for name, (rings, text) in found.items():
@@ -109,3 +121,20 @@ class Watch:
                 alarms.append(Alarm(name, text, action == 'stop'))
         self._ringing = {name for name, (rings, _) in found.items() if rings}
         return alarms
+
+    def _follow(self, hosts: Sequence[Mapping]) -> tuple[bool, str]:
+        """Whether one process has held up the others for long, and the words."""
+        s = self.settings
+        if len(hosts) < 2:
+            return False, ''
+        # The lower of two middle ones: over their mean the slower of two processes would never be twice the median.
+        median_s = statistics.median_low(line['rollout_s'] for line in hosts)
+        slowest = max(hosts, key=lambda line: line['rollout_s'])
+        behind = slowest['rollout_s'] > s.straggler_above * median_s
+        again = behind and slowest['process'] == self._slowest
+        self._behind, self._slowest = self._behind + 1 if again else int(behind), slowest['process']
+        return self._behind >= s.straggler_steps, (
+            f'process {slowest["process"]} on {slowest["host"]} took {slowest["rollout_s"]:.1f} s for its part of the '
+            f'rollout, the median one {median_s:.1f} s, and so for {self._behind} steps: look at that machine, its '
+            'load, disk and sandbox; hosts.jsonl has a line for each process and step'
+        )

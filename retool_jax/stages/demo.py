@@ -57,7 +57,8 @@ GAINS = (('tool_rl', 'sft'), ('tool_rl', 'text_rl'), ('text_rl', 'text_sft'))
 # Nobody is there to be warned, and 20 steps of this size are over before anything could be done.
 UNWATCHED = WatchSettings(
     entropy_below=0.0, equal_steps=1, mismatch_above=0.0, episode_mismatch_above=0.0, failures_above=0.0,
-    faults_above=0.0, timeouts_above=0.0, **dict.fromkeys(ALARMS, 'ignore'))  # fmt: skip
+    faults_above=0.0, timeouts_above=0.0, straggler_above=0.0, straggler_steps=1,
+    **dict.fromkeys(ALARMS, 'ignore'))  # fmt: skip
 
 
 class Story:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -69,7 +68,8 @@ def run(stage: Reinforcement) -> dict[str, float]:
             report=results.append,
         )
         seconds = time.perf_counter() - began
-    table |= peaks()
+    device, host = processes.peaks()
+    table |= ({} if device is None else {'peak of the fullest device': device}) | {'peak of the host process': host}
     metrics = results[0].metrics
     if not processes.leads():
         return table
@@ -114,13 +114,3 @@ def memory(parts: Parts, sampler: Sampler) -> dict[str, float]:
 def size(tree) -> int:
     """Bytes of the arrays of a tree."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def peaks() -> dict[str, float]:
-    """The most that a device held, where it says so, and this process's peak in the host's memory."""
-    found = {}
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    if all('peak_bytes_in_use' in s for s in stats):
-        found['peak of the fullest device'] = max(s['peak_bytes_in_use'] for s in stats)
-    found['peak of the host process'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    return found

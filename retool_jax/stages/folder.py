@@ -15,7 +15,7 @@ from typing import Protocol
 
 import jax
 
-from retool_jax.core import episode_files, processes, settings
+from retool_jax.core import episode_files, metrics, processes, settings
 from retool_jax.core.cli import command
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
@@ -179,7 +179,7 @@ def stoppable() -> Iterator[None]:
 
 
 def rewind(directory: Path, step: int, writer: Metrics) -> None:
-    """Cuts metrics, TensorBoard and episodes back to the steps before `step`, which is run next.
+    """Cuts metrics, TensorBoard, hosts and episodes back to the steps before `step`, which is run next.
 
     Of a run's processes one cuts, once all have read what they go on from.
     """
@@ -187,5 +187,7 @@ def rewind(directory: Path, step: int, writer: Metrics) -> None:
     if not processes.leads():
         return
     writer.rewind(step - 1 if step else None)
+    if (directory / metrics.HOSTS).exists():
+        metrics.cut(directory / metrics.HOSTS, step - 1)
     if (directory / 'episodes').is_dir():
         episode_files.rewind(directory / 'episodes', step - 1)

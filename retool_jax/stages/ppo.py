@@ -154,6 +154,8 @@ def go_on(
             with uninterrupted():
                 if stage.episodes.keeps(step, sizes.steps):
                     keep('episodes', train_part(step), result.episodes, step)
+                if processes.leads():
+                    metrics.append(directory / metrics.HOSTS, step, result.hosts)
                 writer.write(step, {'phase': 'ppo' if halves.train else 'rollout'} | line)
                 written.append(step + 1)
                 if halves.train and (saves(step + 1) or result.timed) and progress.done == step + 1:
@@ -230,14 +232,14 @@ def roll_out(
             made = source(progress.state.params['policy'], step, progress.cursor)
             progress.done, progress.cursor = step + 1, made.cursor
             line = made.metrics | sources.describe(made.episodes) | {'data/cursor': float(made.cursor)}
-            report(StepResult(step, line, made.episodes))
+            report(StepResult(step, line, made.episodes, hosts=made.hosts))
             journal.forget(step + 1)
             processes.agree([processes.word(signals.told())])
 
 
 def ring(watch: Watch, result: StepResult, remember: Callable[[str, int, Sequence[Episode]], None]) -> None:
     """Says each alarm with the step's episodes kept beside the run; raises UserError where it stops the run."""
-    for alarm in watch.look(result.metrics, result.episodes):
+    for alarm in watch.look(result.metrics, result.episodes, result.hosts):
         name = f'{alarm.name}_{result.step:05d}'
         remember(name, result.step, result.episodes)
         text = f'step {result.step}: {alarm.name}: {alarm.text} (episodes: alarms/{name}.jsonl.gz)'

@@ -135,6 +135,7 @@ class StepResult:
     episodes: list[Episode]
     stopping: bool = False  # the run has been told to end: no time for more than to write this down
     timed: bool = False  # a checkpoint is due by the clock
+    hosts: Sequence[dict] = ()  # a line for each process (Collected.hosts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +148,14 @@ class _Pending:
     explained: jax.Array | None
     metrics: dict[str, float]
     clock: _Clock
+    hosts: Sequence[dict] = ()
 
     def fetch(self, stopping: bool, timed: bool) -> StepResult:
         metrics = mean_metrics(self.step, self.found) | self.metrics | sources.describe(self.episodes)
         if self.explained is not None:
             metrics['critic/explained_var'] = float(self.explained)
         metrics['time/update_s'] = self.clock.seconds()
-        return StepResult(self.step, metrics, self.episodes, stopping, timed)
+        return StepResult(self.step, metrics, self.episodes, stopping, timed, self.hosts)
 
 
 class _Clock(threading.Thread):
@@ -219,6 +221,7 @@ def train(
                 collected = collect(progress.state.params['policy'], step, progress.cursor, progress.carried)
                 flush()
                 late = update(learner, progress, settings, collected.episodes, seed, step, residency)
+                late = dataclasses.replace(late, hosts=collected.hosts)
                 progress.done, progress.cursor, progress.carried = step + 1, collected.cursor, collected.carried
                 late.metrics.update(
                     collected.metrics

@@ -17,6 +17,7 @@ from retool_jax.core.checks import MANY, check, within
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.core.records import Episode, Fault, Problem, Stop, Verdict
+from retool_jax.rollout import hosts
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.requests import Request
@@ -67,6 +68,7 @@ class Collected:
     cursor: int
     metrics: dict[str, float]
     carried: tuple[Episode, ...] = ()  # groups with an unfinished episode (its stop is None), not graded yet
+    hosts: Sequence[dict] = ()  # what each process did (hosts.describe)
 
 
 class Source(Protocol):
@@ -110,7 +112,8 @@ def sampled(
     rounds = max(settings.dynamic_rounds, 1)
 
     def collect(params: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected:
-        weights, spent, tally = engine.sampler.sync(params), RolloutStats(), collections.Counter()
+        weights, tally = engine.sampler.sync(params), collections.Counter()
+        spent, own = RolloutStats(), RolloutStats()
         open_groups = split([dataclasses.replace(e) for e in carried], settings.samples)  # grading writes into them
         taken: list[list[Episode]] = []
         first: list[list[Episode]] = []
@@ -145,7 +148,7 @@ def sampled(
             open_groups = [group for group in groups if any(e.stop is None for e in group)]
             graded = [e for group in whole for e in group]
             grading.grade_shared(graded, grader, tokenizer)
-            spent += engine.stats
+            spent, own = spent + engine.stats, own + engine.own
             tally.update(rounds=1, made=len(graded), correct=sum(e.reward.correct for e in graded))
             first = first or whole
             found = whole if not settings.dynamic_rounds else [g for g in whole if differs(g, settings.drop_void)]
@@ -167,7 +170,7 @@ def sampled(
         if settings.quanta:
             metrics |= describe_carried(episodes, carried, step)
         shape_overlong(episodes, settings.overlong_buffer, engine.rules.settings.max_tokens)
-        return Collected(episodes, cursor, metrics, carried)
+        return Collected(episodes, cursor, metrics, carried, hosts.describe(own, engine.link))
 
     return collect
 

@@ -87,3 +87,17 @@ def test_processes_that_do_not_write_touch_nothing(tmp_path):
         writer.write(0, {'a': 1})
         writer.rewind(0)
     assert not (tmp_path / 'run').exists() and metrics.read(tmp_path / 'run') == []
+
+
+def test_lines_of_processes_are_appended_and_cut_back(tmp_path):
+    path = tmp_path / metrics.HOSTS
+    metrics.append(path, 0, [])
+    assert not path.exists()  # a step that was read from a folder
+    rows = [{'process': i, 'host': f'node{i}', 'rollout_s': np.float64(i), 'peak': float('nan')} for i in range(2)]
+    for step in range(3):
+        metrics.append(path, step, rows)
+    assert metrics.read(path)[3] == {'step': 1, 'process': 1, 'host': 'node1', 'rollout_s': 1.0, 'peak': None}
+    path.write_bytes(path.read_bytes()[:-9])  # killed in the middle of the last line
+    assert [(line['step'], line['process']) for line in metrics.cut(path, 1)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert metrics.read(path) == metrics.cut(path, None)
+    assert metrics.cut(path, -1) == [] and path.read_bytes() == b''

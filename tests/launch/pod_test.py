@@ -91,7 +91,9 @@ def test_rl_of_two_processes_is_that_of_one(problems, tmp_path):
     assert [len(banner.findall(text)) for text in written] == [1, 0]
     assert {path.name for path in two.glob('journal*')} == {'journal.jsonl', 'journal_1.jsonl'}
     assert {path.name for path in (two / 'checkpoints').iterdir()} == {'1', '2'}
-    assert (two / 'report.html').exists() and len(list((two / 'tensorboard').iterdir())) == 1
+    hosts = [(line['step'], line['process']) for line in metrics.read(two / metrics.HOSTS)]
+    assert hosts == [(0, 0), (0, 1), (1, 0), (1, 1)] and '>Hosts</h2>' in (two / 'report.html').read_text()
+    assert len(list((two / 'tensorboard').iterdir())) == 1
     # Another number of processes goes on from it, on a mesh of its own.
     launch(1, 'ppo', two, **keys | {'ppo.steps': 3, 'sampler.rows': 8})
     assert [line['step'] for line in metrics.read(two)] == [0, 1, 2]

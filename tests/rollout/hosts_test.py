@@ -1,6 +1,7 @@
 """Rollouts of two processes with four devices each: apart and in lockstep, with tools that answer at other times."""
 
 import pickle
+import socket
 
 import jax
 import numpy as np
@@ -11,9 +12,11 @@ from retool_jax.model import decoder
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout import hosts
 from retool_jax.rollout.stats import RolloutStats
+from retool_jax.stages.alarms import Watch
 from retool_jax.train.pack import pack
 from tests import several
 from tests.rollout.engine_test import CONFIG, TURNS, requests
+from tests.stages import alarms_test
 
 
 def run(count: int, work: str, decode_rows: int, directory) -> list:
@@ -100,3 +103,32 @@ def test_weights_of_a_global_mesh_become_a_local_ones_without_a_copy():
     pointers = {s.device: s.data.unsafe_buffer_pointer() for s in x.addressable_shards}
     assert len(found.addressable_shards) == 8
     assert all(pointers[s.device] == s.data.unsafe_buffer_pointer() for s in found.addressable_shards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['apart', 'together'])
+def test_an_artificial_slow_host_rings_by_its_name(kind, tmp_path):
+    ours, theirs = run(2, f'{kind}_slow', 0, tmp_path)
+    assert ours == theirs  # all processes hold all lines
+    watch = Watch(alarms_test.SETTINGS)
+    heard = [watch.look({}, alarms_test.MIXED, lines) for lines in ours[1:]]
+    assert [len(alarms) for alarms in heard] == [0, 0, 1]
+    assert heard[2][0].name == 'straggler' and f'process 1 on {socket.gethostname()} took' in heard[2][0].text
+    for lines in ours[1:]:
+        assert [line['process'] for line in lines] == [0, 1]
+        assert lines[0]['waiting_s'] == lines[1]['rollout_s'] - lines[0]['rollout_s'] > lines[1]['waiting_s'] == 0
+
+
+def test_a_process_alone_says_what_it_did():
+    link = hosts.Lockstep()
+    link.share({}, 0)
+    assert link.waited_s > 0
+    link.waited_s = 0.5
+    own = RolloutStats(sampled_tokens=30, total_s=2.0, tool_wall_s=[0.25])
+    (line,) = hosts.describe(own, link)
+    assert link.waited_s == 0 and hosts.describe(own, None)[0]['rollout_s'] == 2.0
+    assert line.pop('host_peak_mb') > 10
+    assert line == {
+        'process': 0, 'host': socket.gethostname(), 'rollout_s': 1.5, 'waiting_s': 0.0, 'sampled_tokens': 30,
+        'tools_p99_s': 0.25, 'device_peak_mb': None,
+    }  # fmt: skip

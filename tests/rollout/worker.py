@@ -1,11 +1,12 @@
-"""One process of a rollout: `python -m tests.rollout.worker apart|together|one DECODE_ROWS DIRECTORY`.
+"""One process of a rollout: `python -m tests.rollout.worker apart|together|one[_slow] DECODE_ROWS DIRECTORY`.
 
 Processes are joined by RETOOL_PROCESS….
 
 apart: an engine per process on the devices of that process, weights from the global training mesh, episodes gathered.
 together: one engine on a mesh over all processes, in lockstep. one: an engine on the first device.
 Each rolls out twice with tools that answer at once, and twice with tools that answer at other times in every process
-and both times. Writes DIRECTORY/<work>_<process>.pkl.
+and both times; with _slow every process but the first takes a while over each call. Writes
+DIRECTORY/<work>_<process>.pkl.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import pickle
 import random
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -77,16 +79,44 @@ def one(decode_rows: int):
     return make_engine(sampler), sampler.sync(train_params(mesh))
 
 
-def main(work: str, decode_rows: str, directory: str) -> None:
-    processes.join()
-    template.extract_snippet = lambda text: template.Snippet(text, 0)
-    engine, weights = {'apart': apart, 'together': together, 'one': one}[work](int(decode_rows))
+KINDS = {'apart': apart, 'together': together, 'one': one}
+
+
+class BusyPool(FakePool):
+    """A pool on a machine that is busy with something else, in every process but the first."""
+
+    def submit(self, code):
+        time.sleep(0.2 * jax.process_index())
+        return super().submit(code)
+
+
+def held_up(kind: str, decode_rows: int) -> list:
+    """What each process did in four rollouts; in the first they compile."""
+    engine, weights = KINDS[kind](decode_rows)
+    engine.executor, found = BusyPool(answer), []
+    for step in range(4):
+        engine.run(weights, 0, requests(), step)
+        found.append(hosts.describe(engine.own, engine.link))
+    return found
+
+
+def rolled_out(kind: str, decode_rows: int) -> list:
+    """(episodes, calls run here, episodes counted) of four rollouts."""
+    engine, weights = KINDS[kind](decode_rows)
     found = []
     for run in range(4):
         rng, slow = random.Random(2 * jax.process_index() + run), 0.1 * (1 + jax.process_index()) * (run >= 2)
         engine.executor = FakePool(answer, lambda code: rng.random() * slow)  # noqa: B023
         episodes = engine.run(weights, 0, requests(), 4)
         found.append((episodes, len(engine.executor.codes), engine.stats.episodes))
+    return found
+
+
+def main(work: str, decode_rows: str, directory: str) -> None:
+    processes.join()
+    template.extract_snippet = lambda text: template.Snippet(text, 0)
+    kind, _, slow = work.partition('_')
+    found = (held_up if slow else rolled_out)(kind, int(decode_rows))
     long = processes.gather('x' * (10_000 * (1 + jax.process_index())))
     assert [len(x) for x in long] == [10_000 * (1 + i) for i in range(jax.process_count())]
     with open(Path(directory) / f'{work}_{jax.process_index()}.pkl', 'wb') as file:

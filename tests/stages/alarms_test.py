@@ -14,6 +14,9 @@ SETTINGS = WatchSettings(
     mismatch_above=0.05,
     failures_above=0.9,
     faults_above=0.5,
+    straggler_above=1.5,
+    straggler_steps=3,
+    straggler='warn',
     timeouts_above=0.02,
     timeouts='warn',
     episode_mismatch_above=0.04,
@@ -113,3 +116,49 @@ def test_unknown_actions_are_refused():
         dataclasses.replace(SETTINGS, entropy='panic')
     with pytest.raises(ValueError, match='equal_steps=0 must lie in '):
         dataclasses.replace(SETTINGS, equal_steps=0)
+
+
+def lines(*seconds):
+    """What so many processes did in a step, by the seconds of their rollouts."""
+    return [{'process': i, 'host': f'node{i}', 'rollout_s': s} for i, s in enumerate(seconds)]
+
+
+def heard(*steps, **changes):
+    """The alarms of steps, each a tuple of seconds."""
+    watch = Watch(dataclasses.replace(SETTINGS, **changes))
+    return [watch.look(CALM, MIXED, lines(*seconds)) for seconds in steps]
+
+
+def test_a_process_that_holds_up_the_others_for_three_steps_is_named_with_its_host():
+    slow = (10.0, 11.0, 16.0, 10.0)
+    *before, alarms, after = heard(slow, slow, slow, slow)
+    assert before == [[], []] and after == [] and names(alarms) == ['straggler']
+    text = alarms[0].text
+    assert text.startswith('process 2 on node2 took 16.0 s') and 'median one 10.0 s' in text and '3 steps' in text
+    assert not alarms[0].stop and heard(slow, slow, slow, straggler='stop')[2][0].stop
+    assert heard(slow, slow, slow, straggler='ignore') == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    'steps',
+    [
+        [(10.0, 11.0, 15.0)] * 4,  # not beyond the threshold of the median, 11.0
+        [(10.0, 16.0)] * 2 + [(10.0, 15.0)] + [(10.0, 16.0)] * 2,  # not in a row
+        [(10.0, 16.0), (16.0, 10.0)] * 3,  # not the same process: long episodes, wherever they fall
+        [(16.0,)] * 4,  # alone
+        [()] * 4,  # episodes of a folder
+    ],
+)
+def test_other_steps_name_nobody(steps):
+    assert heard(*steps) == [[] for _ in steps]
+
+
+def test_of_two_processes_the_slower_is_compared_with_the_other():
+    assert [names(alarms) for alarms in heard(*[(16.0, 10.0)] * 3)] == [[], [], ['straggler']]
+
+
+def test_a_straggler_that_recovers_rings_anew():
+    slow, even = (10.0, 10.0, 20.0), (10.0, 10.0, 10.0)
+    assert [names(a) for a in heard(*[slow] * 3, even, *[slow] * 3)] == [
+        [], [], ['straggler'], [], [], [], ['straggler'],
+    ]  # fmt: skip

@@ -110,6 +110,8 @@ def assert_ends_alike(world, name):
     jax.tree.map(np.testing.assert_array_equal, found[0], whole[0])
     assert found[1] == whole[1] and found[2] == whole[2] and found[3] == whole[3] and found[4] == whole[4]
     assert [line['step'] for line in found[2]] == list(range(STEPS))
+    hosts = metrics.read(directory / metrics.HOSTS)
+    assert [(line['step'], line['process']) for line in hosts] == [(step, 0) for step in range(STEPS)]
     assert episode_files.names(directory / 'episodes') == [f'train_{step:05d}' for step in range(STEPS)]
     rewards = [step for step, name, _ in events(directory) if name == 'rewards/mean']
     assert rewards == list(range(STEPS))

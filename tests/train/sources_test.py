@@ -37,7 +37,7 @@ class ScriptedEngine:
     def __init__(self):
         self.sampler = types.SimpleNamespace(sync=lambda params: params)
         self.rules = types.SimpleNamespace(settings=types.SimpleNamespace(max_tokens=100))
-        self.stats = RolloutStats(sampled_tokens=10, total_s=2.0, live_steps=3, row_steps=4)
+        self.stats = self.own = RolloutStats(sampled_tokens=10, total_s=2.0, live_steps=3, row_steps=4)
         self.asked = []
 
     def run(self, weights, version, requests, step, journal=None, quanta=None, finished=None):
@@ -106,6 +106,7 @@ def test_groups_of_equal_rewards_are_replaced_in_the_order_of_the_stream():
     assert found.cursor == 4 and len(engine.asked) == 2
     assert found.metrics['rollout/rounds'] == 2 and found.metrics['rollout/groups_taken'] == 2
     assert found.metrics['time/rollout_s'] == 4 and found.metrics['rollout/tokens_per_s'] == 5
+    assert [(line['rollout_s'], line['sampled_tokens']) for line in found.hosts] == [(4.0, 20)]  # both rounds
 
 
 def test_what_was_sampled_beyond_the_last_group_taken_is_asked_for_again():
