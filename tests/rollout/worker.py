@@ -86,15 +86,15 @@ class BusyPool(FakePool):
     """A pool on a machine that is busy with something else, in every process but the first."""
 
     def submit(self, code):
-        time.sleep(0.2 * jax.process_index())
+        time.sleep(1.0 * jax.process_index())
         return super().submit(code)
 
 
 def held_up(kind: str, decode_rows: int) -> list:
-    """What each process did in four rollouts; in the first they compile."""
+    """What each process did in five rollouts; in the first two they compile."""
     engine, weights = KINDS[kind](decode_rows)
     engine.executor, found = BusyPool(answer), []
-    for step in range(4):
+    for step in range(5):
         engine.run(weights, 0, requests(), step)
         found.append(hosts.describe(engine.own, engine.link))
     return found
