@@ -77,7 +77,7 @@ class Ring:
                 parts = [message]
             for each in sent:
                 each.result()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise RuntimeError(
                 f'process {self.process}: the line from process {self._before} or to process {self._after} is closed '
                 f'({error})'
@@ -100,7 +100,7 @@ class Ring:
             try:
                 self._write(given[0])
                 given[1].set_result(None)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: `close` came between
                 given[1].set_exception(error)
             del given  # or a message would lie here until the next one
 

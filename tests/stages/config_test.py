@@ -31,7 +31,7 @@ STAGES = {
 BAD = {
     int: {-1: r'mesh\.fsdp', 0: r'run\.seed|.*\.(warmup_steps|critic_warmup_steps|top_k|retries|quanta|'
                                r'dynamic_rounds|overlong_buffer|micro_rows|decode_rows|max_calls)|sft\.epochs|'
-                               r'(recipe|text)\.lead_steps|sandbox\.concurrency|lora\.rank|episodes\.keep',
+                               r'(recipe|text)\.lead_steps|sandbox\.concurrency|lora\.rank|episodes\.keep|mesh\.slices',
           10**12: r'endpoint\.max_tokens', 2**70: None},
     float: {math.nan: None, math.inf: None, -math.inf: None, 1e300: None, -1.0: None,
             0.0: r'\w*sampling\.(temperature|min_p)|(text\.)?(\w*optimizer\.(lr|b1|b2|weight_decay)|advantage\.\w+)|'
