@@ -10,8 +10,8 @@
 #   launch/pod_tpu.sh status | logs [WORKER [options of tail]] | stop | wait
 #   launch/pod_tpu.sh down                         # gives the slice back: until then it costs
 # `start` gives the run RETOOL_SANDBOX_TOKEN, HF_TOKEN and the like from this shell, in a file that its user alone can
-# read. `stop` is SIGTERM: the step that is whole is saved, and the same `start` goes on. `wait` returns when the run has
-# ended everywhere: 0 all is done, 2 a mistake that its log names, 75 it was stopped or the slice is gone.
+# read. `stop` is SIGTERM: the step that is whole is saved, and the same `start` goes on. `wait` returns when the run
+# has ended everywhere: 0 all is done, 2 a mistake that its log names, 75 it was stopped or the slice is gone.
 set -euo pipefail
 verb="${1:-}"
 [ $# -eq 0 ] || shift
@@ -46,7 +46,7 @@ up() {
                 tpus queued-resources create "$POD" --node-id="$POD" "$@"
                 made=1 ;;
             FAILED)
-                [ -z "$made" ] || die "the slice was refused; why says: gcloud compute tpus queued-resources describe $POD"
+                [ -z "$made" ] || die "refused; why says: gcloud compute tpus queued-resources describe $POD"
                 remove ;;
             SUSPENDED|'ACTIVE PREEMPTED'|'ACTIVE TERMINATED'|'ACTIVE ') remove ;;
             *) sleep "$poll_s" ;;

@@ -1,4 +1,4 @@
-"""launch/pod_tpu.sh makes slices, and keeps runs on their hosts: against SSH servers of this machine in Google's place."""
+"""launch/pod_tpu.sh makes slices, and keeps runs on their hosts, which are SSH servers of this machine."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_a_run_outlives_the_shell_and_ends_when_it_is_stopped(pod, tmp_path):
     for i in range(2):
         log = [line.removeprefix(f'worker-{i}: ') for line in lines_of(pod('logs', str(i), '-n', '9', **repo))]
         assert len(log) == 5 and sum(line.startswith('== ') for line in log) == 2 and 'saved' in log
-        assert f'long two words quo\'te $HOME auto {i} 300' in log
+        assert f"long two words quo'te $HOME auto {i} 300" in log
         assert f'{SECRET} {pod.homes[i]}/.retool/compiled' in log
     assert SECRET not in ' '.join(pod.calls())
     assert [line.partition(' at ')[0] for line in lines_of(pod('status', **repo))] == stopped
