@@ -48,7 +48,7 @@ extras = {
     'trackio': ['trackio>=0.43'],
     'wandb': ['wandb>=0.31'],
     'dev': ['pytest>=8.4', 'pytest-xdist>=3.8', 'ruff>=0.9', 'jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6.29',
-            'beartype>=0.20', 'gguf>=0.17', 'reasoning-gym==0.1.25', 'openai>=3.57',
+            'beartype>=0.20', 'gguf>=0.17', 'reasoning-gym==0.1.25', 'openai>=3.57', 'kubernetes-validate>=1.34',
             'tensorboard>=2.21'],
 }  # fmt: skip
 
