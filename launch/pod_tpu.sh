@@ -11,7 +11,7 @@
 #   launch/pod_tpu.sh down                         # gives the slice back: until then it costs
 # `start` gives the run RETOOL_SANDBOX_TOKEN, HF_TOKEN and the like from this shell, in a file that its user alone can
 # read. `stop` is SIGTERM: the step that is whole is saved, and the same `start` goes on. `wait` returns when the run
-# has ended everywhere: 0 all is done, 2 a mistake that its log names, 75 it was stopped or the slice is gone.
+# has ended everywhere: 0 all is done, 2 an error that its log names, 75 it was stopped or the slice is gone.
 set -euo pipefail
 verb="${1:-}"
 [ $# -eq 0 ] || shift
@@ -96,7 +96,7 @@ wait_for_end() {
         grep -q ': runs since' <<<"$lines" || break
     done
     echo "$lines"
-    ! grep -q 'exit status 2 ' <<<"$lines" || exit 2
+    ! grep -q 'exit status [12] ' <<<"$lines" || exit 2
     ! grep -qv 'exit status 0 ' <<<"$lines" || exit 75
 }
 

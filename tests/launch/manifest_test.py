@@ -263,7 +263,7 @@ def test_a_trainer_has_the_time_to_save_and_is_started_again_but_not_after_a_mis
     assert int(trainer.value('RETOOL_GRACE_S')) == trainer.pod['terminationGracePeriodSeconds'] == 300
     assert trainer.whole['spec']['failurePolicy']['maxRestarts'] > 0 == trainer.job['backoffLimit']
     (rule,) = trainer.job['podFailurePolicy']['rules']
-    assert rule['onExitCodes'] == {'containerName': trainer.container['name'], 'operator': 'In', 'values': [2]}
+    assert rule['onExitCodes'] == {'containerName': trainer.container['name'], 'operator': 'In', 'values': [1, 2]}
     (rule,) = trainer.whole['spec']['failurePolicy']['rules']
     assert (rule['action'], rule['onJobFailureReasons']) == ('FailJobSet', ['PodFailurePolicy'])
     assert trainer.pod['restartPolicy'] == 'Never'  # or no policy of failures is taken

@@ -31,8 +31,8 @@ SERVICE = """
 import os, signal, sys, time
 print(*sys.argv[1:], os.environ['RETOOL_PROCESSES'], os.environ['RETOOL_PROCESS'], os.environ['RETOOL_GRACE_S'])
 print(os.environ.get('RETOOL_SANDBOX_TOKEN'), os.environ['JAX_COMPILATION_CACHE_DIR'])
-if sys.argv[1] == 'mistake':
-    sys.exit(2)
+if sys.argv[1] in '12':
+    sys.exit(int(sys.argv[1]))
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('saved'), sys.exit(143)))
 while sys.argv[1] != 'short':
     time.sleep(0.1)
@@ -217,7 +217,7 @@ def test_a_run_outlives_the_shell_and_ends_when_it_is_stopped(pod, tmp_path):
     assert pod('wait', **repo).returncode == 75  # it was stopped: the same `start` goes on
 
 
-@pytest.mark.parametrize(('what', 'status'), [('short', 0), ('mistake', 2)])
+@pytest.mark.parametrize(('what', 'status'), [('short', 0), ('1', 2), ('2', 2)])
 def test_wait_tells_what_is_done_from_what_the_user_has_to_mend(pod, tmp_path, what, status):
     repo = {'REPO': str(tmp_path / 'repo')}
     assert pod('start', 'launch/serve.py', what, **repo).returncode == 0
