@@ -18,7 +18,7 @@ from retool_jax.stages import config as stages
 from tests.launch import launcher
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ('README.md', 'docs/guide.md', 'docs/troubleshooting.md', 'docs/sandbox.md')
+DOCUMENTS = ('README.md', 'docs/guide.md', 'docs/pods.md', 'docs/troubleshooting.md', 'docs/sandbox.md')
 VARIABLES = {'ARG': 'qwen2_5_7b@1x80gb', 'SIZE': 'qwen2_5_7b', 'MODEL': 'Qwen2.5-7B-Instruct'}
 TAKES_CONFIG = ('demo', 'cold_start', 'sft', 'ppo', 'evaluate', 'plan')
 
@@ -48,7 +48,7 @@ def test_there_are_commands_of_every_binary():
 
 @pytest.mark.parametrize('document, words', LAUNCHES, ids=lambda value: ' '.join(value)[:100] if value else '')
 def test_a_command_of_the_documents_is_understood(document, words):
-    at = next(i for i, word in enumerate(words) if word.startswith('launch/'))
+    at = next(i for i, word in enumerate(words) if re.fullmatch(r'launch/\w+\.py', word))
     script, arguments = ROOT / words[at], words[at + 1 :]
     assert script.is_file()
     given = [a for a in arguments if a.startswith('--config')]
