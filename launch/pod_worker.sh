@@ -83,7 +83,11 @@ stop() {  # SIGTERM, and SIGKILL for what is left after the grace
             alive || break
             sleep 0.2
         done
-        ! alive || { say 'has not ended within its grace: killed'; kill -KILL -- "-$pid"; }
+        if alive; then
+            say 'has not ended within its grace: killed'
+            kill -KILL -- "-$pid" 2>/dev/null || true
+            for _ in {1..50}; do alive || break; sleep 0.1; done
+        fi
     fi
     status
 }

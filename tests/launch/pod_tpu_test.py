@@ -33,7 +33,8 @@ print(*sys.argv[1:], os.environ['RETOOL_PROCESSES'], os.environ['RETOOL_PROCESS'
 print(os.environ.get('RETOOL_SANDBOX_TOKEN'), os.environ['JAX_COMPILATION_CACHE_DIR'])
 if sys.argv[1] in '12':
     sys.exit(int(sys.argv[1]))
-signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('saved'), sys.exit(143)))
+save = lambda *_: (time.sleep(0.5), print('saved'), sys.exit(143))
+signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[1] == 'deaf' else save)
 while sys.argv[1] != 'short':
     time.sleep(0.1)
 """
@@ -235,6 +236,22 @@ def test_a_run_that_was_killed_is_named_and_another_can_start(pod, tmp_path):
         time.sleep(0.1)
     assert all(line.endswith('was killed, or the machine was restarted') for line in lines_of(pod('status', **repo)))
     assert pod('start', 'launch/serve.py', 'short', **repo).returncode == 0
+
+
+@pytest.mark.slow
+def test_what_does_not_end_in_its_grace_is_killed(pod, tmp_path):
+    repo = {'REPO': str(tmp_path / 'repo')}
+    assert pod('start', 'launch/serve.py', 'deaf', RETOOL_GRACE_S='1', **repo).returncode == 0
+    groups = [int((home / '.retool/pid').read_text()) for home in pod.homes]
+    told = lines_of(pod('stop', **repo))
+    assert sum(line.endswith('has not ended within its grace: killed') for line in told) == 2
+    until = time.monotonic() + 30
+    for group in groups:
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < until:  # until the machine's first process has taken note of it
+                os.killpg(group, 0)
+                time.sleep(0.1)
+    assert all(line.endswith('was killed, or the machine was restarted') for line in lines_of(pod('status', **repo)))
 
 
 def test_push_brings_the_checkout_as_committed_and_each_runs_in_it(tmp_path):
