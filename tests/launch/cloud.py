@@ -19,6 +19,8 @@ SSH = [
     '-F', '/dev/null', '-o', 'StrictHostKeyChecking=no', '-o', 'UserKnownHostsFile=/dev/null', '-o', 'LogLevel=ERROR',
     '-o', 'IdentitiesOnly=yes',
 ]  # fmt: skip
+# Before a server's command: it ends with the tests, however they end.
+WITH_US = ['setpriv', '--pdeathsig', 'KILL', '--']
 FLAGS = {  # a command's flags, with whether they take a value, and its arguments
     'queued-resources list': ({'filter': True, 'format': True}, []),
     'queued-resources create': (

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from retool_jax.core import metrics
+from tests.launch import cloud
 from tests.launch.stops_test import command
 from tests.train import killable
 
@@ -132,7 +133,7 @@ def cluster() -> Iterator[Cluster]:
         )  # fmt: skip
         for daemon in daemons:
             process = subprocess.Popen(
-                [shutil.which(daemon[0], path=SBIN), *daemon[1:]],
+                [*cloud.WITH_US, shutil.which(daemon[0], path=SBIN), *daemon[1:]],
                 env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             stack.callback(lambda process=process: (process.terminate(), process.wait(30)))

@@ -159,7 +159,9 @@ def servers(folder: Path, count: int, **variables: str) -> Iterator[Slice]:
                 'SetEnv ' + ' '.join(f'{name}={value}' for name, value in own.items()),
             ]  # fmt: skip
             (folder / f'sshd_{i}').write_text('\n'.join(lines) + '\n')
-            server = subprocess.Popen([SSHD, '-D', '-e', '-f', folder / f'sshd_{i}'], stderr=subprocess.DEVNULL)
+            server = subprocess.Popen(
+                [*cloud.WITH_US, SSHD, '-D', '-e', '-f', folder / f'sshd_{i}'], stderr=subprocess.DEVNULL
+            )
             stack.callback(lambda server=server: (server.kill(), server.wait()))
             until = time.monotonic() + 30
             while not answers(port) and time.monotonic() < until:
