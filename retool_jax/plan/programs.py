@@ -37,7 +37,7 @@ class Program:
     phase: str  # of an RL step: 'rollout', 'score', 'update'
     function: Callable  # jax.jit's
     arguments: dict[str, Shapes]  # by keyword, static ones included
-    devices: int
+    devices: int  # that share its work
     trips: int = 1  # iterations of a loop whose length the compiler does not know
     held: bool = False  # its results are buffers that its phase counts (plan.memory), not temporaries
     shortest: int = 0  # slots of a row that it reads at least, where it has an argument `bound`, the most
@@ -213,7 +213,7 @@ class Run:
             'rollout',
             self.sampler._extend,
             {'params': self.sampling_params, 'state': self.sample_state, 'chunks': chunks, 'bound': s.slots},
-            size,
+            self.sampler_mesh.shape['tensor'],  # its few rows are computed by all shards of the batch
             shortest=shortest,
         )
         states = self.sampler.table.shape[0]

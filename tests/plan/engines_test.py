@@ -107,6 +107,16 @@ def test_engines_that_all_hosts_step_together_keep_to_the_whole_quota():
     assert priced(run, decode_facts(step=0.03 * BANDWIDTH, slot=0)).steps(SLOTS, SLOTS) == QUOTA
 
 
+def test_the_rows_of_an_extend_are_computed_by_every_shard_of_the_batch():
+    together = chips.Slice('h100:4', dataclasses.replace(H100, host=1), 4, None)
+    run = make_run('--config.mesh.tensor=2', topology=together)
+    assert run.lockstep and dict(run.sampler_mesh.shape) == {'data': 1, 'fsdp': 2, 'tensor': 2}
+    found = {p.name: guess.estimate(run, p) for p in run.programs() if p.phase == 'rollout'}
+    _, alone = rollout('--config.mesh.tensor=2', topology='h100:2')
+    assert found['extend'].flops == alone['extend'].flops
+    assert found['decode'].flops == alone['decode'].flops / 2
+
+
 def test_every_call_of_extend_takes_the_bound_of_its_longest_row():
     run, found = rollout()
     prices = priced(run, found['decode'], dataclasses.replace(found['extend'], flops=1.0, moved=1e9, slot_moved=1e6))
