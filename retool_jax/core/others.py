@@ -65,9 +65,7 @@ class Others:
             self._thread.join()  # its connections stay open: closed ones would be taken for a death
             return
         if status == 1:  # a collective that failed, perhaps
-            until = time.monotonic() + NEWS_S
-            while not self.gone and time.monotonic() < until:
-                time.sleep(TICK_S / 5)
+            self.hear(NEWS_S)
             if self.gone:
                 status, line = self._cause()
         self._leaving, caused = True, bool(self.gone) and (status, line) == self._cause()
@@ -80,6 +78,12 @@ class Others:
                 time.sleep(TICK_S / 5)  # they hear of it from here
         if caused:
             signals.end(status, line)
+
+    def hear(self, seconds: float) -> None:
+        """Returns once another process's end is known, or after so long."""
+        until = time.monotonic() + seconds
+        while not self.gone and time.monotonic() < until:
+            time.sleep(TICK_S / 5)
 
     def close(self) -> None:
         """Closes its connections, which the end of the process does else: the others take it for a death before."""

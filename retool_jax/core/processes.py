@@ -21,6 +21,7 @@ PROCESSES = 'RETOOL_PROCESSES'  # environment variable: a number of processes, o
 START_S = 1800  # seconds for all processes to start: the hosts of a pod are minutes apart, as on a loaded machine
 SILENT_S = 50  # without a sign of life a process counts as dead, and the others end too
 PATIENCE_S = 7 * 24 * 3600  # seconds of `wait`: others may be at tools, validation or reports; silence tells a dead one
+LATE_S = 30  # from the end of a line between processes to the news of why: on a loaded machine
 
 _others: list[Others] = []  # what hears of the other processes, to this one's very end
 _rings: list[ring.Ring] = []  # of `gather`, once it was called
@@ -114,7 +115,12 @@ def gather(item: object) -> list:
         state = distributed.global_state
         names = ring.addresses(state.coordinator_address, state.process_id == 0)
         _rings.append(ring.Ring(state.client, jax.process_index(), jax.process_count(), names, wait))
-    found = _rings[0].gather(columns.split(item))
+    try:
+        found = _rings[0].gather(columns.split(item))
+    except RuntimeError:  # another one has ended, and why is on its way here
+        for others in _others:
+            others.hear(LATE_S)
+        raise
     return [columns.join(found[i]) if i in found else item for i in range(jax.process_count())]
 
 
