@@ -99,7 +99,7 @@ def remedies(run: Run, phase: Phase, hbm: int) -> list[str]:
     if phase.name == 'rollout':
         rows = tokens_that_fit(run, phase, hbm) // settings.slots
         if phase.refused:  # what such a program needs is the compiler's guess
-            rows = min(rows, settings.rows // 2)
+            rows = min(3 * rows // 4, settings.rows // 2)
         if rows >= 1:
             remedies.append(f'sampler.rows={rows} (now {settings.rows})')
         else:
