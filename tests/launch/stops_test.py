@@ -68,7 +68,8 @@ def result(directory: Path) -> dict:
     episodes = directory / 'episodes'
     steps = [path.name for path in (directory / 'checkpoints').glob('*') if path.name.isdigit()]
     return {
-        'files': sorted(path.name for path in directory.iterdir() if not path.name.startswith('journal')),
+        # An alarm may be of a process that was slow for a while.
+        'files': sorted(path.name for path in directory.iterdir() if not path.name.startswith(('journal', 'alarms'))),
         'metrics': lines,
         'model': model.read_bytes() if model.exists() else b'',
         'last': max(map(int, steps), default=None),
