@@ -203,6 +203,18 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def tell(error: Exception) -> int:
+    """Says `explain`'s line of an error on stderr; returns the exit status, 2.
+
+    Raises: the error itself, where it is one of ours.
+    """
+    line = explain(error)
+    if line is None:
+        raise error
+    print(f'error: {line}', file=sys.stderr)
+    return 2
+
+
 @streams.ends_unread()
 def _run(body: Callable[[list[str]], None], main: Callable, stage: str | None = None) -> None:
     with contextlib.ExitStack() as stack:

@@ -204,11 +204,7 @@ def main() -> int:
             raise UserError(f'--every={options.every:g} must be above 0')
         count = follow(options.run, options.to, options.project, stop, options.every, options.once)
     except Exception as error:
-        line = cli.explain(error)
-        if line is None:
-            raise
-        print(f'error: {line}', file=sys.stderr)
-        return 2
+        return cli.tell(error)
     print(f'{options.run}: {count} steps sent to {options.to}')
     return 0
 

@@ -24,11 +24,7 @@ def main() -> int:
         if options.picture:
             print(plots.curves(options.run_dir))
     except Exception as error:
-        line = cli.explain(error)
-        if line is None:
-            raise
-        print(f'error: {line}', file=sys.stderr)
-        return 2
+        return cli.tell(error)
     return 0
 
 
