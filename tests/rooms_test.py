@@ -40,6 +40,10 @@ LEAN_LIBRARIES = {'jax', 'flax', 'optax', 'numpy', 'absl', 'ml_collections'}
 HEAVY = ('jax', 'jaxlib', 'flax', 'transformers', 'torch', 'matplotlib')
 DYNAMIC = ('__import__', 'import_module', 'importlib.import_module')
 LONGEST_FILE, LONGEST_BINARY = 400, 60
+TOP_LEVEL = {'.ci', 'configs', 'docs', 'launch', 'notebooks', 'retool_jax', 'tests'} | {
+    *('.git-blame-ignore-revs', '.gitignore', 'LICENSE', 'Makefile', 'README.md'),
+    *('pyproject.toml', 'requirements.lock', 'setup.py'),
+}
 
 
 def imports(
@@ -107,6 +111,12 @@ def trespasses(package: Path) -> list[str]:
 def test_every_room_imports_only_what_its_line_of_the_table_allows():
     assert len(sources(PACKAGE)) > 20
     assert trespasses(PACKAGE) == []
+
+
+@pytest.mark.skipif(not (ROOT / '.git').exists(), reason="not a clone: what belongs to the project is git's to say")
+def test_nothing_lies_at_the_top_level_but_what_belongs_there():
+    listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert {line.partition('/')[0] for line in listed.splitlines()} == TOP_LEVEL
 
 
 def test_every_folder_of_the_package_has_its_line_in_the_table():
