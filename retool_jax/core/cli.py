@@ -249,8 +249,8 @@ def _leave(status: int, line: str = '', unexpected: bool = False) -> None:
     """Ends the process, unless all is well or a traceback is due; of several processes the others hear of it first."""
     watch = signals.watch
     if watch is not None and watch.farewell is not None:
+        signals.ignore()  # the work is over, and whoever starts processes tells all to stop where one ends
         if status:
-            signals.ignore()  # whoever starts processes tells all to stop where one ends
             watch.end_within(LONG_S, status, line)
         watch.farewell(status, line, traceback.format_exc() if unexpected else '')
         if status:
