@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import resource
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 from jax._src import distributed
@@ -130,7 +132,16 @@ def peaks() -> tuple[float | None, float]:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     known = all('peak_bytes_in_use' in s for s in stats)
     fullest = max(s['peak_bytes_in_use'] for s in stats) if known else None
-    return fullest, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return fullest, _resident_peak()
+
+
+def _resident_peak() -> float:
+    """The most bytes that this program has held in memory."""
+    try:
+        # `getrusage` would begin with what the process held that started this one: Linux keeps it over fork and exec.
+        return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024.0
+    except OSError:  # macOS, whose `getrusage` counts bytes and starts anew
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def word[T](value: T) -> T:

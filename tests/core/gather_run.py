@@ -57,7 +57,7 @@ def main(episodes: str, tokens: str, directory: str) -> None:
     began = time.perf_counter()
     found = processes.gather((made, 0))
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = processes.peaks()[1] / 2**20
     whole = [e for part, _ in found for e in part]
     held = sum(getattr(e, name).array.nbytes for e in whole for name in columns.DTYPES)
     figures = {'columns': held, 'before': before, 'peak': peak, 'seconds': seconds, 'digest': digest(whole)}
