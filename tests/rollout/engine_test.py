@@ -18,7 +18,6 @@ from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.journal import Journal
 from retool_jax.rollout.requests import Request
 from retool_jax.rollout.sampler import Sampler
-from retool_jax.rollout.scheduler import Scheduler
 from retool_jax.rollout.settings import SamplerSettings, SamplingSettings
 from retool_jax.text import tags, template
 from retool_jax.train.pack import pack
@@ -136,23 +135,19 @@ def test_a_decode_loop_keyed_by_rows_would_be_noticed(sampler, params, monkeypat
     assert not all(same(first[k], again[k]) for k in first)
 
 
-def test_chunks_as_wide_as_the_widest_ready_row_would_be_noticed(sampler, params, monkeypatch):
-    """The check above can fail: which rows are ready together depends on latency, and the width on them."""
-    feed = Scheduler._feed
+def test_what_is_fed_has_one_width_whatever_is_ready_together(sampler, params, monkeypatch):
+    """Some processors round a matmul by its extent: a width that follows latency changes a row's bits there."""
+    extend, shapes = type(sampler).extend, set()
 
-    def widest(self, only=None):
-        rows = range(SIZES.rows) if only is None else only
-        ready = [len(self.rows[r].pending) for r in rows if self.rows[r] and self.rows[r].pending]
-        chunk = min(1 << (max(ready, default=1) - 1).bit_length(), 4 * SIZES.chunk)
-        self.settings = dataclasses.replace(SIZES, chunk=max(chunk, 8))
-        feed(self, only)
-        self.settings = SIZES
+    def noted(self, params, state, chunks, longest):
+        shapes.add(chunks.tokens_RC.shape)
+        return extend(self, params, state, chunks, longest)
 
-    reference, _ = run(sampler, params)
-    monkeypatch.setattr(Scheduler, '_feed', widest)
+    monkeypatch.setattr(type(sampler), 'extend', noted)
     rng = random.Random(0)
-    again, _ = run(sampler, params, latency_s=lambda code: rng.random() * 0.05)
-    assert not all(same(reference[k], again[k]) for k in reference)
+    episodes, _ = run(sampler, params, latency_s=lambda code: rng.random() * 0.05)
+    assert sum(len(e.calls) for e in episodes.values()) > 8
+    assert shapes == {(SIZES.feed_rows, SIZES.chunk)}
 
 
 def gaps(params, episodes):
