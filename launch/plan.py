@@ -1,7 +1,7 @@
 """Proves that a PPO run fits a slice of accelerators, and what it would cost, on a machine without any.
 
     python launch/plan.py --config=configs/ppo.py:qwen2_5_32b --topology=v5p:4x4x4
-    python launch/plan.py --config=configs/ppo.py:qwen2_5_7b --topology=h100:8 --json
+    python launch/plan.py --config=configs/ppo.py:qwen2_5_7b --topology=h100:8 --json  # or --search, --split
 
 TPU: the run's own programs are compiled with the TPU compiler (bash launch/baselines.sh plan). GPU: an
 estimate from shapes. Exit status 1 where a phase does not fit; the last lines say what to change.
@@ -10,13 +10,12 @@ estimate from shapes. Exit status 1 where a phase does not fit; the last lines s
 import json
 import os
 import sys
-import time
 
 from absl import flags
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # JAX itself runs on the host
 
-from retool_jax.core import cli, console
+from retool_jax.core import cli
 
 TOPOLOGY = flags.DEFINE_string(
     'topology', 'v5p:4x4x4', 'KIND:SHAPE: v5e, v5p, v6e, tpu7x; rtx4090, l40s, a100_40, a100, h100, h200, b200.'
@@ -27,24 +26,29 @@ SLICES = flags.DEFINE_integer(
 TOKENS = flags.DEFINE_integer(
     'tokens', None, 'Mean tokens of an episode (the paper: 10,400 falling to 2,400); none: 6,144 or 3/8 of a budget.'
 )
+SEARCH = flags.DEFINE_bool('search', False, 'Finds the mesh, rows and recomputation with which an RL step takes least.')
+SPLIT = flags.DEFINE_bool('split', False, 'Says what rollout and training on two halves of the slice would take.')
 JSON = flags.DEFINE_bool('json', False, 'Prints one JSON object instead of tables.')
 
 
 def main(stage):
-    from retool_jax.plan import chips, dcn, engines, facts, guess, models, page, programs
+    from retool_jax.plan import chips, models, page, plans, search, search_page, split
 
     model = models.sizes(stage.model.path, stage.model.name)
-    run = programs.Run(stage, model, chips.open_slice(TOPOLOGY.value, SLICES.value or stage.mesh.slices or 1))
-    assumptions = engines.assume(run, TOKENS.value)  # before minutes of compiling
-    todo, began = list(run.programs()), time.perf_counter()
-    if run.slice.devices:
-        with console.progress(f'{run.slice.name}: compiling', len(todo)) as advance:
-            found = facts.compile_all(todo, advance)
+    slice = chips.open_slice(TOPOLOGY.value, SLICES.value or stage.mesh.slices or 1)
+    made = plans.Plans(model, slice, TOKENS.value)
+    sections = {}
+    if SEARCH.value:
+        found = search.search(made, stage)
+        plan, sections['search'] = found.plan, search_page.describe(found, made, stage)
+        stage = plans.changed(stage, found.keys)
     else:
-        found = [guess.estimate(run, program) for program in todo]
-    found = [dcn.add(run, fact) for fact in found]
-    plan = page.make(run, found, assumptions, time.perf_counter() - began, time.process_time())
-    print(json.dumps(plan) if JSON.value else page.text(plan))
+        plan = made.make(stage)
+    if SPLIT.value:
+        sections['split'] = split.compare(made, stage)
+    texts = {'search': search_page.text, 'split': split.text}
+    lines = [page.text(plan), *(texts[name](section) for name, section in sections.items())]
+    print(json.dumps(plan | sections) if JSON.value else '\n\n'.join(lines))
     sys.exit(0 if plan['fits'] else 1)
 
 

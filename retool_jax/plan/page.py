@@ -145,17 +145,17 @@ def text(plan: dict) -> str:
         + (' – an ESTIMATE from shapes, nothing was compiled' if plan['estimated'] else ' – compiled'),
         f'{plan["model"]["parameters"] / 1e9:.1f} B parameters, training mesh {mesh}, '
         f'{plan["engines"]} engines of {plan["chips"] // plan["engines"]} chips, attention {plan["attention"]}', '',
-        'Programs, on one chip (one run; extend and decode with their longest reads, their seconds the mean)', *_table(
+        'Programs, on one chip (one run; extend and decode with their longest reads, their seconds the mean)', *table(
             ['program', 'phase', 'arguments GiB', 'temporaries GiB', 'TFLOP', 'memory GB', 'links GB', 'seconds',
              'bound by', 'runs a step'],
             [[p['name'], p['phase'], gib(p['arguments']), gib(p['temporaries']), f'{p["flops"] / 1e12:.1f}',
               f'{p["moved"] / 1e9:.1f}', f'{p["sent_total"] / 1e9:.2f}', f'{p["seconds"]["total"]:.3g}',
               'does not fit' if p['refused'] else p['seconds']['bound'], f'{p["runs"]:,.0f}']
              for p in plan['programs']]), '',
-        'Bytes sent by a chip, by kind of collective', *_table(
+        'Bytes sent by a chip, by kind of collective', *table(
             ['program', 'kind', 'GB'],
             [[p['name'], kind, f'{n / 1e9:.3f}'] for p in plan['programs'] for kind, n in sorted(p['sent'].items())]),
-        '', 'Memory, on one chip', *_table(
+        '', 'Memory, on one chip', *table(
             ['phase', 'resident GiB', 'of which', 'temporaries GiB', 'share', 'fits', 'seconds a step'],
             [[p['name'], gib(sum(p['resident'].values())),
               ', '.join(f'{k} {gib(n)}' for k, n in p['resident'].items() if n / GIB >= 0.005),
@@ -193,7 +193,7 @@ def _lengths(r: dict, sigma: float) -> str:
     )
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Columns as wide as their widest entry."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     line = lambda row: '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
