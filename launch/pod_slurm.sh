@@ -17,7 +17,9 @@
 set -euo pipefail
 say() { echo "pod_slurm.sh: $*" >&2; }
 [ $# -gt 0 ] || { say 'which binary? launch/sft.py --config=...'; exit 2; }
-cd "${SLURM_SUBMIT_DIR:-.}"
+[ -n "${SLURM_JOB_ID:-}" ] || { say 'there is no job: give it to sbatch --nodes=1'; exit 2; }
+cd "$SLURM_SUBMIT_DIR"
+[ -x .venv/bin/python ] || { say "no .venv in $PWD: submit from the checkout, after make setup EXTRA=cuda12"; exit 2; }
 export RETOOL_PROCESSES=auto RETOOL_GRACE_S="${RETOOL_GRACE_S:-300}"
 # Without it each of the job's lives compiles everything anew.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.jax_cache}"

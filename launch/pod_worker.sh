@@ -20,7 +20,7 @@ read_environment() {
 }
 
 alive() {  # the number of a process that has ended may be another one's by now
-    [ -s "$home/pid" ] && grep -qs pod_worker.sh "/proc/$(<"$home/pid")/cmdline"
+    [ -s "$home/pid" ] && [[ "$(tr '\0' ' ' 2>/dev/null <"/proc/$(<"$home/pid")/cmdline")" == *'pod_worker.sh run ' ]]
 }
 
 run() {  # what the unit, or the session, consists of
@@ -49,6 +49,7 @@ start() {
     local root=() grace
     [ $# -gt 0 ] || die 'start what? launch/ppo.py --config=…'
     ! alive || die 'a run is going on already; stop it first'
+    [ -f "$1" ] || die "no file $1 in $PWD"
     [ -x .venv/bin/python ] || die "no .venv in $PWD; run: make setup EXTRA=tpu"
     install -d -m 700 "$home"
     printf '%s\0' "$@" >"$home/arguments"

@@ -143,7 +143,7 @@ def trainer(request) -> Trainer:
 
 def core_objects() -> dict[str, dict]:
     """All that Kubernetes itself knows, by a name: objects, and the jobs that a JobSet makes."""
-    found = {f'{name}: {one["kind"]}': one for name in ('sandbox', 'runs') for one in read(name)}
+    found = {f'{name}: {one["kind"]}': one for name in ('sandbox', 'runs', 'files') for one in read(name)}
     for name in TRAINERS:
         job = Trainer(name).job
         found[f'{name}: Job'] = {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'x'}, 'spec': job}
@@ -155,7 +155,7 @@ def test_every_object_is_one_that_kubernetes_takes(version):
     kubernetes_validate = pytest.importorskip('kubernetes_validate')
     objects = core_objects()
     assert {name.partition(': ')[2] for name in objects} == {
-        'Service', 'StatefulSet', 'PodDisruptionBudget', 'NetworkPolicy', 'PersistentVolumeClaim', 'Job'
+        'Service', 'StatefulSet', 'PodDisruptionBudget', 'NetworkPolicy', 'PersistentVolumeClaim', 'Job', 'Pod'
     }  # fmt: skip
     for document in objects.values():
         kubernetes_validate.validate(document, version, strict=True)
@@ -257,6 +257,27 @@ def test_a_trainer_asks_the_sandbox_that_is_there_with_its_token(documents, cont
         assert [path.startswith(f'{folder}/') for folder in kept] == [True], path
     (claim,) = [one['metadata']['name'] for one in read('runs')]
     assert {'name': 'runs', 'persistentVolumeClaim': {'claimName': claim}} in trainer.pod['volumes']
+
+
+def test_rows_of_a_process_are_a_whole_number_for_each_of_its_devices(trainer):
+    config = cli.parse_config(trainer.container['args'])
+    flags.FLAGS.unparse_flags()
+    (devices,) = [count for name, count in trainer.container['resources']['limits'].items() if '/' in name]
+    assert config.sampler.rows == 32 * devices  # what docs/pods.md has planned
+
+
+def test_the_pod_of_files_sees_what_trainers_see_as_the_user_that_they_are(trainer):
+    (pod,) = read('files')
+    (container,) = pod['spec']['containers']
+    assert pod['metadata']['labels'] == trainer.job['template']['metadata']['labels']  # or the sandbox refuses it
+    assert container['image'].partition(':')[0] == trainer.container['image'].partition(':')[0]
+    for key in ('securityContext', 'automountServiceAccountToken', 'enableServiceLinks'):
+        assert pod['spec'][key] == trainer.pod[key]
+    assert container['securityContext'] == trainer.container['securityContext']
+    assert container['volumeMounts'][0] in trainer.container['volumeMounts']
+    assert pod['spec']['volumes'][0] in trainer.pod['volumes']
+    (token,) = [item for item in container['env'] if 'valueFrom' in item]
+    assert token == trainer.environment['RETOOL_SANDBOX_TOKEN']
 
 
 def test_a_trainer_has_the_time_to_save_and_is_started_again_but_not_after_a_mistake(trainer):

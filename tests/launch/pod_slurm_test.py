@@ -220,7 +220,13 @@ def test_a_job_is_queued_again_as_often_as_it_may_and_not_after_a_mistake(cluste
     assert int(ended['Restarts']) == lives - 1
 
 
-def test_without_a_command_nothing_is_started():
-    done = subprocess.run([ROOT / 'launch/pod_slurm.sh'], capture_output=True, text=True)
+@pytest.mark.parametrize(('words', 'job', 'told'), [
+    ([], '1', 'which binary? launch/sft.py --config=...'),
+    (['launch/ppo.py'], '', 'there is no job: give it to sbatch --nodes=1'),
+    (['launch/ppo.py'], '1', 'no .venv in {}: submit from the checkout, after make setup EXTRA=cuda12'),
+])  # fmt: skip
+def test_without_a_command_a_job_or_an_environment_nothing_is_started(tmp_path, words, job, told):
+    given = os.environ | {'SLURM_JOB_ID': job, 'SLURM_SUBMIT_DIR': str(tmp_path)}
+    done = subprocess.run([ROOT / 'launch/pod_slurm.sh', *words], env=given, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr == 'pod_slurm.sh: which binary? launch/sft.py --config=...\n'
+    assert done.stderr == f'pod_slurm.sh: {told.format(tmp_path)}\n' and not list(tmp_path.iterdir())

@@ -46,13 +46,14 @@ class Slice:
 
     folder: Path
     homes: list[Path]
+    project: Path = ROOT  # whose checkout is pushed
 
     def __call__(self, *words: str, **more: str) -> subprocess.CompletedProcess:
         """launch/pod_tpu.sh with these words, and further variables."""
         own = {'POD': 'my-slice', 'ZONE': 'us-east5-a', 'POLL_S': '0.05', 'STAND_IN': str(self.folder)}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(('RETOOL_', 'JAX_', 'XLA_'))}
         return subprocess.run(
-            [ROOT / 'launch/pod_tpu.sh', *words],
+            [self.project / 'launch/pod_tpu.sh', *words],
             env=kept | own | {'PATH': f'{self.folder}:{os.environ["PATH"]}'} | more,
             cwd='/',
             stdin=subprocess.DEVNULL,
@@ -118,9 +119,11 @@ def test_down_gives_the_slice_back_and_what_is_missing_is_one_line(tmp_path):
     for words, more, line in (
         (('up',), {}, 'up: --accelerator-type=… --runtime-version=…, --spot if it may be taken away'),
         (('start',), {}, 'start: which binary? launch/sft.py --config=…'),
-        (('begin',), {}, 'begin: expected up, push, each, start, status, logs, stop, wait or down'),
+        (('each',), {}, "each: which command? 'make setup EXTRA=tpu'"),
+        (('begin',), {}, 'begin: expected up, push, each, first, start, status, logs, stop, wait or down'),
         (('status',), {'POD': ''}, 'POD and ZONE: name the slice and its zone'),
         (('start', 'x'), {'HF_TOKEN': 'a\nb'}, 'HF_TOKEN has more than one line'),
+        (('start', 'x'), {'RETOOL_GRACE_S': '5 minutes'}, "RETOOL_GRACE_S='5 minutes': expected seconds"),
     ):
         done = pod(*words, **more)
         assert (done.returncode, done.stderr) == (2, f'pod_tpu.sh: {line}\n')
@@ -202,8 +205,11 @@ def test_a_run_outlives_the_shell_and_ends_when_it_is_stopped(pod, tmp_path):
     words = ['long', 'two words', "quo'te", '$HOME']
     done = pod('start', 'launch/serve.py', *words, RETOOL_SANDBOX_TOKEN=SECRET, **repo)
     assert [line.partition(' since')[0] for line in lines_of(done)] == ['worker-0: runs', 'worker-1: runs']
-    again = pod('start', 'launch/serve.py', 'long', **repo)
-    assert again.returncode == 1 and again.stderr.count('a run is going on already; stop it first') == 2
+    for words in (('start', 'launch/serve.py', 'long'), ('push',)):  # and what the run was given stays
+        again = pod(*words, **repo)
+        assert again.returncode == 1 and again.stderr.count('a run is going on already; stop it first') == 2
+        assert again.stderr.count(': runs since') == 2
+        assert all(SECRET in (home / '.retool/environment').read_text() for home in pod.homes)
     for home in pod.homes:
         given = home / '.retool/environment'
         assert stat.S_IMODE(given.stat().st_mode) == 0o600 and stat.S_IMODE(given.parent.stat().st_mode) == 0o700
@@ -216,7 +222,10 @@ def test_a_run_outlives_the_shell_and_ends_when_it_is_stopped(pod, tmp_path):
         assert f"long two words quo'te $HOME auto {i} 300" in log
         assert f'{SECRET} {pod.homes[i]}/.retool/compiled' in log
     assert SECRET not in ' '.join(pod.calls())
+    both = lines_of(pod('logs', '-n', '1', **repo))  # of all hosts where none is named
+    assert [line.partition(' ')[0] for line in both] == ['worker-0:', 'worker-1:']
     assert [line.partition(' at ')[0] for line in lines_of(pod('status', **repo))] == stopped
+    assert [line.partition(' at ')[0] for line in lines_of(pod('stop', **repo))] == stopped  # nothing runs
     assert pod('wait', **repo).returncode == 75  # it was stopped: the same `start` goes on
 
 
@@ -227,6 +236,13 @@ def test_wait_tells_what_is_done_from_what_the_user_has_to_mend(pod, tmp_path, w
     assert pod('wait', **repo).returncode == status
     pod.set(node='PREEMPTED')
     assert pod('wait', **repo).returncode == 75
+
+
+@pytest.mark.slow
+def test_wait_gives_up_on_hosts_that_do_not_answer(pod, tmp_path):
+    pod.set(ports=[free_port(), free_port()])
+    gone = pod('wait', REPO=str(tmp_path / 'repo'))
+    assert (gone.returncode, gone.stdout) == (1, '') and 'Connection refused' in gone.stderr
 
 
 def test_a_run_that_was_killed_is_named_and_another_can_start(pod, tmp_path):
@@ -257,14 +273,34 @@ def test_what_does_not_end_in_its_grace_is_killed(pod, tmp_path):
 
 
 def test_push_brings_the_checkout_as_committed_and_each_runs_in_it(tmp_path):
-    with servers(tmp_path, 1) as pod:
-        repo = {'REPO': str(tmp_path / 'there')}
-        assert pod('push', **repo).returncode == 0
-        assert {'README.md', 'configs', 'launch', 'retool_jax'} <= set(lines_of(pod('each', 'ls', **repo)))
-        told = subprocess.run(['git', 'show', 'HEAD:launch/setup.sh'], cwd=ROOT, capture_output=True, text=True)
-        assert told.stdout and pod('each', 'cat launch/setup.sh', **repo).stdout == told.stdout
-        refused = pod('start', 'launch/ppo.py', **repo)
-        assert refused.returncode == 1 and 'run: make setup EXTRA=tpu' in refused.stderr
+    project, repo = tmp_path / 'project', {'REPO': str(tmp_path / 'there')}
+    (project / 'launch').mkdir(parents=True)
+    for name in ('pod_tpu.sh', 'pod_worker.sh'):
+        shutil.copy(ROOT / 'launch' / name, project / 'launch')
+    (project / 'old name.py').touch()
+    git = ['git', '-C', project, '-c', 'user.name=a', '-c', 'user.email=a@b']
+    commit = lambda: [subprocess.run([*git, *words], check=True, stdout=subprocess.DEVNULL) for words in (
+        ['add', '--all'], ['commit', '--quiet', '--message=all'])]  # fmt: skip
+    subprocess.run([*git, 'init', '--quiet'], check=True)
+    commit()
+    with servers(tmp_path, 2) as pod:
+        pod = dataclasses.replace(pod, project=project)
+        early = pod('status', **repo)
+        assert early.returncode == 1 and early.stderr.count(f'no checkout in {repo["REPO"]}: push it first') == 2
+        assert lines_of(pod('push', **repo)) == []
+        (tmp_path / 'there/made').write_text('of the hosts')
+        (project / 'old name.py').rename(project / 'new.py')
+        commit()
+        (project / 'later.py').touch()
+        assert lines_of(pod('push', **repo)) == ['pod_tpu.sh: 1 changed files are not committed, and stay here']
+        assert lines_of(pod('each', 'ls', **repo)) == ['launch', 'launch', 'made', 'made', 'new.py', 'new.py']
+        assert lines_of(pod('first', 'echo', '$HOSTNAME', **repo)) == ['worker-0']
+        for words, told in (
+            (['launch/ppo.py'], f'no file launch/ppo.py in {repo["REPO"]}'),
+            (['new.py'], 'run: make setup EXTRA=tpu'),
+        ):
+            refused = pod('start', *words, **repo)
+            assert refused.returncode == 1 and refused.stderr.count(told) == 2
 
 
 @pytest.mark.slow
