@@ -98,6 +98,7 @@ def sampler(arg: str) -> ConfigDict:
             'decode_rows': 0,
             'min_bound': 64 if tiny else 256,
             'dtype': 'float32' if tiny else 'bfloat16',
+            'weights': 'float',
             'cache_dtype': 'float32' if tiny else 'bfloat16',
         }
     )

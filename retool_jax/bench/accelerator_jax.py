@@ -285,6 +285,7 @@ def make_sampler(
         decode_rows=0,
         min_bound=chunk,
         dtype=dtype,
+        weights='float',
         cache_dtype=cache_dtype,
     )
     return Sampler(config, sizes, np.zeros((1, config.vocab_size), np.int32), np.zeros(1, np.int8), ())

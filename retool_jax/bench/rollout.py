@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import subprocess
 import tempfile
@@ -63,7 +64,8 @@ def measure(shape: Shape, repeats: int, parts: Sequence[str], say: Callable[[str
     """The figures of `parts` ('peers', 'tools', 'cache'): tokens/s, ratios, seconds."""
     config = model_config(shape)
     params = decoder.init(config, jax.random.key(0))
-    weights = jax.jit(lambda p: decoder.to_sampling(config, p, jnp.dtype(shape.dtype)))(params)
+    lay_out = lambda form: jax.jit(lambda p: decoder.to_sampling(config, p, jnp.dtype(shape.dtype), form))(params)
+    weights = lay_out('float')
     figures = {'device': jax.devices()[0].device_kind, **dataclasses.asdict(shape)}
 
     def keep(measured: dict) -> None:
@@ -74,7 +76,7 @@ def measure(shape: Shape, repeats: int, parts: Sequence[str], say: Callable[[str
         with tempfile.TemporaryDirectory() as folder:
             hf.save(Path(folder) / 'model', config, params, jnp.dtype(shape.dtype))
             with open_peers(Path(folder) / 'model', shape.slots, say) as peers:
-                keep(against_peers(config, weights, shape, repeats, peers, say))
+                keep(against_peers(config, weights, lay_out('int8'), shape, repeats, peers, say))
                 if 'tunix' in peers:
                     keep(against_new_budgets(config, weights, shape, repeats, peers['tunix'], say))
     if 'tools' in parts:
@@ -164,6 +166,7 @@ def make_engine(config: ModelConfig, shape: Shape, rows: int) -> Engine:
         decode_rows=0,
         min_bound=shape.chunk,
         dtype=shape.dtype,
+        weights='float',
         cache_dtype=shape.dtype,
     )
     sampler = Sampler(config, sizes, np.zeros((1, shape.vocab), np.int32), np.zeros(1, np.int8), ())
@@ -192,16 +195,24 @@ def run_seconds(engine: Engine, params: Params, requests: list[Request], tokens:
 
 
 def against_peers(
-    config: ModelConfig, weights: Params, shape: Shape, repeats: int, peers: dict[str, Peer], say: Callable[[str], None]
+    config: ModelConfig,
+    weights: Params,
+    narrow: Params,
+    shape: Shape,
+    repeats: int,
+    peers: dict[str, Peer],
+    say: Callable[[str], None],
 ) -> dict:
-    """tokens/s of engine, floor and transformers at each batch size."""
+    """tokens/s at each batch size: of engine, the same with weights in 8 bits (`narrow`), floor and transformers."""
     figures = {}
     for rows in shape.rows:
         say(f'{rows} rows')
         tokens, engine = rows * shape.new, make_engine(config, shape, rows)
         floor = floor_program(config, shape, rows)
+        ours = lambda params, i, e=engine, r=rows, t=tokens: run_seconds(e, params, make_requests(shape, r, i), t)
         sides = {
-            'engine': lambda i, e=engine, r=rows, t=tokens: run_seconds(e, weights, make_requests(shape, r, i), t),
+            'engine': functools.partial(ours, weights),
+            'int8': functools.partial(ours, narrow),
             'floor': lambda i, f=floor: clock(f, weights),
         }
         if 'transformers' in peers:
@@ -209,6 +220,7 @@ def against_peers(
         seconds = in_turns(sides, repeats)
         figures |= {f'{name}_tokens_per_s_{rows}': tokens / s for name, s in seconds.items()}
         figures[f'share_of_floor_{rows}'] = seconds['floor'] / seconds['engine']
+        figures[f'int8_over_engine_{rows}'] = seconds['engine'] / seconds['int8']
         if 'transformers' in peers:
             figures[f'over_transformers_{rows}'] = seconds['transformers'] / seconds['engine']
     if 'transformers' in peers:

@@ -35,6 +35,7 @@ class Rows:
                 decode_rows=0,
                 min_bound=shape.chunk,
                 dtype=shape.dtype,
+                weights='float',
                 cache_dtype=shape.dtype,
             ),
             np.zeros((1, shape.vocab), np.int32),

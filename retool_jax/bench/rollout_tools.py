@@ -141,6 +141,7 @@ class Case:
             decode_rows=decode_rows,
             min_bound=2 * FED,
             dtype=shape.dtype,
+            weights='float',
             cache_dtype=shape.dtype,
         )
         self.sampler = Sampler(config, sizes, table, np.array([0, tags.CODE], np.int8), ())

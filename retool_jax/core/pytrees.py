@@ -25,6 +25,15 @@ class Int8KV:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Int8Weight:
+    """A matrix of the sampling layout in 8 bits: values × scale."""
+
+    values: jax.Array  # int8, in the shape of the matrix, input axes first
+    scale: jax.Array  # f32, of the output axes: the largest magnitude of an output channel ÷ 127
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys and values of every row, one array per layer (a stacked cache would be copied whole)."""
 

@@ -10,6 +10,7 @@ from retool_jax.core import pointers
 from retool_jax.core.errors import UserError
 
 DTYPES = ('float32', 'bfloat16', 'float16')  # of activations
+WEIGHTS = ('float', 'int8')  # of the sampling layout: in a dtype, or matrices in 8 bits (model/int8.py)
 ARCHITECTURES = {'LlamaForCausalLM': 'llama', 'Qwen2ForCausalLM': 'qwen2', 'Qwen3ForCausalLM': 'qwen3'}
 CONTEXTS = {'llama': 2048, 'qwen2': 32768, 'qwen3': 32768}  # transformers' max_position_embeddings where none is given
 

@@ -3,7 +3,7 @@
 Parameters live outside as nested dicts named as in Hugging Face checkpoints. The training layout
 stacks the layers on a leading axis; the sampling layout (`to_sampling`) keeps them apart and holds
 the output matrix as its own [D, V] array, tied or not (E.T costs five times a transposed copy at
-batch 1).
+batch 1); its matrices may be in 8 bits (model/int8.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retool_jax.core.errors import UserError
-from retool_jax.core.pytrees import KVCache, Params
+from retool_jax.core.pytrees import Int8Weight, KVCache, Params
 from retool_jax.core.sharding import constrain
-from retool_jax.model import attention, kernels, kv_cache
+from retool_jax.model import attention, int8, kernels, kv_cache
 from retool_jax.model.config import ModelConfig
-from retool_jax.model.layers import Block, Projection, RMSNorm, declare, merge, rope_table
+from retool_jax.model.layers import Block, Projection, RMSNorm, change_matrices, declare, merge, rope_table
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
@@ -105,11 +105,14 @@ def logical_axes(config: ModelConfig, rank: int = 0, targets: tuple[str, ...] = 
     return tree
 
 
-def sampling_axes(config: ModelConfig) -> dict:
-    """The same for the sampling layout (`to_sampling`)."""
-    axes = logical_axes(config)
+def sampling_axes(config: ModelConfig, weights: str = 'float') -> dict:
+    """The same for the sampling layout (`to_sampling`); a scale's are those of its matrix's outputs."""
+    axes, head = logical_axes(config), ('embed', 'vocab')
     one = jax.tree.map(lambda words: words[1:], axes['layers'], is_leaf=lambda x: isinstance(x, tuple))
-    return axes | {'layers': [one] * config.num_hidden_layers, 'lm_head': {'weight': ('embed', 'vocab')}}
+    if weights == 'int8':
+        quantised = lambda words, inputs: Int8Weight(words, words[inputs:])
+        one, head = change_matrices(one, quantised), quantised(head, 1)
+    return axes | {'layers': [one] * config.num_hidden_layers, 'lm_head': {'weight': head}}
 
 
 def fit_rules(
@@ -197,35 +200,48 @@ def head_weight(params: Params) -> jax.Array:
 def unembed(params: Params, x_BD: Float[Array, '*rows D']) -> Float[Array, '*rows V']:
     """Logits in f32 for the last axis of `x`."""
     w_DV = head_weight(params)
+    if isinstance(w_DV, Int8Weight):
+        return int8.multiply(x_BD, w_DV, jnp.float32)
     return jnp.matmul(x_BD, w_DV.astype(x_BD.dtype), preferred_element_type=jnp.float32)
 
 
-def to_sampling(config: ModelConfig, params: Params, dtype=jnp.float32) -> Params:
-    """Training layout → sampling layout, in `dtype` but for the gains of norms (f32); a jit on the same devices."""
-    layers = [sampling_layer(params['layers'], i, dtype) for i in range(config.num_hidden_layers)]
-    return sampling_ends(params, dtype) | {'layers': layers}
+def to_sampling(config: ModelConfig, params: Params, dtype=jnp.float32, weights: str = 'float') -> Params:
+    """Training layout → sampling layout, in `dtype` but for the gains of norms (f32); a jit on the same devices.
+
+    weights: 'int8' takes the matrices of layers and head in 8 bits.
+    """
+    layers = [sampling_layer(params['layers'], i, dtype, weights) for i in range(config.num_hidden_layers)]
+    return sampling_ends(params, dtype, weights) | {'layers': layers}
 
 
-def sampling_layer(layers: Params, i: int | jax.Array, dtype=jnp.float32) -> Params:
+def sampling_layer(layers: Params, i: int | jax.Array, dtype=jnp.float32, weights: str = 'float') -> Params:
     """Layer `i` of the training layout's stack as the sampling layout has it: adapters added to their weights."""
-    layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), layers)
-    return cast(merge(layer), dtype)
+    layer = merge(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), layers))
+    return cast(change_matrices(layer, int8.quantise) if weights == 'int8' else layer, dtype)
 
 
-def sampling_ends(params: Params, dtype=jnp.float32) -> Params:
-    """The sampling layout but for its layers: embeddings, last norm, head."""
-    ends = {'embed_tokens': params['embed_tokens'], 'norm': params['norm'], 'lm_head': {'weight': head_weight(params)}}
-    return cast(ends, dtype)
+def sampling_ends(params: Params, dtype=jnp.float32, weights: str = 'float') -> Params:
+    """The sampling layout but for its layers: embeddings, last norm, head.
+
+    The table of embeddings is never in 8 bits: a step reads one line a row of it, which saves no time, and a head that
+    is tied to it has a copy of its own here.
+    """
+    head = head_weight(params)
+    if weights == 'int8':
+        head = int8.quantise(head, 1)
+    return cast({'embed_tokens': params['embed_tokens'], 'norm': params['norm'], 'lm_head': {'weight': head}}, dtype)
 
 
 def cast(params: Params, dtype) -> Params:
     """Weights as the trainer's forward pass reads them: the gains of norms, which multiply in f32, stay f32.
 
     Everything else is cast where the trainer uses it, to the same bits. Gains of bf16 raised the deviation between
-    sampler and trainer from 1.8e-3 to 2.9e-3 as soon as training had moved them.
+    sampler and trainer from 1.8e-3 to 2.9e-3 as soon as training had moved them. Matrices in 8 bits stay as they are.
     """
-    gain = lambda path: is_gain([entry.key for entry in path])
-    return jax.tree_util.tree_map_with_path(lambda path, x: x if gain(path) else x.astype(dtype), params)
+    quantised = lambda x: isinstance(x, Int8Weight)
+    kept = lambda path, x: quantised(x) or is_gain([entry.key for entry in path])
+    cast_one = lambda path, x: x if kept(path, x) else x.astype(dtype)
+    return jax.tree_util.tree_map_with_path(cast_one, params, is_leaf=quantised)
 
 
 def is_gain(path: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from retool_jax.core.pytrees import Int8KV, KVCache
+from retool_jax.model import int8
 from retool_jax.model.config import ModelConfig
 
 KV = jax.Array | Int8KV  # keys or values of one layer, [B, K, S, H]
@@ -31,9 +32,7 @@ def slots(cache: KVCache) -> int:
 
 def quantise(x: jax.Array) -> Int8KV:
     """8 bits per number, scaled by the largest magnitude along the last axis: off by at most scale ÷ 2."""
-    x32 = x.astype(jnp.float32)
-    scale = jnp.abs(x32).max(axis=-1) / 127
-    return Int8KV(values=jnp.round(x32 / jnp.maximum(scale, 1e-30)[..., None]).astype(jnp.int8), scale=scale)
+    return Int8KV(*int8.split(x, (x.ndim - 1,)))
 
 
 def write(kv_BKSH: KV, new_RCKH: jax.Array, slot_RC: jax.Array, row_R: jax.Array | None = None) -> KV:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from retool_jax.core.pytrees import Params
+from retool_jax.core.pytrees import Int8Weight, Params
 from retool_jax.core.sharding import constrain, gather
+from retool_jax.model import int8
 from retool_jax.model.config import Llama3Scaling, ModelConfig, YarnScaling
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
@@ -65,8 +66,12 @@ class Projection(nnx.Module):
         self.lora_B = Projection(narrow, outputs, bias=False, scale=0.0, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        dims = (tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted)))
-        y = jax.lax.dot_general(x, gather(self.weight[...], x.dtype, *self.axes), (dims, ((), ())))
+        weight = self.weight.get_value()
+        if isinstance(weight, Int8Weight):
+            y = int8.multiply(x, weight, x.dtype)
+        else:
+            dims = (tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted)))
+            y = jax.lax.dot_general(x, gather(weight, x.dtype, *self.axes), (dims, ((), ())))
         if self.lora_A is not None:
             y = y + self.lora_B(self.lora_A(x))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
@@ -150,6 +155,16 @@ def merge(params: Params) -> Params:
     # An accelerator multiplies f32 in fewer bits unless it is told otherwise.
     product = jnp.tensordot(a, b, axes=1, precision='highest')
     return merged | {'weight': merged['weight'].astype(jnp.float32) + product}
+
+
+def change_matrices(layer: Params, change: Callable[[Any, int], Any]) -> Params:
+    """A layer with change(matrix, number of its input axes) in the place of each projection's matrix."""
+    changed = {name: change_matrices(node, change) if isinstance(node, dict) else node for name, node in layer.items()}
+    for name in PROJECTIONS:
+        if name in changed:
+            inputs = 2 if name == 'o_proj' else 1  # heads × head_dim
+            changed[name] |= {'weight': change(changed[name]['weight'], inputs)}
+    return changed
 
 
 def rope_table(

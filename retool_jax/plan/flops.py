@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jax.extend import core
 
 from retool_jax.model import kernels
@@ -26,13 +27,13 @@ def count(jaxpr, trips: int = 1) -> float:
 
 def traffic(jaxpr, trips: int = 1) -> float:
     """Bytes of the operands and results of all matmuls, of cuDNN's attention and of kernels.decode, and twice those of
-    what is gathered, of all devices together."""
+    what is gathered, of all devices together. What is widened from 8 bits for a matmul is read in 8 bits."""
     return _walk(jaxpr, trips, _bytes)
 
 
 def reads_by_length(jaxpr) -> bool:
     """Whether kernels.decode attends, which reads only the slots of a row that hold tokens."""
-    return _walk(jaxpr, 1, lambda eqn: float(_name(eqn) == kernels.DECODE)) > 0
+    return _walk(jaxpr, 1, lambda eqn, _: float(_name(eqn) == kernels.DECODE)) > 0
 
 
 def _name(eqn) -> str:
@@ -40,14 +41,15 @@ def _name(eqn) -> str:
     return eqn.params['name'] or '' if eqn.primitive.name == 'pallas_call' else eqn.primitive.name
 
 
-def _bytes(eqn) -> float:
+def _bytes(eqn, narrow: dict) -> float:
+    """narrow: what lies there in 8 bits, by the id of the variable that holds it in more."""
     size = lambda v: float(math.prod(v.aval.shape)) * getattr(v.aval.dtype, 'itemsize', 0)
     if eqn.primitive.name == 'gather':  # read where it lay, written side by side
         return 2 * size(eqn.outvars[0])
-    return sum(map(size, (*eqn.invars, *eqn.outvars)))
+    return sum(size(narrow.get(id(v), v)) for v in (*eqn.invars, *eqn.outvars))
 
 
-def _matmul_flops(eqn) -> float:
+def _matmul_flops(eqn, _) -> float:
     name = _name(eqn)
     if name == 'gather':
         return 0.0
@@ -64,11 +66,13 @@ def _matmul_flops(eqn) -> float:
 
 def _walk(jaxpr, trips: int, cost: Callable) -> float:
     """`cost` of every matmul, gather and fused attention, times how often it runs."""
-    total = 0.0
+    total, narrow = 0.0, {}
     for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
         name, params = eqn.primitive.name, eqn.params
         if name in ('dot_general', 'gather') or name in CUDNN or _name(eqn) == kernels.DECODE:
-            total += cost(eqn)
+            total += cost(eqn, narrow)
+        elif name == 'convert_element_type' and eqn.invars[0].aval.dtype == jnp.int8:
+            narrow[id(eqn.outvars[0])] = eqn.invars[0]
         elif name == 'scan':
             total += params['length'] * _walk(params['jaxpr'], trips, cost)
         elif name == 'while':

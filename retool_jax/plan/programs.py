@@ -78,7 +78,8 @@ class Run:
         sampler = stage.sampler
         table = np.zeros((sum(map(len, tags.TAGS)) + 1, model.vocab_size), np.int32)
         self.sampler = Sampler(model, sampler, table, table[:, 0], (0,), self.sampler_mesh)
-        self.sync = Sync(model, sampler.dtype, self.mesh)  # every device at once, before engines take their parts
+        # Every device at once, before engines take their parts.
+        self.sync = Sync(model, sampler.dtype, self.mesh, weights=sampler.weights)
 
         axes, trained = decoder.logical_axes(model), decoder.abstract_params(model)
         rules = decoder.fit_rules(model, self.mesh, sharding.TRAIN_RULES)
@@ -99,9 +100,10 @@ class Run:
         self.gradients = jax.tree.map(lambda x, p: _shape(x, p.sharding), low, self.params)
         self.sampling_params = _put(
             jax.eval_shape(
-                lambda p: decoder.to_sampling(model, p, jnp.dtype(sampler.dtype)), decoder.abstract_params(model)
+                lambda p: decoder.to_sampling(model, p, jnp.dtype(sampler.dtype), sampler.weights),
+                decoder.abstract_params(model),
             ),
-            shardings(model, self.sampler_mesh, sharding.SAMPLE_RULES),
+            shardings(model, self.sampler_mesh, sharding.SAMPLE_RULES, sampler.weights),
         )
 
     def _train_state(self) -> TrainState:

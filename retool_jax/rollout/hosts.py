@@ -140,11 +140,14 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     return _mesh(own, mesh)
 
 
-def make_sync(config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> Callable[[Params], Params]:
+def make_sync(
+    config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh, weights: str = 'float'
+) -> Callable[[Params], Params]:
     """`Sampler.sync` from the training layout on `mesh` to the sampling layout on each process's `local_mesh`."""
     # The cast weights stay split as in training; `device_put` then moves them to the engines' order of devices.
-    cast = sync.Sync(config, dtype, mesh, sharding.TRAIN_RULES)
-    spread, own = (sync.shardings(config, on, sharding.SAMPLE_RULES) for on in (engines_mesh(mesh), local_mesh(mesh)))
+    cast = sync.Sync(config, dtype, mesh, sharding.TRAIN_RULES, weights)
+    lies = lambda on: sync.shardings(config, on, sharding.SAMPLE_RULES, weights)
+    spread, own = lies(engines_mesh(mesh)), lies(local_mesh(mesh))
     return lambda params: localise(jax.device_put(cast(params), spread), own)
 
 

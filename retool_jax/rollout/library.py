@@ -141,6 +141,7 @@ class Engine(engine.Engine):
             decode_rows=decode_rows,
             min_bound=chunk,
             dtype=dtype,
+            weights='float',
             cache_dtype=cache_dtype or dtype,
         )
         tools = executor is not None

@@ -114,7 +114,7 @@ class Sampler:
         )
         self._assign = jax.jit(self._assign_rows, **keep)
         self._fork = jax.jit(self._fork_rows, static_argnames=('bound',), **keep)
-        self.sync = Sync(config, settings.dtype, mesh)
+        self.sync = Sync(config, settings.dtype, mesh, weights=settings.weights)
         self.empty = jax.jit(self._empty, out_shardings=state)  # all rows free
         self.logits_of = jax.jit(lambda state, row: state.logits_BV[row])  # [V]
 

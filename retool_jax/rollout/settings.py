@@ -6,7 +6,7 @@ import dataclasses
 
 from retool_jax.core.checks import MANY, above, check, one_of, within
 from retool_jax.core.errors import UserError
-from retool_jax.model.config import DTYPES
+from retool_jax.model.config import DTYPES, WEIGHTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class SamplerSettings:
     # matmul by its extent: `slots` here makes replays equal to the last bit on those too. H 256
     min_bound: int
     dtype: str  # of activations and sampling weights: 'float32', 'bfloat16' or 'float16'. H bfloat16
+    # 'float': sampling weights in `dtype`; 'int8': matrices of layers and head in 8 bits, a scale per output channel.
+    # Then tokens are drawn from another distribution than the trainer's, which loss.correction weighs. H float
+    weights: str
     cache_dtype: str  # of keys and values: as `dtype`, or 'int8' with a scale per slot and head. H bfloat16
 
     def __post_init__(self):
@@ -36,8 +39,14 @@ class SamplerSettings:
             quota=within(1, 2**16),
             min_bound=within(1, 2**24),
             dtype=one_of(DTYPES),
+            weights=one_of(WEIGHTS),
             cache_dtype=one_of((*DTYPES, 'int8')),
         )
+        if self.weights == 'int8' and self.dtype == 'float16':
+            raise UserError(
+                "weights='int8' adds up products of integers, which may exceed the 65,504 at which ./dtype='float16' "
+                'ends; set ./dtype=bfloat16 or float32'
+            )
         if not 0 <= self.decode_rows <= self.rows:
             raise UserError(f'decode_rows={self.decode_rows} must be from 1 to rows={self.rows}, or 0 for all rows')
 

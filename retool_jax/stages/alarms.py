@@ -87,7 +87,7 @@ class Watch:
         why = (
             'weights move faster than carried episodes end; raise ppo.quanta or lower optimizer.lr'
             if of('partial/stale_tokens')
-            else 'sampler and trainer disagree; compare sampler.dtype with forward.dtype'
+            else 'sampler and trainer disagree; compare sampler.dtype and sampler.weights with forward.dtype'
         )
         found = {
             'entropy': (entropy is not None and entropy < s.entropy_below,

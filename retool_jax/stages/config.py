@@ -329,7 +329,7 @@ class Rollouts:
                 f'ppo.overlong_buffer={self.ppo.overlong_buffer} exceeds '
                 f'turns.max_tokens={self.turns.max_tokens}; choose a smaller one'
             )
-        ppo.check(self.ppo, self.advantage, self.loss, self.train_sampling)
+        ppo.check(self.ppo, self.advantage, self.loss, self.train_sampling, self.sampler.weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,7 @@ class Demo(Rollouts):
     def __post_init__(self):
         super().__post_init__()
         try:
-            ppo.check(self.text_ppo(), self.text.advantage, self.loss, self.train_sampling)
+            ppo.check(self.text_ppo(), self.text.advantage, self.loss, self.train_sampling, self.sampler.weights)
         except UserError as error:
             ours = re.sub(r'\bppo\.(?=critic)|\b(?=advantage\.)', 'text.', str(error))
             raise UserError(ours) from error

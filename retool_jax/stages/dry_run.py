@@ -98,7 +98,8 @@ def run(stage: Reinforcement) -> dict[str, float]:
 def memory(parts: Parts, sampler: Sampler) -> dict[str, float]:
     """Bytes of the large buffers, over all devices; which of them are there at once: train/residency.py."""
     params, learner = parts.progress.state.params, parts.learner
-    to_sampling = functools.partial(decoder.to_sampling, parts.model.config, dtype=jnp.dtype(sampler.settings.dtype))
+    form = dict(dtype=jnp.dtype(sampler.settings.dtype), weights=sampler.settings.weights)
+    to_sampling = functools.partial(decoder.to_sampling, parts.model.config, **form)
     sizes = {
         'frozen weights': size(learner.frozen),
         'policy, f32': size(params['policy']),

@@ -30,9 +30,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RETIRED = ('backend', 'turns.tools')
 RENAMED = {'sampler.group': 'sampler.feed_rows'}  # keys of such folders that have another name by now
 # Keys that earlier versions had not, with what they did.
-ADDED = {'checkpoints.every_s': 0.0, 'forward.gradient_dtype': 'float32', 'mesh.slices': 1} | {
-    f'{block}.kind': 'adamw' for block in ('optimizer', 'critic_optimizer', 'sft_optimizer', 'text.optimizer')
-}
+ADDED = {
+    'checkpoints.every_s': 0.0,
+    'forward.gradient_dtype': 'float32',
+    'mesh.slices': 1,
+    'sampler.weights': 'float',
+} | {f'{block}.kind': 'adamw' for block in ('optimizer', 'critic_optimizer', 'sft_optimizer', 'text.optimizer')}
 LATE_S = 10.0  # in which a file is seen by other hosts: NFS keeps for seconds that there was none
 HOST = socket.gethostname()
 DATA = 'data.json'

@@ -156,7 +156,7 @@ def make_sampler(
     if jax.process_count() == 1 or hosts.spans(mesh):
         return build(mesh)
     sampler = build(hosts.local_mesh(mesh))
-    sampler.sync = hosts.make_sync(model.config, sizes.dtype, mesh)
+    sampler.sync = hosts.make_sync(model.config, sizes.dtype, mesh, sizes.weights)
     return sampler
 
 

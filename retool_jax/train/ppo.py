@@ -65,8 +65,16 @@ class PPOSettings(RolloutSettings):
             )
 
 
-def check(sizes: PPOSettings, advantage: AdvantageSettings, loss: LossSettings, sampling: SamplingSettings) -> None:
+def check(
+    sizes: PPOSettings,
+    advantage: AdvantageSettings,
+    loss: LossSettings,
+    sampling: SamplingSettings,
+    weights: str = 'float',
+) -> None:
     """Refuses blocks of an update that contradict each other: the one check of everything that trains by RL.
+
+    weights: of the sampler (model.config.WEIGHTS).
 
     Raises: UserError naming the keys and the remedy.
     """
@@ -100,6 +108,11 @@ def check(sizes: PPOSettings, advantage: AdvantageSettings, loss: LossSettings, 
         raise UserError(
             f'ppo.quanta={sizes.quanta} trains on tokens of older weights, which loss.correction=none '
             'takes for those of the current ones; set loss.correction=token or sequence'
+        )
+    if weights == 'int8' and sizes.rescore and loss.correction == 'none':
+        raise UserError(
+            "sampler.weights='int8' samples from another distribution than the trainer's, which loss.correction=none "
+            'takes for the same; set loss.correction=token or sequence'
         )
     if sampling.temperature == 0:
         raise UserError('train_sampling.temperature=0.0 draws one answer only; choose one above 0')

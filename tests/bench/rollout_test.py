@@ -138,6 +138,7 @@ def test_the_binary_ends_in_one_line_of_json_with_the_peers_beside_it():
     found = json.loads(done.stdout.splitlines()[-1])
     ratios = [
         'share_of_floor_2',
+        'int8_over_engine_2',
         'tools_over_instant',
         'tools_over_barrier_4',
         'decode_long_over_short',

@@ -6,9 +6,12 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from retool_jax.core.pytrees import Int8Weight
+from retool_jax.model import decoder
 from retool_jax.model.config import TINY
 from retool_jax.plan import chips, engines, facts, guess, memory
 from retool_jax.plan.engines import Prices
@@ -16,6 +19,7 @@ from retool_jax.plan.facts import Facts
 from retool_jax.plan.lengths import Course
 from retool_jax.plan.programs import Run
 from retool_jax.plan.roofline import Assumptions
+from retool_jax.rollout.sync import Sync
 from tests.plan.runs import make_run
 
 ROWS, FEED_ROWS, CHUNK, SLOTS, QUOTA = 64, 8, 64, 256, 16  # of the tiny sampler, whose bounds are 64, 128 and 256
@@ -24,6 +28,7 @@ HALF = ('--config.sampler.dtype=bfloat16', '--config.sampler.cache_dtype=bfloat1
 H100 = chips.CHIPS['h100']
 BANDWIDTH = 0.8 * H100.hbm_bandwidth
 A = Assumptions(tokens=75)
+quantised = lambda x: isinstance(x, Int8Weight)
 
 
 @functools.cache
@@ -151,6 +156,28 @@ def test_hopper_decodes_one_device_by_a_kernel_that_reads_by_length():
     assert decode.slot_flops == pytest.approx(QUOTA * LAYERS * ROWS * HEADS * 4 * 16 * HEAD_DIM)  # one head of 16
     assert not rollout(*HALF, topology='a100:1')[1]['decode'].by_length
     assert not rollout(*HALF, '--config.mesh.tensor=2', topology='h100:2')[1]['decode'].by_length
+
+
+@pytest.mark.parametrize(('topology', 'keys'), [('h100:1', HALF), ('h100:2', ('--config.mesh.tensor=2',))])
+def test_weights_in_8_bits_are_held_and_read_as_they_lie(topology, keys):
+    """By the plan, against the bytes of the sampler's own weights."""
+    make = lambda form: rollout(*keys, f'--config.sampler.weights={form}', topology=topology)
+    (run, plain), (narrow, found) = make('float'), make('int8')
+    chips = run.sampler_mesh.size
+    wide, dtype = jnp.dtype(run.sampler.settings.dtype).itemsize, run.sampler.settings.dtype
+    weights = jax.eval_shape(Sync(TINY, dtype, weights='int8'), decoder.abstract_params(TINY))
+    matrices = [x for x in jax.tree.leaves(weights, is_leaf=quantised) if quantised(x)]
+    numbers, scales = (sum(getattr(x, part).size for x in matrices) for part in ('values', 'scale'))
+    assert len(matrices) == 7 * LAYERS + 1
+    held = {form: memory.buffers(r)['sampling weights'] for form, r in (('float', run), ('int8', narrow))}
+    split = lambda x: x.values.shape[-1] == TINY.hidden_size  # o_proj, down_proj: each chip has all their channels
+    whole = sum(x.scale.size for x in matrices if split(x))
+    assert held['float'] - held['int8'] == (wide - 1) * numbers / chips - 4 * (whole + (scales - whole) / chips)
+    if chips == 1:
+        assert held['int8'] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    for name, steps in (('decode', QUOTA), ('extend', 1)):
+        assert plain[name].moved - found[name].moved == pytest.approx(steps * (wide - 1) * numbers / chips)
+        assert plain[name].flops == found[name].flops and plain[name].slot_moved == found[name].slot_moved
 
 
 def test_less_is_read_where_rows_are_shorter():

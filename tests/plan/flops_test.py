@@ -98,6 +98,14 @@ def test_traffic_is_what_matmuls_read_and_write():
     assert flops.traffic(jax.jit(layers).trace(X, W).jaxpr) == 5 * 4 * (8 * 16 + 16 * 16 + 8 * 16)
 
 
+def test_what_is_widened_from_8_bits_for_a_matmul_is_read_in_8_bits():
+    found = lambda f, dtype: flops.traffic(jax.jit(f).trace(X, jax.ShapeDtypeStruct(W.shape, dtype)).jaxpr)
+    one = lambda x, w: x @ w.astype(x.dtype)[0].T @ w[1].astype(x.dtype)
+    assert found(one, jnp.int8) == found(one, jnp.bfloat16) - (4 - 1) * 16 * 16  # the first is taken out of a wide copy
+    ahead = lambda x, w: layers(x, w.astype(x.dtype))  # before the scan, which reads what was written
+    assert found(ahead, jnp.int8) == found(ahead, jnp.bfloat16) == 5 * 4 * (8 * 16 + 16 * 16 + 8 * 16)
+
+
 def test_cudnns_attention_is_causal_and_moves_its_operands_and_results_alone():
     b, t, n, k, h = 2, 256, 8, 2, 64
     make = lambda heads: jax.ShapeDtypeStruct((b, t, heads, h), jnp.bfloat16)

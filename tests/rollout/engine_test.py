@@ -41,6 +41,7 @@ SIZES = SamplerSettings(
     decode_rows=0,
     min_bound=256,
     dtype='float32',
+    weights='float',
     cache_dtype='float32',
 )
 TURNS = turns.TurnSettings(

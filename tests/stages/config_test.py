@@ -143,6 +143,8 @@ def test_every_key_refuses_another_type_and_is_named(spec):
         ({'ppo.quanta': 2, 'halves.train': False}, 'ppo.quanta=2.*ppo.quanta=0'),
         ({'ppo.dynamic_rounds': 2, 'ppo.samples': 1}, 'ppo.dynamic_rounds=2.*samples=1'),
         ({'sampler.decode_rows': 65}, 'sampler.decode_rows=65.*rows=64'),
+        ({'sampler.weights': 'int8', 'loss.correction': 'none'}, "sampler.weights='int8' samples from another"),
+        ({'sampler.weights': 'int8', 'sampler.dtype': 'float16'}, "sampler.weights='int8'.* sampler.dtype=bfloat16"),
         ({'forward.logprob_chunk': 7}, 'forward.logprob_chunk=7 does not divide row_width=200'),
         ({'forward.attention': 'splash'}, 'forward.row_width=200 is no multiple of 128, which attention=splash'),
         ({'forward.attention': 'cudnn'}, 'forward.attention=cudnn has no float32 kernel'),

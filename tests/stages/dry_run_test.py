@@ -33,6 +33,15 @@ def test_one_step_on_fake_tools_prints_its_memory_and_writes_nothing(folder, cap
     assert 'optimizer state' in printed and 'time/update_s' in printed and 'episodes' in printed
 
 
+def test_a_step_may_sample_with_weights_in_8_bits(folder, capsys):
+    stage = killable.make_stage(folder, 'narrow', **{'sampler.weights': 'int8'})
+    with killable.tiny_world(folder, 'narrow'):
+        found = dry_run.run(stage)
+    assert found['sampling weights'] < 0.75 * found['policy, f32']  # its table of embeddings is in f32
+    rows = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split()) > 1)
+    assert float(rows['mismatch/logprob_abs_max']) > 1e-4
+
+
 def test_fake_tools_answer_at_once():
     assert dry_run.FakeTools().submit('print(1)').result(0).stdout == '42\n'
 

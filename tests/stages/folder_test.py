@@ -215,6 +215,14 @@ def test_a_folder_of_an_earlier_version_goes_on_with_all_weights_and_not_with_ad
     assert json.loads((directory / 'config.json').read_text())['lora']['rank'] == 0
 
 
+def test_a_folder_of_an_earlier_version_goes_on_with_weights_as_they_were(tmp_path):
+    directory = claim(make_config(tmp_path / 'run', sampler={'rows': 64}))
+    put_result(directory, 'episodes')
+    with pytest.raises(UserError, match=r"sampler.weights: '\(absent\)', now 'int8'"):
+        claim(make_config(directory, sampler={'rows': 64, 'weights': 'int8'}))
+    claim(make_config(directory, sampler={'rows': 64, 'weights': 'float'}))
+
+
 def test_a_folder_of_an_earlier_version_goes_on_where_a_key_has_another_name_by_now(tmp_path):
     directory = claim(make_config(tmp_path / 'run', sampler={'group': 8, 'rows': 64}))
     put_result(directory, 'episodes')

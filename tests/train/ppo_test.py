@@ -161,6 +161,18 @@ def test_tokens_of_older_weights_are_refused_where_nothing_weighs_them():
     ppo.check(SETTINGS, small.make_advantage(), small.make_loss(correction='none'), WHOLE)
 
 
+def test_tokens_of_weights_in_8_bits_are_refused_where_nothing_weighs_them():
+    check = lambda sizes, kind: ppo.check(
+        sizes, small.make_advantage(kind='grpo'), small.make_loss(correction=kind), WHOLE, 'int8'
+    )
+    sizes = dataclasses.replace(SETTINGS, critic='none', samples=2)
+    with pytest.raises(UserError, match="sampler.weights='int8' .* set loss.correction=token or sequence"):
+        check(sizes, 'none')
+    check(sizes, 'token')
+    check(dataclasses.replace(sizes, quanta=4), 'sequence')  # age and 8 bits are one ratio
+    check(dataclasses.replace(sizes, minibatches=1, rescore=False), 'none')  # the loss's own ratio weighs them
+
+
 def test_a_warm_up_of_no_critic_is_refused():
     with pytest.raises(UserError, match="critic_warmup_steps=20 .* ppo.critic='none' .* set ppo.critic_warmup_steps=0"):
         dataclasses.replace(SETTINGS, critic='none', critic_warmup_steps=20)

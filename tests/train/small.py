@@ -158,6 +158,7 @@ def make_sampler(rows: int = 4) -> Sampler:
         decode_rows=0,
         min_bound=128,
         dtype='float32',
+        weights='float',
         cache_dtype='float32',
     )
     return Sampler(SPEAKER, sizes, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids)
