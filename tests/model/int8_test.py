@@ -35,6 +35,7 @@ def narrow(config, dtype='float32', params=None):
     return Sync(config, dtype, weights='int8')(make_params(config) if params is None else params)
 
 
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
 def run(config, weights, tokens, dtype=jnp.float32):
     """Logits of a prompt and of one token after it, [B, 2, V]."""
     b, t = tokens.shape
@@ -101,8 +102,7 @@ def test_a_row_does_not_depend_on_the_others_to_the_last_bit():
     config = CONFIGS['qwen2']
     weights, tokens = narrow(config), make_tokens(config, 4, 12)
     others = np.where(np.arange(4)[:, None] == 2, tokens, make_tokens(config, 4, 12, seed=7))
-    step = jax.jit(functools.partial(run, config))
-    found, again = (np.asarray(step(weights, x)) for x in (tokens, others))
+    found, again = (np.asarray(run(config, weights, x)) for x in (tokens, others))
     np.testing.assert_array_equal(found[2], again[2])
     assert (found[[0, 1, 3]] != again[[0, 1, 3]]).any(axis=(1, 2)).all()
 
@@ -142,8 +142,7 @@ def test_a_mesh_holds_the_same_bits_and_a_scale_lies_as_its_channels(engines):
     assert parts(layer['mlp']['down_proj']) == [(16, 32), (32,)]
     assert parts(found['lm_head']) == [(32, 24), (24,)]
     tokens = make_tokens(config, 4, 12)
-    step = jax.jit(functools.partial(run, config))
-    np.testing.assert_allclose(step(found, tokens), step(one, tokens), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(config, found, tokens), run(config, one, tokens), rtol=1e-4, atol=1e-4)
 
 
 def test_where_they_lie_is_said_for_every_array():
