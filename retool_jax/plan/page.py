@@ -193,6 +193,11 @@ def _lengths(r: dict, sigma: float) -> str:
     )
 
 
+def spell(seconds: float) -> str:
+    """Whole seconds, or three digits of less than ten."""
+    return f'{seconds:,.0f}' if seconds >= 10 else f'{seconds:.3g}'
+
+
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Columns as wide as their widest entry."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]

@@ -108,7 +108,7 @@ def text(search: dict) -> str:
     how = 'by shapes' if search['estimated'] else 'compiled'
     rows = [
         [
-            f'{row["seconds"]:,.0f}', *(f'{seconds:,.0f}' for seconds in row['phases'].values()),
+            page.spell(row['seconds']), *map(page.spell, row['phases'].values()),
             f'{row["memory"]["share"]:.0%} ({row["memory"]["phase"]})',
             ', '.join(f'{cause} {share:.0%}' for cause, share in row['bounds'].items()) if row['fits'] else
             f'memory: {row["memory"]["phase"]}' + (', the compiler refuses' if row['memory']['refused'] else ''),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from retool_jax.core.errors import UserError
+from retool_jax.plan import page
 from retool_jax.plan.chips import Slice
 from retool_jax.plan.memory import LIMIT
 from retool_jax.plan.plans import Plans, changed
@@ -89,14 +90,15 @@ def text(split: dict) -> str:
     """The same for people."""
     if 'refused' in split:
         return f'Split: {split["refused"]}'
-    saved = 1 - split['seconds'] / split['turns_s']
-    rollout, training = split['shares']['rollout'], split['shares']['training']
-    old = {'none': ', which loss.correction=none takes for those of the current ones'}.get(split['correction'], '')
+    saved, spell = 1 - split['seconds'] / split['turns_s'], page.spell
+    rollout, training = (f'{share:.0%} of memory' for share in split['shares'].values())
+    old = ', which loss.correction=none takes for those of the current ones' if split['correction'] == 'none' else ''
     return '\n'.join([
         'Split, an ESTIMATE from shapes: rollout and training each on half the slice, a step apart',
-        f'  in turns on {2 * split["chips"]} chips: {split["turns_s"]:,.0f} s a step',
-        f'  on {split["chips"]} chips each: rollout {split["rollout_s"]:,.0f} s ({rollout:.0%} of memory), training '
-        f'{split["training_s"]:,.0f} s ({training:.0%}), weights {split["weights"] / 1e9:,.1f} GB over {split["link"]} '
-        f'{split["weights_s"]:.2g} s: {split["seconds"]:,.0f} s a step, {abs(saved):.0%} '
-        f'{"less" if saved > 0 else "more"}' + ('' if split['fits'] else '; it does not fit'),
+        f'  in turns on {2 * split["chips"]} chips: {spell(split["turns_s"])} s a step',
+        f'  on {split["chips"]} chips each: rollout {spell(split["rollout_s"])} s ({rollout}), '
+        f'training {spell(split["training_s"])} s ({training}), '
+        f'weights {split["weights"] / 1e9:,.1f} GB over {split["link"]} {spell(split["weights_s"])} s: '
+        f'{spell(split["seconds"])} s a step, {abs(saved):.0%} {"less" if saved > 0 else "more"}'
+        + ('' if split['fits'] else '; it does not fit'),
         f'  episodes are of weights one step old{old}; in turns they are of the current ones'])  # fmt: skip
