@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from retool_jax.core import cli, settings
 from retool_jax.model.config import TINY, to_hf
-from retool_jax.plan import chips
+from retool_jax.plan import chips, hlo
+from retool_jax.plan.programs import Run
+from retool_jax.stages.config import Reinforcement
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {'sync layer', 'sync ends', 'apply', 'score policy', 'update policy', 'score critic', 'update critic',
@@ -110,3 +113,21 @@ def test_a_cache_that_does_not_fit_is_said_with_a_number_of_rows_that_does(plan)
     assert remedy.startswith('sampler.rows=')
     status, found = plan(f'--config.{remedy.split()[0]}')
     assert status == 0 and 0.3 < found['phases'][0]['share'] <= 0.9
+
+
+def test_weights_in_8_bits_go_into_the_matmuls_as_they_lie():
+    """No instruction of a decode call, whose fusions widen on chip, makes or carries a matrix in 16 bits."""
+    model = dataclasses.replace(MODEL, num_hidden_layers=1, intermediate_size=1536, vocab_size=1024)
+    keys = ('--config.mesh.tensor=2', '--config.sampler.dtype=bfloat16', '--config.sampler.cache_dtype=bfloat16')
+
+    def carried(form: str) -> dict[str, int]:
+        command = ['plan', '--config=configs/ppo.py:tiny', *keys, f'--config.sampler.weights={form}']
+        run = Run(settings.build(Reinforcement, cli.parse_config(command)), model, chips.open_slice('v5e:2x2'))
+        decode = next(program for program in run.programs() if program.name == 'decode')
+        module = hlo.Module(decode.function.trace(**decode.arguments).lower().compile().as_text(), decode.trips)
+        lines = [i for name, _ in module.runs() for i in module.computations[name].values()]
+        # gate_proj and up_proj on one of two chips
+        return {kind: sum(f'{kind}[256,768]' in i.shape for i in lines) for kind in ('f32', 'bf16', 's8')}
+
+    plain, narrow = carried('float'), carried('int8')
+    assert plain['bf16'] > 0 and narrow['s8'] > 0 and narrow['bf16'] == narrow['f32'] == plain['s8'] == 0
