@@ -121,7 +121,8 @@ class Groups:
         mounts = _mounts()
         for controller in _V1:
             for mount, root, options, kind in mounts:
-                if kind == 'cgroup' and controller in options:
+                # The first will do: one mounted twice has the same files, and its lock would wait for ours.
+                if kind == 'cgroup' and controller in options and controller not in self.roots:
                     self._adopt(controller, _bases(mount, root, own.get(controller, '/')))
         if self.roots:
             self.version = 1

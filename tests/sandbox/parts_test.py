@@ -127,6 +127,17 @@ def test_without_writable_groups_everything_is_said_to_be_missing(monkeypatch):
     assert (lease.enforced, lease.cpu_s(), lease.oom_kills(), lease.peak_mb()) == (set(), 0.0, 0, 0.0)
 
 
+def test_a_hierarchy_of_version_1_that_is_mounted_twice_is_used_once(tmp_path, monkeypatch):
+    (tmp_path / 'memory').mkdir()
+    (tmp_path / 'again').symlink_to('memory')
+    places = [(str(tmp_path / name), '/', {'memory'}, 'cgroup') for name in ('memory', 'again')]
+    monkeypatch.setattr(cgroups, '_mounts', lambda: places)
+    monkeypatch.setattr(cgroups, '_own_groups', lambda: {'memory': '/'})
+    groups = cgroups.Groups()  # a second lock of the same directory would wait for the first for ever
+    assert groups.version == 1 and groups.roots == {'memory': tmp_path / 'memory' / groups.name}
+    groups.remove()
+
+
 def _groups_on(tree: Path, monkeypatch) -> cgroups.Groups:
     monkeypatch.setattr(cgroups, '_mounts', lambda: [(str(tree), '/', set(), 'cgroup2')])
     monkeypatch.setattr(cgroups, '_own_groups', lambda: {'': '/'})
