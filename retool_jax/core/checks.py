@@ -15,6 +15,7 @@ from retool_jax.core.errors import UserError
 MANY = 2**31 - 1  # the largest int32: steps, tokens and rows are counted in compiled programs
 STORE = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')  # how the address of a store begins: gs://, s3://
 NO_STORE = 'must be a path of this machine; a store (gs://, s3://, …) has to be mounted or copied first'
+READ, WRITTEN = ('gs', 's3', 'az', 'memory'), ('gs',)  # stores that models and data come from, that hold runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,3 +71,19 @@ def filled() -> Rule:
 def local_path() -> Rule:
     """A path of a file system of this machine: stores such as gs:// and s3:// are neither read nor written."""
     return Rule(lambda x: bool(x.strip()) and '\0' not in x and not STORE.match(x), NO_STORE)
+
+
+def refuse_store(key: str, value: str | None) -> None:
+    """Raises a UserError where a key holds no path of this machine; None passes."""
+    if value is not None and not local_path().holds(value):
+        raise UserError(f'{key}={value!r} {NO_STORE}')
+
+
+def address(kinds: Iterable[str] = READ) -> Rule:
+    """A path of a file system of this machine, or an address in a store of these kinds."""
+    begin = re.compile(rf'({"|".join(kinds)})://[^/\s]')
+    known = ', '.join(f'{kind}://' for kind in kinds)
+    return Rule(
+        lambda x: local_path().holds(x) or ('\0' not in x and begin.match(x) is not None),
+        f'must be a path of this machine or an address of {known}; another store has to be mounted or copied first',
+    )

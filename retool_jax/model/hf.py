@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import math
-import mmap
 import os
 import shutil
 import struct
@@ -23,13 +22,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from retool_jax.core.checks import NO_STORE, STORE
+from retool_jax.core import storage
+from retool_jax.core.checks import NO_STORE
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import decoder
 from retool_jax.model.config import ModelConfig, load_config, to_hf
 from retool_jax.model.layers import merge
-from retool_jax.model.tensor_files import INDEX, SINGLE, Tensor, read_headers
+from retool_jax.model.tensor_files import INDEX, SINGLE, Tensor, read_headers, read_rows
 
 # Our path: its name in the checkpoint ({} is the layer), and how many leading axes of ours are inputs.
 # A checkpoint holds a matrix as [outputs, inputs], each flattened; None: the same shape in both.
@@ -131,9 +131,10 @@ def load(
     Raises: UserError naming a missing or truncated file, a field of config.json that differs, or
     the tensors that are missing, extra or of another shape.
     """
-    directory = Path(directory)
-    _compare_configs(load_config(directory), config, directory)
-    tensors = read_headers(directory)
+    files, directory = storage.model_files('model.path', os.fspath(directory)), storage.path(directory)
+    _compare_configs(load_config(files), config, directory)
+    with storage.told('model.path', str(directory)):
+        tensors = read_headers(directory)
     wanted = leaves(config)
     _compare_tensors(tensors, wanted, config, directory)
     homes = (
@@ -186,24 +187,25 @@ def _put(tensor: Tensor, shape: list[int], sharding, dtype: np.dtype) -> jax.Arr
     """A tensor of a file as a device array, of the narrower of both dtypes."""
     stored = jnp.dtype(DTYPES[tensor.dtype])
     dtype = min(stored, dtype, key=lambda d: d.itemsize)
-    with open(tensor.file, 'rb') as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    flat = np.frombuffer(mapped, stored, math.prod(tensor.shape), tensor.offset)
-    view, parts = flat.reshape(shape), {}
+    where = None if sharding is None else sharding.addressable_devices_indices_map(tuple(shape))
+    spans = [(0, shape[0])] if where is None else [index[0].indices(shape[0])[:2] for index in where.values()]
+    first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
+    view, let_go = read_rows(tensor, stored, shape, first, last)
+    parts = {}
 
     def cut(index: tuple[slice, ...]) -> np.ndarray:
         if index not in parts:  # replicas share one
-            source = view[index]
+            start, stop, _ = index[0].indices(shape[0])
+            source = view[(slice(start - first, stop - first), *index[1:])]
             parts[index] = part = np.empty(source.shape, dtype)
             rows = max(1, BLOCK // (view.strides[0] or 1))
             for start in range(0, len(source), rows):
                 part[start : start + rows] = source[start : start + rows]
-                mapped.madvise(mmap.MADV_DONTNEED)
+                let_go()
         return parts[index]
 
-    if sharding is None:
+    if where is None:
         return jax.device_put(cut((slice(None),) * len(shape)))
-    where = sharding.addressable_devices_indices_map(tuple(shape))
     arrays = [jax.device_put(cut(index), device) for device, index in where.items()]
     return jax.make_array_from_single_device_arrays(tuple(shape), sharding, arrays)
 
@@ -332,7 +334,7 @@ def write_file(
 
 def refuse_existing(directory: str | os.PathLike) -> None:
     """Raises UserError where writing would touch what is there."""
-    if STORE.match(os.fspath(directory)):
+    if storage.is_store(directory):
         raise UserError(f'{directory} {NO_STORE}')
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

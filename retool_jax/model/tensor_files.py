@@ -1,4 +1,4 @@
-"""Where the tensors of a directory of safetensors files lie; their numbers stay on disk.
+"""Where the tensors of a directory of safetensors files lie; their numbers stay on disk, or in a store.
 
 The format: 8 bytes with the length of a JSON header, the header, raw data. A broken file is named here, before
 anything is allocated.
@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import mmap
+import os
 import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from retool_jax.core import pointers
+import numpy as np
+
+from retool_jax.core import pointers, storage
 from retool_jax.core.errors import UserError
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -21,7 +27,7 @@ SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 class Tensor:
     """Where a tensor lies, in which file."""
 
-    file: Path
+    file: Path  # or of a store (storage.path)
     offset: int
     dtype: str
     shape: tuple[int, ...]
@@ -62,8 +68,9 @@ def _read_index(file: Path) -> dict[str, str]:
 
 def _read_header(file: Path) -> dict[str, Tensor]:
     pointers.refuse(file)
-    size = file.stat().st_size
     with file.open('rb') as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(0)
         length = struct.unpack('<Q', f.read(8))[0] if size >= 8 else size
         if 8 + length > size:
             raise UserError(
@@ -83,3 +90,20 @@ def _read_header(file: Path) -> dict[str, Tensor]:
     if size < end:
         raise UserError(f'model.path: {file} is truncated: {size} bytes of {end}; download it again')
     return tensors
+
+
+def read_rows(
+    tensor: Tensor, dtype: np.dtype, shape: Sequence[int], first: int, last: int
+) -> tuple[np.ndarray, Callable[[], None]]:
+    """Rows `first` … `last` − 1 of a tensor that is stored in `dtype`, seen as of this shape: [last − first, …].
+
+    Of a file it is mapped, and the function let goes of the pages that were read; of a store those bytes are read.
+    """
+    row = math.prod(shape[1:])
+    if not isinstance(tensor.file, Path):
+        start, size = tensor.offset + first * row * dtype.itemsize, (last - first) * row * dtype.itemsize
+        return storage.read_range(tensor.file, start, size).view(dtype).reshape(last - first, *shape[1:]), lambda: None
+    with open(tensor.file, 'rb') as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    flat = np.frombuffer(mapped, dtype, math.prod(tensor.shape), tensor.offset)
+    return flat.reshape(shape)[first:last], lambda: mapped.madvise(mmap.MADV_DONTNEED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from retool_jax.core import storage
 from retool_jax.core.errors import UserError
 from retool_jax.model.config import TINY, ModelConfig, load_config
 
@@ -35,7 +36,7 @@ def sizes(path: str | None, name: str) -> ModelConfig:
     Raises: UserError for a name without published sizes.
     """
     if path is not None:
-        return load_config(path)
+        return load_config(storage.model_files('model.path', path))
     if name == 'tiny':
         return TINY
     kind = next((kind for kind, table in _TABLES.items() if name in table), None)

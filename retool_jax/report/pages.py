@@ -7,6 +7,7 @@ import time
 from html import escape
 from pathlib import Path
 
+from retool_jax.core import mirror
 from retool_jax.report import analysis, browser, code_use, curves, hosts, labels, scores, yields
 from retool_jax.report.analysis import CodeUse
 from retool_jax.report.browser import Limits
@@ -20,7 +21,11 @@ def write(run_dir: str | os.PathLike, limits: Limits = Limits()) -> Path:  # noq
 
     Raises: UserError where the folder holds nothing to report or a file in it is damaged.
     """
-    run = Run(run_dir)
+    with mirror.visited(run_dir) as directory:
+        return mirror.place(_write(Run(directory), limits))
+
+
+def _write(run: Run, limits: Limits) -> Path:
     uses, chosen = read_episodes(run, limits)
     index, blocks, with_tokens = browser.embed(run, chosen, limits)
     total = sum(map(run.count, run.parts))

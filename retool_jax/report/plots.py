@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from retool_jax.core import mirror
 from retool_jax.core.errors import UserError
 from retool_jax.report import labels, scores
 from retool_jax.report.curves import held_out, series_of
@@ -26,17 +27,23 @@ def curves(run_dir: str | os.PathLike) -> Path:
 
     Returns the picture's path. Raises: UserError where the run has neither RL curves nor scores.
     """
+    with mirror.visited(run_dir) as directory:
+        return mirror.place(_curves(Run(directory)))
+
+
+def _curves(run: Run) -> Path:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    run = Run(run_dir)
     ppo = [p for p in run.points if p.stage == 'ppo']
     panels = [(title, share, series) for metric, title, share in PANELS if (series := series_of(ppo, metric))]
     blocks = scores.score_blocks(run.summary)
     count = len(panels) + bool(blocks)
     if not count:
-        raise UserError(f'run folder {str(run_dir)!r} holds neither RL metrics nor scores: nothing to draw')
+        raise UserError(
+            f'run folder {str(mirror.place(run.directory))!r} holds neither RL metrics nor scores: nothing to draw'
+        )
     style = {'font.size': 9.5, 'text.color': INK, 'axes.labelcolor': SOFT, 'xtick.color': SOFT, 'ytick.color': SOFT}
     with rc_context(style):
         figure = Figure(figsize=(3.4 * count, 2.9), dpi=160, layout='constrained', facecolor='white')

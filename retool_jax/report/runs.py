@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from retool_jax.core import episode_files, metrics
+from retool_jax.core import episode_files, metrics, storage
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem, Reward, Stop, ToolCall, Verdict
 from retool_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -148,11 +148,11 @@ class Run:
         """The model's tokenizer where its directory is still there: the run's own, else the configured one."""
         paths = [self.directory / 'model', self.directory / 'tool_rl', (self.config.get('model') or {}).get('path')]
         for path in paths:
-            if path and Path(path).is_dir():
-                try:
-                    return load_tokenizer(path)
-                except ValueError:
-                    continue
+            try:
+                if path and (files := storage.model_files('model.path', os.fspath(path))).is_dir():
+                    return load_tokenizer(files)
+            except ValueError:
+                continue
         return None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
-from retool_jax.core import console, processes
+from retool_jax.core import console, mirror, processes, storage
 from retool_jax.core.records import Problem
 from retool_jax.stages import folder, parts
 from retool_jax.stages.config import ColdStart, Mix
@@ -25,12 +25,13 @@ def run(stage: ColdStart) -> None:
     """Writes the traces that hold to `episodes/`, and what was kept and dropped to summary.json."""
     processes.refuse('a cold start')
     leave_out = stage.reward.unreadable == 'leave_out'
-    rewritten, remarks = problems.load_traces(stage.traces, leave_out) if stage.traces else (None, [])
+    traces = storage.local('traces', stage.traces) if stage.traces else None
+    rewritten, remarks = problems.load_traces(traces, leave_out) if traces else (None, [])
     for line in remarks:
         console.say(line)
-    own = golds.own(rewritten, stage.traces) if rewritten else set()
+    own = golds.own(rewritten, traces) if rewritten else set()
     if stage.golds:
-        rewritten, own = golds.join(rewritten, own, problems.read(stage.golds))
+        rewritten, own = golds.join(rewritten, own, problems.read(storage.local('golds', stage.golds)))
     told = read_worked(stage.worked, stage.problems, stage.run.seed) if stage.worked else None
     with parts.open_grader(stage.reward) as grader:
         if rewritten:
@@ -38,7 +39,7 @@ def run(stage: ColdStart) -> None:
         with folder.claimed(stage) as directory, parts.open_sandbox(stage.sandbox) as pool:
             model = parts.open_model(stage.model, directory)
             wording = Wording(model.template, model.tokenizer, stage.feedback, stage.max_tokens)
-            console.banner(model=model, sandbox=pool, run=directory)
+            console.banner(model=model, sandbox=pool, run=mirror.place(directory))
             if rewritten is not None:
                 items = [repair.read(problem, text) for problem, text in rewritten]
             elif told is not None:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
-from retool_jax.core.checks import MANY, Rule, above, check, filled, local_path, one_of, within
+from retool_jax.core.checks import MANY, WRITTEN, Rule, above, address, check, filled, local_path, one_of, within
 from retool_jax.core.endpoint_settings import EndpointSettings
 from retool_jax.core.episode_files import EpisodeSettings
 from retool_jax.core.errors import UserError
@@ -39,18 +39,19 @@ ENGINE, ENDPOINT = BACKENDS = 'engine', 'endpoint'
 class RunSettings:
     """Where a run writes, and its seed."""
 
-    dir: str  # the folder a run writes to and goes on in; made where it is missing, a path of this file system
+    # the folder a run writes to and goes on in; made where it is missing: a path, or an address gs://BUCKET/…
+    dir: str
     seed: int  # of everything drawn: first weights, order of problems, tokens; 0 to 2³¹ − 1
 
     def __post_init__(self):
-        check(self, dir=local_path(), seed=within(0, MANY))
+        check(self, dir=address(WRITTEN), seed=within(0, MANY))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """Which model, and how it is spoken to."""
 
-    path: str | None  # a Hugging Face directory; None: the embedded model with random weights
+    path: str | None  # a Hugging Face directory, or its address; None: the embedded model with random weights
     name: str  # launch/plan.py knows the sizes of published models by it, without their files
     template: str  # family of prompts: text.template.NAMES; 'own' is the chat template beside the model's tokenizer
     tools: bool  # False: a model without an interpreter, the text-only baseline. P §3.2
@@ -59,7 +60,7 @@ class ModelSettings:
     instruction: str | None
 
     def __post_init__(self):
-        check(self, path=local_path(), instruction=local_path(), name=filled(), template=one_of(template.NAMES))
+        check(self, path=address(), instruction=local_path(), name=filled(), template=one_of(template.NAMES))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ class DataSettings:
     weights: tuple[float, ...]
 
     def __post_init__(self):
-        check(self, sources=local_path(), weights=above(0, 1e9))
+        check(self, sources=address(), weights=above(0, 1e9))
         if self.weights and len(self.weights) != len(self.sources):
             raise UserError(f'weights={self.weights} needs one weight for each of the {len(self.sources)} data.sources')
 
@@ -158,7 +159,7 @@ class HalvesSettings:
     train: bool  # False: episodes are made and kept, and the weights stay as they are
 
     def __post_init__(self):
-        check(self, episodes=local_path())
+        check(self, episodes=address())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +173,7 @@ class ValidationSettings:
     samples: int  # answers per problem, 1 to 65,536. P 32
 
     def __post_init__(self):
-        check(self, problems=local_path(), limit=within(1, MANY), every=within(1, MANY), samples=within(1, 2**16))
+        check(self, problems=address(), limit=within(1, MANY), every=within(1, MANY), samples=within(1, 2**16))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,8 +218,8 @@ class ColdStart:
     def __post_init__(self):
         check(
             self,
-            traces=local_path(),
-            golds=local_path(),
+            traces=address(),
+            golds=address(),
             problems=within(1, PROBLEMS),
             max_tokens=within(1, MANY),
             worked=Rule(gym.named, f'must be a generator: {gym.PREFIX}NAME'),
@@ -255,7 +256,7 @@ class FineTuning:
     checkpoints: CheckpointSettings
 
     def __post_init__(self):
-        check(self, traces=local_path(), unreadable=one_of(UNREADABLE))
+        check(self, traces=address(), unreadable=one_of(UNREADABLE))
         if self.traces is None:
             raise UserError('config.traces is missing; give the episodes/ folder that launch/cold_start.py wrote')
         require_path(self.model)
@@ -283,7 +284,7 @@ class Evaluation:
     reward: RewardSettings
 
     def __post_init__(self):
-        check(self, problems=local_path(), limit=within(1, MANY), samples=within(1, 2**16), backend=one_of(BACKENDS))
+        check(self, problems=address(), limit=within(1, MANY), samples=within(1, 2**16), backend=one_of(BACKENDS))
         if self.problems is None:
             raise UserError('config.problems is missing; give a problem file')
         if self.backend == ENGINE:

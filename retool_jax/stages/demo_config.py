@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from retool_jax.algo.settings import AdvantageSettings
-from retool_jax.core.checks import MANY, Rule, below, check, local_path, one_of, within
+from retool_jax.core.checks import MANY, Rule, below, check, local_path, one_of, refuse_store, within
 from retool_jax.core.errors import UserError
 from retool_jax.stages.config import (
     PROBLEMS,
@@ -35,8 +35,7 @@ class HeldOutSettings:
     def __post_init__(self):
         check(self, headline=local_path())
         for name, source in self.apart.items():
-            if source is not None and not local_path().holds(source):
-                raise UserError(f'apart.{name}={source!r} {local_path().words}')
+            refuse_store(f'apart.{name}', source)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +104,8 @@ class Demo(Rollouts):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_store('run.dir', self.run.dir)
+        refuse_store('model.path', self.model.path)
         try:
             ppo.check(self.text_ppo(), self.text.advantage, self.loss, self.train_sampling, self.sampler.weights)
         except UserError as error:

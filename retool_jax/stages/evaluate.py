@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from retool_jax.core import console, episode_files, processes, signals
+from retool_jax.core import console, episode_files, mirror, processes, signals
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
 from retool_jax.core.pytrees import Params
@@ -60,7 +60,7 @@ def run(stage: Evaluation) -> dict:
             **({} if mesh is None else {'mesh': dict(mesh.shape)}),
             sandbox=pool or 'none',
             problems=f'{len(problems)} of {name} × {stage.samples} samples',
-            run=directory,
+            run=mirror.place(directory),
         )
         advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * stage.samples))
         episodes = run_kept(
@@ -151,6 +151,7 @@ def run_kept(
         if own or processes.leads():  # in lockstep every process makes all of them
             grading.grade(waiting, grader, tokenizer)
             episode_files.write(unfinished, f'part_{process:03d}_{count:05d}', waiting, tokenizer.decode)
+            mirror.publish(directory)
         count += 1
         waiting.clear()
 
@@ -168,11 +169,14 @@ def run_kept(
                 keep()
         processes.agree(processes.gather(signals.told()))
     if folder_of == unfinished and processes.leads():
+        mirror.refresh(directory)
         found = {(e.problem.id, e.sample): e for e in episode_files.read(unfinished)}
         with uninterrupted():
             episode_files.write(directory, name, [found[key] for key in order], tokenizer.decode)
             shutil.rmtree(unfinished, ignore_errors=True)
+            mirror.publish(directory)
     processes.wait()
+    mirror.refresh(directory)
     journal.forget(1)  # of step 0, and nothing is unfinished any more
     return episode_files.read(directory, name)
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import jax
 
-from retool_jax.core import episode_files, metrics, processes, settings
+from retool_jax.core import episode_files, metrics, mirror, processes, settings, storage
 from retool_jax.core.cli import command
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
@@ -23,7 +23,7 @@ from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout.journal import Journal
 from retool_jax.stages import owner
 from retool_jax.stages.config import ENGINE, RunSettings
-from retool_jax.stages.owner import NAME, Owner
+from retool_jax.stages.owner import NAME, Claim, Owner
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Keys of folders that earlier versions made, where the stage has none of that name; neither changed a run.
@@ -51,19 +51,52 @@ class Stage(Protocol):
 
 
 @contextlib.contextmanager
-def claimed(stage: Stage, free: Sequence[str] = ()) -> Iterator[Path]:
+def claimed(stage: Stage, free: Sequence[str] = (), brief: Sequence[str] = ()) -> Iterator[Path]:
     """Makes `run.dir` with its config.json, or goes on in one that the same configuration made; owned for a block.
 
-    A run that ends in an error or a stop before its first result leaves no trace. free: keys or blocks that may differ
-    from last time. Raises: UserError naming the keys that differ, or the run that owns the folder. Of a run's
-    processes one asks, owns and writes, and the others end as it does.
+    A run that ends in an error or a stop before its first result leaves no trace. Of a folder in a store it is the
+    working copy. free: keys or blocks that may differ from last time; brief: of `mirror.Mirror`. Raises: UserError
+    naming the keys that differ, or the run that owns the folder. Of a run's processes one asks, owns and writes, and
+    the others end as it does.
     """
-    directory = Path(stage.run.dir)
+    if not storage.is_store(stage.run.dir):
+        with _claimed(stage, Path(stage.run.dir), free) as directory:
+            yield directory
+        return
+    address, claims = stage.run.dir, []
+    try:
+        token = processes.first(lambda: _claim_address(address, claims))
+        guard = lambda: owner.check(address, token)
+        copy = mirror.working_folder(address, jax.process_index())
+        with mirror.mirrored(mirror.Mirror(address, copy, brief, guard)) as copy, _claimed(stage, copy, free):
+            mirror.publish(copy)
+            yield copy
+    finally:
+        with uninterrupted():
+            for claim in claims:
+                claim.close()
+
+
+def _claim_address(address: str, claims: list[Claim]) -> str:
+    """Takes a folder of a store, a run's or an empty one; returns its owner's token."""
+    with uninterrupted():
+        claims.append(Claim(address))
+    names = storage.names('run.dir', address)
+    if 'config.json' not in names and names:
+        raise UserError(f'run.dir={address!r} holds other files; choose a new or empty folder')
+    return claims[-1].token
+
+
+@contextlib.contextmanager
+def _claimed(stage: Stage, directory: Path, free: Sequence[str]) -> Iterator[Path]:
+    """`claimed` in a folder of this file system."""
     there = directory.is_dir()
     fresh = not there or not any(path.name != NAME for path in directory.iterdir())
     owners: list[Owner] = []
     try:
-        _check_shared(directory, processes.first(lambda: _claim(stage, free, owners)))
+        token = processes.first(lambda: _claim(stage, directory, free, owners))
+        if not storage.is_store(stage.run.dir):
+            _check_shared(directory, token)
         yield directory
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
@@ -96,15 +129,14 @@ def _check_shared(directory: Path, token: str) -> None:
         )
 
 
-def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> str:
+def _claim(stage: Stage, directory: Path, free: Sequence[str], owners: list[Owner]) -> str:
     """Takes the folder; returns its owner's token."""
-    directory = Path(stage.run.dir)
-    file = directory / 'config.json'
+    file, place = directory / 'config.json', str(mirror.place(directory))
     if file.exists():
         try:
             before = json.loads(file.read_text())
         except ValueError:
-            raise UserError(f'run.dir={str(directory)!r}: config.json is damaged; choose another folder') from None
+            raise UserError(f'run.dir={place!r}: config.json is damaged; choose another folder') from None
         retired = [key for key in RETIRED if not hasattr(stage, key)]
         if hasattr(stage, 'backend') and before.get('backend') in (None, 'local'):  # an evaluation of earlier versions
             before['backend'] = ENGINE
@@ -115,14 +147,14 @@ def _claim(stage: Stage, free: Sequence[str], owners: list[Owner]) -> str:
         # A run that was refused before its first result left a configuration that binds nobody.
         if found and has_results(directory):
             raise UserError(
-                f'run.dir={str(directory)!r} holds a run of another configuration '
+                f'run.dir={place!r} holds a run of another configuration '
                 f'({settings.describe(found)}); choose another folder'
             )
     # Empty folders are nobody's: a thread that opens checkpoints may make one after its run was told to stop.
     elif any(path.name not in ('config.json.new', NAME) and not path.is_dir() for path in directory.rglob('*')):
-        raise UserError(f'run.dir={str(directory)!r} holds other files; choose a new or empty folder')
+        raise UserError(f'run.dir={place!r} holds other files; choose a new or empty folder')
     elif directory.is_file():
-        raise UserError(f'run.dir={str(directory)!r} is a file; choose a new or empty folder')
+        raise UserError(f'run.dir={place!r} is a file; choose a new or empty folder')
     directory.mkdir(parents=True, exist_ok=True)
     with uninterrupted():  # one that is taken is in the list of those that are given free
         owners.append(Owner(directory))
@@ -146,13 +178,13 @@ def bind(directory: Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
 
 
 def _bind(directory: Path, found: Mapping[str, Mapping[str, int | str]]) -> None:
-    file = directory / DATA
+    file, place = directory / DATA, str(mirror.place(directory))
     if file.exists() and has_results(directory):
         before = json.loads(file.read_text())
         for name, now in found.items():
             if before.get(name, now) != now:
                 raise UserError(
-                    f'{name} is not what the run in {str(directory)!r} began with ({before[name]["count"]} '
+                    f'{name} is not what the run in {place!r} began with ({before[name]["count"]} '
                     f'entries then, {now["count"]} now, or others); put it back, or choose another run.dir'
                 )
     write(file, found)

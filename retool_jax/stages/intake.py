@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grain
 
-from retool_jax.core import console, processes
+from retool_jax.core import console, processes, storage
 from retool_jax.core.errors import UserError
 from retool_jax.core.records import Problem
 from retool_jax.rollout.library import Model, Spoken
@@ -33,15 +33,18 @@ class Intake:
         self.parses = functools.cache(parses)
         self.left: list[tuple[str, str]] = []  # a problem's id, or the place of a row, and why
 
-    def read(self, path: str | Path, limit: int | None = None, child: Child | None = None) -> list[Problem]:
+    def read(
+        self, path: str | Path, limit: int | None = None, child: Child | None = None, key: str = 'problems'
+    ) -> list[Problem]:
         """The first `limit` problems of a file or a folder whose gold answers can be read; of a generator's the
-        held-out ones, made by `child` (`gym.maker`) where several calls share one.
+        held-out ones, made by `child` (`gym.maker`) where several calls share one. key: where the configuration names
+        the path.
 
         Raises: UserError, naming the row or the problem, for what cannot be read and is not left out.
         """
         if gym.named(path):
             return self._drawn(path, gym.EVALUATION, limit, child)
-        loaded = problems.load(path, leave_out=self.leaves_out)
+        loaded = problems.load(storage.local(key, str(path)), leave_out=self.leaves_out)
         for line in loaded.remarks(path):
             console.say(line)
         self.left += [('', text) for text in loaded.unreadable]
@@ -55,7 +58,8 @@ class Intake:
           UserError: nothing is left of a source, or what `stream.open_sources` refuses.
         """
         with contextlib.nullcontext(child) if child else gym.maker() as child:
-            training = lambda path: self._drawn(path, gym.TRAINING, child=child) if gym.named(path) else self.read(path)
+            read = lambda path: self.read(path, key='data.sources')
+            training = lambda path: self._drawn(path, gym.TRAINING, child=child) if gym.named(path) else read(path)
             return self._sifted(stream.open_sources(sources, training), self._gold_fault)
 
     def worked[T](self, pairs: Sequence[tuple[Problem, T]]) -> list[tuple[Problem, T]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
-from retool_jax.core import console, processes, sharding
+from retool_jax.core import console, processes, sharding, storage
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
 from retool_jax.model import decoder, hf, lora
@@ -75,7 +75,12 @@ def open_model(settings: ModelSettings, directory: Path) -> Model:
         processes.wait()
         if not (directory / 'model' / 'config.json').exists():  # a directory of this machine alone
             embedded.write_model(directory / 'model')
-    return load_model(settings.path or directory / 'model', settings.template, settings.tools, settings.instruction)
+    return load_model(_files(settings, directory), settings.template, settings.tools, settings.instruction)
+
+
+def _files(settings: ModelSettings, directory: Path) -> Path:
+    """Where configuration and tokenizer of the model lie on this machine."""
+    return storage.model_files('model.path', settings.path) if settings.path else directory / 'model'
 
 
 def check_context(model: Model, tokens: int, key: str) -> None:
@@ -108,12 +113,7 @@ def load_policy(
     shardings = _shardings(sizes, mesh, decoder.logical_axes(sizes))
     with console.progress('loading weights', sum(len(leaf.names) for leaf in hf.leaves(sizes))) as advance:
         return hf.load(
-            settings.path,
-            sizes,
-            shardings,
-            jnp.dtype(dtype),
-            progress=lambda done, total: advance(),
-            gains=jnp.float32,
+            settings.path, sizes, shardings, jnp.dtype(dtype), lambda done, total: advance(), gains=jnp.float32
         )
 
 
@@ -325,10 +325,12 @@ def build(stage: Rollouts, directory: Path) -> Parts:
 def export(stage: FineTuning | Rollouts, directory: Path, model: Model, learner: Learner, policy: Params) -> None:
     """Writes a trained policy below `directory` where it is not there yet: a Hugging Face directory, `final/`, into
     which its adapters are merged, and those alone as peft has them, `adapter/`."""
-    base, sizes = stage.model.path or directory / 'model', model.config
-    if not (directory / FINAL).exists():
+    base, sizes = _files(stage.model, directory), model.config
+    if not processes.word((directory / FINAL).exists()):
         hf.save(directory / FINAL, sizes, learner.whole(policy), jnp.dtype(stage.forward.dtype), base)
-    if stage.lora.rank and stage.model.path and not (directory / ADAPTER).exists():  # random weights are nowhere
+    if (
+        stage.lora.rank and stage.model.path and not processes.word((directory / ADAPTER).exists())
+    ):  # random weights are nowhere
         lora.save(directory / ADAPTER, sizes, stage.lora, policy, stage.model.path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import grain
 
-from retool_jax.core import console, episode_files, metrics, processes, profile, signals
+from retool_jax.core import console, episode_files, metrics, mirror, processes, profile, signals, storage
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Params
@@ -32,6 +32,7 @@ from retool_jax.train.ppo import Progress, StepResult
 EMBEDDED = 100_000  # problems of the embedded task that are drawn from
 CARRIED = 'carried'  # folder of the unfinished episodes of each checkpoint
 STOPPED = 'stopped'  # folder of the finished episodes of a step that was stopped
+BRIEF = ('episodes/train_*', 'alarms/*', 'profile/*')  # files that a resume knows by name and step alone
 # May change between two starts of a run.
 FREE = ('ppo.steps', 'checkpoints', 'validation', 'watch', 'sandbox', 'episodes', 'profile')
 
@@ -41,11 +42,11 @@ def run(stage: Reinforcement) -> None:
     require_path(stage.model)
     processes.join()
     if stage.halves.episodes:
-        sources.part_names(stage.halves.episodes)
+        sources.part_names(given_episodes(stage.halves))
     with open_grader(stage.reward) as grader:
         intake = Intake(stage.reward.unreadable, grader.parses)
         datasets, held_out = open_datasets(stage, intake), open_validation(stage.validation, intake)
-        with folder.claimed(stage, free=FREE) as directory, folder.stoppable():
+        with folder.claimed(stage, FREE, BRIEF) as directory, folder.stoppable():
             parts, rolls = build(stage, directory), stage.halves.episodes is None
             problems = open_stream(stage, datasets, intake, parts.model)
             tell_overlong(held_out, parts.model, stage.turns.max_tokens)
@@ -55,7 +56,10 @@ def run(stage: Reinforcement) -> None:
             sampler = parts.sampler() if rolls or held_out else None
             with open_guarded(stage.sandbox, stage.model.tools and sampler is not None) as executor:
                 console.banner(
-                    model=parts.model, mesh=dict(parts.mesh.shape), sandbox=executor or 'none', run=directory
+                    model=parts.model,
+                    mesh=dict(parts.mesh.shape),
+                    sandbox=executor or 'none',
+                    run=mirror.place(directory),
                 )
                 go_on(stage, directory, parts, sampler, executor, grader, problems, held_out)
 
@@ -83,7 +87,7 @@ def go_on(
         source = (
             parts.source(sampler, executor, problems, grader, journal, directory / STOPPED)
             if rolls
-            else sources.dumped(halves.episodes, model.config.vocab_size, stage.forward.row_width)
+            else sources.dumped(given_episodes(halves), model.config.vocab_size, stage.forward.row_width)
         )
         begin = stack.enter_context(profile.traced(directory / 'profile', stage.profile.steps))
         advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
@@ -140,6 +144,7 @@ def go_on(
                 'carried': len(progress.carried),
             }
             meta |= lora.describe(stage.lora) | score
+            mirror.publish(directory)  # what the checkpoint counts on
             checkpoints.save(progress.done, parts.residency.whole(progress.state), meta, wait=wait)
             journal.forget(progress.oldest if wait else saved[-1])  # the save before this one is complete
             saved.append(progress.oldest)
@@ -157,6 +162,7 @@ def go_on(
                 if processes.leads():
                     metrics.append(directory / metrics.HOSTS, step, result.hosts)
                 writer.write(step, {'phase': 'ppo' if halves.train else 'rollout'} | line)
+                mirror.publish(directory)
                 written.append(step + 1)
                 if halves.train and (saves(step + 1) or result.timed) and progress.done == step + 1:
                     save()
@@ -251,7 +257,7 @@ def ring(watch: Watch, result: StepResult, remember: Callable[[str, int, Sequenc
 def export(parts: Parts, directory: Path) -> None:
     """Writes the policy below `directory`, and says where."""
     parts.export(directory)
-    console.say(f'model: {directory / FINAL} (a Hugging Face directory)')
+    console.say(f'model: {mirror.place(directory / FINAL)} (a Hugging Face directory)')
 
 
 def summarise(stage: Reinforcement, directory: Path) -> dict:
@@ -292,6 +298,13 @@ def fingerprints(stage: Reinforcement, datasets: list[grain.MapDataset]) -> dict
     }
 
 
+def given_episodes(halves: HalvesSettings) -> str:
+    """The folder of `halves.episodes`, on this machine."""
+    return str(storage.local('halves.episodes', halves.episodes))
+
+
 def open_validation(validation: ValidationSettings, intake: Intake) -> list[Problem]:
     """The problems that a policy is scored on while it learns, none without a file of them."""
-    return intake.read(validation.problems, validation.limit) if validation.problems else []
+    if not validation.problems:
+        return []
+    return intake.read(validation.problems, validation.limit, key='validation.problems')

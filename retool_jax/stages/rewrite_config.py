@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from retool_jax.core.checks import MANY, check, filled, local_path, one_of, within
+from retool_jax.core.checks import MANY, check, filled, local_path, one_of, refuse_store, within
 from retool_jax.core.endpoint_settings import EndpointSettings
 from retool_jax.core.errors import UserError
 from retool_jax.model.lora import LoRASettings
@@ -95,6 +95,8 @@ class Rewrite:
 
     def __post_init__(self):
         check(self, traces=local_path(), golds=local_path(), problems=within(1, PROBLEMS), max_tokens=within(1, MANY))
+        refuse_store('run.dir', self.run.dir)
+        refuse_store('model.path', self.model.path)
         own = self.rewriter.kind == sampled.NAME
         if self.traces is None and not (own and self.model.template == 'tiny'):
             raise UserError(

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from retool_jax.core import console, endpoint_settings
+from retool_jax.core import console, endpoint_settings, storage
 from retool_jax.core.endpoint import Endpoint
 from retool_jax.core.pytrees import Params
 from retool_jax.rollout.engine import Engine
@@ -42,7 +42,12 @@ class Speaker(Spoken):
 def opened(stage: Evaluation, directory: Path) -> Iterator[tuple[Speaker, Make]]:
     """The model at endpoint.url with the tokenizer at model.path, and what makes its engine; answers are kept below
     `directory`. Behind the block is said what became of the requests."""
-    spoken = load_spoken(stage.model.path, stage.model.template, stage.model.tools, stage.model.instruction)
+    spoken = load_spoken(
+        storage.model_files('model.path', stage.model.path),
+        stage.model.template,
+        stage.model.tools,
+        stage.model.instruction,
+    )
     with Endpoint(stage.endpoint, directory / ANSWERS) as endpoint:
         try:
             yield (

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from retool_jax.core import console, episode_files, processes
+from retool_jax.core import console, episode_files, mirror, processes, storage
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.errors import UserError
 from retool_jax.core.metrics import Metrics
@@ -60,10 +60,10 @@ def run(stage: FineTuning) -> None:
             mesh=dict(parts.make_mesh(stage.mesh).shape),
             traces=len(traces),
             held_out=len(held_out),
-            run=directory,
+            run=mirror.place(directory),
         )
         go_on(stage, directory, model, traces, held_out)
-    console.say(f'model: {directory / FINAL} (a Hugging Face directory)')
+        console.say(f'model: {mirror.place(directory / FINAL)} (a Hugging Face directory)')
 
 
 def go_on(
@@ -100,6 +100,7 @@ def go_on(
 
         def save(step: int, state: TrainState, metrics: dict[str, float]) -> None:
             score = {'score': -metrics[sft.HELD_OUT]} if best and sft.HELD_OUT in metrics else {}
+            mirror.publish(directory)
             checkpoints.save(step, state, {'step': step} | lora.describe(stage.lora) | score)
 
         train = lambda state, seen, sizes: sft.train(
@@ -125,9 +126,10 @@ def read_traces(path: str, width: int) -> list[Episode]:
     Raises:
       UserError: the folder holds no episodes, or none that fits.
     """
-    if not Path(path).is_dir() or not episode_files.names(path):
+    directory = storage.local('traces', path)
+    if not directory.is_dir() or not episode_files.names(directory):
         raise UserError(f'config.traces={path!r} holds no episodes; give the folder that launch/cold_start.py wrote')
-    traces = episode_files.read(path)
+    traces = episode_files.read(directory)
     fitting = [trace for trace in traces if len(trace.tokens) <= width]
     if not fitting:
         raise UserError(f'config.traces={path!r}: no trace fits forward.row_width={width}; raise it')
