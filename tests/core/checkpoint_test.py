@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +14,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from retool_jax.core import cli
+from retool_jax.core import cli, mirror
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.pytrees import TrainState
-from tests import namespaces
+from tests import buckets, namespaces
 
 
 def state(width: int = 8) -> dict:
@@ -185,3 +186,27 @@ def test_a_full_disk_is_an_oserror_that_names_the_directory(tmp_path):
     )  # fmt: skip
     assert full.returncode == 0, full.stderr
     assert full.stdout == f"'{tmp_path}': No space left on device (saving a checkpoint)\n" and full.stderr == ''
+
+
+def test_in_a_bucket_a_step_that_was_half_deleted_or_half_written_stands_in_nobodys_way(tmp_path):
+    with buckets.served():
+        fs, place = fsspec.url_to_fs(f'gs://{buckets.BUCKET}', use_listings_cache=False)[0], f'{buckets.BUCKET}/run'
+        with mirror.mirrored(mirror.Mirror(f'gs://{place}', tmp_path / 'run')) as folder:
+            save = lambda c, step: c.save(step, {'a': jnp.arange(8.0) * step}, {'step': step, 'score': -float(step)})
+            with Checkpoints(folder / 'checkpoints', 2, 'score') as checkpoints:
+                for step in (1, 2, 3, 4):
+                    save(checkpoints, step)
+                assert (checkpoints.steps(), checkpoints.best()) == ([1, 3, 4], 1)
+            assert not (folder / 'checkpoints').exists()
+            fs.rm_file(f'{place}/checkpoints/4/commit_success.txt')
+            for name in fs.find(f'{place}/checkpoints/1'):
+                if not name.endswith('/1/commit_success.txt'):
+                    fs.rm_file(name)
+            with Checkpoints(folder / 'checkpoints', 2, 'score') as checkpoints:
+                assert checkpoints.latest() == 3 and checkpoints.meta(3)['step'] == 3
+                assert not fs.find(f'{place}/checkpoints/4')
+                save(checkpoints, 4)
+                save(checkpoints, 5)
+                assert (checkpoints.steps(), checkpoints.best()) == ([3, 4, 5], 3)
+                state, _ = checkpoints.restore(5, {'a': jnp.zeros(8)})
+            assert state['a'].tolist() == [5.0 * i for i in range(8)]

@@ -248,12 +248,12 @@ CASES = {  # binary and arguments, {} is the folder of files; words of the line
     'a demo whose groups are of one sample': (
         ('demo', '--config.advantage.kind=rloo', '--config.ppo.critic=none', '--config.ppo.samples=1'),
         'rloo ppo.samples=1'),
-    'a store for a run': ((*PPO, '--config.run.dir=gs://bucket/run'), 'run.dir gs://bucket/run mounted'),
+    'a store for a run': ((*PPO, '--config.run.dir=s3://bucket/run'), 'run.dir s3://bucket/run gs:// mounted'),
     'a store for an evaluation': ((*EVALUATE, PROBLEMS, '--config.run.dir=s3://bucket/run'), 'run.dir s3://bucket/run'),
     'a store for a model': ((*PPO, '--config.model.path=hdfs://host/model'), 'model.path hdfs://host/model'),
-    'a store for data': ((*PPO, "--config.data.sources=('gs://bucket/a.jsonl',)"), 'data.sources[0] gs://bucket/a.jsonl'),
-    'a store for problems': ((*EVALUATE, '--config.problems=gs://bucket/a.jsonl'), 'problems gs://bucket/a.jsonl'),
-    'a store for traces': ((*SFT[:2], '--config.traces=gs://bucket/episodes'), 'traces gs://bucket/episodes'),
+    'a store for data': ((*PPO, "--config.data.sources=('gs:/bucket/a.jsonl',)"), 'data.sources[0] gs:/bucket/a.jsonl'),
+    'a store for problems': ((*EVALUATE, '--config.problems=ftp://host/a.jsonl'), 'problems ftp://host/a.jsonl az://'),
+    'a store for traces': ((*SFT[:2], '--config.traces=s3://bucket/episodes'), 'traces s3://bucket/episodes s3fs'),
     'a store for a conversion': (
         ('convert', '--to=orbax', '--source={}/model', '--target=gs://bucket/out'), 'gs://bucket/out mounted'),
     'a store for the demo': ((*DEMO, '--config.run.dir=gs://bucket/run'), 'run.dir gs://bucket/run'),

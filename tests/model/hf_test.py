@@ -10,16 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from retool_jax.core import sharding
+from retool_jax.core import sharding, storage
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import YarnScaling, load_config
 from retool_jax.model.tensor_files import INDEX, SINGLE
+from tests import buckets
 from tests.model.sizes import make_config, make_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +104,25 @@ def test_weights_arrive_on_their_mesh_sharded(tmp_path):
     assert gate.addressable_shards[0].data.nbytes * 4 == gate.nbytes
     hf.save(tmp_path / 'again', config, loaded, 'float32')
     assert (tmp_path / 'again' / SINGLE).read_bytes() == (tmp_path / 'model' / SINGLE).read_bytes()
+
+
+def test_weights_in_a_bucket_are_read_by_ranges(tmp_path, monkeypatch):
+    config = CONFIGS['qwen2_untied']
+    params = make_params(config)
+    hf.save(tmp_path / 'model', config, params, 'float32', file_bytes=20_000)
+    size = sum(file.stat().st_size for file in (tmp_path / 'model').glob('*.safetensors'))
+    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+    shardings = sharding.shardings(mesh, decoder.logical_axes(config), sharding.TRAIN_RULES)
+    ranges, read = [], storage.read_range
+    monkeypatch.setattr(storage, 'read_range', lambda *given: ranges.append(given) or read(*given))
+    with buckets.served():
+        address = f'gs://{buckets.BUCKET}/model'
+        fsspec.url_to_fs(address)[0].put(f'{tmp_path / "model"}/', f'{address}/', recursive=True)
+        assert not list(storage.model_files('model.path', address).glob('*.safetensors'))
+        for homes in (None, shardings):
+            ranges.clear()
+            assert_same(hf.load(address, config, homes), params)
+            assert size - 20_000 < sum(given[2] for given in ranges) < size  # all but the headers
 
 
 def test_progress_counts_every_tensor(tmp_path):

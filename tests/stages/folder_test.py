@@ -3,13 +3,16 @@
 import dataclasses
 import json
 
+import fsspec
 import pytest
 from ml_collections import ConfigDict
 
+from retool_jax.core import mirror
 from retool_jax.core.errors import UserError
 from retool_jax.model.lora import LoRASettings
 from retool_jax.stages import folder
 from retool_jax.stages.config import RunSettings
+from tests import buckets
 
 
 def make_config(directory, **changes):
@@ -24,6 +27,12 @@ def claim(config, free=()):
 def put_result(directory, name):
     (directory / name).mkdir()
     (directory / name / 'something').write_text('kept')
+
+
+@pytest.fixture(scope='module')
+def bucket():
+    with buckets.served():
+        yield f'gs://{buckets.BUCKET}'
 
 
 def test_a_new_or_empty_folder_is_claimed_with_its_parents(tmp_path):
@@ -230,3 +239,38 @@ def test_a_folder_of_an_earlier_version_goes_on_where_a_key_has_another_name_by_
         claim(make_config(directory, sampler={'feed_rows': 4, 'rows': 64}))
     claim(make_config(directory, sampler={'feed_rows': 8, 'rows': 64}))
     assert json.loads((directory / 'config.json').read_text())['sampler'] == {'feed_rows': 8, 'rows': 64}
+
+
+def test_a_folder_of_a_store_is_claimed_gone_on_with_and_refused_to_another_configuration(bucket, tmp_path):
+    address = f'{bucket}/{tmp_path.name}'
+    with folder.claimed(make_config(address)) as directory:
+        assert directory.name == tmp_path.name
+        assert set(buckets.files(address)) == {'config.json', 'owner.json'}
+        (directory / 'metrics.jsonl').write_text('{}\n')
+    assert not directory.exists()
+    left = buckets.files(address)
+    assert set(left) == {'config.json', 'metrics.jsonl'}
+    line = f"run.dir='{address}' holds a run of another configuration .ppo.steps: 3, now 9"
+    with pytest.raises(UserError, match=line):
+        claim(make_config(address, ppo={'steps': 9, 'samples': 4}))
+    assert buckets.files(address) == left
+    with folder.claimed(make_config(address)) as directory:
+        assert (directory / 'metrics.jsonl').read_text() == '{}\n'
+    assert buckets.files(address) == left
+
+
+def test_in_a_store_a_run_that_fails_before_its_first_result_leaves_no_trace(bucket, tmp_path):
+    address = f'{bucket}/{tmp_path.name}'
+    with pytest.raises(KeyError), folder.claimed(make_config(address)) as directory:
+        (directory / 'model').write_text('')
+        mirror.publish(directory)
+        raise KeyError
+    assert buckets.files(address) == {}
+
+
+def test_in_a_store_a_folder_of_other_files_is_refused_as_it_is(bucket, tmp_path):
+    address = f'{bucket}/{tmp_path.name}'
+    fsspec.url_to_fs(address)[0].pipe_file(f'{address}/papers/a.pdf', b'1')
+    with pytest.raises(UserError, match=f"run.dir='{address}' holds other files; choose a new or empty folder"):
+        claim(make_config(address))
+    assert buckets.files(address) == {'papers/a.pdf': b'1'}

@@ -1,4 +1,4 @@
-"""A run's folder has one owner at a time, and a dead one stands in nobody's way."""
+"""A run's folder has one owner at a time, and a dead one stands in nobody's way; on a disk and in a store."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import fsspec
 import pytest
 from ml_collections import ConfigDict
 
 from retool_jax.core.errors import UserError
 from retool_jax.stages import folder, owner
-from retool_jax.stages.owner import Owner
+from retool_jax.stages.owner import Claim, Owner
+from tests import buckets
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from retool_jax.stages.owner import Owner
-held = Owner(Path(sys.argv[1]))
+from retool_jax.stages.owner import Claim, Owner
+held = Claim(sys.argv[1]) if '://' in sys.argv[1] else Owner(Path(sys.argv[1]))
 print('held', flush=True)
 time.sleep(600)
 """
@@ -118,3 +121,97 @@ def test_one_process_may_own_a_folder_again_and_again(tmp_path):
         with folder.claimed(config) as directory:
             assert (directory / owner.NAME).exists()
         assert [path.name for path in directory.iterdir()] == ['config.json']
+
+
+@pytest.fixture(scope='module')
+def bucket():
+    with buckets.served():
+        yield f'gs://{buckets.BUCKET}'
+
+
+@pytest.fixture
+def address(bucket, tmp_path):
+    """A folder of a store, of a name of its own."""
+    return f'{bucket}/{tmp_path.name}'
+
+
+@pytest.fixture
+def claimer(address):
+    """Another process that owns `address`."""
+    child = subprocess.Popen([sys.executable, '-c', HOLD, address], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == 'held\n'
+    yield child
+    child.kill()
+    child.wait()
+    child.stdout.close()
+
+
+def put_owner(address, **fields):
+    fs, root = fsspec.url_to_fs(address, use_listings_cache=False)
+    fs.pipe_file(f'{root}/{owner.NAME}', json.dumps({'host': 'elsewhere', 'pid': 7, 'started': '1'} | fields).encode())
+
+
+def test_in_a_store_too_a_second_run_is_refused_and_a_dead_one_s_folder_is_taken_over(address, claimer):
+    before = buckets.files(address)
+    line = rf"run.dir='{address}' is in use by process {claimer.pid} on {socket.gethostname()}, heard of \d s ago; stop"
+    with pytest.raises(UserError, match=line):
+        Claim(address)
+    assert buckets.files(address) == before and list(before) == [owner.NAME]
+    claimer.kill()
+    claimer.wait()
+    taken = Claim(address)
+    assert json.loads(buckets.files(address)[owner.NAME])['pid'] == os.getpid()
+    taken.close()
+    assert buckets.files(address) == {}
+
+
+def test_in_a_store_a_run_of_another_host_is_believed_while_its_heart_beats(address, monkeypatch):
+    put_owner(address)
+    with pytest.raises(UserError, match=r'in use by process 7 on elsewhere, heard of \d s ago'):
+        Claim(address)
+    monkeypatch.setattr(owner, 'STALE_S', 0.0)
+    Claim(address).close()
+    monkeypatch.undo()
+    monkeypatch.setattr(owner, 'BEAT_S', 0.01)
+    held = Claim(address)
+    while owner.BEAT not in buckets.files(address):
+        time.sleep(0.01)
+    held.close()
+    assert buckets.files(address) == {}
+
+
+def test_in_a_store_a_damaged_object_is_no_owner(address):
+    fs, root = fsspec.url_to_fs(address)
+    for text in (b'', b'{', b'[]', b'null', b'{}'):
+        fs.pipe_file(f'{root}/{owner.NAME}', text)
+        Claim(address).close()
+
+
+def test_a_run_whose_folder_was_taken_over_hears_of_it_and_leaves_the_other_s_claim(address):
+    held = Claim(address)
+    owner.check(address, held.token)
+    put_owner(address, token='another')
+    with pytest.raises(UserError, match='was taken over by process 7 on elsewhere; this run ends'):
+        owner.check(address, held.token)
+    held.close()
+    assert json.loads(buckets.files(address)[owner.NAME])['token'] == 'another'
+    fsspec.url_to_fs(address)[0].rm_file(f'{address}/{owner.NAME}')
+    with pytest.raises(UserError, match='was taken over or removed'):
+        owner.check(address, held.token)
+
+
+def test_of_two_that_begin_at_once_the_store_lets_one_in(address):
+    claims = [subprocess.Popen([sys.executable, '-c', HOLD, address], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE) for _ in range(2)]  # fmt: skip
+    ended = []
+    while not ended:
+        ended = [child for child in claims if child.poll() is not None]
+        time.sleep(0.05)
+    (loser,) = ended
+    line = loser.stderr.read()
+    assert 'is in use by process' in line, line
+    (winner,) = [child for child in claims if child is not loser]
+    assert winner.stdout.readline() == 'held\n'
+    winner.kill()
+    for child in claims:
+        child.communicate()

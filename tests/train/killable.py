@@ -21,6 +21,7 @@ import jax
 
 from retool_jax.core import cli, episode_files, settings
 from retool_jax.core.metrics import Metrics
+from retool_jax.core.mirror import Mirror
 from retool_jax.core.records import Episode, ExecResult, Problem, Stop, Verdict
 from retool_jax.model import decoder, hf
 from retool_jax.model.config import load_config
@@ -70,7 +71,7 @@ def make_model(folder: Path) -> None:
 
 def make_stage(folder: Path, name: str, algorithm: str = 'ppo', **values):
     """The stage of run `name` below `folder`, `algorithm` being a file of configs/."""
-    values = VALUES | values | {'model.path': folder / 'model', 'run.dir': folder / name}
+    values = {'model.path': folder / 'model', 'run.dir': folder / name} | VALUES | values
     flags = [f'--config.{key}={value}' for key, value in values.items()]
     sources = f"--config.data.sources=('{folder / 'problems.jsonl'}',)"
     return settings.build(
@@ -152,6 +153,8 @@ def tiny_world(folder: Path, name: str, journal: bool = True, moment=lambda what
         mock.patch.object(Metrics, 'write', write_metrics),
         mock.patch.object(os, 'replace', around(os.replace, 'rename')),
         mock.patch.object(os, 'rename', around(os.rename, 'rename')),
+        mock.patch.object(Mirror, '_put', around(Mirror._put, 'upload')),
+        mock.patch.object(Mirror, '_remove', around(Mirror._remove, 'removal')),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:
@@ -188,6 +191,7 @@ def main() -> None:
     parser.add_argument('--after', type=float)  # seconds from the first moment on
     parser.add_argument('--signal', default='SIGKILL')
     parser.add_argument('--no_journal', action='store_true')
+    parser.add_argument('--dir')  # run.dir, where it is not FOLDER/NAME
     parser.add_argument('--quanta', type=int, default=0)  # ppo.quanta
     given = parser.parse_args()
     moments = Moments(given.at)
@@ -203,7 +207,8 @@ def main() -> None:
         with tiny_world(given.folder, given.name, not given.no_journal, moment):
             ppo.run(stage)
 
-    cli._run(lambda argv: body(make_stage(given.folder, given.name, **{'ppo.quanta': given.quanta})), body)
+    values = {'ppo.quanta': given.quanta} | ({'run.dir': given.dir} if given.dir else {})
+    cli._run(lambda argv: body(make_stage(given.folder, given.name, **values)), body)
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -69,8 +70,11 @@ def waiting(make_world):
     return world
 
 
-def finish(folder, name, quanta, moments=lambda what: False, journal=True):
-    """Runs to the end within this process: (state, episodes, metrics lines without clocks, model file, carried)."""
+def finish(folder, name, quanta, moments=lambda what: False, journal=True, address=None):
+    """Runs to the end within this process: (state, episodes, metrics lines without clocks, model file, carried).
+
+    address: the run's folder in a store, of which a copy is `folder`/`name` then.
+    """
     left = []
 
     def keep(parts, directory):
@@ -79,7 +83,9 @@ def finish(folder, name, quanta, moments=lambda what: False, journal=True):
 
     export = ppo.export
     with mock.patch.object(ppo, 'export', keep), killable.tiny_world(folder, name, journal, moments):
-        ppo.run(killable.make_stage(folder, name, **{'ppo.quanta': quanta}))
+        ppo.run(killable.make_stage(folder, name, **{'ppo.quanta': quanta, 'run.dir': address or folder / name}))
+    if address:
+        fsspec.url_to_fs(address, use_listings_cache=False)[0].get(f'{address}/', str(folder / name), recursive=True)
     clocks = ('time', 'rollout/', 'tools/wait')
     lines = [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in metrics.read(folder / name)]
     ((state, carried),) = left
@@ -104,9 +110,10 @@ def live(world, name, *flags):
     )
 
 
-def assert_ends_alike(world, name):
+def assert_ends_alike(world, name, address=None):
     """Bit-equal in everything that is no clock, and every step once in every file."""
-    found, whole, directory = finish(world.folder, name, world.quanta), world.whole, world.folder / name
+    found = finish(world.folder, name, world.quanta, address=address)
+    whole, directory = world.whole, world.folder / name
     jax.tree.map(np.testing.assert_array_equal, found[0], whole[0])
     assert found[1] == whole[1] and found[2] == whole[2] and found[3] == whole[3] and found[4] == whole[4]
     assert [line['step'] for line in found[2]] == list(range(STEPS))
