@@ -26,7 +26,7 @@ PATIENCE_S = 7 * 24 * 3600  # seconds of `wait`: others may be at tools, validat
 LATE_S = 30  # from the end of a line between processes to the news of why: on a loaded machine
 
 _others: list[Others] = []  # what hears of the other processes, to this one's very end
-_rings: list[ring.Ring] = []  # of `gather`, once it was called
+_rings: dict[tuple[int, ...], ring.Ring] = {}  # of `gather`, by their processes, once they have met
 _words = itertools.count()  # that `word` has asked for
 
 
@@ -105,25 +105,33 @@ def wait() -> None:
         raise failed[0]
 
 
-def gather(item: object) -> list:
+def gather(item: object, members: tuple[int, ...] = ()) -> list:
     """The `item` of every process, in the order of the processes; each has to make the call.
 
+    members: those that make the call and get each other's items, where these are not all; they have to `meet` before.
     It goes from host to host (`ring`), arrays as they lie (`columns`): no device has to have room for it. Those of one
     other process are in memory until none of them is used any more.
     """
-    if jax.process_count() == 1:
+    members = members or tuple(range(jax.process_count()))
+    if len(members) == 1:
         return [item]
-    if not _rings:
-        state = distributed.global_state
-        names = ring.addresses(state.coordinator_address, state.process_id == 0)
-        _rings.append(ring.Ring(state.client, jax.process_index(), jax.process_count(), names, wait))
+    meet(members)
     try:
-        found = _rings[0].gather(columns.split(item))
+        found = _rings[members].gather(columns.split(item))
     except RuntimeError:  # another one has ended, and why is on its way here
         for others in _others:
             others.hear(LATE_S)
         raise
-    return [columns.join(found[i]) if i in found else item for i in range(jax.process_count())]
+    return [columns.join(found[i]) if i in found else item for i in members]
+
+
+def meet(members: tuple[int, ...]) -> None:
+    """Makes the lines between some processes (`gather`); all of the run have to make the call at once, each with those
+    that it belongs to, of which each has as many."""
+    if len(members) > 1 and members not in _rings:
+        state, process = distributed.global_state, jax.process_index()
+        names = ring.addresses(state.coordinator_address, state.process_id == 0)
+        _rings[members] = ring.Ring(state.client, process, members, names, wait)
 
 
 def peaks() -> tuple[float | None, float]:

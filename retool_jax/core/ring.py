@@ -1,4 +1,4 @@
-"""What every process of a run holds, to all others: over TCP, from host to host, with no device and no store between.
+"""What processes hold, to each other: over TCP, from host to host, with no device and no store between.
 
 Each process sends to the next one and passes on what it receives from the one before, until all have everything: a
 host sends and receives each item once, however many processes there are. The store of JAX's coordination service
@@ -22,7 +22,7 @@ import numpy as np
 
 from retool_jax.core.errors import UserError
 
-PLACE = 'retool_jax_ring'  # in the store: PLACE/PROCESS, until its lines are there
+PLACE = 'retool_jax_ring'  # in the store: PLACE/MEMBERS/PROCESS, until its lines are there
 PIECE = 2**20  # bytes of one read; of what is written the parts that are smaller go together up to so many
 MEET_S = 120.0  # for a line from the process before, once all listen
 ANSWER_S = 30.0  # for an answer on a new line
@@ -46,14 +46,16 @@ def addresses(coordinator: str, here: bool) -> list[str]:
 class Ring:
     """Lines to the next process and from the one before; all make it at once, and then the same calls.
 
-    client: of the coordination service. names: of this process (`addresses`). wait: returns when all have called it.
+    client: of the coordination service. members: the processes of the ring, this one among them; of rings that have as
+    many none shares a process. names: of this process (`addresses`). wait: returns when all members have called it.
 
     Raises: UserError where the next process cannot be reached.
     """
 
-    def __init__(self, client, process: int, count: int, names: Sequence[str], wait: Callable[[], None]):
-        self.process, self.count = process, count
-        self._after, self._before = (process + 1) % count, (process - 1) % count
+    def __init__(self, client, process: int, members: Sequence[int], names: Sequence[str], wait: Callable[[], None]):
+        at = members.index(process)
+        self.process, self._back = process, [*members[at::-1], *members[:at:-1]]  # this one, the one before, …
+        self._before, self._after = self._back[1], self._back[-1]
         self._whole = True  # no exchange was left in its middle, with half a message on the lines
         self._source, self._target = self._meet(client, names, wait)
         self._writer = self._target.makefile('wb', PIECE)
@@ -69,11 +71,11 @@ class Ring:
             raise RuntimeError('an exchange between the processes was left in its middle')
         self._whole, found, sent = False, {}, []
         try:
-            for back in range(1, self.count):
+            for process in self._back[1:]:
                 sent.append(concurrent.futures.Future())
                 self._outbox.put((parts, sent[-1]))
                 message = self._receive()
-                found[(self.process - back) % self.count] = message
+                found[process] = message
                 parts = [message]
             for each in sent:
                 each.result()
@@ -117,11 +119,11 @@ class Ring:
     def _meet(self, client, names: Sequence[str], wait: Callable[[], None]) -> tuple[socket.socket, socket.socket]:
         """The lines from the process before and to the next one; each shows the other a token out of the store."""
         family = socket.AF_INET6 if ':' in names[0] else socket.AF_INET
-        own = secrets.token_hex(16)
+        own, place = secrets.token_hex(16), f'{PLACE}/{len(self._back)}'
         with socket.create_server(('', 0), family=family) as server:
-            client.key_value_set(f'{PLACE}/{self.process}', json.dumps([own, server.getsockname()[1], names]))
+            client.key_value_set(f'{place}/{self.process}', json.dumps([own, server.getsockname()[1], names]))
             wait()
-            look = lambda process: json.loads(client.blocking_key_value_get(f'{PLACE}/{process}', int(MEET_S * 1000)))
+            look = lambda process: json.loads(client.blocking_key_value_get(f'{place}/{process}', int(MEET_S * 1000)))
             (theirs, *_), (token, port, hosts) = look(self._before), look(self._after)
             came: concurrent.futures.Future = concurrent.futures.Future()
             expected, answer = HELLO.pack(own.encode(), self._before), theirs.encode()
@@ -132,7 +134,7 @@ class Ring:
             finally:
                 with contextlib.suppress(OSError):  # a closed one would go on being waited at
                     server.shutdown(socket.SHUT_RDWR)
-        client.key_value_delete(f'{PLACE}/{self.process}')  # both neighbours have read it: they are connected
+        client.key_value_delete(f'{place}/{self.process}')  # both neighbours have read it: they are connected
         for line in (source, target):
             line.settimeout(None)
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

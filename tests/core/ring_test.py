@@ -37,7 +37,7 @@ def made(count: int):
     """The rings of so many processes, and threads that they run in."""
     barrier = threading.Barrier(count)
     with clients(count) as (address, found), concurrent.futures.ThreadPoolExecutor(count) as pool:
-        make = lambda i: Ring(found[i], i, count, addresses(address, i == 0), barrier.wait)
+        make = lambda i: Ring(found[i], i, range(count), addresses(address, i == 0), barrier.wait)
         rings = list(pool.map(make, range(count)))
         assert not found[0].key_value_dir_get(f'{ring.PLACE}/')  # what they met by is out of the store
         yield rings, pool
@@ -81,13 +81,13 @@ def test_the_others_are_told_when_one_is_gone_and_an_exchange_left_in_its_middle
 def test_a_stranger_on_the_port_is_sent_away():
     barrier = threading.Barrier(2)
     with clients(2) as (address, found), concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(Ring, found[0], 0, 2, addresses(address, True), barrier.wait)
-        own, port, names = json.loads(found[1].blocking_key_value_get(f'{ring.PLACE}/0', 60_000))
+        first = pool.submit(Ring, found[0], 0, (0, 1), addresses(address, True), barrier.wait)
+        own, port, names = json.loads(found[1].blocking_key_value_get(f'{ring.PLACE}/2/0', 60_000))
         assert names[0] == '127.0.0.1'
         strangers = [socket.create_connection((names[0], port), 60) for _ in range(2)]
         strangers[0].sendall(ring.HELLO.pack(b'0' * 32, 1))  # not its token
         strangers[1].sendall(ring.HELLO.pack(own.encode(), 0))  # nor who is waited for
-        rings = [Ring(found[1], 1, 2, addresses(address, False), barrier.wait), first.result(60)][::-1]
+        rings = [Ring(found[1], 1, (0, 1), addresses(address, False), barrier.wait), first.result(60)][::-1]
         for stranger in strangers:
             with stranger:
                 assert stranger.recv(1) == b''
@@ -100,12 +100,24 @@ def test_a_process_that_cannot_be_reached_is_named():
     with clients(2) as (_, found), socket.socket() as silent:
         silent.bind(('127.0.0.1', 0))  # and does not listen
         port = silent.getsockname()[1]
-        found[0].key_value_set(f'{ring.PLACE}/1', json.dumps(['1' * 32, port, ['127.0.0.1', 'localhost']]))
+        found[0].key_value_set(f'{ring.PLACE}/2/1', json.dumps(['1' * 32, port, ['127.0.0.1', 'localhost']]))
         with pytest.raises(UserError) as refused:
-            Ring(found[0], 0, 2, ['127.0.0.1'], lambda: None)
+            Ring(found[0], 0, (0, 1), ['127.0.0.1'], lambda: None)
     place = f'at 127.0.0.1 or localhost, port {port}'
     assert str(refused.value).startswith(f'process 0 on {socket.gethostname()} does not reach process 1 {place} (')
     assert '\n' not in str(refused.value)
+
+
+def test_rings_of_a_part_of_the_processes_and_of_all_keep_apart():
+    barrier = threading.Barrier(4)
+    with clients(4) as (address, found), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        make = lambda i, members: Ring(found[i], i, members, addresses(address, i == 0), barrier.wait)
+        pairs = list(pool.map(make, range(4), [(0, 1), (0, 1), (2, 3), (2, 3)]))
+        whole = list(pool.map(make, range(4), [range(4)] * 4))
+        assert gathered(pairs, pool, 'abcd') == [{1: 'b'}, {0: 'a'}, {3: 'd'}, {2: 'c'}]
+        assert gathered(whole, pool, 'abcd')[2] == {0: 'a', 1: 'b', 3: 'd'}
+        for each in pairs + whole:
+            each.close()
 
 
 @pytest.mark.slow
