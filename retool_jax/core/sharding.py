@@ -100,9 +100,10 @@ def shardings(mesh: Mesh, axes_tree, rules: Mapping[str, tuple[str, ...]]):
 
 
 def constrain(x: jax.Array, *axes: str | None, rules: Mapping[str, tuple[str, ...]] = TRAIN_RULES) -> jax.Array:
-    """`with_sharding_constraint` by words; without a mesh in scope (`jax.set_mesh`) it does nothing."""
+    """`with_sharding_constraint` by words; without a mesh in scope (`jax.set_mesh`), and within a shard_map, it does
+    nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, rules))
 
@@ -114,7 +115,7 @@ def gather(weight: jax.Array, dtype, *axes: str) -> jax.Array:
     reads and writes the activations once for every device of fsdp.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape['fsdp'] == 1:
+    if mesh.empty or mesh.manual_axes or mesh.shape['fsdp'] == 1:
         return weight.astype(dtype)
     ways = lambda word: math.prod(mesh.shape[axis] for axis in TRAIN_RULES[word])
     words = [word if size % ways(word) == 0 else None for word, size in zip(axes, weight.shape, strict=True)]

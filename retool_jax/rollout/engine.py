@@ -1,8 +1,9 @@
 """The host half of rollout: rows that take episodes, tools that answer while other rows decode.
 
-An Engine holds what stays the same over calls – compiled programs, turn rules, executor, the key – and takes
-the weights with each `run`. The loop over the rows is `scheduler.Scheduler`. What an episode samples depends on its
-problem, sample index and step alone, never on its row, its neighbours or a tool's latency.
+An Engine drives all engines of its sampler, which run side by side. It holds what stays the same over calls – compiled
+programs, turn rules, executor, the key – and takes the weights with each `run`. The loop over the rows is
+`scheduler.Scheduler`. What an episode samples depends on its problem, sample index and step alone, never on its row,
+its neighbours or a tool's latency.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Engine:
         purpose: int,
         link: Link | None = None,
     ):
-        """purpose: separates the randomness of training, evaluation, … under one seed. link: needed where the sampler's
-        mesh spans several processes; all of them must make the same calls with the same requests.
+        """purpose: separates the randomness of training, evaluation, … under one seed. link: needed where the sampler
+        is on the devices of several processes; all of them must make the same calls with the same requests.
 
         Raises:
           ValueError: tools without an executor, or turns longer than a row of the sampler.
@@ -64,7 +65,7 @@ class Engine:
     @property
     def rows(self) -> int:
         """Episodes that are made side by side."""
-        return self.sampler.settings.rows
+        return self.sampler.rows
 
     def warm_up(self, params: Params) -> None:
         """Compiles everything that runs call, for every length; takes the cache's memory for a moment."""

@@ -5,24 +5,22 @@ A row holds one episode. `extend` feeds it a prompt or a tool's output: the same
 `</answer>` or the end of its allowance; a frozen row keeps its cache and logits bit for bit. What
 a row writes may depend on that number (sums round by it), never on who the other rows are. Shapes
 follow from the settings, so nothing recompiles after warm-up; reads cover a power-of-two bound on
-the lengths.
+the lengths. Several engines on a mesh do all of it at once, each with rows of its own (rollout/shards.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retool_jax.core import sharding
-from retool_jax.core.errors import UserError
-from retool_jax.core.pytrees import Int8KV, KVCache, Params, SampleState
+from retool_jax.core.pytrees import KVCache, Params, SampleState
 from retool_jax.model import decoder, kv_cache
 from retool_jax.model.config import ModelConfig
-from retool_jax.rollout import rows, sampling
+from retool_jax.rollout import rows, sampling, shards
 from retool_jax.rollout.settings import SamplerSettings
 from retool_jax.rollout.sync import Sync
 
@@ -43,7 +41,7 @@ class Decoded:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """Chunks for `feed_rows` rows; `row_R` out of range pads."""
+    """Chunks for `Sampler.feed_rows` rows, those of the first engine first; `row_R` out of range pads."""
 
     row_R: jax.Array  # int32
     tokens_RC: jax.Array  # int32
@@ -56,7 +54,7 @@ class Chunks:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """New episodes for `feed_rows` rows; `row_R` out of range pads."""
+    """New episodes for `Sampler.feed_rows` rows, those of the first engine first; `row_R` out of range pads."""
 
     row_R: jax.Array  # int32
     step_R: jax.Array  # uint32, of the training step that asked for the episode
@@ -69,7 +67,11 @@ class Assignment:
 
 
 class Sampler:
-    """Owns the compiled programs of one model and one set of sizes; owns no weights."""
+    """Owns the compiled programs of one model and one set of sizes; owns no weights.
+
+    engines: how many run side by side. rows, decode_rows, feed_rows: those of all of them together, the settings'
+    of each; row r is one of engine r ÷ settings.rows.
+    """
 
     def __init__(
         self,
@@ -81,78 +83,58 @@ class Sampler:
         mesh: jax.sharding.Mesh | None = None,
     ):
         """next_state int32 [states, V] and stops int8 [states] are the tag automaton's
-        (0 none, 1 `</code>`, 2 `</answer>`). mesh: rows over data × fsdp, heads and vocabulary over tensor;
-        None leaves everything where the weights are.
+        (0 none, 1 `</code>`, 2 `</answer>`). mesh: engines over data × fsdp, heads and vocabulary over tensor;
+        None: one engine, where the weights are.
 
         Raises:
           ValueError: the tag table is not as wide as the model's logits.
+          UserError: a size of the model does not divide over the mesh.
         """
         if next_state.shape[1] != config.vocab_size:
             raise ValueError(f'tag table is {next_state.shape[1]} wide, the model has {config.vocab_size} logits')
-        self.config, self.settings = config, settings
-        self.decode_rows = settings.decode_rows or settings.rows
-        self.chooses = self.decode_rows < settings.rows
-        self.ways = mesh.shape['data'] * mesh.shape['fsdp'] if mesh is not None else 1
-        self.fused = mesh is None or mesh.size == 1  # kernels that the partitioner cannot look into
-        state, whole = self.shardings(mesh) if mesh is not None else (None, None)
+        self.config, self.settings, self.mesh = config, settings, mesh
+        self.engines = engines = shards.count(mesh)
+        self.chooses = 0 < settings.decode_rows < settings.rows
+        self.rows, self.feed_rows = engines * settings.rows, engines * settings.feed_rows
+        self.decode_rows = engines * (settings.decode_rows or settings.rows)
+        self.fused = mesh is None or mesh.shape['tensor'] == 1  # kernels that the partitioner cannot look into
+        state = whole = row = None
+        if mesh is not None:
+            state, whole = shards.shardings(config, settings.cache_dtype, mesh)
+            row = state.live_B
         # On a mesh over several processes an array must say where it lies. An abstract mesh holds no arrays, nor
         # do the chips that plan/ compiles for from afar.
         real = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == jax.default_backend()
-        hold = lambda x: jax.device_put(np.asarray(x, np.int32), whole if real else None)
-        self.table = hold(next_state)
-        self.stops = hold(np.array([STOP_NONE, STOP_CODE, STOP_ANSWER])[np.asarray(stops)])
+        table, stops = np.asarray(next_state, np.int32), np.array([STOP_NONE, STOP_CODE, STOP_ANSWER], np.int32)[stops]
+        lay = lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]) if real else jnp.asarray(x)
+        self.table, self.stops = lay(table), lay(stops)
         self.eos_ids = np.array(sorted(eos_ids), np.int32)
+        spread = lambda function, *own: shards.spread(function, mesh, ('state', *own))
         keep = dict(donate_argnames=('state',), out_shardings=state)
         self._extend = jax.jit(
-            self._extend_rows, static_argnames=('bound',), donate_argnames=('state',), out_shardings=(state, whole)
+            spread(self._extend_rows, 'chunks'),
+            static_argnames=('bound',),
+            donate_argnames=('state',),
+            out_shardings=(state, row),
         )
         self._decode = jax.jit(
-            self._decode_rows,
+            spread(self._decode_rows, 'row_R'),
             static_argnames=('bound', 'truncate'),
             donate_argnames=('state',),
             out_shardings=(state, whole),
         )
-        self._assign = jax.jit(self._assign_rows, **keep)
-        self._fork = jax.jit(self._fork_rows, static_argnames=('bound',), **keep)
+        self._assign = jax.jit(spread(self._assign_rows, 'assignment'), **keep)
+        self._fork = jax.jit(
+            spread(self._fork_rows, 'source_R', 'target_R', 'logits_EV', 'allowance_R'),
+            static_argnames=('bound',),
+            **keep,
+        )
+        self._logits_of = jax.jit(spread(lambda state, row_E: state.logits_BV[row_E], 'row_E'))
         self.sync = Sync(config, settings.dtype, mesh, weights=settings.weights)
         self.empty = jax.jit(self._empty, out_shardings=state)  # all rows free
-        self.logits_of = jax.jit(lambda state, row: state.logits_BV[row])  # [V]
-
-    def shardings(self, mesh: jax.sharding.Mesh):
-        """Shardings of the state and of what every device holds whole.
-
-        Raises: UserError where a size of the model or `rows` does not divide over the mesh.
-        """
-        rules = decoder.fit_rules(self.config, mesh, sharding.SAMPLE_RULES)
-        for name, size in (('rows', self.settings.rows), ('decode_rows', self.decode_rows)):
-            if size % self.ways:
-                raise UserError(
-                    f'sampler.{name}={size} does not divide over data={mesh.shape["data"]} × '
-                    f'fsdp={mesh.shape["fsdp"]}; choose a multiple'
-                )
-        lies = lambda *words: jax.NamedSharding(mesh, sharding.spec(words, rules))
-        one = lies('batch', 'kv_heads', None, 'head_dim')
-        if self.settings.cache_dtype == 'int8':
-            one = Int8KV(values=one, scale=lies('batch', 'kv_heads', None))
-        kv = [one] * self.config.num_hidden_layers
-        row = lies('batch')
-        state = SampleState(
-            cache=KVCache(k=kv, v=kv, length_B=row),
-            logits_BV=lies('batch', 'vocab'),
-            tag_B=row,
-            live_B=row,
-            stop_B=row,
-            allowance_B=row,
-            key_B=row,
-            temperature_B=row,
-            top_p_B=row,
-            top_k_B=row,
-            min_p_B=row,
-        )
-        return state, lies()
 
     def _empty(self) -> SampleState:
-        s, b = self.settings, self.settings.rows
+        s, b = self.settings, self.rows
         return SampleState(
             cache=kv_cache.empty(self.config, b, s.slots, jnp.dtype(s.cache_dtype)),
             logits_BV=jnp.zeros((b, self.config.vocab_size), jnp.float32),
@@ -184,8 +166,8 @@ class Sampler:
     def warm_up(self, params: Params, truncate: bool) -> None:
         """Compiles all that a run may call, once per bound on reads; afterwards nothing compiles."""
         s, state = self.settings, self.empty()
-        nobody, none = np.full(s.feed_rows, s.rows, np.int32), np.zeros(s.feed_rows, np.int32)
-        real = np.zeros(s.feed_rows, np.float32)
+        nobody, none = np.full(self.feed_rows, self.rows, np.int32), np.zeros(self.feed_rows, np.int32)
+        real = np.zeros(self.feed_rows, np.float32)
         state = self.assign(
             state,
             np.zeros(2, np.uint32),
@@ -200,10 +182,10 @@ class Sampler:
                 min_p_R=real,
             ),
         )
-        logits_V = self.logits_of(state, 0)
+        logits_EV = self.logits_of(state, 0)
         chunks = Chunks(
             row_R=nobody,
-            tokens_RC=np.zeros((s.feed_rows, s.chunk), np.int32),
+            tokens_RC=np.zeros((self.feed_rows, s.chunk), np.int32),
             count_R=none,
             live_R=none.astype(bool),
             allowance_R=none,
@@ -211,18 +193,20 @@ class Sampler:
         )
         for bound in self.bounds():
             state, _ = self.extend(params, state, chunks, bound)
-            state = self.fork(state, nobody, nobody, bound, logits_V, none)
+            state = self.fork(state, nobody, nobody, bound, logits_EV, none)
             state, _ = self.decode(params, state, self.choose([]), max(bound - s.quota, 0), truncate)
         jax.block_until_ready(state.live_B)
 
     def assign(self, state: SampleState, key_data: np.ndarray, assignment: Assignment) -> SampleState:
         """Clears rows and gives them to new episodes, whose randomness is folded from
         (the key of `key_data`, step, problem, sample)."""
+        assignment = dataclasses.replace(assignment, row_R=self._within(assignment.row_R))
         return self._assign(state=state, key_data=key_data, assignment=assignment)
 
     def extend(self, params: Params, state: SampleState, chunks: Chunks, longest: int) -> tuple[SampleState, jax.Array]:
-        """Feeds chunks; `longest` is the largest row length after it. Also returns how many tokens went in: that array
-        is ready when the call is done, when the state itself may have been given away."""
+        """Feeds chunks; `longest` is the largest row length after it. Also returns how many tokens went into each
+        engine, [engines]: that array is ready when the call is done, when the state itself may have been given away."""
+        chunks = dataclasses.replace(chunks, row_R=self._within(chunks.row_R))
         return self._extend(params=params, state=state, chunks=chunks, bound=self.bound(longest))
 
     def fork(
@@ -231,23 +215,37 @@ class Sampler:
         source_R: np.ndarray,
         target_R: np.ndarray,
         length: int,
-        logits_RV: jax.Array,
+        logits_EV: jax.Array,
         allowance_R: np.ndarray,
     ) -> SampleState:
-        """Gives rows `target` the first `length` slots of rows `source` and makes them live."""
+        """Gives rows `target` the first `length` slots of rows `source` of the same engines, with the logits that
+        `logits_of` gave of these, and makes them live. [R]: `feed_rows`, those of the first engine first."""
         return self._fork(
             state=state,
-            source_R=source_R,
-            target_R=target_R,
+            source_R=self._within(source_R),
+            target_R=self._within(target_R),
             length=np.int32(length),
-            logits_RV=logits_RV,
+            logits_EV=logits_EV,
             allowance_R=allowance_R,
             bound=self.bound(length),
         )
 
+    def logits_of(self, state: SampleState, row: int) -> jax.Array:
+        """Logits of a row as `fork` takes them, f32 [engines, V]: in its engine its own, in others those of the row
+        that has its place."""
+        return self._logits_of(state=state, row_E=np.full(self.engines, row % self.settings.rows, np.int32))
+
+    def calls(self, given: Sequence[int]) -> Iterator[np.ndarray]:
+        """Row numbers as calls of `assign`, `extend` and `fork` take them, int32 [feed_rows], padded out of range."""
+        return rows.calls(given, self.settings.rows, self.engines, self.settings.feed_rows)
+
     def choose(self, live: Sequence[int]) -> np.ndarray:
         """Rows of the next decode call, int32 [decode_rows]: the first of `live`, padded with numbers out of range."""
-        return rows.choose(live, self.settings.rows, self.decode_rows, self.ways)
+        return rows.choose(live, self.rows, self.decode_rows, self.engines)
+
+    def _within(self, row_R: np.ndarray) -> np.ndarray:
+        """Row numbers counted within their engines; one out of range stays out of range."""
+        return np.where(row_R < self.rows, row_R % self.settings.rows, self.settings.rows).astype(np.int32)
 
     def decode(
         self,
@@ -265,7 +263,7 @@ class Sampler:
             table=self.table,
             stops=self.stops,
             state=state,
-            row_R=row_R if self.chooses else None,
+            row_R=self._within(row_R) if self.chooses else None,
             bound=self.bound(longest + self.settings.quota),
             truncate=truncate,
             steps=np.int32(self.settings.quota if steps is None else steps),
@@ -306,10 +304,10 @@ class Sampler:
             live_B=put(state.live_B, chunks.live_R),
             stop_B=put(state.stop_B, STOP_NONE),
             allowance_B=put(state.allowance_B, chunks.allowance_R),
-        ), chunks.count_R.sum()
+        ), chunks.count_R.sum(keepdims=True)
 
     def _fork_rows(
-        self, state: SampleState, source_R, target_R, length, logits_RV, allowance_R, bound: int
+        self, state: SampleState, source_R, target_R, length, logits_EV, allowance_R, bound: int
     ) -> SampleState:
         put = lambda x, value: x.at[target_R].set(value, mode='drop')
         copy = lambda kv: kv_cache.copy_rows(kv, source_R, target_R, bound)
@@ -321,14 +319,14 @@ class Sampler:
         return dataclasses.replace(
             state,
             cache=cache,
-            logits_BV=put(state.logits_BV, logits_RV),
+            logits_BV=put(state.logits_BV, logits_EV),
             live_B=put(state.live_B, True),
             allowance_B=put(state.allowance_B, allowance_R),
         )
 
     def _decode_rows(self, params, table, stops, state: SampleState, row_R, steps, bound: int, truncate: bool):
         quota, whole = self.settings.quota, state
-        state = rows.take(whole, row_R, bound, self.ways)
+        state = rows.take(whole, row_R, bound)
         b, start_B = len(state.live_B), state.cache.length_B
         out = Decoded(
             tokens_BQ=jnp.zeros((b, quota), jnp.int32),
@@ -342,7 +340,7 @@ class Sampler:
 
         def unfinished(carry):
             i, state, _ = carry
-            return (i < quota) & (i < steps) & state.live_B.any()
+            return (i < quota) & (i < steps) & shards.any_engine(state.live_B.any(), self.mesh)
 
         def step(carry):
             i, s, out = carry
@@ -385,4 +383,4 @@ class Sampler:
             return i + 1, s, out
 
         _, state, out = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, out))
-        return rows.put(whole, state, row_R, start_B, quota, self.ways), out
+        return rows.put(whole, state, row_R, start_B, quota), out

@@ -11,10 +11,10 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import itertools
+import functools
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from retool_jax.core.records import Episode, ExecResult, Stop
 from retool_jax.rollout import turns
 from retool_jax.rollout.journal import Journal, call_key
 from retool_jax.rollout.prompts import Prompts
-from retool_jax.rollout.requests import Executor, Link, Request
+from retool_jax.rollout.requests import Executor, Link, Queue, Request
 from retool_jax.rollout.row import Row
 from retool_jax.rollout.sampler import STOP_NONE, Assignment, Chunks, Decoded, Sampler
 from retool_jax.rollout.settings import SamplingSettings
@@ -74,9 +74,9 @@ class Scheduler:
         self.settings = self.sampler.settings
         self.params, self.version, self.step, self.journal = params, version, step, journal
         self.quanta = -1 if quanta is None else quanta
-        self.queue = collections.deque(enumerate(requests))
-        self.prompts = Prompts(requests, equipment.common)
-        self.rows: list[Row | None] = [None] * self.settings.rows
+        self.queue = Queue(requests, self.sampler.engines)
+        self.prompts = Prompts(requests, equipment.common, self.settings.rows)
+        self.rows: list[Row | None] = [None] * self.sampler.rows
         self.state, self.stats = state, RolloutStats()
         self.ended: collections.deque[tuple[int, Episode]] = collections.deque()  # not handed out yet
         self.fed: tuple[float, jax.Array, list[int]] | None = None  # since when, ready when done, rows
@@ -110,16 +110,20 @@ class Scheduler:
         self.ended.append((row.index, row.episode))
 
     def _admit(self) -> None:
-        """Gives free rows to queued episodes; those of one prompt copy its KV."""
-        admitted = []
-        for r in range(len(self.rows)):
-            while self.rows[r] is None and self.queue:
-                row = self.rows[r] = self._open(*self.queue.popleft())
-                if row.allowance <= 0:  # what there is fills the budget
-                    row.episode.void |= row.request.begun is None
-                    self._leave(r, Stop.LENGTH)
-                    continue
-                admitted.append(r)
+        """Gives free rows to queued episodes, first of the engine that has most; those of one prompt copy its KV."""
+        each, admitted = self.settings.rows, []
+        blocks = (range(first, first + each) for first in range(0, len(self.rows), each))
+        free = [[r for r in block if self.rows[r] is None] for block in blocks]  # of each engine
+        while self.queue and any(free):
+            engine = max(range(len(free)), key=lambda engine: len(free[engine]))
+            r = free[engine].pop(0)
+            row = self.rows[r] = self._open(*self.queue.take(engine))
+            if row.allowance <= 0:  # what there is fills the budget
+                row.episode.void |= row.request.begun is None
+                self._leave(r, Stop.LENGTH)
+                free[engine].insert(0, r)
+                continue
+            admitted.append(r)
         if admitted:
             self._assign(admitted)
             self._prefill(admitted)
@@ -143,28 +147,22 @@ class Scheduler:
             tag=self.rules.table.walk(turn),
         )
 
-    def _calls(self, rows: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        """Row numbers, as many at a time as a call of the sampler takes."""
-        return itertools.batched(rows, self.settings.feed_rows)
-
-    def _padded(self, rows: Sequence[int]) -> np.ndarray:
-        """Row numbers of one call, padded with one out of range: int32 [feed_rows]."""
-        return np.array([*rows, *[self.settings.rows] * (self.settings.feed_rows - len(rows))], np.int32)
+    def _column(self, row_R: np.ndarray, pick: Callable[[Row], float], dtype) -> np.ndarray:
+        """Something of each row of a call, 0 where it is padded."""
+        return np.array([pick(self.rows[r]) if r < len(self.rows) else 0 for r in row_R.tolist()], dtype)
 
     def _assign(self, rows: Sequence[int]) -> None:
         """Clears rows on the device and sets what their episodes are drawn by."""
-        for part in self._calls(rows):
-            pad = [0] * (self.settings.feed_rows - len(part))
-            column = lambda pick, dtype: np.array([pick(self.rows[r]) for r in part] + pad, dtype)  # noqa: B023
-            same = lambda value, dtype: np.full(self.settings.feed_rows, value, dtype)
+        for row_R in self.sampler.calls(rows):
+            same = lambda value, dtype: np.full(len(row_R), value, dtype)  # noqa: B023
             self.state = self.sampler.assign(
                 self.state,
                 self.key_data,
                 Assignment(
-                    row_R=self._padded(part),
-                    step_R=column(lambda row: row.episode.step, np.uint32),
-                    problem_R=column(lambda row: zlib.crc32(row.request.problem.id.encode()), np.uint32),
-                    sample_R=column(lambda row: row.request.sample, np.int32),
+                    row_R=row_R,
+                    step_R=self._column(row_R, lambda row: row.episode.step, np.uint32),
+                    problem_R=self._column(row_R, lambda row: zlib.crc32(row.request.problem.id.encode()), np.uint32),
+                    sample_R=self._column(row_R, lambda row: row.request.sample, np.int32),
                     temperature_R=same(self.sampling.temperature, np.float32),
                     top_p_R=same(self.sampling.top_p, np.float32),
                     top_k_R=same(self.sampling.top_k, np.int32),
@@ -173,52 +171,50 @@ class Scheduler:
             )
 
     def _prefill(self, admitted: list[int]) -> None:
-        """Feeds each new prompt once; then every other sample copies the row."""
+        """Feeds each new prompt once to each engine; then every other sample copies the row."""
         new = {r: self.rows[r].index for r in admitted if self.rows[r].request.begun is None}
         leaders, followers = self.prompts.deal(new)
-        wanted = {self.prompts.of[index] for index, request in self.queue if request.begun is None} | set(followers)
-        self._begin([r for r in admitted if r not in new or leaders.get(self.prompts.of[new[r]]) == r])
+        queued = {self.prompts.of[index] for index, request in self.queue if request.begun is None}
+        fed = set(leaders.values())
+        self._begin([r for r in admitted if r not in new or r in fed])
         self._feed(only=list(leaders.values()))
-        for prompt, r in leaders.items():
-            if prompt in wanted:
-                self.prompts.held[prompt] = (r, self.sampler.logits_of(self.state, r))
-        self.prompts.keep(wanted)
-        for prompt, rows in followers.items():
-            source, logits_V = self.prompts.held[prompt]
-            self._copy(source, rows, len(self.rows[rows[0]].pending), logits_V)
+        logits_of = functools.partial(self.sampler.logits_of, self.state)
+        self.prompts.hold(leaders, lambda key: key in followers or key[1] in queued, logits_of)
+        for key, rows in followers.items():
+            source, logits_EV = self.prompts.held[key]
+            self._copy(source, rows, len(self.rows[rows[0]].pending), logits_EV)
             for r in rows:
                 self.prompts.place(r, source in self.prompts.begun)
                 self.rows[r].pending, self.rows[r].live = [], True
 
     def _begin(self, rows: list[int]) -> None:
-        """Gives rows the beginning that all prompts have in common, which is fed once; the rest stays pending."""
+        """Gives rows the beginning that all prompts have in common, which each engine is fed once; the rest stays
+        pending."""
         begin = [r for r in rows if self.prompts.begins(self.rows[r].pending)]
         for r in set(rows) - set(begin):
             self.prompts.place(r, False)
-        if not begin:
-            return
         count = len(self.prompts.common)
         rest = {r: self.rows[r].pending[count:] for r in begin}
-        if not self.prompts.begun:
-            first = begin.pop(0)
-            self.rows[first].pending = list(self.prompts.common)
-            self._feed(only=[first])
-            self.prompts.place(first, True)
+        firsts = self.prompts.first(begin)
+        for r in firsts:
+            self.rows[r].pending = list(self.prompts.common)
+        self._feed(only=firsts)
+        for r in firsts:
+            self.prompts.place(r, True)
             self.stats.prefix_feeds += 1
-        source = next(iter(self.prompts.begun))
-        self._copy(source, begin, count, self.sampler.logits_of(self.state, source))
-        self.stats.prefix_copies += len(begin)
+        for source, others in self.prompts.sources(r for r in begin if r not in firsts).items():
+            self._copy(source, others, count, self.sampler.logits_of(self.state, source))
+            self.stats.prefix_copies += len(others)
         for r, ids in rest.items():
             self.prompts.place(r, True)
             self.rows[r].pending, self.rows[r].live = ids, False
 
-    def _copy(self, source: int, rows: Sequence[int], length: int, logits_V: jax.Array) -> None:
-        """Gives rows the first `length` slots of another; they are live on the device."""
-        for part in self._calls(rows):
-            target_R = self._padded(part)
-            allowance_R = np.array([self.rows[r].allowance for r in part] + [0] * (len(target_R) - len(part)), np.int32)
+    def _copy(self, source: int, rows: Sequence[int], length: int, logits_EV: jax.Array) -> None:
+        """Gives rows the first `length` slots of another of their engine; they are live on the device."""
+        for row_R in self.sampler.calls(rows):
+            allowance_R = self._column(row_R, lambda row: row.allowance, np.int32)
             self.state = self.sampler.fork(
-                self.state, np.full_like(target_R, source), target_R, length, logits_V, allowance_R
+                self.state, np.full_like(row_R, source), row_R, length, logits_EV, allowance_R
             )
         self.stats.shared_tokens += length * len(rows)
 
@@ -280,24 +276,25 @@ class Scheduler:
 
     def _feed(self, only: list[int] | None = None) -> None:
         """Runs pending ids through the cache, a chunk at a time, until none is left."""
-        settings = self.settings
-        rows = range(settings.rows) if only is None else only
-        zeros = lambda *shape, dtype=np.int32: np.zeros((settings.feed_rows, *shape), dtype)
+        chunk = self.settings.chunk
+        rows = range(len(self.rows)) if only is None else only
         while waiting := [r for r in rows if self.rows[r] and self.rows[r].pending]:
             began = time.perf_counter()
-            for part in self._calls(waiting):
+            for row_R in self.sampler.calls(waiting):
+                part = [(i, r) for i, r in enumerate(row_R.tolist()) if r < len(self.rows)]
+                zeros = lambda *shape, dtype=np.int32: np.zeros((len(row_R), *shape), dtype)  # noqa: B023
                 chunks = Chunks(
-                    row_R=self._padded(part),
-                    tokens_RC=zeros(settings.chunk),
+                    row_R=row_R,
+                    tokens_RC=zeros(chunk),
                     count_R=zeros(),
                     live_R=zeros(dtype=bool),
                     allowance_R=zeros(),
                     tag_R=zeros(),
                 )
                 longest = 1
-                for i, r in enumerate(part):
+                for i, r in part:
                     row = self.rows[r]
-                    piece, row.pending = row.pending[: settings.chunk], row.pending[settings.chunk :]
+                    piece, row.pending = row.pending[:chunk], row.pending[chunk:]
                     chunks.tokens_RC[i, : len(piece)] = piece
                     chunks.count_R[i], chunks.allowance_R[i], chunks.tag_R[i] = len(piece), row.allowance, row.tag
                     row.live = chunks.live_R[i] = not row.pending
@@ -305,7 +302,7 @@ class Scheduler:
                     self.stats.fed_tokens += len(piece)
                 self.state, mark = self.sampler.extend(self.params, self.state, chunks, longest)
                 since, _, known = self.fed or (began, mark, [])
-                self.fed = (since, mark, known + list(part))
+                self.fed = (since, mark, known + [r for _, r in part])
 
     def _decode(self) -> tuple[float, Decoded, np.ndarray] | None:
         """Sends a quantum to the device, without waiting for it; rows that became live first go first."""

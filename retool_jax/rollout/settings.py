@@ -1,4 +1,7 @@
-"""The blocks `sampler` and `sampling`: sizes of the compiled programs, and how tokens are drawn."""
+"""The blocks `sampler` and `sampling`: sizes of the compiled programs, and how tokens are drawn.
+
+An engine is `mesh.tensor` devices, which hold the sampling weights once; a process drives as many as its devices make.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from retool_jax.model.config import DTYPES, WEIGHTS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """Sizes of the compiled programs."""
+    """Sizes of the compiled programs; numbers of rows are those of one engine."""
 
-    rows: int  # episodes that an engine holds at a time, one a row. H 64, 32B: 32
+    rows: int  # episodes that an engine (mesh.tensor devices) holds at a time, one a row. H 64, from 7B on 32
     slots: int  # KV positions of a row: tokens of an episode, prompt included. P 16384, its longest sequence
     chunk: int  # tokens of a row that one extend call takes in; longer prompts and tool outputs take several. H 256
-    feed_rows: int  # rows that one extend call takes. H 8
+    feed_rows: int  # rows of an engine that one extend call takes. H 8
     quota: int  # steps of one decode call; a row that stops in it stands still until its end. H 64
-    # Rows of one decode call, the others wait; 0: all. Fewer than `rows` pay where most rows wait for slow tools. H 0
+    # Rows of an engine in one decode call, the others wait; 0: all. Fewer than `rows` pay where most rows wait for slow
+    # tools. H 0
     decode_rows: int
     # KV positions that a call reads at least; the bound doubles up to `slots` as rows grow. Some backends round a
     # matmul by its extent: `slots` here makes replays equal to the last bit on those too. H 256

@@ -122,7 +122,7 @@ def run_kept(
     While it runs they are parts of `directory`/unfinished, in the end the one part `name`. What an episode holds
     does not depend on what else is made with it, and tool results of unfinished episodes are in the journal, so
     a killed evaluation ends as it would have. `advance(n=…)` counts episodes. Of several processes each keeps what
-    its engine makes, and one puts it together.
+    its engines make (of a team one), and one puts it together.
 
     Raises: UserError for kept episodes of other problems or samples.
     """
@@ -141,14 +141,13 @@ def run_kept(
     advance(n=len(found))
     missing = [request for key, request in asked.items() if key not in found]
     processes.wait()  # until all have read what is there
-    process, own = jax.process_index(), engine.link is None
-    mine = hosts.part(missing, process, jax.process_count()) if own else missing
+    process, mine = jax.process_index(), hosts.share(engine, missing)
     waiting: list[Episode] = []
     count = len(episode_files.names(unfinished))
 
     def keep() -> None:
         nonlocal count
-        if own or processes.leads():  # in lockstep every process makes all of them
+        if hosts.leads(engine):  # the others of its team make the same
             grading.grade(waiting, grader, tokenizer)
             episode_files.write(unfinished, f'part_{process:03d}_{count:05d}', waiting, tokenizer.decode)
             mirror.publish(directory)

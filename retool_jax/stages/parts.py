@@ -144,16 +144,12 @@ def _shardings(sizes: ModelConfig, mesh: jax.sharding.Mesh, axes: dict) -> Param
 def make_sampler(
     model: Model, sizes: SamplerSettings, turns: Budgets, mesh: jax.sharding.Mesh | None = None
 ) -> Sampler:
-    """The compiled half of rollout, over `mesh` where it has more than one device.
-
-    Of several processes each has its own, over its part of `mesh`, unless the weights need the devices of more than
-    one.
-    """
+    """The compiled half of rollout: the engines on `mesh`, or on this process's part of it (rollout/hosts.py)."""
     table = make_table(model, turns.on_answer)
     build = lambda on: Sampler(model.config, sizes, table.next_state, table.stops, model.tokenizer.eos_ids, on)
     if mesh is None or mesh.size == 1:
         return build(None)
-    if jax.process_count() == 1 or hosts.spans(mesh):
+    if len(hosts.team(mesh)) == jax.process_count():
         return build(mesh)
     sampler = build(hosts.local_mesh(mesh))
     sampler.sync = hosts.make_sync(model.config, sizes.dtype, mesh, sizes.weights)
@@ -187,17 +183,16 @@ def make_engine(
     seed: int,
     purpose: int,
 ) -> Engine:
-    """The engine of one purpose (TRAINING, EVALUATION). Engines may share a sampler.
+    """What makes episodes for one purpose (TRAINING, EVALUATION). Several may share a sampler.
 
     With several processes, each must make this call with the same arguments.
     """
     budgets = TurnSettings(tools=model.template.tools, **dataclasses.asdict(turns))
     rules = Rules(budgets, model.tokenizer, make_table(model, turns.on_answer), lambda result: render(result, feedback))
-    if sampler.table.is_fully_addressable:
-        kind = Engine if jax.process_count() == 1 else hosts.Apart
-        engine = kind(sampler, rules, sampling, executor, seed, purpose)
-    else:
-        engine = Engine(sampler, rules, sampling, executor, seed, purpose, link=hosts.Lockstep())
+    team = hosts.team_of(sampler)
+    kind = Engine if len(team) == jax.process_count() else hosts.Apart
+    link = hosts.Lockstep(team) if len(team) > 1 else None
+    engine = kind(sampler, rules, sampling, executor, seed, purpose, link)
     engine.common = common_ids(model.template, model.tokenizer)
     return engine
 

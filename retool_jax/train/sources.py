@@ -129,7 +129,7 @@ def sampled(
                 made = engine.run(weights, step, missing, step, journal=journal, quanta=quanta, finished=note)
                 processes.agree([processes.word(signals.told())])
             except KeyboardInterrupt:
-                if aside is not None and (engine.link is None or processes.leads()):
+                if aside is not None and hosts.leads(engine):
                     leave_aside(aside, step, ended, tokenizer)
                 raise
             new = iter(made)

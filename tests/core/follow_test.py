@@ -129,7 +129,7 @@ def test_a_run_of_two_processes_is_followed_into_trackio(tmp_path):
     directory, steps, child = tmp_path / 'run', 20, start(tmp_path / 'run', 'trackio')
     keys = {
         'run.dir': directory, 'ppo.steps': steps, 'ppo.problems_per_step': 4, 'ppo.samples': 2, 'mesh.tensor': 2,
-        'turns.max_tokens': 96, 'turns.max_turn_tokens': 96, 'sampler.rows': 8, 'sampler.slots': 128,
+        'turns.max_tokens': 96, 'turns.max_turn_tokens': 96, 'sampler.rows': 4, 'sampler.slots': 128,
         'sampler.min_bound': 128, 'forward.micro_rows': 4, 'forward.row_width': 96, 'forward.logprob_chunk': 96,
         'forward.unroll': 1, 'sandbox.zygotes': 1, 'sandbox.spares': 1,
     }  # fmt: skip

@@ -23,6 +23,7 @@ TINY = {
     'advantage.whiten': False,
     'turns.max_tokens': 96,
     'turns.max_turn_tokens': 96,
+    'sampler.rows': 4,  # of each of four engines
     'sampler.slots': 128,
     'sampler.min_bound': 128,
     'forward.micro_rows': 4,
@@ -46,8 +47,8 @@ def problems(tmp_path):
 
 
 def launch(count, name, directory, **keys):
-    """A binary on eight devices, of so many processes in all; rows are as many for each device."""
-    keys = {'run.dir': directory, 'sampler.rows': 16 // count} | keys
+    """A binary on eight devices, of so many processes in all."""
+    keys = {'run.dir': directory} | keys
     written = several.run(
         count,
         [
@@ -95,7 +96,7 @@ def test_rl_of_two_processes_is_that_of_one(problems, tmp_path):
     assert hosts == [(0, 0), (0, 1), (1, 0), (1, 1)] and '>Hosts</h2>' in (two / 'report.html').read_text()
     assert len(list((two / 'tensorboard').iterdir())) == 1
     # Another number of processes goes on from it, on a mesh of its own.
-    launch(1, 'ppo', two, **keys | {'ppo.steps': 3, 'sampler.rows': 8})
+    launch(1, 'ppo', two, **keys | {'ppo.steps': 3})
     assert [line['step'] for line in metrics.read(two)] == [0, 1, 2]
 
 

@@ -21,7 +21,7 @@ ENDS_S = 60.0  # from the signal to the end of the last process
 RL = {
     'ppo.steps': 5, 'ppo.problems_per_step': 4, 'ppo.samples': 2, 'ppo.minibatches': 2, 'checkpoints.every': 2,
     'turns.max_tokens': 96, 'turns.max_turn_tokens': 24, 'turns.max_turns': 3, 'turns.max_calls': 2,
-    'sampler.rows': 2, 'sampler.slots': 96, 'sampler.chunk': 32, 'sampler.feed_rows': 2, 'sampler.quota': 8,
+    'sampler.rows': 1, 'sampler.slots': 96, 'sampler.chunk': 32, 'sampler.feed_rows': 1, 'sampler.quota': 8,
     'sampler.min_bound': 96, 'forward.unroll': 1, 'forward.row_width': 96, 'forward.logprob_chunk': 96,
     'forward.vocab_chunk': 264, 'forward.row_segments': 3, 'forward.micro_rows': 4, 'optimizer.lr': 1e-2,
     'watch.equal_rewards': 'ignore', 'watch.faults': 'ignore', 'sandbox.zygotes': 1, 'sandbox.spares': 1,

@@ -1,13 +1,15 @@
-"""Rollouts of two processes with four devices each: apart and in lockstep, with tools that answer at other times."""
+"""Rollouts of several processes: apart, in lockstep and in teams, with tools that answer at other times."""
 
 import pickle
 import socket
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from retool_jax.core import processes, sharding
+from retool_jax.core.errors import UserError
 from retool_jax.model import decoder
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.rollout import hosts
@@ -64,6 +66,51 @@ def test_two_processes_make_the_episodes_of_one(work, decode_rows, tmp_path):
     # Another mesh rounds otherwise, which may flip a token and with it the rest of its episode.
     same = [a.tokens == b.tokens for a, b in zip(expected, episodes)]
     assert sum(same) >= len(same) - 3
+
+
+@pytest.mark.slow
+def test_two_teams_of_two_processes_make_the_episodes_of_one(tmp_path):
+    (((expected, *_), *_),) = run(1, 'one', 0, tmp_path)
+    found = run(4, 'teams', 0, tmp_path)
+    for turn in range(4):
+        for process in found:
+            assert process[turn][0] == found[0][turn][0] and process[turn][2] == len(expected)
+        assert mismatch(found[0][turn][0]) <= 1e-4
+        ran = [process[turn][1] for process in found]
+        assert sum(ran) == sum(bool(c.code) for e in found[0][turn][0] for c in e.calls)
+        assert min(ran) > 0  # each ran tools of its team's rows
+    episodes = found[0][0][0]
+    assert [(e.problem.id, e.sample) for e in episodes] == [(r.problem.id, r.sample) for r in requests()]
+    same = [a.tokens == b.tokens for a, b in zip(expected, episodes)]  # another mesh rounds otherwise
+    assert sum(same) >= len(same) - 3
+
+
+def made_up(devices: list[int], tensor: int):
+    """What `hosts.team` sees of a mesh over so many devices of each process."""
+    held = [types.SimpleNamespace(id=100 * p + i, process_index=p) for p, n in enumerate(devices) for i in range(n)]
+    return types.SimpleNamespace(devices=np.array(held), shape={'tensor': tensor})
+
+
+@pytest.mark.parametrize(
+    ('devices', 'tensor', 'process', 'team'),
+    [
+        ([4, 4], 4, 1, (1,)),
+        ([8], 2, 0, (0,)),
+        ([4, 8], 4, 1, (1,)),
+        ([4, 4, 4, 4], 8, 2, (2, 3)),
+        ([1] * 8, 4, 5, (4, 5, 6, 7)),
+        ([2, 2, 2], 3, 1, (0, 1, 2)),  # two engines of three processes
+        ([4, 4], 8, 0, (0, 1)),
+    ],
+)
+def test_a_team_is_as_few_processes_as_have_whole_engines(devices, tensor, process, team, monkeypatch):
+    monkeypatch.setattr(jax, 'process_index', lambda: process)
+    assert hosts.team(made_up(devices, tensor)) == team
+
+
+def test_processes_of_unlike_devices_that_make_no_whole_engines_are_refused():
+    with pytest.raises(UserError, match='^mesh.tensor=8: processes of 4 and 8 devices have no whole engines; choose'):
+        hosts.team(made_up([4, 8], 8))
 
 
 @pytest.mark.parametrize('count', [1, 2, 3, 8])

@@ -86,13 +86,29 @@ def test_episodes_taken_up_copy_it_too(run, sampler, params):
 
 
 def test_a_row_that_is_fed_something_else_holds_it_no_more():
-    prompts = Prompts(requests(2, 1), COMMON)
+    prompts = Prompts(requests(2, 1), COMMON, 8)
     prompts.place(3, True)
     prompts.place(3, False)
     prompts.place(2, False)
     assert prompts.begun == set()
     assert prompts.begins([*COMMON, 7]) and not prompts.begins(COMMON) and not prompts.begins([7, *COMMON])
-    assert not Prompts([], ()).begins([1, 2])
+    assert not Prompts([], (), 8).begins([1, 2])
+
+
+def test_each_engine_is_fed_what_its_rows_hold():
+    prompts = Prompts(requests(3, 4), COMMON, 4)  # rows 0 to 3 are of one engine, 4 to 7 of the next
+    leaders, followers = prompts.deal({0: 0, 1: 1, 4: 2, 5: 3, 6: 4})
+    assert leaders == {(0, 0): 0, (1, 0): 4, (1, 1): 6} and followers == {(0, 0): [1], (1, 0): [5]}
+    assert prompts.first([0, 1, 4, 5]) == [0, 4]
+    prompts.place(1, True)
+    assert prompts.first([0, 4, 5]) == [4]
+    prompts.place(4, True)
+    assert prompts.first([0, 5]) == [] and prompts.sources([0, 5, 2]) == {1: [0, 2], 4: [5]}
+    prompts.hold(leaders, lambda key: key != (1, 1), lambda r: f'logits of {r}')
+    assert prompts.held == {(0, 0): (0, 'logits of 0'), (1, 0): (4, 'logits of 4')}
+    prompts.leave(0, {1: 1, 4: 2})
+    prompts.leave(4, {1: 1})  # no other row of that engine holds it
+    assert prompts.held == {(0, 0): (1, 'logits of 0')}
 
 
 def test_the_ids_that_a_template_begins_with_are_those_of_every_question():

@@ -2,9 +2,7 @@
 
 import dataclasses
 import itertools
-import math
 import random
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 
 from retool_jax.bench.timing import compilations
-from retool_jax.core import sharding
 from retool_jax.core.pytrees import Int8KV
 from retool_jax.model import decoder
 from retool_jax.rollout import rows
@@ -43,12 +40,19 @@ def params():
 
 
 def test_the_first_in_line_are_chosen_as_far_as_their_shards_have_room():
-    assert rows.choose([6, 1, 3], rows=8, count=4, ways=1).tolist() == [6, 1, 3, 8]
-    assert rows.choose([6, 1, 3, 0, 2], rows=8, count=4, ways=1).tolist() == [6, 1, 3, 0]
-    assert rows.choose([6, 1], rows=8, count=8, ways=2).tolist() == [8, 1, 8, 8, 8, 8, 6, 8]
-    assert rows.choose([6, 1, 3, 0, 2], rows=8, count=4, ways=2).tolist() == [1, 3, 6, 8]
-    assert rows.choose([6, 1, 3, 0, 7, 5], rows=8, count=4, ways=4).tolist() == [1, 3, 5, 6]
-    assert rows.choose([], rows=8, count=2, ways=2).tolist() == [8, 8]
+    assert rows.choose([6, 1, 3], rows=8, count=4, engines=1).tolist() == [6, 1, 3, 8]
+    assert rows.choose([6, 1, 3, 0, 2], rows=8, count=4, engines=1).tolist() == [6, 1, 3, 0]
+    assert rows.choose([6, 1], rows=8, count=8, engines=2).tolist() == [8, 1, 8, 8, 8, 8, 6, 8]
+    assert rows.choose([6, 1, 3, 0, 2], rows=8, count=4, engines=2).tolist() == [1, 3, 6, 8]
+    assert rows.choose([6, 1, 3, 0, 7, 5], rows=8, count=4, engines=4).tolist() == [1, 3, 5, 6]
+    assert rows.choose([], rows=8, count=2, engines=2).tolist() == [8, 8]
+
+
+def test_a_call_has_places_for_rows_of_each_engine():
+    found = rows.calls([0, 9, 1, 2, 8], each=4, engines=3, count=2)
+    assert [row_R.tolist() for row_R in found] == [[0, 1, 12, 12, 9, 8], [2, 12, 12, 12, 12, 12]]
+    assert [row_R.tolist() for row_R in rows.calls([3, 1, 2], each=4, engines=1, count=2)] == [[3, 1], [2, 4]]
+    assert list(rows.calls([], each=4, engines=2, count=2)) == []
 
 
 @pytest.mark.parametrize('cache', ['float32', 'int8'])
@@ -63,13 +67,13 @@ def test_what_is_taken_is_put_back_and_nothing_else_is_touched(cache, bound):
     )
     state = jax.tree.map(noise, state)
     row_R = np.array([6, 1, 8, 3], np.int32)
-    part = rows.take(state, row_R, bound, 1)
+    part = rows.take(state, row_R, bound)
     assert part.live_B.tolist() == [bool(state.live_B[6]), bool(state.live_B[1]), False, bool(state.live_B[3])]
     longer_B = part.cache.length_B + jnp.array([2, 0, 1, 3])
     written = dataclasses.replace(
         part, cache=dataclasses.replace(part.cache, k=jax.tree.map(lambda x: x + 1, part.cache.k), length_B=longer_B)
     )
-    after = rows.put(state, written, row_R, part.cache.length_B, 4, 1)
+    after = rows.put(state, written, row_R, part.cache.length_B, 4)
     values = lambda kv: np.asarray(kv.values if isinstance(kv, Int8KV) else kv)
     for old, new in zip(state.cache.k, after.cache.k):
         changed = values(new) != values(old)
@@ -138,51 +142,6 @@ def test_nothing_compiles_after_warm_up(params):
     make_engine(sampler).warm_up(weights)
     compiled = compilations()
     assert make_engine(sampler).run(weights, 0, requests(), step=0) and compiled == []
-
-
-def largest_sent(sampler, weights) -> int:
-    """Numbers in the largest array that a collective of a decode call moves."""
-    text = (
-        sampler._decode.lower(
-            params=weights,
-            table=sampler.table,
-            stops=sampler.stops,
-            state=sampler.empty(),
-            row_R=sampler.choose([]),
-            steps=np.int32(8),
-            bound=128,
-            truncate=False,
-        )
-        .compile()
-        .as_text()
-    )
-    found = re.findall(r' = (.+?) (?:all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(', text)
-    return max(
-        math.prod(int(n) for n in shape.split(',') if n)
-        for line in found
-        for shape in re.findall(r'\w+\[([\d,]*)\]', line)
-    )
-
-
-def test_on_a_mesh_no_cache_crosses_devices(params):
-    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-    settings = dataclasses.replace(SOME, min_bound=128)
-    sampler = make_sampler(settings, mesh)
-    weights = sampler.sync(params)
-    assert isinstance(
-        sampler.decode(weights, sampler.empty(), sampler.choose([5, 2, 7]), 10, False)[1].tokens_BQ, jax.Array
-    )
-    of_row = 128 * CONFIG.head_dim  # what a row may read of one head
-    assert 0 < largest_sent(sampler, weights) < of_row
-    across = make_sampler(settings, mesh)
-    across.ways = 1  # rows numbered over all shards: the check above can fail
-    assert largest_sent(across, weights) >= of_row
-    reference, _ = engine_test.run(make_sampler(SOME), params)
-    found, _ = engine_test.run(sampler, params)
-    equal = [found[k].tokens == reference[k].tokens for k in reference]
-    assert sum(equal) >= len(equal) - 2  # sums of other shapes round otherwise
-    with pytest.raises(ValueError, match='sampler.decode_rows=2 does not divide over data=2 × fsdp=2; choose a mult'):
-        make_sampler(dataclasses.replace(SIZES, decode_rows=2), mesh)
 
 
 def test_a_number_of_rows_that_is_none_is_refused():

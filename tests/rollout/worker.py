@@ -1,9 +1,10 @@
-"""One process of a rollout: `python -m tests.rollout.worker apart|together|one[_slow] DECODE_ROWS DIRECTORY`.
+"""One process of a rollout: `python -m tests.rollout.worker apart|together|teams|one[_slow] DECODE_ROWS DIRECTORY`.
 
 Processes are joined by RETOOL_PROCESS….
 
-apart: an engine per process on the devices of that process, weights from the global training mesh, episodes gathered.
-together: one engine on a mesh over all processes, in lockstep. one: an engine on the first device.
+apart: each process has engines of its own, weights from the global training mesh, episodes gathered. together: two
+engines on a mesh over all processes, in lockstep. teams: an engine takes the devices of two processes of four, as the
+run itself makes it. one: an engine on the first device. All but `teams` hold eight rows in each process.
 Each rolls out twice with tools that answer at once, and twice with tools that answer at other times in every process
 and both times; with _slow every process but the first takes a while over each call. Writes
 DIRECTORY/<work>_<process>.pkl.
@@ -23,7 +24,7 @@ import numpy as np
 
 from retool_jax.core import processes, sharding
 from retool_jax.model import decoder
-from retool_jax.rollout import hosts, turns
+from retool_jax.rollout import hosts, shards, turns
 from retool_jax.rollout.engine import Engine
 from retool_jax.rollout.sampler import Sampler
 from retool_jax.text import template
@@ -37,7 +38,10 @@ def make_engine(sampler: Sampler, kind=Engine, link=None) -> Engine:
 
 
 def make_sampler(mesh, decode_rows: int) -> Sampler:
-    sizes = dataclasses.replace(SIZES, decode_rows=decode_rows)
+    """decode_rows: of all engines on the mesh."""
+    engines = shards.count(mesh)
+    share = {name: getattr(SIZES, name) // engines for name in ('rows', 'feed_rows')}
+    sizes = dataclasses.replace(SIZES, decode_rows=decode_rows // engines, **share)
     return Sampler(CONFIG, sizes, TABLE.next_state, TABLE.stops, TOKENIZER.eos_ids, mesh)
 
 
@@ -57,8 +61,9 @@ def dealt_out() -> list[jax.Device]:
 def apart(decode_rows: int):
     """The tensor axis fits twice into a process, though on the training mesh it runs through both."""
     mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 2}, dealt_out())
-    assert len({d.process_index for d in mesh.devices[0, 0]}) == jax.process_count() and not hosts.spans(mesh)
-    assert hosts.spans(sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 8}))
+    assert len({d.process_index for d in mesh.devices[0, 0]}) == jax.process_count()
+    assert hosts.team(mesh) == (jax.process_index(),)
+    assert hosts.team(sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 8})) == (0, 1)
     local = hosts.local_mesh(mesh)
     assert dict(local.shape) == {'data': 2, 'fsdp': 1, 'tensor': 2}
     engine = make_engine(make_sampler(local, decode_rows), hosts.Apart)
@@ -73,13 +78,24 @@ def together(decode_rows: int):
     return make_engine(sampler, link=hosts.Lockstep()), sampler.sync(train_params(mesh))
 
 
+def teams(decode_rows: int):
+    """The tensor axis takes the devices of two processes; on the training mesh it runs through all four."""
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 4}, dealt_out())
+    assert len({d.process_index for d in mesh.devices[0, 0]}) == jax.process_count() == 4
+    sampler = make_sampler(hosts.local_mesh(mesh), decode_rows)
+    members = hosts.team_of(sampler)
+    assert members == hosts.team(mesh) == ((0, 1), (2, 3))[jax.process_index() // 2] and sampler.engines == 1
+    engine = make_engine(sampler, hosts.Apart, hosts.Lockstep(members))
+    return engine, hosts.make_sync(CONFIG, SIZES.dtype, mesh)(train_params(mesh))
+
+
 def one(decode_rows: int):
     mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.local_devices()[:1])
     sampler = make_sampler(mesh, decode_rows)
     return make_engine(sampler), sampler.sync(train_params(mesh))
 
 
-KINDS = {'apart': apart, 'together': together, 'one': one}
+KINDS = {'apart': apart, 'together': together, 'teams': teams, 'one': one}
 
 
 class BusyPool(FakePool):

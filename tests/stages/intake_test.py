@@ -120,7 +120,7 @@ def test_a_run_leaves_long_questions_out_and_refuses_data_replaced_under_it(tmp_
     folder = tmp_path / 'world'
     killable.make_model(folder)
     stage = killable.make_stage(
-        folder, 'run', **{'model.tools': False, 'ppo.steps': 1, 'forward.micro_rows': 0, 'sampler.rows': 8}
+        folder, 'run', **{'model.tools': False, 'ppo.steps': 1, 'forward.micro_rows': 0, 'sampler.rows': 1}
     )
     file = folder / 'problems.jsonl'
     before = file.read_text()
