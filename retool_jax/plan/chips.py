@@ -54,6 +54,8 @@ CHIPS = {
     'h200': Chip('h200', 'gpu', 141 * GB, 4800 * GB, 989e12, 450 * GB, 8, 9.0, 400 * GBIT),
     'b200': Chip('b200', 'gpu', 180 * GB, 7700 * GB, 2250e12, 900 * GB, 8, 10.0, 400 * GBIT),
 }
+# Slices of hosts with four chips, of two axes and of three, a host's first.
+SHAPES = {1: ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16'), 2: ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,6 @@ class Slice:
     chip: Chip
     count: int  # of all slices
     devices: list[jax.Device] | None
-    host_devices: list[jax.Device] | None = None  # those of one host, of a slice of several
     slices: int = 1  # that are alike, joined by the network between hosts
 
 
@@ -87,18 +88,27 @@ def open_slice(name: str, slices: int = 1) -> Slice:
             f'--topology={name} needs the TPU compiler: bash launch/baselines.sh plan, or pip install .[plan]'
         )
     prepare()
-    from jax.experimental import topologies
-
-    describe = lambda name, **more: list(
-        topologies.get_topology_desc(platform='tpu', topology_name=name, **more).devices
-    )
     try:
-        devices = describe(name, num_slices=slices) if slices > 1 else describe(name)
+        devices = _describe(name, **({'num_slices': slices} if slices > 1 else {}))
     except Exception as error:  # the compiler's own words, of many types
         raise UserError(f'--topology={name}: {" ".join(str(error).split())[:300]}') from None
-    host = f'{match[1]}:2x2' + 'x1' * (match[2].count('x') - 1)
-    own = describe(host) if len(devices) > chip.host == 4 else None
-    return Slice(title, chip, len(devices), devices, own, slices)
+    return Slice(title, chip, len(devices), devices, slices=slices)
+
+
+def first(slice: Slice, count: int) -> list[jax.Device]:
+    """So many devices of a slice, of a smaller slice where one has them: the compiler takes a part of some slices
+    only."""
+    shapes = SHAPES.get(slice.name.rpartition(':')[2].count('x'), ()) if slice.chip.host == 4 else ()
+    for shape in shapes:
+        if count <= math.prod(map(int, shape.split('x'))) < len(slice.devices):
+            return _describe(f'{slice.chip.name}:{shape}')[:count]
+    return slice.devices[:count]
+
+
+def _describe(name: str, **more: int) -> list[jax.Device]:
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform='tpu', topology_name=name, **more).devices)
 
 
 def compiler() -> Path | None:

@@ -1,4 +1,4 @@
-"""What an RL step's rollout takes: the slowest engine's course, priced by what its calls read."""
+"""What an RL step's rollout takes: the slowest engines' course, priced by what their calls read."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """A step's rollout on the engine that takes longest."""
+    """A step's rollout on those engines, side by side in one program, that take longest."""
 
     engines: int
-    episodes: int  # of this engine
-    rows: int  # that decode at a time
+    abreast: int  # engines of a program
+    episodes: int  # that these make
+    rows: int  # of theirs that decode at a time
     mean: float  # tokens of an episode of the step
     longest: int  # of them
     budget: int  # at which they are cut
@@ -77,24 +78,28 @@ def _draw(run: Run, a: Assumptions) -> np.ndarray:
 
 
 def simulate(run: Run, facts: Sequence[Facts], a: Assumptions) -> Rollout:
-    """The rollout of a step; requests are dealt to the engines in runs of whole problems, as by rollout/hosts.part."""
+    """The rollout of a step.
+
+    Requests are dealt in runs of whole problems, as by rollout/hosts.part, to the engines of a program. These fill
+    their rows from one queue, and a call reads as far as the longest row of all of them wants it.
+    """
     s, sampler, sizes = run.sampler.settings, run.sampler, run.sizes
     prices = Prices(run, facts, a)
     usual = sampler.bound(a.tokens + s.quota)
     stretches = min(a.feeds, run.turns.max_calls + 1, run.turns.max_turns) if run.tools else 1
     engine = lengths.Engine(
-        rows=sampler.decode_rows,
+        rows=sampler.decode_rows * run.abreast,
         call=prices.steps(usual, usual),
         stretches=stretches,
         samples=sizes.samples,
         chunk=s.chunk,
-        feed_rows=s.feed_rows,
+        feed_rows=s.feed_rows * run.abreast,
     )
-    tokens_E, engines = _draw(run, a), run.slice.count // run.sampler_mesh.size
-    ends = [sizes.problems_per_step * e // engines * sizes.samples for e in range(engines + 1)]
+    tokens_E, programs = _draw(run, a), -(-run.engines // run.abreast)
+    ends = [sizes.problems_per_step * p // programs * sizes.samples for p in range(programs + 1)]
     found = []
     for first, last in itertools.pairwise(ends):
-        if first == last:  # more engines than problems
+        if first == last:  # more programs than problems
             continue
         own_E = tokens_E[first:last]
         course = lengths.follow(own_E, engine, s.quota, kernels.TILE if prices.decode.by_length else 1)
@@ -102,7 +107,8 @@ def simulate(run: Run, facts: Sequence[Facts], a: Assumptions) -> Rollout:
         row_steps = course.steps * engine.rows
         found.append(
             Rollout(
-                engines=engines,
+                engines=run.engines,
+                abreast=run.abreast,
                 episodes=len(own_E),
                 rows=engine.rows,
                 mean=float(tokens_E.mean()),
@@ -121,7 +127,7 @@ def simulate(run: Run, facts: Sequence[Facts], a: Assumptions) -> Rollout:
 
 
 class Prices:
-    """Seconds of an engine's calls, by the slots of a row that they read."""
+    """Seconds of the calls of engines side by side, by the slots of a row that they read."""
 
     def __init__(self, run: Run, facts: Sequence[Facts], a: Assumptions):
         self.run = run
@@ -145,13 +151,14 @@ class Prices:
     def decoding(self, course: lengths.Course, call: int) -> tuple[Part, float]:
         """All decode calls of a course, and how many slots of a row a step reads in the mean."""
         sampler, quota = self.run.sampler, self.run.sampler.settings.quota
+        rows = sampler.decode_rows * self.run.abreast
         pieces: collections.Counter[tuple[int, int]] = collections.Counter()
         for steps, busy, live, longest in zip(course.steps_P, course.busy_P, course.live_P, course.longest_P):
             bound = sampler.bound(int(longest) - call + quota)
             read = bound
             if self.decode.by_length:  # a row that does not decode reads a tile
-                idle = max(sampler.decode_rows - busy, 0) * kernels.TILE
-                read = -(-int(live + idle) // sampler.decode_rows)
+                idle = max(rows - busy, 0) * kernels.TILE
+                read = -(-int(live + idle) // rows)
             pieces[read, bound] += int(steps)
         runs, times = 0.0, collections.Counter()
         for (read, bound), steps in pieces.items():

@@ -83,6 +83,7 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
         'mesh': dict(run.mesh.shape),
         'sampler_mesh': dict(run.sampler_mesh.shape),
         'engines': rollout.engines,
+        'abreast': rollout.abreast,
         'attention': forward.attention,
         'programs': programs,
         'phases': phases,
@@ -144,7 +145,8 @@ def text(plan: dict) -> str:
         f'{chip["flops"] / 1e12:,.0f} TFLOP/s bf16, {chip["hbm_bandwidth"] / 1e9:,.0f} GB/s'
         + (' – an ESTIMATE from shapes, nothing was compiled' if plan['estimated'] else ' – compiled'),
         f'{plan["model"]["parameters"] / 1e9:.1f} B parameters, training mesh {mesh}, '
-        f'{plan["engines"]} engines of {plan["chips"] // plan["engines"]} chips, attention {plan["attention"]}', '',
+        f'{plan["engines"]} engines of {plan["mesh"]["tensor"]} chips, {plan["abreast"]} side by side in a program, '
+        f'attention {plan["attention"]}', '',
         'Programs, on one chip (one run; extend and decode with their longest reads, their seconds the mean)', *table(
             ['program', 'phase', 'arguments GiB', 'temporaries GiB', 'TFLOP', 'memory GB', 'links GB', 'seconds',
              'bound by', 'runs a step'],
@@ -187,8 +189,9 @@ def _lengths(r: dict, sigma: float) -> str:
     """What was assumed of the episodes, and what came of it."""
     return (
         f'Lengths assumed: log-normal, sigma {sigma:g}, mean {r["mean"]:,.0f}, cut at {r["budget"]:,} tokens; '
-        f'the slowest of {r["engines"]} engines makes {r["episodes"]:,} episodes of {r["calls"]} calls of tools '
-        f'on {r["rows"]} rows in {r["steps"]:,} decode steps, {r["busy"]:.0%} of its row-steps busy; '
+        f'of {r["engines"]} engines the slowest {r["abreast"]} side by side make {r["episodes"]:,} episodes of '
+        f'{r["calls"]} calls of tools on {r["rows"]} rows in {r["steps"]:,} decode steps, {r["busy"]:.0%} of their '
+        'row-steps busy; '
         f'a step reads {r["read"]:,.0f} slots a row, of which {r["live"]:,.0f} hold tokens'
     )
 

@@ -43,9 +43,9 @@ def known_by(run: Run, program: Program) -> tuple:
 class Plans:
     """Of one model on one slice; stages differ in the keys of `known_by`, and in ppo.offload."""
 
-    def __init__(self, model: ModelConfig, slice: Slice, tokens: int | None):
-        """tokens: of an episode in the mean, as `engines.assume` takes them."""
-        self.model, self.slice, self.tokens = model, slice, tokens
+    def __init__(self, model: ModelConfig, slice: Slice, tokens: int | None, process_chips: int = 0):
+        """tokens: of an episode in the mean, as `engines.assume` takes them; process_chips: as `Run` takes them."""
+        self.model, self.slice, self.tokens, self.process_chips = model, slice, tokens, process_chips
         self.found: dict[tuple, Facts] = {}
         self.guessed: dict[tuple, Facts] = {}
 
@@ -54,7 +54,7 @@ class Plans:
 
         Raises: UserError naming the key, or what does not divide.
         """
-        run = Run(stage, self.model, self.slice)
+        run = Run(stage, self.model, self.slice, self.process_chips)
         assumptions = engines.assume(run, self.tokens)  # before minutes of compiling
         programs, began = {known_by(run, program): program for program in run.programs()}, time.perf_counter()
         todo = {key: program for key, program in programs.items() if key not in self.found}
@@ -72,7 +72,7 @@ class Plans:
         ends: numbers of sampler.rows around this stage's, of which plans were guessed before. What extend and decode
         do, move and send grows by the row, so that it need not be traced again. Raises: as `make`.
         """
-        run = Run(stage, self.model, self.slice)
+        run = Run(stage, self.model, self.slice, self.process_chips)
         found = []
         for program in run.programs():
             key = known_by(run, program)

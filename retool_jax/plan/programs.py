@@ -17,7 +17,9 @@ from retool_jax.core import sharding
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.model import attention, decoder, kernels, lora
 from retool_jax.model.config import ModelConfig
+from retool_jax.plan import chips
 from retool_jax.plan.chips import Slice
+from retool_jax.rollout import hosts, shards
 from retool_jax.rollout.sampler import Chunks, Sampler
 from retool_jax.rollout.sync import Sync, shardings
 from retool_jax.stages import parts
@@ -56,8 +58,11 @@ class Program:
 class Run:
     """Everything of a run that has a shape: model, sizes, meshes, learner, sampler, buffers."""
 
-    def __init__(self, stage: Reinforcement, model: ModelConfig, slice: Slice):
-        """Raises: UserError naming the key, or what does not divide."""
+    def __init__(self, stage: Reinforcement, model: ModelConfig, slice: Slice, process_chips: int = 0):
+        """process_chips: devices of one process; 0: all of a host.
+
+        Raises: UserError naming the key, or what does not divide.
+        """
         self.model, self.slice, self.sizes, self.turns = model, slice, stage.ppo, stage.turns
         self.tools = stage.model.tools
         self.mesh = make_mesh(dataclasses.asdict(stage.mesh) | {'slices': slice.slices}, slice, slice.count)
@@ -69,12 +74,14 @@ class Run:
         forward = dataclasses.replace(forward, attention=kind)
         self.loss = stage.loss
         self.learner = parts.make_learner(dataclasses.replace(stage, forward=forward), model, self.mesh)
-        # Engines are local to as many devices as hold the sampling weights, the tensor axis; where it is longer than a
-        # host's devices, all hosts step one engine together (rollout/hosts.py).
+        # An engine is as many devices as hold the sampling weights, the tensor axis. Those of a process, or of as few
+        # processes as have whole ones, run side by side in one program (rollout/hosts.py).
         tensor = self.mesh.shape['tensor']
-        self.lockstep = bool(slice.count > slice.chip.host and slice.chip.host % tensor)
-        alone = {'data': 1, 'fsdp': 1, 'tensor': tensor}
-        self.sampler_mesh = self.mesh if self.lockstep else make_mesh(alone, slice, tensor)
+        own = min(process_chips or slice.chip.host, slice.count)
+        together = hosts.needed(own, tensor)
+        self.lockstep, self.engines = together > 1, slice.count // tensor
+        self.abreast = min(own * together // tensor, self.engines)
+        self.sampler_mesh = make_mesh({'data': 1, 'fsdp': 1, 'tensor': tensor}, slice, tensor)
         sampler = stage.sampler
         table = np.zeros((sum(map(len, tags.TAGS)) + 1, model.vocab_size), np.int32)
         self.sampler = Sampler(model, sampler, table, table[:, 0], (0,), self.sampler_mesh)
@@ -122,8 +129,8 @@ class Run:
 
     @functools.cached_property
     def sample_state(self) -> Shapes:
-        """The state of the engine's rows: KV cache and logits; the rest is small."""
-        state, _ = self.sampler.shardings(self.sampler_mesh)
+        """The state of an engine's rows: KV cache and logits; the rest is small."""
+        state, _ = shards.shardings(self.model, self.sampler.settings.cache_dtype, self.sampler_mesh)
         return _put(jax.eval_shape(self.sampler._empty), state)
 
     @functools.cached_property
@@ -215,7 +222,7 @@ class Run:
             'rollout',
             self.sampler._extend,
             {'params': self.sampling_params, 'state': self.sample_state, 'chunks': chunks, 'bound': s.slots},
-            self.sampler_mesh.shape['tensor'],  # its few rows are computed by all shards of the batch
+            size,
             shortest=shortest,
         )
         states = self.sampler.table.shape[0]
@@ -248,9 +255,7 @@ def name_of(params: Mapping[str, Shapes]) -> str:
 def make_mesh(shape: Mapping[str, int], slice: Slice, count: int) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:
     """A mesh over the first `count` devices of a slice; an abstract one where the slice has no devices."""
     if slice.devices is not None:
-        # The compiler takes a part of some slices only; a host's chips are a slice of their own.
-        own = slice.host_devices if slice.host_devices and count <= len(slice.host_devices) else slice.devices
-        return sharding.make_mesh(shape, own[:count])
+        return sharding.make_mesh(shape, chips.first(slice, count))
     sizes = sharding.fill(shape, count)
     sharding.check_slices(sizes, shape.get('slices', 1))
     return jax.sharding.AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))

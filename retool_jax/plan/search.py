@@ -126,11 +126,11 @@ def tensors(slice: Slice, given: int) -> list[int]:
     return sorted({given, *(n for n in range(1, most + 1) if slice.count % n == 0)})
 
 
-def numbers(ways: int, most: int) -> Iterator[int]:
-    """Multiples of `ways`, at least one and as far as `most`, at first all, then four an octave."""
+def numbers(most: int) -> Iterator[int]:
+    """Whole numbers from 1 as far as `most`, at first all, then four an octave."""
     step, n = 1, 1
-    while n == 1 or n * ways <= most:
-        yield n * ways
+    while n == 1 or n <= most:
+        yield n
         n += step
         if n == 8 * step:
             step *= 2
@@ -146,7 +146,7 @@ def _of_tensor(plans: Plans, stage: Reinforcement, given: int, tensor: int) -> l
         base |= {'mesh.fsdp': -1}
     rest = plans.slice.count // tensor  # divides by whatever rows and micro-batches are split over
     base |= {'sampler.rows': rest, 'sampler.decode_rows': 0, 'forward.micro_rows': 0, 'ppo.offload': True}
-    run = Run(changed(stage, base), plans.model, plans.slice)
+    run = Run(changed(stage, base), plans.model, plans.slice, plans.process_chips)
     rollouts = _rollouts(plans, stage, base, run)
     fits = min(c.shares['rollout'] for c in rollouts) <= LIMIT
     trainings = _trainings(plans, stage, rollouts[0].keys, rest) if fits else rollouts[:1]
@@ -163,9 +163,7 @@ def _of_tensor(plans: Plans, stage: Reinforcement, given: int, tensor: int) -> l
 
 def _rollouts(plans: Plans, stage: Reinforcement, base: Keys, run: Run) -> list[Candidate]:
     """By sampler.rows and sampler.decode_rows, the fewest rows first."""
-    ways = run.sampler_mesh.shape['data'] * run.sampler_mesh.shape['fsdp']
-    engines = plans.slice.count // run.sampler_mesh.size
-    episodes = math.ceil(stage.ppo.problems_per_step / engines) * stage.ppo.samples
+    episodes = math.ceil(stage.ppo.problems_per_step / run.engines) * stage.ppo.samples
     found = []
 
     def guess(ends: tuple[int, int] | None = None, **sampler: int) -> Candidate:
@@ -174,9 +172,9 @@ def _rollouts(plans: Plans, stage: Reinforcement, base: Keys, run: Run) -> list[
         return found[-1]
 
     for decode_rows in sorted({0, stage.sampler.decode_rows}):
-        rows = {*numbers(ways, episodes), *([] if stage.sampler.rows % ways else [stage.sampler.rows])}
+        rows = {*numbers(episodes), stage.sampler.rows}
         few, *more = sorted(n for n in rows if n > decode_rows) or [0]
-        if decode_rows % ways or not few:
+        if not few:
             continue
         # More rows need more memory: where these have none, no others have.
         if guess(rows=few, decode_rows=decode_rows).shares['rollout'] > LIMIT or not more:

@@ -35,11 +35,11 @@ def compare(plans: Plans, stage: Reinforcement) -> dict:
         if -1 not in (stage.mesh.data, stage.mesh.fsdp, stage.mesh.tensor):
             axes = {'mesh.fsdp': -1}
         halved = changed(stage, axes)
-        run = Run(halved, plans.model, half)
-        apart = Plans(plans.model, half, plans.tokens).guess(halved)
+        run = Run(halved, plans.model, half, plans.process_chips)
+        apart = Plans(plans.model, half, plans.tokens, plans.process_chips).guess(halved)
     except UserError as error:
         return {'refused': str(error)}
-    whole = dataclasses.replace(plans.slice, devices=None, host_devices=None)
+    whole = dataclasses.replace(plans.slice, devices=None)
     rollout, score, update = apart['phases']
     training = score['seconds'] + update['seconds']
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.params['policy']))
@@ -50,7 +50,7 @@ def compare(plans: Plans, stage: Reinforcement) -> dict:
     return {
         'chips': half.count,
         'mesh': apart['mesh'],
-        'turns_s': Plans(plans.model, whole, plans.tokens).guess(stage)['step']['seconds'],
+        'turns_s': Plans(plans.model, whole, plans.tokens, plans.process_chips).guess(stage)['step']['seconds'],
         'rollout_s': rollout['seconds'],
         'training_s': training,
         'weights': size,
@@ -68,9 +68,7 @@ def _half(slice: Slice) -> Slice:
     if slice.count % 2 or (slice.slices > 1 and slice.slices % 2):
         raise UserError(f'{slice.name} has no two halves')
     slices = max(slice.slices // 2, 1)
-    return dataclasses.replace(
-        slice, name=f'half of {slice.name}', count=slice.count // 2, devices=None, host_devices=None, slices=slices
-    )
+    return dataclasses.replace(slice, name=f'half of {slice.name}', count=slice.count // 2, devices=None, slices=slices)
 
 
 def _rate(slice: Slice, a: Assumptions) -> tuple[float, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from retool_jax.core import sharding
 from retool_jax.core.pytrees import Int8Weight
 from retool_jax.model import decoder
 from retool_jax.model.config import TINY
@@ -19,6 +21,7 @@ from retool_jax.plan.facts import Facts
 from retool_jax.plan.lengths import Course
 from retool_jax.plan.programs import Run
 from retool_jax.plan.roofline import Assumptions
+from retool_jax.rollout.sampler import Sampler
 from retool_jax.rollout.sync import Sync
 from tests.plan.runs import make_run
 
@@ -103,23 +106,53 @@ def test_a_decode_call_is_short_where_rows_wait_for_tools(overrides, steps):
     assert part.runs == pytest.approx(QUOTA / steps) and part.total == pytest.approx(QUOTA * 0.03)
 
 
-def test_engines_that_all_hosts_step_together_keep_to_the_whole_quota():
-    run = make_run('--config.mesh.tensor=4', topology='h100:16')
-    assert not run.lockstep and run.sampler_mesh.size == 4
-    chip = dataclasses.replace(H100, host=2)
-    run = make_run('--config.mesh.tensor=4', topology=chips.Slice('h100:4', chip, 4, None))
-    assert run.lockstep and run.sampler_mesh.size == 4
+def test_engines_of_a_process_run_side_by_side_and_larger_ones_in_lockstep():
+    lie = lambda run: (run.engines, run.abreast, run.lockstep, run.sampler_mesh.size)
+    rest = ('--config.forward.micro_rows=0', '--config.mesh.fsdp=2', '--config.mesh.data=-1')
+    tensor = lambda size, **more: make_run(f'--config.mesh.tensor={size}', *rest, **more)
+    assert lie(tensor(4, topology='h100:16')) == (4, 2, False, 4)
+    assert lie(tensor(1)) == (8, 8, False, 1) and lie(tensor(1, process_chips=1)) == (8, 1, False, 1)
+    assert lie(tensor(2, process_chips=1)) == (4, 1, True, 2)  # two processes step an engine
+    assert lie(tensor(2, topology='h100:12', process_chips=3)) == (6, 3, True, 2)  # two of three chips step three
+    small = chips.Slice('h100:4', dataclasses.replace(H100, host=2), 4, None)
+    run = make_run('--config.mesh.tensor=4', topology=small)
+    assert lie(run) == (1, 1, True, 4)
     assert priced(run, decode_facts(step=0.03 * BANDWIDTH, slot=0)).steps(SLOTS, SLOTS) == QUOTA
 
 
-def test_the_rows_of_an_extend_are_computed_by_every_shard_of_the_batch():
-    together = chips.Slice('h100:4', dataclasses.replace(H100, host=1), 4, None)
-    run = make_run('--config.mesh.tensor=2', topology=together)
-    assert run.lockstep and dict(run.sampler_mesh.shape) == {'data': 1, 'fsdp': 2, 'tensor': 2}
-    found = {p.name: guess.estimate(run, p) for p in run.programs() if p.phase == 'rollout'}
+def test_a_chip_has_to_do_what_it_has_in_an_engine_alone():
     _, alone = rollout('--config.mesh.tensor=2', topology='h100:2')
-    assert found['extend'].flops == alone['extend'].flops
-    assert found['decode'].flops == alone['decode'].flops / 2
+    _, beside = rollout('--config.mesh.tensor=2', topology='h100:8')
+    for name in ('extend', 'decode'):
+        assert dataclasses.replace(beside[name], compile_s=0) == dataclasses.replace(alone[name], compile_s=0)
+
+
+@pytest.mark.parametrize('cache', ['float32', 'int8'])
+@pytest.mark.parametrize(('data', 'fsdp', 'tensor'), [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4), (2, 1, 4), (1, 1, 8)])
+def test_a_chip_holds_what_a_device_of_the_real_engine_holds(data, fsdp, tensor, cache):
+    model = dataclasses.replace(TINY, num_attention_heads=8, num_key_value_heads=4)  # in eight parts KV heads are whole
+    keys = {
+        'mesh.data': data,
+        'mesh.fsdp': fsdp,
+        'mesh.tensor': tensor,
+        'sampler.cache_dtype': cache,
+        'sampler.rows': 3,
+    }
+    run = make_run(*(f'--config.{key}={value}' for key, value in keys.items()), model=model)
+    table = np.zeros((1, model.vocab_size), np.int32)
+    mesh = sharding.make_mesh({'data': data, 'fsdp': fsdp, 'tensor': tensor})
+    sampler = Sampler(model, run.sampler.settings, table, table[:, 0], (0,), mesh)
+    assert sampler.engines == run.engines == run.abreast and sampler.rows == 3 * run.engines
+    state, held = sampler.empty(), collections.Counter()
+    for name, tree in (('KV cache', (state.cache.k, state.cache.v)), ('all', state)):
+        for leaf in jax.tree.leaves(tree):
+            keyed = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            for shard in (jax.random.key_data(leaf) if keyed else leaf).addressable_shards:
+                held[name, shard.device] += shard.data.nbytes
+    planned = memory.buffers(run)
+    for device in jax.devices():
+        assert held['KV cache', device] == planned['KV cache'] > 0
+        assert held['all', device] == planned['KV cache'] + planned['rows']
 
 
 def test_every_call_of_extend_takes_the_bound_of_its_longest_row():
@@ -226,12 +259,17 @@ def test_a_step_is_the_slowest_engines_and_always_the_same():
     assert a.tokens == 75  # 3/8 of 200
     first = engines.simulate(run, found.values(), a)
     assert first == engines.simulate(run, found.values(), a)
-    assert (first.engines, first.episodes, first.rows, first.calls, first.budget) == (4, 64, ROWS, 3, 200)
+    about = lambda r: (r.engines, r.abreast, r.episodes, r.rows, r.calls, r.budget)
+    assert about(first) == (4, 4, 256, 4 * ROWS, 3, 200)
     assert first.mean == pytest.approx(75, abs=0.5) and 64 <= first.read <= SLOTS and first.live < first.read
-    assert first.steps * first.busy * ROWS == pytest.approx(64 * 75, rel=0.3)  # this engine's share of the tokens
+    assert first.steps * first.busy * first.rows == pytest.approx(256 * 75)
+    apart = engines.simulate(make_run('--config.mesh.tensor=2', process_chips=2), found.values(), a)
+    assert about(apart) == (4, 1, 64, ROWS, 3, 200)
+    assert apart.steps * apart.busy * ROWS == pytest.approx(64 * 75, rel=0.3)  # this engine's share of the tokens
+    assert first.read >= apart.read  # all read as far as the longest row of any
     alone, _ = rollout('--config.mesh.tensor=2', topology='h100:2')
     assert engines.simulate(alone, found.values(), a).seconds > 2 * first.seconds  # one engine makes all 256
-    none = make_run('--config.mesh.tensor=1', '--config.ppo.problems_per_step=4', topology='h100:8')
+    none = make_run('--config.mesh.tensor=1', '--config.ppo.problems_per_step=4', process_chips=1)
     assert engines.simulate(none, found.values(), a).episodes == 4  # more engines than problems
 
 

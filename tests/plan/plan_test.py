@@ -161,8 +161,8 @@ def test_the_page_says_the_same_in_numbers_and_in_words():
     for word in ('ESTIMATE', 'KV slots × context', 'all-gather', 'decode', '71.5%', 'matmul 0.75'):
         assert word in text
     busy = plan['rollout']['busy']
-    assert 'log-normal, sigma 0.6, mean 100, cut at 200 tokens; the slowest of 4 engines' in text
-    assert f'{busy:.0%} of its row-steps busy' in text and 0 < busy < 1
+    assert 'log-normal, sigma 0.6, mean 100, cut at 200 tokens; of 4 engines the slowest 4 side by side' in text
+    assert f'{busy:.0%} of their row-steps busy' in text and 0 < busy < 1
     assert 'does not fit' not in text
 
 
