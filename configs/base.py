@@ -19,6 +19,9 @@ MODELS = {
 }  # fmt: skip
 
 
+LARGE = ('2_5_7b', '_8b', '_14b', '_32b')  # 64 rows would not fit beside the weights on 80 GB
+
+
 def check(arg: str) -> str:
     """Refuses an ARG that names no model."""
     if arg not in MODELS:
@@ -90,7 +93,7 @@ def sampler(arg: str) -> ConfigDict:
     tiny = is_tiny(arg)
     return ConfigDict(
         {
-            'rows': 32 if '32b' in arg else 64,
+            'rows': 32 if check(arg).endswith(LARGE) else 64,
             'slots': 256 if tiny else longest(arg),
             'chunk': 64 if tiny else 256,
             'feed_rows': 8,

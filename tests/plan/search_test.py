@@ -140,7 +140,7 @@ def test_facts_of_rows_between_are_those_that_are_traced():
         assert mixed.sent == pytest.approx(middle[name].sent)
 
 
-def test_numbers_of_rows_are_multiples_four_an_octave():
+def test_numbers_of_rows_are_four_an_octave():
     assert list(search.numbers(40)) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40]
     assert list(search.numbers(0)) == [1]
 
