@@ -26,9 +26,7 @@ SLICES = flags.DEFINE_integer(
 TOKENS = flags.DEFINE_integer(
     'tokens', None, 'Mean tokens of an episode (the paper: 10,400 falling to 2,400); none: 6,144 or 3/8 of a budget.'
 )
-PROCESS_CHIPS = flags.DEFINE_integer(
-    'process_chips', 0, 'Chips of one process of the run. 0: those of a host (4 TPUs, 8 GPUs).', lower_bound=0
-)
+PROCESS_CHIPS = flags.DEFINE_integer('process_chips', 0, 'Chips of one process. 0: those of a host.', lower_bound=0)
 SEARCH = flags.DEFINE_bool('search', False, 'Finds the mesh, rows and recomputation with which an RL step takes least.')
 SPLIT = flags.DEFINE_bool('split', False, 'Says what rollout and training on two halves of the slice would take.')
 JSON = flags.DEFINE_bool('json', False, 'Prints one JSON object instead of tables.')
@@ -39,8 +37,7 @@ def main(stage):
 
     model = models.sizes(stage.model.path, stage.model.name)
     slice = chips.open_slice(TOPOLOGY.value, SLICES.value or stage.mesh.slices or 1)
-    made = plans.Plans(model, slice, TOKENS.value, PROCESS_CHIPS.value)
-    sections = {}
+    made, sections = plans.Plans(model, slice, TOKENS.value, PROCESS_CHIPS.value), {}
     if SEARCH.value:
         found = search.search(made, stage)
         plan, sections['search'] = found.plan, search_page.describe(found, made, stage)
@@ -49,9 +46,9 @@ def main(stage):
         plan = made.make(stage)
     if SPLIT.value:
         sections['split'] = split.compare(made, stage)
-    texts = {'search': search_page.text, 'split': split.text}
-    lines = [page.text(plan), *(texts[name](section) for name, section in sections.items())]
-    print(json.dumps(plan | sections) if JSON.value else '\n\n'.join(lines))
+    told = {'search': search_page.text, 'split': split.text}
+    texts = (page.text(plan), *(told[name](section) for name, section in sections.items()))
+    print(json.dumps(plan | sections) if JSON.value else '\n\n'.join(texts))
     sys.exit(0 if plan['fits'] else 1)
 
 

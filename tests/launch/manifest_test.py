@@ -259,13 +259,6 @@ def test_a_trainer_asks_the_sandbox_that_is_there_with_its_token(documents, cont
     assert {'name': 'runs', 'persistentVolumeClaim': {'claimName': claim}} in trainer.pod['volumes']
 
 
-def test_rows_of_a_process_are_a_whole_number_for_each_of_its_devices(trainer):
-    config = cli.parse_config(trainer.container['args'])
-    flags.FLAGS.unparse_flags()
-    (devices,) = [count for name, count in trainer.container['resources']['limits'].items() if '/' in name]
-    assert config.sampler.rows == 32 * devices  # what docs/pods.md has planned
-
-
 def test_the_pod_of_files_sees_what_trainers_see_as_the_user_that_they_are(trainer):
     (pod,) = read('files')
     (container,) = pod['spec']['containers']

@@ -95,7 +95,7 @@ def test_no_call_copies_the_cache(dtype, decode_rows):
                 target_R=row,
                 length=ints(),
                 allowance_R=row,
-                logits_RV=jax.ShapeDtypeStruct((CONFIG.vocab_size,), jnp.float32),
+                logits_EV=jax.ShapeDtypeStruct((1, CONFIG.vocab_size), jnp.float32),
                 bound=64,
             ),
         }
