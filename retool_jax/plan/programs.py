@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from retool_jax.core import sharding
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Batch, TrainState
 from retool_jax.model import attention, decoder, kernels, lora
 from retool_jax.model.config import ModelConfig
@@ -78,6 +79,8 @@ class Run:
         # processes as have whole ones, run side by side in one program (rollout/hosts.py).
         tensor = self.mesh.shape['tensor']
         own = min(process_chips or slice.chip.host, slice.count)
+        if process_chips and slice.count % own:
+            raise UserError(f'--process_chips={process_chips} does not divide the {slice.count} chips of {slice.name}')
         together = hosts.needed(own, tensor)
         self.lockstep, self.engines = together > 1, slice.count // tensor
         self.abreast = min(own * together // tensor, self.engines)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from retool_jax.core import sharding
+from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Int8Weight
 from retool_jax.model import decoder
 from retool_jax.model.config import TINY
@@ -114,6 +115,8 @@ def test_engines_of_a_process_run_side_by_side_and_larger_ones_in_lockstep():
     assert lie(tensor(1)) == (8, 8, False, 1) and lie(tensor(1, process_chips=1)) == (8, 1, False, 1)
     assert lie(tensor(2, process_chips=1)) == (4, 1, True, 2)  # two processes step an engine
     assert lie(tensor(2, topology='h100:12', process_chips=3)) == (6, 3, True, 2)  # two of three chips step three
+    with pytest.raises(UserError, match='--process_chips=3 does not divide the 8 chips of h100:8'):
+        tensor(2, process_chips=3)
     small = chips.Slice('h100:4', dataclasses.replace(H100, host=2), 4, None)
     run = make_run('--config.mesh.tensor=4', topology=small)
     assert lie(run) == (1, 1, True, 4)
