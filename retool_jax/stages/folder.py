@@ -79,8 +79,7 @@ def claimed(stage: Stage, free: Sequence[str] = (), brief: Sequence[str] = ()) -
 
 def _claim_address(address: str, claims: list[Claim]) -> str:
     """Takes a folder of a store, a run's or an empty one; returns its owner's token."""
-    with uninterrupted():
-        claims.append(Claim(address))
+    owner.patiently(lambda: claims.append(Claim(address)))
     names = storage.names('run.dir', address)
     if 'config.json' not in names and names:
         raise UserError(f'run.dir={address!r} holds other files; choose a new or empty folder')
@@ -156,8 +155,8 @@ def _claim(stage: Stage, directory: Path, free: Sequence[str], owners: list[Owne
     elif directory.is_file():
         raise UserError(f'run.dir={place!r} is a file; choose a new or empty folder')
     directory.mkdir(parents=True, exist_ok=True)
-    with uninterrupted():  # one that is taken is in the list of those that are given free
-        owners.append(Owner(directory))
+    # One that is taken is in the list of those that are given free.
+    owner.patiently(lambda: owners.append(Owner(directory)))
     write(file, settings.to_json(stage))
     return owners[-1].token
 

@@ -14,13 +14,48 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from retool_jax.core import storage
+from retool_jax.core import console, storage
 from retool_jax.core.errors import UserError
+from retool_jax.core.signals import uninterrupted
 
 NAME, BEAT = storage.OWN
 BEAT_S, STALE_S = 5.0, 60.0  # a store that several hosts share may show a file's time half a minute late
+PATIENCE_S = 2 * STALE_S  # an NFS server keeps the locks of a client that was lost for 90 s
+POLL_S = 1.0
+
+
+class Held(UserError):
+    """A folder has an owner. heard: when it last gave a sign, by the folder's clock; None: it runs on this host."""
+
+    def __init__(self, line: str, heard: float | None):
+        super().__init__(line)
+        self.heard = heard
+
+
+def patiently(take: Callable[[], None]) -> None:
+    """Calls `take`, which takes a folder, and again while its owner is on another host and gives no sign.
+
+    A job that is begun anew elsewhere meets the heartbeat of the process that was lost, for up to STALE_S.
+
+    Raises:
+      Held: the owner runs on this host, has given a sign meanwhile, or keeps its lock for PATIENCE_S.
+    """
+    began, heard = time.monotonic(), None
+    while True:
+        try:
+            with uninterrupted():
+                return take()
+        except Held as held:
+            late = time.monotonic() - began > PATIENCE_S
+            if held.heard is None or late or (heard is not None and held.heard != heard):
+                raise
+            if heard is None:
+                heard = held.heard
+                console.say(f'{str(held).partition(";")[0]}; waiting to see whether that still runs')
+        time.sleep(POLL_S)
 
 
 class Owner:
@@ -31,7 +66,7 @@ class Owner:
     STALE_S after its last heartbeat.
 
     Raises:
-      UserError: another run holds the folder; its host and process are named.
+      Held: another run holds the folder; its host and process are named.
     """
 
     def __init__(self, directory: Path):
@@ -68,9 +103,7 @@ def _take(path: Path, token: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            refused = _held(descriptor, path)
-            if refused:
-                raise UserError(refused)
+            _check_free(descriptor, path)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):  # not one that its owner has just removed
                     try:
@@ -92,8 +125,8 @@ def _me(token: str) -> bytes:
     return json.dumps(me).encode()
 
 
-def _held(descriptor: int, path: Path) -> str | None:
-    """Why the folder cannot be taken, if so; else the lock is held, where there are locks."""
+def _check_free(descriptor: int, path: Path) -> None:
+    """Raises Held where the folder cannot be taken; else the lock is held, where there are locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         locked = False
@@ -102,20 +135,15 @@ def _held(descriptor: int, path: Path) -> str | None:
     except OSError:  # a file system without locks
         locked = False
     try:
-        owner = json.loads(os.pread(descriptor, 4096, 0) or b'{}')
-        host, pid, started = owner.get('host'), owner.get('pid'), owner.get('started')
-    except (ValueError, AttributeError):
-        host = pid = started = None
-    if not locked:
-        if host is None or (host, pid) == (socket.gethostname(), os.getpid()):
-            return None
-        if host == socket.gethostname():
-            if _started(pid) is None or _started(pid) != started:  # gone, or its number is another's by now
-                return None
-        elif _age(descriptor, path) > STALE_S:
-            return None
-    who = f'process {pid} on {host}' if host else 'another process'
-    return f'run.dir={str(path.parent)!r} is in use by {who}; stop that run, or choose another folder'
+        owner = dict(json.loads(os.pread(descriptor, 4096, 0)))
+    except (ValueError, TypeError):  # being written, or damaged
+        owner = {}
+    heard = os.fstat(descriptor).st_mtime
+    if not locked and _gone(owner, _now(path.parent) - heard):
+        return
+    who = f'process {owner["pid"]} on {owner["host"]}' if _whole(owner) else 'another process'
+    line = f'run.dir={str(path.parent)!r} is in use by {who}; stop that run, or choose another folder'
+    raise Held(line, heard if _whole(owner) and owner['host'] != socket.gethostname() else None)
 
 
 class Claim:
@@ -127,7 +155,8 @@ class Claim:
     stood still for longer than STALE_S hears of it there too. What orbax writes meanwhile is not protected.
 
     Raises:
-      UserError: another run holds the folder; its host, process and age are named; or what the store refuses.
+      Held: another run holds the folder; its host, process and age are named.
+      UserError: what the store refuses.
     """
 
     def __init__(self, address: str):
@@ -152,8 +181,7 @@ class Claim:
         try:
             self._fs.pipe_file(f'{self._root}/{NAME}', _me(self.token), mode='create')
         except FileExistsError:
-            if refused := self._refusal():
-                raise UserError(refused) from None
+            self._check_free()
             self._remove()
             return False
         return True
@@ -163,26 +191,25 @@ class Claim:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(f'{self._root}/{name}')
 
-    def _refusal(self) -> str | None:
-        """Why the folder cannot be taken, if so."""
-        owner, age = _stored(self.address), self._age()
-        host, pid, started = owner.get('host'), owner.get('pid'), owner.get('started')
-        if host is None or (host != socket.gethostname() and age > STALE_S):
-            return None
-        if host == socket.gethostname() and (pid == os.getpid() or _started(pid) is None or _started(pid) != started):
-            return None
-        return (
-            f'run.dir={self.address!r} is in use by process {pid} on {host}, heard of {age:.0f} s ago; stop that run, '
-            'or choose another folder'
+    def _check_free(self) -> None:
+        """Raises Held where the folder cannot be taken."""
+        owner, heard = _stored(self.address), self._heard()
+        age = max(0.0, time.time() - heard)
+        if _gone(owner, age):
+            return
+        line = (
+            f'run.dir={self.address!r} is in use by process {owner["pid"]} on {owner["host"]}, heard of {age:.0f} s '
+            'ago; stop that run, or choose another folder'
         )
+        raise Held(line, None if owner['host'] == socket.gethostname() else heard) from None
 
-    def _age(self) -> float:
-        """Seconds since the last heartbeat, or since the folder was taken."""
+    def _heard(self) -> float:
+        """When the last heartbeat was, or the folder was taken, by the store's clock."""
         times = []
         for name in (NAME, BEAT):
             with contextlib.suppress(FileNotFoundError):
                 times.append(self._fs.modified(f'{self._root}/{name}').timestamp())
-        return max(0.0, time.time() - max(times, default=0.0))
+        return max(times, default=0.0)
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
@@ -209,6 +236,21 @@ def _stored(address: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def _whole(owner: dict) -> bool:
+    """Whether this says who it is."""
+    return {'host', 'pid', 'started'} <= owner.keys()
+
+
+def _gone(owner: dict, age: float) -> bool:
+    """Whether the owner that wrote this holds nothing any more, if it has no lock. age: seconds since its last sign."""
+    if not _whole(owner):
+        return True
+    if owner['host'] != socket.gethostname():
+        return age > STALE_S
+    started = _started(owner['pid'])  # the number may be another's by now
+    return owner['pid'] == os.getpid() or started is None or started != owner['started']
+
+
 def _started(pid: object) -> str | None:
     """When a process of this host was started, in the kernel's ticks; '' where that is not told; None: no such one."""
     try:
@@ -226,7 +268,7 @@ def _started(pid: object) -> str | None:
     return ''
 
 
-def _age(descriptor: int, path: Path) -> float:
-    """Seconds since the last heartbeat by the file system's own clock; hosts may disagree about the time."""
-    with tempfile.TemporaryFile(dir=path.parent) as now:
-        return os.fstat(now.fileno()).st_mtime - os.fstat(descriptor).st_mtime
+def _now(directory: Path) -> float:
+    """The time by the file system's own clock; hosts may disagree about it."""
+    with tempfile.TemporaryFile(dir=directory) as now:
+        return os.fstat(now.fileno()).st_mtime

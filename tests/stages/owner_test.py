@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -78,6 +79,50 @@ def test_a_run_of_another_host_is_believed_while_its_heart_beats(tmp_path):
     stopped = os.stat(tmp_path / owner.NAME).st_mtime - 2 * owner.STALE_S
     os.utime(tmp_path / owner.NAME, (stopped, stopped))
     Owner(tmp_path).close()
+
+
+def test_a_run_begun_anew_on_another_host_waits_for_the_lost_one_s_heartbeat_to_grow_old(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(owner, 'POLL_S', 0.1)
+    write_owner(tmp_path)
+    last = time.time() - owner.STALE_S + 1.5
+    os.utime(tmp_path / owner.NAME, (last, last))
+    with folder.claimed(ConfigDict({'run': {'dir': str(tmp_path)}})):
+        assert json.loads((tmp_path / owner.NAME).read_text())['pid'] == os.getpid()
+    line = f"run.dir='{tmp_path}' is in use by process 7 on elsewhere; waiting to see whether that still runs\n"
+    assert capfd.readouterr().err == line
+
+
+def test_a_run_of_another_host_that_gives_a_sign_refuses_the_second_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, 'POLL_S', 0.1)
+    write_owner(tmp_path)
+    last = time.time() - 20
+    os.utime(tmp_path / owner.NAME, (last, last))
+    beat = threading.Timer(0.5, lambda: os.utime(tmp_path / owner.NAME))
+    beat.start()
+    with (
+        pytest.raises(UserError, match='in use by process 7 on elsewhere; stop that run'),
+        folder.claimed(ConfigDict({'run': {'dir': str(tmp_path)}})),
+    ):
+        pass
+    beat.join()
+
+
+def test_one_that_keeps_its_lock_on_another_host_is_waited_for_no_longer_than_patience_lasts(
+    tmp_path, holder, monkeypatch
+):
+    monkeypatch.setattr(owner, 'PATIENCE_S', 0.3)
+    monkeypatch.setattr(owner, 'POLL_S', 0.1)
+    monkeypatch.setattr(socket, 'gethostname', lambda: 'here')
+    holder.send_signal(signal.SIGSTOP)
+    calls = []
+
+    def take():
+        calls.append(time.monotonic())
+        Owner(tmp_path)
+
+    with pytest.raises(UserError, match=f'in use by process {holder.pid} on'):
+        owner.patiently(take)
+    assert len(calls) > 2
 
 
 def test_a_number_that_another_process_has_by_now_is_no_owner(tmp_path):
@@ -178,6 +223,23 @@ def test_in_a_store_a_run_of_another_host_is_believed_while_its_heart_beats(addr
         time.sleep(0.01)
     held.close()
     assert buckets.files(address) == {}
+
+
+def test_in_a_store_a_run_begun_anew_on_another_host_waits_too(address, monkeypatch, capfd):
+    put_owner(address)
+    monkeypatch.setattr(owner, 'STALE_S', 2.0)
+    taken = []
+    owner.patiently(lambda: taken.append(Claim(address)))
+    taken[0].close()
+    assert 'waiting to see whether that still runs' in capfd.readouterr().err
+    put_owner(address)
+    monkeypatch.undo()
+    fs, root = fsspec.url_to_fs(address, use_listings_cache=False)
+    beat = threading.Timer(1.5, lambda: fs.pipe_file(f'{root}/{owner.BEAT}', b''))
+    beat.start()
+    with pytest.raises(UserError, match='in use by process 7 on elsewhere'):
+        owner.patiently(lambda: taken.append(Claim(address)))
+    beat.join()
 
 
 def test_in_a_store_a_damaged_object_is_no_owner(address):
