@@ -209,6 +209,17 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def restore() -> None:
+    """Gives a child every signal as a new process has it, whatever its parent ignores or blocks. Main thread only.
+
+    Both are inherited: libtpu ignores SIGPROF, the limit of a judge's time, in the trainer that loads it, and SIGHUP.
+    """
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # those two Python itself ignores
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 def grace() -> float:
     """Seconds from SIGTERM to the end of a process that does not answer, by RETOOL_GRACE_S.
 

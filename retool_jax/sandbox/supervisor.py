@@ -20,6 +20,7 @@ import sys
 import time
 
 from retool_jax.core.records import Verdict
+from retool_jax.core.signals import restore
 from retool_jax.sandbox import canary, frames, jail
 from retool_jax.sandbox import guest as guest_lib
 from retool_jax.sandbox.cgroups import SCARCE, Groups
@@ -343,6 +344,7 @@ class Supervisor:
 
 def main() -> None:
     """Reads the settings as the first frame, then serves."""
+    restore()
     link = socket.socket(fileno=int(sys.argv[1]))
     settings = SandboxSettings(**frames.receive(link))
 

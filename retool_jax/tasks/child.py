@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from retool_jax.core.signals import restore
+
 START_LIMIT_S = 120.0  # for a child to import libraries on a loaded machine; a longer start is a broken installation
 HANG_S = 600.0  # without a reply a child hangs, on any machine: a limit on CPU time does not end one that uses none
 
@@ -112,6 +114,7 @@ class Child:
 def serve(answer: Callable[[dict], dict], warm_up: Callable[[], object], memory_mb: int) -> None:
     """The child's half: a line {'ready'} after `warm_up`, then what `answer` makes of each message, or {'late'} or
     {'died'} where that ended the worker."""
+    restore()
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Libraries may print: the protocol has the real standard output to itself.

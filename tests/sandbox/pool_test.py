@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 from retool_jax.core.records import Verdict
 from retool_jax.sandbox.pool import Job, Pool, PoolFull, run_all
 from tests.sandbox.given import LIMITS, tiny
+from tests.unheard import unheard
 
 SAME_EVERYWHERE = """
 import random, numpy, sympy, os, sys
@@ -143,6 +145,18 @@ def test_the_cold_path_draws_the_same_numbers(pools):
         'import random, numpy, sympy\nprint(random.random(), numpy.random.rand(), sympy.randprime(1, 10**9), hash("a"))'
     )
     assert pools('cold').submit(code, seed=3).result(60).stdout == pools('warm').submit(code, seed=3).result(60).stdout
+
+
+@pytest.mark.parametrize('path', ['warm', pytest.param('cold', marks=pytest.mark.slow)])
+def test_a_snippet_s_signals_are_a_new_process_s_whatever_the_trainer_ignores_or_blocks(path):
+    code = """
+import signal
+print([n for n in sorted(signal.valid_signals()) if signal.getsignal(n) is signal.SIG_IGN])
+print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    with unheard({signal.SIGPROF, signal.SIGHUP, signal.SIGXCPU}), Pool(tiny(path=path, **LIMITS)) as pool:
+        printed = pool.submit(code).result(60).stdout
+    assert printed == f'{sorted({signal.SIGPIPE, signal.SIGXFSZ})}\nset() True\n'
 
 
 def test_echo_prints_the_last_expression():

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from retool_jax.tasks.grader import Grader, Verdict, shape
+from tests.unheard import unheard
 
 from .answer_pairs import EQUAL, PAIRS, UNEQUAL
 
+SLOW = r'\frac{1}{2}+' * 90_000 + '1'  # four seconds
 MATH500 = Path(__file__).parents[3] / 'shared/data/math500.jsonl'
 
 
@@ -74,9 +76,8 @@ def test_hostile_answers_are_answered_within_the_limit_and_the_next_one_is_right
 
 
 def test_a_megabyte_of_latex_reaches_the_child_and_is_cut_off_where_no_length_is_set(impatient):
-    long = r'\frac{1}{2}+' * 90_000
     before = impatient.timeouts
-    assert not impatient._ask(long, r'\sqrt{7}').get('equal')
+    assert not impatient._ask(SLOW, r'\sqrt{7}').get('equal')
     assert impatient.timeouts == before + 1
     assert impatient._ask('0.25', r'\frac{1}{4}')['equal']
 
@@ -108,13 +109,19 @@ def test_a_machine_that_stands_still_longer_than_the_limit_makes_no_right_answer
 
 
 def test_a_late_verdict_is_told_with_the_reward_and_never_kept():
-    slow = r'\frac{1}{2}+' * 90_000 + '1'
     with Grader(time_limit_s=0.3, max_length=2_000_000) as grader:
-        assert grader.judge(slow, r'\sqrt{7}') == grader.judge(slow, r'\sqrt{7}') == Verdict(False, late=True)
+        assert grader.judge(SLOW, r'\sqrt{7}') == grader.judge(SLOW, r'\sqrt{7}') == Verdict(False, late=True)
         assert grader.timeouts == 2 and not grader._cache
-        reward = grader.grade(rf'\boxed{{{slow}}}', r'\sqrt{7}')
+        reward = grader.grade(rf'\boxed{{{SLOW}}}', r'\sqrt{7}')
         assert reward.late and not reward.correct
         assert not grader.grade(r'\boxed{0.5}', r'\frac{1}{2}').late
+
+
+def test_the_limit_on_an_answer_holds_where_the_trainer_ignores_and_blocks_the_timer_s_signal():
+    # As a trainer on a TPU does: libtpu ignores SIGPROF from the moment it is loaded.
+    with unheard({signal.SIGPROF}), Grader(time_limit_s=0.3, max_length=2_000_000) as grader:
+        assert grader.judge(SLOW, r'\sqrt{7}') == Verdict(False, late=True)
+        assert grader.judge('0.5', r'\frac{1}{2}') == Verdict(True)
 
 
 def test_integers_need_no_child():
