@@ -20,13 +20,8 @@ PACKAGE = ROOT / 'retool_jax'
 _BELOW_STAGES = {'core', 'sandbox', 'text', 'algo', 'model', 'tasks', 'rollout', 'traces', 'train'}
 ROOMS = {  # what a room may import besides itself: rooms, or single modules of a room
     'core': set(),
-    'sandbox': {
-        'core.records',
-        'core.errors',
-        'core.checks',
-        'core.signals',
-        'core.streams',
-    },  # its children start light
+    # The sandbox's children start light.
+    'sandbox': {'core.records', 'core.errors', 'core.checks', 'core.signals', 'core.streams'},
     'sandbox/inside': set(),  # runs in the jail, on the guest's interpreter; see the test of its libraries
     'text': {'core'},
     'algo': {'core'},
