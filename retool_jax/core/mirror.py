@@ -42,7 +42,8 @@ class Mirror:
       folder: where the working copy lies; what a killed run has left there is put right.
       brief: patterns of files that nothing reads again in this life: of a part of episodes the header is brought here,
         of others an empty file. So are weights always.
-      guard: called before anything is written; raises where the folder is another run's by now.
+      guard: called before anything is written; raises where the folder is another run's by now, and says no where
+        the run is over and has cleared it away.
 
     Raises:
       UserError: what the store refuses.
@@ -53,7 +54,7 @@ class Mirror:
         address: str,
         folder: Path,
         brief: Sequence[str] = (),
-        guard: Callable[[], None] = lambda: None,
+        guard: Callable[[], bool] = lambda: True,
         field: str = 'run.dir',
     ):
         self.address, self.folder, self.field = address.rstrip('/'), folder, field
@@ -83,7 +84,8 @@ class Mirror:
             gone = [name for name in self._known if name not in signs]
             if not changed and not gone:
                 return
-            self._guard()
+            if not self._guard():
+                return
             self._remove([name for name in changed if name in self._known and name.endswith('.jsonl.gz')])
             for wave in range(4):
                 names = [name for name in changed if _wave(name) == wave]

@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,15 @@ def names(field: str, address: str) -> list[str]:
         found = (path.rstrip('/').rpartition('/')[2] for path in fs.ls(root, detail=False))
         return sorted(name for name in found if name and name not in OWN)
     return []
+
+
+def remove(field: str, address: str, names: Iterable[str]) -> None:
+    """Removes objects right below an address; those that are not there need not be removed."""
+    fs, root = reach(field, address)
+    with told(field, address):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm_file(f'{root.rstrip("/")}/{name}')
 
 
 @functools.cache

@@ -52,42 +52,42 @@ def run(stage: Evaluation) -> dict:
         speaker, make = stack.enter_context(opened)
         tell_overlong(problems, speaker, stage.turns.max_tokens)
         intake.write(directory)
-        pool = stack.enter_context(parts.open_guarded(stage.sandbox, stage.model.tools))
-        engine, params = make(pool)
-        journal = stack.enter_context(contextlib.closing(folder.open_journal(directory)))
-        console.banner(
-            model=speaker,
-            **({} if mesh is None else {'mesh': dict(mesh.shape)}),
-            sandbox=pool or 'none',
-            problems=f'{len(problems)} of {name} × {stage.samples} samples',
-            run=mirror.place(directory),
-        )
-        advance = stack.enter_context(console.progress(f'evaluate {name}', len(problems) * stage.samples))
-        episodes = run_kept(
-            engine,
-            params,
-            problems,
-            stage.samples,
-            directory / 'episodes',
-            f'val_{name}',
-            speaker.template,
-            speaker.tokenizer,
-            grader,
-            journal,
-            advance,
-        )
+        with contextlib.ExitStack() as work:
+            pool = work.enter_context(parts.open_guarded(stage.sandbox, stage.model.tools))
+            engine, params = make(pool)
+            journal = work.enter_context(contextlib.closing(folder.open_journal(directory)))
+            console.banner(
+                model=speaker,
+                **({} if mesh is None else {'mesh': dict(mesh.shape)}),
+                sandbox=pool or 'none',
+                problems=f'{len(problems)} of {name} × {stage.samples} samples',
+                run=mirror.place(directory),
+            )
+            advance = work.enter_context(console.progress(f'evaluate {name}', len(problems) * stage.samples))
+            episodes = run_kept(
+                engine,
+                params,
+                problems,
+                stage.samples,
+                directory / 'episodes',
+                f'val_{name}',
+                speaker.template,
+                speaker.tokenizer,
+                grader,
+                journal,
+                advance,
+            )
         found = {name: summary.summarise(episodes, grader.equal)}
+        if processes.leads():
+            folder.write(directory / 'summary.json', found)
+            with Metrics(directory) as writer:
+                writer.rewind(None)
+                writer.write(0, {'phase': 'val'} | summary.as_metrics(name, found[name]) | times(episodes))
     if faults := found[name]['stops'].get(Stop.FAULT, 0):
         console.say(
             f'warning: the sandbox itself failed in {faults} episodes, which count as wrong; '
             'see python -m retool_jax.sandbox.doctor'
         )
-    if not processes.leads():
-        return found
-    folder.write(directory / 'summary.json', found)
-    with Metrics(directory) as writer:
-        writer.rewind(None)
-        writer.write(0, {'phase': 'val'} | summary.as_metrics(name, found[name]) | times(episodes))
     return found
 
 

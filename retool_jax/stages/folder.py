@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fnmatch
 import json
 import shutil
 import socket
@@ -66,7 +67,7 @@ def claimed(stage: Stage, free: Sequence[str] = (), brief: Sequence[str] = ()) -
     address, claims = stage.run.dir, []
     try:
         token = processes.first(lambda: _claim_address(address, claims))
-        guard = lambda: owner.check(address, token)
+        guard = lambda: owner.check(address, token, processes.leads())
         copy = mirror.working_folder(address, jax.process_index())
         with mirror.mirrored(mirror.Mirror(address, copy, brief, guard)) as copy, _claimed(stage, copy, free):
             mirror.publish(copy)
@@ -81,8 +82,13 @@ def _claim_address(address: str, claims: list[Claim]) -> str:
     """Takes a folder of a store, a run's or an empty one; returns its owner's token."""
     owner.patiently(lambda: claims.append(Claim(address)))
     names = storage.names('run.dir', address)
-    if 'config.json' not in names and names:
-        raise UserError(f'run.dir={address!r} holds other files; choose a new or empty folder')
+    if 'config.json' not in names:
+        # A run of several processes that leaves no trace is cleared away by one, and another may publish its journal
+        # after that.
+        journals = [name for name in names if fnmatch.fnmatch(name, 'journal*.jsonl')]
+        if len(names) > len(journals):
+            raise UserError(f'run.dir={address!r} holds other files; choose a new or empty folder')
+        storage.remove('run.dir', address, journals)
     return claims[-1].token
 
 

@@ -217,13 +217,21 @@ class Claim:
                 self._fs.pipe_file(f'{self._root}/{BEAT}', self.token.encode())
 
 
-def check(address: str, token: str) -> None:
-    """Raises a UserError where a folder of a store is not held under this token any more."""
+def check(address: str, token: str, leads: bool = True) -> bool:
+    """Whether a process may write into a folder of a store that its run took under this token.
+
+    The one that leads gives the folder free without waiting for the others, which may be dead: nobody holds it then,
+    and the others may write where the run has left a trace. Raises: UserError where the folder is held under another
+    token or, asked by the one that leads, by nobody.
+    """
     with storage.told('run.dir', address):
         owner = _stored(address)
+    if not owner and not leads:
+        return 'config.json' in storage.names('run.dir', address)
     if owner.get('token') != token:
         by = f'by process {owner["pid"]} on {owner["host"]}' if 'pid' in owner else 'or removed'
         raise UserError(f'run.dir={address!r} was taken over {by}; this run ends, and what it has published is intact')
+    return True
 
 
 def _stored(address: str) -> dict:

@@ -192,7 +192,10 @@ def test_a_run_that_has_lost_its_folder_writes_nothing(address, tmp_path):
     write(copy.folder, metrics='1')
     with pytest.raises(UserError, match='taken over'):
         copy.publish()
-    assert buckets.files(address) == {}
+    late = Mirror(address, tmp_path / 'b', guard=lambda: False)  # the run is over, and has left no trace
+    write(late.folder, metrics='1')
+    late.close()
+    assert buckets.files(address) == {} and not late.folder.exists()
 
 
 def test_processes_of_one_host_work_in_folders_of_their_own():

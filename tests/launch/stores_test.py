@@ -93,11 +93,52 @@ def test_fine_tuning_of_two_processes_that_are_killed_goes_on_in_a_bucket(files,
             time.sleep(0.1)
         for child in children:
             child.kill()
-            child.wait(stops_test.ENDS_S)
-        assert [child.returncode for child in children] == [-signal.SIGKILL] * 2, read()
+        statuses = [child.wait(stops_test.ENDS_S) for child in children]
+        # JAX ends the second by itself, which may be quicker than its own signal.
+        assert statuses[0] == -signal.SIGKILL and statuses[1] in (-signal.SIGKILL, -signal.SIGABRT), read()
     several.run(2, flags, devices=4)
     several.run(2, stops_test.command(files, 'sft', 'whole'), devices=4)
     assert stops_test.result(copied(address, tmp_path / 'copy')) == stops_test.result(files / 'whole')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['ppo', 'evaluate'])
+def test_a_run_of_two_processes_that_is_stopped_goes_on_from_the_bucket_alone(
+    files, bucket, tmp_path, monkeypatch, kind
+):
+    """As on other hosts, which have no working copy of its folder."""
+    address = f'{bucket}/{kind}_stopped'
+    flags = [flag.replace(f'={files}/there', f'={address}') for flag in stops_test.command(files, kind, 'there')]
+    with several.started(2, flags, devices=4) as (children, read):
+        while 'processes  2' not in read()[0]:  # then all is compiled, and episodes are made
+            assert [child.poll() for child in children] == [None, None], read()
+            time.sleep(0.02)
+        time.sleep(0.3)
+        children[0].send_signal(signal.SIGTERM)
+        statuses = [child.wait(stops_test.ENDS_S) for child in children]
+        stops_test.check(statuses, read(), signal.SIGTERM, [0])
+    (tmp_path / 'scratch').mkdir()
+    monkeypatch.setenv('TMPDIR', str(tmp_path / 'scratch'))
+    several.run(2, flags, devices=4)
+    assert not list((tmp_path / 'scratch').rglob('*.jsonl*'))
+    several.run(2, stops_test.command(files, kind, f'whole_{kind}'), devices=4)
+    assert stops_test.result(copied(address, tmp_path / 'copy')) == stops_test.result(files / f'whole_{kind}')
+
+
+@pytest.mark.slow
+def test_a_cold_start_writes_into_a_bucket_what_it_writes_on_a_disk(bucket, tmp_path):
+    for directory in (tmp_path / 'cold', f'{bucket}/cold'):
+        done = subprocess.run(
+            [sys.executable, 'launch/cold_start.py', '--config=configs/cold_start.py:tiny',
+             '--config.problems=20', f'--config.run.dir={directory}'],
+            cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    there, disk = buckets.files(f'{bucket}/cold'), tmp_path / 'cold'
+    names = {str(path.relative_to(disk)) for path in disk.rglob('*') if path.is_file()}
+    assert set(there) == names and any(name.startswith('episodes/') for name in names)
+    for name in names - {'config.json', 'report.html'}:  # which name the place
+        assert there[name] == (disk / name).read_bytes(), name
 
 
 def tune(files: Path, place: str, directory: str) -> None:

@@ -251,15 +251,24 @@ def test_in_a_store_a_damaged_object_is_no_owner(address):
 
 def test_a_run_whose_folder_was_taken_over_hears_of_it_and_leaves_the_other_s_claim(address):
     held = Claim(address)
-    owner.check(address, held.token)
+    assert owner.check(address, held.token)
     put_owner(address, token='another')
     with pytest.raises(UserError, match='was taken over by process 7 on elsewhere; this run ends'):
-        owner.check(address, held.token)
+        owner.check(address, held.token, leads=False)
     held.close()
     assert json.loads(buckets.files(address)[owner.NAME])['token'] == 'another'
     fsspec.url_to_fs(address)[0].rm_file(f'{address}/{owner.NAME}')
     with pytest.raises(UserError, match='was taken over or removed'):
         owner.check(address, held.token)
+
+
+def test_who_does_not_lead_writes_after_the_folder_was_given_free_where_the_run_has_left_a_trace(address):
+    held = Claim(address)
+    assert owner.check(address, held.token, leads=False)
+    held.close()
+    assert not owner.check(address, held.token, leads=False)
+    fsspec.url_to_fs(address)[0].pipe_file(f'{address}/config.json', b'{}')
+    assert owner.check(address, held.token, leads=False)
 
 
 def test_of_two_that_begin_at_once_the_store_lets_one_in(address):
