@@ -81,7 +81,7 @@ def decode(
 ) -> dict:
     """Decode calls of `rows` rows whose contexts are spread evenly over low … high; none ends.
 
-    fused: by the kernel of model/kernels.py, where the device and the cache have one.
+    fused: by a kernel of model/decoding.py, where the device and the cache have one.
 
     Raises:
       ValueError: the longest, with what the calls add, does not fit the slots.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -20,7 +20,7 @@ from flax import nnx
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Int8Weight, KVCache, Params
 from retool_jax.core.sharding import constrain
-from retool_jax.model import attention, int8, kernels, kv_cache
+from retool_jax.model import attention, int8, kv_cache
 from retool_jax.model.config import ModelConfig
 from retool_jax.model.layers import Block, Projection, RMSNorm, change_matrices, declare, merge, rope_table
 
@@ -257,14 +257,14 @@ def extend(
     count_B: Int[Array, ' B'],
     bound: int,
     row_B: Int[Array, ' B'] | None = None,
-    fused: bool = False,
+    attend_one: Callable[..., jax.Array] | None = None,
 ) -> tuple[Float[Array, 'B C D'], KVCache]:
     """Runs a right-padded chunk per row through the cache; the sampling layout.
 
     tokens_BC: int32 [B, C]; count_B: valid tokens in each row (0 leaves the row's cache untouched).
     Reads cover the first `bound` slots, which must hold every row's length after the chunk.
     row_B: which rows of the cache the chunks belong to, out of range pads; None: all, in order.
-    fused: chunks of one token of all rows attend by a kernel, which sees one device, where there is one for it.
+    attend_one: by which chunks of one token of all rows attend (decoding.Kernel.attend); None: by XLA.
     Returns hidden states [B, C, D] (garbage beyond count) and the cache, longer by count.
     """
     chunk = tokens_BC.shape[1]
@@ -281,9 +281,9 @@ def extend(
         def attend(q, k, v):
             keys.append(kv_cache.write(k_BKSH, k, slot_BC, row_B))  # noqa: B023
             values.append(kv_cache.write(v_BKSH, v, slot_BC, row_B))  # noqa: B023
-            if fused and row_B is None and kernels.decodes(q, keys[-1]):
+            if attend_one is not None:
                 length_B = jnp.where(count_B > 0, positions_BC[:, 0] + 1, 1)  # who adds nothing reads next to nothing
-                return kernels.decode(q[:, 0], keys[-1], values[-1], length_B, bound)[:, None]
+                return attend_one(q[:, 0], keys[-1], values[-1], length_B, bound)[:, None]
             own = lambda kv: kv_cache.read(kv, bound, inside_B)
             return attention.cached(q, own(keys[-1]), own(values[-1]), positions_BC)
 

@@ -1,4 +1,4 @@
-"""Fused attention of the accelerators: splash attention on TPU, cuDNN on GPU.
+"""Fused attention of training: splash attention on TPU, cuDNN on GPU (of decode steps: decoding.py).
 
 Neither holds a matrix of scores, forwards or backwards. Queries come scaled, q·H^-½ (layers.rotate).
 """
@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # names of annotations only: accelerator machines need not ha
 
 LANES = 128  # of a TPU's vector unit: rows of scores come in such widths
 HOPPER = 9.0  # compute capability from which cuDNN takes packed rows
-TILE = 64  # slots that a step of `decode` takes
-DECODE = 'decode_attention'  # the name of its kernel
 MASKED = -1e30  # finite, so that a fully masked (padding) row stays free of NaN
 HALVES = (jnp.dtype('bfloat16'), jnp.dtype('float16'))  # dtypes of cuDNN's kernels
 BLOCKS = (1024, 512, 256, LANES)  # tiles tried for splash attention, the largest that divides
@@ -175,95 +173,6 @@ def _packed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, length_BN: 
         scale=1.0,
         mask_type=fused.MaskType.PADDING_CAUSAL,
     )
-
-
-def decodes(q_BCNH: jax.Array, k_BKSH: object) -> bool:
-    """Whether `decode` takes such queries and such a cache on this machine: one query a row, 16 bits, Hopper on."""
-    chunk, _, head_dim = q_BCNH.shape[1:]
-    plain = isinstance(k_BKSH, jax.Array) and k_BKSH.dtype == q_BCNH.dtype and q_BCNH.dtype in HALVES
-    fits = chunk == 1 and plain and k_BKSH.shape[2] % TILE == 0 and head_dim in (16, 32, 64, 128, 256)
-    return fits and capability(jax.devices()[0]) >= HOPPER
-
-
-def padded(group: int) -> int:
-    """Query heads that `decode` multiplies where `group` share a KV head: a tensor core takes 16 at least."""
-    return max(16, 1 << (group - 1).bit_length())
-
-
-def decode(
-    q_BNH: Float[Array, 'B N H'],
-    k_BKSH: Float[Array, 'B K S H'],
-    v_BKSH: Float[Array, 'B K S H'],
-    length_B: Int[Array, ' B'],
-    bound: int,
-    interpret: bool = False,
-) -> Float[Array, 'B N H']:
-    """Attention of one query a row over the first length_B slots (at least 1) of its cache, by a Triton kernel, which
-    JAX 0.11 and 0.12 compile, though they call that backend deprecated.
-
-    No slot beyond a row's length is read, and each is read once for all query heads of its KV head. A row's slots are
-    shared out among programs, each with a softmax of its own part, which are joined here (Flash-Decoding). How many is
-    a matter of B and K alone: what a row gets does not depend on how long the others are. The cache is taken whole, as
-    a slice of it would be copied; bound: no length is more. interpret: runs the kernel on any platform, for tests.
-    """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    rows, heads, head_dim = q_BNH.shape
-    kv_heads, slots = k_BKSH.shape[1:3]
-    group = heads // kv_heads
-    part = min(max(256, 1 << (4 * rows * kv_heads - 1).bit_length()), 2048)  # about 1,000 programs with 4,096 slots
-    parts = -(-bound // part)
-    wide = padded(group)
-
-    def kernel(length_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref):
-        first, length, real_G = pl.program_id(2) * part, length_ref[()], jnp.arange(wide) < group
-        q_GH = triton.load(q_ref.at[:, :], mask=real_G[:, None], other=0)
-
-        def step(i, carry):
-            out_GH, top_G, total_G = carry
-            at = first + i * TILE
-            inside_S = at + jnp.arange(TILE) < length
-            take = lambda ref: triton.load(ref.at[pl.ds(at, TILE), :], mask=inside_S[:, None], other=0)
-            score_GS = jnp.where(inside_S[None], triton.dot(q_GH, take(k_ref).T), MASKED)
-            higher_G = jnp.maximum(top_G, score_GS.max(axis=1))
-            shrink_G, weight_GS = jnp.exp(top_G - higher_G), jnp.exp(score_GS - higher_G[:, None])
-            out_GH = out_GH * shrink_G[:, None] + triton.dot(weight_GS.astype(v_ref.dtype), take(v_ref))
-            return out_GH, higher_G, total_G * shrink_G + weight_GS.sum(axis=1)
-
-        steps = jnp.clip(pl.cdiv(length - first, TILE), 0, part // TILE)
-        nothing = jnp.zeros(wide, jnp.float32)
-        found = (jnp.zeros((wide, head_dim), jnp.float32), nothing + MASKED, nothing)
-        out_GH, top_G, total_G = jax.lax.fori_loop(0, steps, step, found)
-        triton.store(out_ref.at[:, :], out_GH, mask=real_G[:, None])
-        triton.store(top_ref.at[:], top_G, mask=real_G)
-        triton.store(total_ref.at[:], total_G, mask=real_G)
-
-    cache = pl.BlockSpec((None, None, slots, head_dim), lambda b, k, p: (b, k, 0, 0))
-    number = pl.BlockSpec((None, None, None, wide), lambda b, k, p: (b, k, p, 0))
-    numbers = jax.ShapeDtypeStruct((rows, kv_heads, parts, group), jnp.float32)
-    out_BKPGH, top_BKPG, total_BKPG = pl.pallas_call(
-        kernel,
-        grid=(rows, kv_heads, parts),
-        in_specs=[
-            pl.BlockSpec((None,), lambda b, k, p: (b,)),
-            pl.BlockSpec((None, None, wide, head_dim), lambda b, k, p: (b, k, 0, 0)),
-            cache,
-            cache,
-        ],
-        out_specs=[
-            pl.BlockSpec((None, None, None, wide, head_dim), lambda b, k, p: (b, k, p, 0, 0)),
-            number,
-            number,
-        ],
-        out_shape=[jax.ShapeDtypeStruct((*numbers.shape, head_dim), jnp.float32), numbers, numbers],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
-        interpret=interpret,
-        name=DECODE,
-    )(length_B, q_BNH.reshape(rows, kv_heads, group, head_dim), k_BKSH, v_BKSH)
-    share_BKPG = jnp.exp(top_BKPG - top_BKPG.max(axis=2, keepdims=True))
-    out_BKGH = (share_BKPG[..., None] * out_BKPGH).sum(axis=2) / (share_BKPG * total_BKPG).sum(axis=2)[..., None]
-    return out_BKGH.reshape(q_BNH.shape).astype(q_BNH.dtype)
 
 
 def _on_each_device(

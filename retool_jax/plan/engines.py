@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retool_jax.model import kernels
 from retool_jax.plan import lengths, roofline
 from retool_jax.plan.facts import Facts
 from retool_jax.plan.programs import Run
@@ -102,7 +101,7 @@ def simulate(run: Run, facts: Sequence[Facts], a: Assumptions) -> Rollout:
         if first == last:  # more programs than problems
             continue
         own_E = tokens_E[first:last]
-        course = lengths.follow(own_E, engine, s.quota, kernels.TILE if prices.decode.by_length else 1)
+        course = lengths.follow(own_E, engine, s.quota, prices.decode.tile or 1)
         decode, read = prices.decoding(course, engine.call)
         row_steps = course.steps * engine.rows
         found.append(
@@ -156,8 +155,8 @@ class Prices:
         for steps, busy, live, longest in zip(course.steps_P, course.busy_P, course.live_P, course.longest_P):
             bound = sampler.bound(int(longest) - call + quota)
             read = bound
-            if self.decode.by_length:  # a row that does not decode reads a tile
-                idle = max(rows - busy, 0) * kernels.TILE
+            if self.decode.tile:  # a row that does not decode reads one
+                idle = max(rows - busy, 0) * self.decode.tile
                 read = -(-int(live + idle) // rows)
             pieces[read, bound] += int(steps)
         runs, times = 0.0, collections.Counter()

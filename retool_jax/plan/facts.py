@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from retool_jax.model import kernels
 from retool_jax.plan import flops, hlo
@@ -38,7 +40,7 @@ class Facts:
     slots: int = 0
     slot_flops: float = 0.0
     slot_moved: float = 0.0
-    by_length: bool = False  # a kernel reads as many slots as hold tokens, instead of `slots`
+    tile: int = 0  # a kernel reads as many slots as hold tokens, so many together, instead of `slots`; 0: none does
 
     @property
     def sent_bytes(self) -> float:
@@ -53,6 +55,17 @@ class Facts:
             flops=self.flops + more * self.slot_flops,
             moved=self.moved + more * self.slot_moved,
             slots=slots,
+        )
+
+    def by_length(self, of_kernel: flops.ByLength, devices: int) -> Facts:
+        """With what a slot adds where a kernel reads the cache whatever bound there is."""
+        if not of_kernel.tile:
+            return self
+        return dataclasses.replace(
+            self,
+            tile=of_kernel.tile,
+            slot_flops=of_kernel.flops / devices / self.slots,
+            slot_moved=of_kernel.moved / devices / self.slots,
         )
 
     def along(self, shorter: Facts) -> Facts:
@@ -73,7 +86,7 @@ def compile_all(programs: Sequence[Program], done: Callable[[str], None], worker
     Tracing holds the interpreter, the compiler does not: it works on one program while others are traced, on
     `workers` at most (a 32B program takes 2 GB of this machine's memory).
     """
-    with futures.ThreadPoolExecutor(workers) as pool:
+    with uncached(), futures.ThreadPoolExecutor(workers) as pool:
         running = []
         for program in programs:
             traced = [(program.function.trace(**arguments), slots) for arguments, slots in program.reads()]
@@ -84,6 +97,21 @@ def compile_all(programs: Sequence[Program], done: Callable[[str], None], worker
         except BaseException:  # one is wrong, or Ctrl-C: the others need not begin
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """A block in which JAX's compilation cache rests: what is compiled for devices that are not there it writes, and
+    cannot read."""
+    name = 'jax_enable_compilation_cache'
+    before = getattr(jax.config, name)
+    try:
+        jax.config.update(name, False)
+        compilation_cache.reset_cache()  # JAX looks at the setting when it opens the cache
+        yield
+    finally:
+        jax.config.update(name, before)
+        compilation_cache.reset_cache()
 
 
 def _compile(program: Program, traced: list[tuple[jax.stages.Traced, int]]) -> Facts:
@@ -117,7 +145,7 @@ def _compile_one(program: Program, traced: jax.stages.Traced, slots: int) -> Fac
             refused=' '.join(str(error).split())[:400],
             slots=slots,
         )
-    memory = compiled.memory_analysis()
+    memory, of_kernel = compiled.memory_analysis(), flops.by_length(traced.jaxpr, program.trips)
     module = hlo.Module(compiled.as_text(), program.trips)
     sent: collections.Counter[str] = collections.Counter()
     exchanges = 0
@@ -135,7 +163,7 @@ def _compile_one(program: Program, traced: jax.stages.Traced, slots: int) -> Fac
         time.perf_counter() - began,
         exchanges=exchanges,
         slots=slots,
-    )
+    ).by_length(of_kernel, program.devices)
 
 
 def _arguments(program: Program) -> int:
@@ -204,5 +232,4 @@ def _estimate(
         estimated=True,
         exchanges=exchanges,
         slots=slots,
-        by_length=bool(slots) and flops.reads_by_length(jaxpr),
-    )
+    ).by_length(flops.by_length(jaxpr, program.trips), program.devices)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.extend import core
 
-from retool_jax.model import kernels
+from retool_jax.model import decoding
 
 # Matmuls of cuDNN's attention: scores and mixed values; backwards scores again and four gradients.
 CUDNN = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 5}
+DECODING = {decoding.TRITON: 2, decoding.PAGED: 1}  # kernels, and which operand the keys are; before it, the queries
 SPLASH = 'splash'  # begins the names of JAX's kernels of splash attention, forwards and backwards
 
 
@@ -20,25 +22,49 @@ def count(jaxpr, trips: int = 1) -> float:
 
     trips: iterations of while loops, which have no length. A branch counts as its costliest side, a kernel
     (`pallas_call`) as grid × body; of splash attention's grids, which are causal here, the blocks above the diagonal
-    are left out. kernels.decode counts as if every slot that it is given held a token.
+    are left out. A kernel of decoding counts as if every slot that it is given held a token.
     """
     return _walk(jaxpr, trips, _matmul_flops)
 
 
 def traffic(jaxpr, trips: int = 1) -> float:
-    """Bytes of the operands and results of all matmuls, of cuDNN's attention and of kernels.decode, and twice those of
-    what is gathered, of all devices together. What is widened from 8 bits for a matmul is read in 8 bits."""
+    """Bytes of the operands and results of all matmuls, of cuDNN's attention and of decoding's kernels, and twice those
+    of what is gathered, of all devices together. What is widened from 8 bits for a matmul is read in 8 bits."""
     return _walk(jaxpr, trips, _bytes)
 
 
-def reads_by_length(jaxpr) -> bool:
-    """Whether kernels.decode attends, which reads only the slots of a row that hold tokens."""
-    return _walk(jaxpr, 1, lambda eqn, _: float(_name(eqn) == kernels.DECODE)) > 0
+@dataclasses.dataclass(frozen=True)
+class ByLength:
+    """What decoding's kernels do, which read only the slots of a row that hold tokens, where all of them do."""
+
+    tile: int  # slots that are read together; 0: there is no such kernel
+    flops: float
+    moved: float  # bytes of keys and values
+
+
+def by_length(jaxpr, trips: int = 1) -> ByLength:
+    """Of a traced function, of all devices together."""
+    tiles = [0]
+
+    def of_kernel(eqn, measure) -> float:
+        if _name(eqn) not in DECODING:
+            return 0.0
+        tiles.append(decoding.TILE if _name(eqn) == decoding.TRITON else _cache(eqn).shape[2])
+        return measure(eqn)
+
+    twice = lambda eqn: 2.0 * math.prod(_cache(eqn).shape) * _cache(eqn).dtype.itemsize
+    flops = _walk(jaxpr, trips, lambda eqn, _: of_kernel(eqn, lambda eqn: _matmul_flops(eqn, None)))
+    return ByLength(max(tiles), flops, _walk(jaxpr, trips, lambda eqn, _: of_kernel(eqn, twice)))
+
+
+def _cache(eqn):
+    """The keys that a kernel of decoding is given: [B, K, S, H], or pages of them, [1, B·K·S ÷ page, page, H]."""
+    return eqn.invars[DECODING[_name(eqn)]].aval
 
 
 def _name(eqn) -> str:
-    """Of a primitive; of a kernel its own."""
-    return eqn.params['name'] or '' if eqn.primitive.name == 'pallas_call' else eqn.primitive.name
+    """Of a primitive; of a kernel, and of a function that is traced apart, its own."""
+    return eqn.params['name'] or '' if eqn.primitive.name in ('pallas_call', 'jit') else eqn.primitive.name
 
 
 def _bytes(eqn, narrow: dict) -> float:
@@ -56,9 +82,9 @@ def _matmul_flops(eqn, _) -> float:
     if name in CUDNN:  # causal: half of the square
         b, t, n, h = eqn.invars[0].aval.shape
         return CUDNN[name] * 2.0 * b * n * h * t * t / 2
-    if name == kernels.DECODE:  # scores and mixed values
-        group, cache = eqn.invars[1].aval.shape[2], eqn.invars[2].aval.shape
-        return 2 * 2.0 * math.prod(cache) * kernels.padded(group)
+    if name in DECODING:  # scores and mixed values
+        group = eqn.invars[DECODING[name] - 1].aval.shape[-2]
+        return 2 * 2.0 * math.prod(_cache(eqn).shape) * decoding.padded(group, name)
     (contract, _), _ = eqn.params['dimension_numbers']
     left = eqn.invars[0].aval.shape
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[d] for d in contract)
@@ -69,7 +95,7 @@ def _walk(jaxpr, trips: int, cost: Callable) -> float:
     total, narrow = 0.0, {}
     for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
         name, params = eqn.primitive.name, eqn.params
-        if name in ('dot_general', 'gather') or name in CUDNN or _name(eqn) == kernels.DECODE:
+        if name in ('dot_general', 'gather') or name in CUDNN or _name(eqn) in DECODING:
             total += cost(eqn, narrow)
         elif name == 'convert_element_type' and eqn.invars[0].aval.dtype == jnp.int8:
             narrow[id(eqn.outvars[0])] = eqn.invars[0]
@@ -79,8 +105,10 @@ def _walk(jaxpr, trips: int, cost: Callable) -> float:
             total += trips * (_walk(params['body_jaxpr'], trips, cost) + _walk(params['cond_jaxpr'], trips, cost))
         elif name == 'cond':
             total += max(_walk(branch, trips, cost) for branch in params['branches'])
-        elif name == 'shard_map':  # the body is one device's
-            total += math.prod(params['mesh'].shape.values()) * _walk(params['jaxpr'], trips, cost)
+        elif name == 'shard_map':  # the body is one device's, along those axes
+            axes = params['newly_manual_axes' if 'newly_manual_axes' in params else 'manual_axes']  # from JAX 0.12 on
+            ways = math.prod(params['mesh'].shape[axis] for axis in axes)
+            total += ways * _walk(params['jaxpr'], trips, cost)
         elif name == 'pallas_call':
             grid = params['grid_mapping'].grid
             total += math.prod(grid) * _share(_name(eqn), grid) * _walk(params['jaxpr'], trips, cost)

@@ -192,11 +192,17 @@ class Run:
             )
         yield from self._rollout_programs()
 
+    @functools.cached_property
+    def in_place(self) -> bool:
+        """Whether a kernel reads the cache where it lies when rows decode."""
+        with kernels.traced_anywhere(self.slice.chip.capability):
+            return not self.sampler.chooses and self.sampler.kernel(self.sample_state.cache) is not None
+
     def copied(self, bound: int) -> int:
         """Bytes on one chip that a decode call takes out of the cache before its first step (rollout/rows.py): `bound`
-        slots of its rows, nothing where those are all slots of all rows."""
+        slots of its rows, nothing where those are all slots of all rows or are read in place."""
         s, cache = self.sampler.settings, self.sample_state.cache
-        if bound == s.slots and not self.sampler.chooses:
+        if self.in_place or (bound == s.slots and not self.sampler.chooses):
             return 0
         return per_device((cache.k, cache.v)) * self.sampler.decode_rows * bound // (s.rows * s.slots)
 
@@ -245,7 +251,7 @@ class Run:
             },
             size,
             trips=s.quota,
-            shortest=shortest,
+            shortest=s.slots if self.in_place else shortest,
             copies=self.copies,
         )
 

@@ -60,7 +60,7 @@ def bounds(plan: dict) -> dict[str, float]:
         kind, took, runs = program['name'].partition(' ')[0], program['seconds'], program['runs']
         total = runs * (took['total'] - took['waits'])
         seconds[f'{kind}: collectives'] += runs * took['waits']
-        if kind == 'decode' and not program['by_length']:
+        if kind == 'decode' and not program['tile']:
             rollout = plan['rollout']
             waiting = min(rollout['episodes'] * rollout['calls'] / (runs * rollout['rows']), 1 - rollout['busy'])
             seconds['decode: waiting for tools'] += total * waiting

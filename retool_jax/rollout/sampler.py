@@ -11,6 +11,7 @@ the lengths. Several engines on a mesh do all of it at once, each with rows of i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retool_jax.core.pytrees import KVCache, Params, SampleState
-from retool_jax.model import decoder, kv_cache
+from retool_jax.model import decoder, decoding, kv_cache
 from retool_jax.model.config import ModelConfig
 from retool_jax.rollout import rows, sampling, shards
 from retool_jax.rollout.settings import SamplerSettings
@@ -97,7 +98,7 @@ class Sampler:
         self.chooses = 0 < settings.decode_rows < settings.rows
         self.rows, self.feed_rows = engines * settings.rows, engines * settings.feed_rows
         self.decode_rows = engines * (settings.decode_rows or settings.rows)
-        self.fused = mesh is None or mesh.shape['tensor'] == 1  # kernels that the partitioner cannot look into
+        self.fused = True  # rows attend by a kernel when they decode, where there is one
         state = whole = row = None
         if mesh is not None:
             state, whole = shards.shardings(config, settings.cache_dtype, mesh)
@@ -148,6 +149,16 @@ class Sampler:
             top_k_B=jnp.zeros(b, jnp.int32),
             min_p_B=jnp.zeros(b, jnp.float32),
         )
+
+    def kernel(self, cache: KVCache) -> decoding.Kernel | None:
+        """By which rows of such a cache attend when they decode; None: by XLA, which reads up to a bound."""
+        return decoding.choose(cache.k[0], self.settings.dtype, self.mesh) if self.fused else None
+
+    @functools.cached_property
+    def _bounded(self) -> bool:
+        """Whether a decode call for another bound is another program."""
+        kernel = self.kernel(jax.eval_shape(self._empty).cache)
+        return self.chooses or kernel is None or kernel.bounded
 
     def bound(self, length: int) -> int:
         """The smallest compiled bound on reads that covers `length` slots."""
@@ -264,7 +275,7 @@ class Sampler:
             stops=self.stops,
             state=state,
             row_R=self._within(row_R) if self.chooses else None,
-            bound=self.bound(longest + self.settings.quota),
+            bound=self.bound(longest + self.settings.quota) if self._bounded else self.settings.slots,
             truncate=truncate,
             steps=np.int32(self.settings.quota if steps is None else steps),
         )
@@ -326,7 +337,8 @@ class Sampler:
 
     def _decode_rows(self, params, table, stops, state: SampleState, row_R, steps, bound: int, truncate: bool):
         quota, whole = self.settings.quota, state
-        state = rows.take(whole, row_R, bound)
+        state = rows.take(whole, row_R, self.settings.slots if row_R is None and self.kernel(whole.cache) else bound)
+        kernel = self.kernel(state.cache)
         b, start_B = len(state.live_B), state.cache.length_B
         out = Decoded(
             tokens_BQ=jnp.zeros((b, quota), jnp.int32),
@@ -355,7 +367,7 @@ class Sampler:
                 token_B[:, None],
                 live.astype(jnp.int32),
                 bound,
-                fused=self.fused,
+                attend_one=kernel and kernel.attend,
             )
             logits_BV = decoder.unembed(params, hidden_BCD[:, 0])
             tag_B = table[s.tag_B, token_B]

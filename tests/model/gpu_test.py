@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retool_jax.model import attention, kernels
+from retool_jax.model import attention, decoding, kernels
 from tests.model.attention_test import allowed, reference
-from tests.model.kernels_test import LENGTH, PACKED, PADDED, decode_inputs, decode_reference, inputs
+from tests.model.decoding_test import decode_inputs, decode_reference
+from tests.model.kernels_test import LENGTH, PACKED, PADDED, inputs
 
 pytestmark = [
     pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU'),
@@ -55,12 +56,12 @@ def test_cudnn_has_the_gradients_of_dense_attention(segments, count):
 def test_the_decode_kernel_is_the_reference(heads, kv_heads, head_dim, dtype):
     lengths = [1, 64, 65, 250, 256, 257, 600, 1000, 1023, 1024, 700, 3]
     q, k, v, length = decode_inputs(heads, kv_heads, head_dim, 1024, lengths, dtype)
-    assert kernels.decodes(q[:, None], k)
-    out = np.asarray(jax.jit(lambda *x: kernels.decode(*x, 1024))(q, k, v, length), np.float64)
+    assert decoding.choose(k, q.dtype.name, None).tile == decoding.TILE
+    out = np.asarray(jax.jit(lambda *x: decoding.triton_decode(*x, 1024))(q, k, v, length), np.float64)
     np.testing.assert_allclose(out, decode_reference(q, k, v, length), atol=2e-2)
 
 
 def test_the_decode_kernel_gives_a_row_the_same_whatever_the_bound():
     q, k, v, length = decode_inputs(12, 2, 128, 1024, [70, 250, 3], jnp.bfloat16)
-    run = lambda bound: jax.jit(lambda *x: kernels.decode(*x, bound))(q, k, v, length)
+    run = lambda bound: jax.jit(lambda *x: decoding.triton_decode(*x, bound))(q, k, v, length)
     np.testing.assert_array_equal(run(256), run(1024))

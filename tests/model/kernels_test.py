@@ -6,7 +6,6 @@ import functools
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -15,10 +14,9 @@ import numpy as np
 import pytest
 
 from retool_jax.core import sharding
-from retool_jax.model import attention, decoder, kernels, kv_cache
+from retool_jax.model import attention, kernels
 from retool_jax.plan import chips
 from tests.model.attention_test import allowed, reference
-from tests.model.sizes import make_config
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 256
@@ -111,95 +109,6 @@ def test_rows_of_several_episodes_are_a_packed_call_of_cudnn_forwards_and_backwa
         assert call in text
     for words in ('"max_seg_per_batch": 2', '"mask_type": "PADDING_CAUSAL"'):
         assert text.count(words) == 2, words
-
-
-def decode_inputs(heads, kv_heads, head_dim, slots, lengths, dtype):
-    """One query a row; what lies beyond a row's length is NaN."""
-    rng, rows = np.random.default_rng(0), len(lengths)
-    q = jnp.asarray(head_dim**-0.5 * rng.normal(size=(rows, heads, head_dim)), dtype)
-    stale = (np.arange(slots) >= np.array(lengths)[:, None])[:, None, :, None]
-    k, v = (
-        jnp.asarray(np.where(stale, np.nan, rng.normal(size=(rows, kv_heads, slots, head_dim))), dtype)
-        for _ in range(2)
-    )
-    return q, k, v, jnp.asarray(lengths, jnp.int32)
-
-
-def decode_reference(q_BNH, k_BKSH, v_BKSH, length_B):
-    slots_first = lambda x: np.moveaxis(np.asarray(x, np.float64), 1, 2)
-    there = (np.arange(k_BKSH.shape[2]) < np.asarray(length_B)[:, None])[:, None]
-    return reference(q_BNH[:, None], slots_first(k_BKSH), slots_first(v_BKSH), there)[:, 0]
-
-
-DECODES = [(6, 2, 64, 640, [1, 64, 300, 640]), (14, 2, 16, 320, [65, 257, 320]), (4, 4, 128, 576, [512, 2])]
-
-
-@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
-@pytest.mark.parametrize('heads, kv_heads, head_dim, slots, lengths', DECODES)
-def test_the_decode_kernel_is_the_reference_and_reads_nothing_beyond(
-    heads, kv_heads, head_dim, slots, lengths, dtype, tolerance
-):
-    q, k, v, length = decode_inputs(heads, kv_heads, head_dim, slots, lengths, dtype)
-    out = kernels.decode(q, k, v, length, slots, interpret=True)
-    np.testing.assert_allclose(np.asarray(out, np.float64), decode_reference(q, k, v, length), atol=tolerance)
-
-
-def test_what_a_row_reads_does_not_change_with_the_length_of_another():
-    q, k, v, length = decode_inputs(4, 2, 64, 1280, [70, 250, 3], jnp.bfloat16)
-    far = kernels.decode(q, k, v, length, 1280, interpret=True)
-    np.testing.assert_array_equal(kernels.decode(q, k, v, length, 256, interpret=True), far)
-
-
-def test_a_decode_step_attends_by_the_kernel_where_the_caller_allows_it(monkeypatch):
-    config = make_config(head_dim=16)
-    params = decoder.to_sampling(config, decoder.init(config, jax.random.key(0)))
-    cache = kv_cache.empty(config, 3, 128)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (3, 9))
-    _, cache = decoder.extend(config, params, cache, tokens, np.array([9, 4, 0]), 128)
-    step = lambda fused: decoder.extend(config, params, cache, tokens[:, :1], np.array([1, 0, 1]), 128, fused=fused)
-    plain, _ = step(True)  # no GPU here, so no kernel
-    np.testing.assert_array_equal(plain, step(False)[0])
-    calls, inner = [], functools.partial(kernels.decode, interpret=True)
-    monkeypatch.setattr(kernels, 'decodes', lambda q, k: True)
-    monkeypatch.setattr(kernels, 'decode', lambda *x: calls.append(x[3].tolist()) or inner(*x))
-    found, longer = step(True)
-    assert calls == [[10, 1, 1]] * config.num_hidden_layers  # the second row adds nothing and reads one slot
-    assert longer.length_B.tolist() == [10, 4, 1]
-    np.testing.assert_allclose(found[::2], plain[::2], atol=2e-5)
-
-
-@pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated')
-def test_the_decode_kernel_is_lowered_for_hopper():
-    q, k, v, length = decode_inputs(14, 2, 128, 640, [1, 640], jnp.bfloat16)
-    chip = jax.sharding.AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ('one',), abstract_device=chip)):
-        exported = jax.export.export(
-            jax.jit(lambda *x: kernels.decode(*x, 640)),
-            platforms=['cuda'],
-            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call('__gpu$xla.gpu.triton')],
-        )(q, k, v, length)
-    assert '@__gpu$xla.gpu.triton' in exported.mlir_module()
-
-
-@pytest.mark.parametrize(
-    'there, capability, chunk, dtype, slots, head_dim',
-    [
-        (True, '9.0', 1, jnp.bfloat16, 128, 64),
-        (True, '10.0', 1, jnp.float16, 64, 128),
-        (False, '8.0', 1, jnp.bfloat16, 128, 64),
-        (False, '9.0', 2, jnp.bfloat16, 128, 64),
-        (False, '9.0', 1, jnp.float32, 128, 64),
-        (False, '9.0', 1, jnp.bfloat16, 100, 64),
-        (False, '9.0', 1, jnp.bfloat16, 128, 80),
-    ],
-)
-def test_the_decode_kernel_is_for_one_query_in_16_bits_on_hopper(
-    monkeypatch, there, capability, chunk, dtype, slots, head_dim
-):
-    monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(compute_capability=capability)])
-    cache = jnp.zeros((2, 1, slots, head_dim), dtype)
-    assert kernels.decodes(jnp.zeros((2, chunk, 2, head_dim), dtype), cache) == there
-    assert not kernels.decodes(jnp.zeros((2, chunk, 2, head_dim), dtype), kv_cache.quantise(cache))
 
 
 def test_what_a_kernel_cannot_do_is_refused_by_name():

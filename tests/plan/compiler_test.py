@@ -9,12 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from retool_jax.core import cli, settings
+from retool_jax.core import cli, settings, sharding
+from retool_jax.model import decoder
 from retool_jax.model.config import TINY, to_hf
-from retool_jax.plan import chips, hlo
-from retool_jax.plan.programs import Run
+from retool_jax.plan import chips, facts, hlo
+from retool_jax.plan.programs import Program, Run
+from retool_jax.rollout import shards, sync
+from retool_jax.rollout.sampler import Sampler
 from retool_jax.stages.config import Reinforcement
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,10 +130,59 @@ def test_weights_in_8_bits_go_into_the_matmuls_as_they_lie():
         command = ['plan', '--config=configs/ppo.py:tiny', *keys, f'--config.sampler.weights={form}']
         run = Run(settings.build(Reinforcement, cli.parse_config(command)), model, chips.open_slice('v5e:2x2'))
         decode = next(program for program in run.programs() if program.name == 'decode')
-        module = hlo.Module(decode.function.trace(**decode.arguments).lower().compile().as_text(), decode.trips)
+        with facts.uncached():
+            text = decode.function.trace(**decode.arguments).lower().compile().as_text()
+        module = hlo.Module(text, decode.trips)
         lines = [i for name, _ in module.runs() for i in module.computations[name].values()]
         # gate_proj and up_proj on one of two chips
         return {kind: sum(f'{kind}[256,768]' in i.shape for i in lines) for kind in ('f32', 'bf16', 's8')}
 
     plain, narrow = carried('float'), carried('int8')
     assert plain['bf16'] > 0 and narrow['s8'] > 0 and narrow['bf16'] == narrow['f32'] == plain['s8'] == 0
+
+
+def decode_program(sampler: Sampler, bound: int) -> Program:
+    """The decode call of engines side by side, whose rows `Run` plans one engine at a time."""
+    s, mesh = sampler.settings, sampler.mesh
+    home, whole = shards.shardings(MODEL, s.cache_dtype, mesh)
+    laid = lambda shapes, homes: jax.tree.map(
+        lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes, homes
+    )
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
+    weights = jax.eval_shape(
+        lambda p: decoder.to_sampling(MODEL, p, jnp.dtype(s.dtype)), decoder.abstract_params(MODEL)
+    )
+    arguments = {
+        'params': laid(weights, sync.shardings(MODEL, mesh, sharding.SAMPLE_RULES)),
+        'table': ints(*sampler.table.shape),
+        'stops': ints(*sampler.stops.shape),
+        'state': laid(jax.eval_shape(sampler._empty), home),
+        'row_R': None,
+        'steps': ints(),
+        'bound': bound,
+        'truncate': False,
+    }
+    return Program('decode', 'rollout', sampler._decode, arguments, mesh.size, trips=s.quota, shortest=bound)
+
+
+@pytest.mark.parametrize('engines', [1, 2])
+def test_rows_are_read_by_their_lengths_where_they_lie(engines):
+    """By JAX's kernel, each chip its own heads, and without a copy of the cache, which is there all the time."""
+    keys = ('sampler.dtype=bfloat16', 'sampler.cache_dtype=bfloat16', 'sampler.slots=1024')
+    command = ['plan', '--config=configs/ppo.py:tiny', *(f'--config.{key}' for key in keys)]
+    settled = settings.build(Reinforcement, cli.parse_config(command)).sampler
+    mesh = sharding.make_mesh(
+        {'data': engines, 'fsdp': 1, 'tensor': 2}, chips.first(chips.open_slice('v5e:2x2'), 2 * engines)
+    )
+    table, found = np.zeros((1, MODEL.vocab_size), np.int32), {}
+    for fused, bound in ((True, 1024), (False, 512)):
+        sampler = Sampler(MODEL, settled, table, table[:, 0], (0,), mesh)
+        sampler.fused = fused
+        found[fused] = facts.compile_all([decode_program(sampler, bound)], lambda name: None)[0]
+    kernel, plain = found[True], found[False]
+    cache = 2 * MODEL.num_hidden_layers * settled.rows * 1024 * 128 * 2  # of a chip: one of two KV heads, in 16 bits
+    assert (kernel.tile, plain.tile) == (512, 0)
+    assert kernel.temporaries < min(cache / 20, plain.temporaries)
+    assert kernel.slot_moved == cache / 1024 * QUOTA
+    assert 0 < kernel.at(0).moved < 0.05 * kernel.moved
+    assert kernel.slot_flops == QUOTA * MODEL.num_hidden_layers * settled.rows * 4 * 128 * 128

@@ -59,12 +59,12 @@ def course(longest, live=(), busy=(), extends=(1,), reach=(1,)) -> Course:
     )
 
 
-def decode_facts(step: float, slot: float, exchanges: int = 0, by_length: bool = False) -> Facts:
+def decode_facts(step: float, slot: float, exchanges: int = 0, tile: int = 0) -> Facts:
     """A decode call whose steps move `step` bytes and `slot` more for each slot of a row."""
     moved = QUOTA * (step + SLOTS * slot)
     return Facts(
         'decode', 'rollout', 0, 0, 1.0, moved, {}, 0.0, exchanges=QUOTA * exchanges, slots=SLOTS,
-        slot_moved=QUOTA * slot, by_length=by_length,
+        slot_moved=QUOTA * slot, tile=tile,
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_a_decode_step_reads_up_to_the_bound_of_the_longest_row_and_a_call_copie
 
 def test_a_kernel_that_reads_by_length_moves_what_rows_hold_and_one_tile_of_those_without():
     run = make_run('--config.model.tools=False', topology='h100:1')
-    prices = priced(run, decode_facts(step=1e8, slot=1e6, by_length=True))
+    prices = priced(run, decode_facts(step=1e8, slot=1e6, tile=64))
     part, read = prices.decoding(course(longest=[200], live=[10 * 128], busy=[10]), call=QUOTA)
     assert read == (10 * 128 + 54 * 64) / ROWS
     assert part.memory == pytest.approx(QUOTA * (1e8 + 1e6 * read) / BANDWIDTH)
@@ -175,7 +175,7 @@ def restored(width: int) -> float:
 def test_the_slots_that_xla_reads_are_those_of_keys_values_and_scores_up_to_the_bound():
     _, found = rollout()
     decode, extend = found['decode'], found['extend']
-    assert not decode.by_length and decode.slots == extend.slots == SLOTS
+    assert not decode.tile and decode.slots == extend.slots == SLOTS
     keys_and_values, scores = 2 * HEADS * HEAD_DIM * 4, 2 * HEADS * 4  # written in f32 and read again
     assert decode.slot_moved + restored(4) == pytest.approx(QUOTA * LAYERS * ROWS * (keys_and_values + scores))
     assert decode.slot_flops == pytest.approx(QUOTA * LAYERS * ROWS * 4 * HEADS * HEAD_DIM)
@@ -184,14 +184,24 @@ def test_the_slots_that_xla_reads_are_those_of_keys_values_and_scores_up_to_the_
     assert extend.slot_flops == pytest.approx(LAYERS * FEED_ROWS * CHUNK * 4 * HEADS * HEAD_DIM)
 
 
-def test_hopper_decodes_one_device_by_a_kernel_that_reads_by_length():
-    _, found = rollout(*HALF)
+@pytest.mark.parametrize('count', [1, 2])
+def test_hopper_decodes_by_a_kernel_that_reads_by_length_where_the_cache_lies(count):
+    run, found = rollout(*HALF, f'--config.mesh.tensor={count}', topology=f'h100:{count}')
+    decode, heads = found['decode'], HEADS // count
+    assert decode.tile == 64 and not found['extend'].tile
+    assert decode.slot_moved == pytest.approx(QUOTA * LAYERS * ROWS * 2 * heads * HEAD_DIM * 2)
+    assert decode.slot_flops == pytest.approx(QUOTA * LAYERS * ROWS * heads * 4 * 16 * HEAD_DIM)  # one head of 16
+    assert run.in_place and run.copied(64) == run.copies == 0
+    older, read = rollout(*HALF, topology='a100:1')
+    assert not read['decode'].tile and not older.in_place and older.copied(64) > 0
+
+
+def test_a_kernel_takes_the_copies_of_those_rows_that_a_call_chooses():
+    run, found = rollout(*HALF, '--config.sampler.decode_rows=16', topology='h100:1')
     decode = found['decode']
-    assert decode.by_length and not found['extend'].by_length
-    assert decode.slot_moved + restored(2) == pytest.approx(QUOTA * LAYERS * ROWS * 2 * HEADS * HEAD_DIM * 2)
-    assert decode.slot_flops == pytest.approx(QUOTA * LAYERS * ROWS * HEADS * 4 * 16 * HEAD_DIM)  # one head of 16
-    assert not rollout(*HALF, topology='a100:1')[1]['decode'].by_length
-    assert not rollout(*HALF, '--config.mesh.tensor=2', topology='h100:2')[1]['decode'].by_length
+    assert decode.tile == 64 and not run.in_place and run.copied(64) > 0
+    kernel = QUOTA * LAYERS * 16 * 2 * HEADS * HEAD_DIM * 2
+    assert kernel < decode.slot_moved < 1.5 * kernel  # rows are taken out once a call
 
 
 @pytest.mark.parametrize(('topology', 'keys'), [('h100:1', HALF), ('h100:2', ('--config.mesh.tensor=2',))])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from retool_jax.core import sharding
-from retool_jax.model import decoder, kernels
+from retool_jax.model import decoder, decoding, kernels
 from retool_jax.plan import flops
 from tests.model.sizes import make_config
 
@@ -75,17 +75,39 @@ def test_the_gradient_of_a_causal_kernel_counts_half_the_blocks_in_whatever_orde
     assert found == (2 + 3 + 4) * one + 2 * 2 * 512 * heads * 128
 
 
-def test_the_decode_kernel_counts_by_the_slots_that_it_is_given_and_is_known_as_one_that_reads_by_length():
+def test_a_kernel_of_decoding_counts_by_the_slots_that_it_is_given_and_is_known_as_one_that_reads_by_length():
     b, n, k, s, h = 3, 14, 2, 320, 64
     make = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     length = jax.ShapeDtypeStruct((b,), jnp.int32)
-    attend = lambda q, k, v, length: kernels.decode(q, k, v, length, s)
+    attend = lambda q, k, v, length: decoding.triton_decode(q, k, v, length, s)
     jaxpr = jax.make_jaxpr(attend)(make(b, n, h), make(b, k, s, h), make(b, k, s, h), length)
-    assert flops.count(jaxpr) == 2 * 2 * b * k * 16 * s * h  # of 7 query heads of a KV head a tensor core makes 16
-    cache = 2 * b * k * s * h * 2
+    pairs, cache = b * k * s * h, 2 * b * k * s * h * 2
+    assert flops.count(jaxpr) == 2 * 2 * 16 * pairs  # of 7 query heads of a KV head a tensor core makes 16
     queries_and_results = b * n * h * 2 + 2 * b * n * (h + 2) * 4 + b * 4  # two parts of 256 slots, in f32; lengths
     assert flops.traffic(jaxpr) == cache + queries_and_results
-    assert flops.reads_by_length(jaxpr) and not flops.reads_by_length(jax.make_jaxpr(layers)(X, W))
+    assert flops.by_length(jaxpr) == flops.ByLength(64, flops.count(jaxpr), cache)
+    assert flops.by_length(jax.make_jaxpr(layers)(X, W)) == flops.ByLength(0, 0, 0)
+
+
+def test_the_tpus_kernel_of_decoding_is_counted_likewise_through_loops_and_on_every_device():
+    b, n, k, s, h, trips = 3, 10, 2, 768, 128, 5
+    mesh = jax.sharding.AbstractMesh((1, 1, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    attend = decoding.on_each_device(decoding.paged_decode, mesh)
+    make = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def loop(q, k, v, length):
+        step = lambda carry: (carry[0] + 1, attend(carry[1], k, v, length, s))
+        return jax.lax.while_loop(lambda carry: carry[0] < length.sum(), step, (0, q))
+
+    jaxpr = jax.make_jaxpr(loop)(
+        make(b, n, h), make(b, k, s, h), make(b, k, s, h), jax.ShapeDtypeStruct((b,), jnp.int32)
+    )
+    pairs, cache = b * k * s * h, 2 * b * k * s * h * 2
+    work = trips * 2 * 2 * 128 * pairs  # a matrix unit takes 5 query heads of a KV head as it would take 128
+    assert flops.count(jaxpr, trips) == work
+    assert flops.by_length(jaxpr, trips) == flops.ByLength(256, work, trips * cache)
+    queries_and_results, table = 2 * b * n * h * 2, 2 * (b * (k // 2) * 4 + b * (k // 2) * s // 256 * 4)
+    assert flops.traffic(jaxpr, trips) == trips * (cache + queries_and_results + table)
 
 
 def test_what_is_gathered_is_read_and_written():
