@@ -24,7 +24,7 @@ def unheard(numbers: set[int]) -> Iterator[None]:
 
 
 def ignored() -> set[int]:
-    """Signals that this process ignores. Python does not know of those that a library's own code ignores, as libtpu does
-    SIGPROF, which it is sent all the time."""
+    """Signals that this process ignores. Python does not know of those that a library's own code ignores, as libtpu
+    does SIGPROF, which it is sent all the time."""
     mask = int(re.search(r'SigIgn:\s*(\w+)', Path('/proc/self/status').read_text())[1], 16)
     return {number for number in signal.valid_signals() if mask >> (number - 1) & 1}
