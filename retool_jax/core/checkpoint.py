@@ -7,6 +7,7 @@ leaves nothing that `latest` would name.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.path import temporary_paths
 
-from retool_jax.core import mirror
+from retool_jax.core import mirror, processes
 from retool_jax.core.errors import UserError
 
 _TREE, _META = 'state', 'meta'
@@ -53,12 +55,14 @@ class Checkpoints:
         context = ocp.Context()
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=_META)
+        # Orbax itself clears away what killed saves have left while all processes list the folder; and in a store a
+        # folder that this empties is not there any more, of which the others' lists make an error.
+        processes.first(lambda: asyncio.run(temporary_paths.cleanup_temporary_paths(self.directory)))
         self._orbax = ocp.training.Checkpointer(
             self.directory,
             context=context,
             save_decision_policy=_Always(),
             preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,
         )
         self._saving: Any = None
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from retool_jax.core import cli, mirror
+from retool_jax.core import checkpoint, cli, mirror
 from retool_jax.core.checkpoint import Checkpoints
 from retool_jax.core.pytrees import TrainState
 from tests import buckets, namespaces
@@ -210,3 +210,12 @@ def test_in_a_bucket_a_step_that_was_half_deleted_or_half_written_stands_in_nobo
                 assert (checkpoints.steps(), checkpoints.best()) == ([3, 4, 5], 3)
                 state, _ = checkpoints.restore(5, {'a': jnp.zeros(8)})
             assert state['a'].tolist() == [5.0 * i for i in range(8)]
+
+
+def test_what_killed_saves_have_left_is_gone_before_anyone_lists_the_folder(tmp_path, monkeypatch):
+    left, seen, inner = tmp_path / '3.orbax-checkpoint-tmp-7', [], checkpoint.ocp.training.Checkpointer
+    (left / 'state').mkdir(parents=True)
+    spy = lambda *given, **named: seen.append(left.exists()) or inner(*given, **named)
+    monkeypatch.setattr(checkpoint.ocp.training, 'Checkpointer', spy)
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        assert checkpoints.steps() == [] and seen == [False]
