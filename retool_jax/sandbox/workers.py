@@ -247,7 +247,9 @@ class Warm:
         self.link.close()
         self.jail.close()  # returns when nsjail is reaped; the kernel has then killed all in its namespace
         self._resources.jails.discard(self.jail.process.pid)
-        for child in list(self.children.values()):
+        # Those that wait are lost first: else the snippet of one that runs would be given to the next of them, which is
+        # as dead, and so on until it has no try left.
+        for child in sorted(self.children.values(), key=lambda child: child.request is not None):
             child.lose()
         self._resources.uids.extend(self.ordered.values())
         self._reports.worker_dead(self, words)

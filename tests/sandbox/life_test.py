@@ -261,6 +261,17 @@ def test_a_single_zygote_may_be_recycled_or_killed_again_and_again():
             assert pool.submit(f'print({i})').result(60).stdout == f'{i}\n'
 
 
+@pytest.mark.parametrize('concurrency', [8, 1])  # 1: others wait for the one that runs
+def test_a_snippet_of_a_killed_worker_is_not_given_to_one_child_of_it_after_the_other(concurrency):
+    with Pool(tiny(zygotes=1, spares=4, retries=1, concurrency=concurrency, **LIMITS)) as pool:
+        for _ in range(2):
+            assert pool.submit('print(1)').result(60).stdout == '1\n'
+            futures = [pool.submit(f'import time\ntime.sleep(1)\nprint({i})') for i in range(2)]
+            time.sleep(0.4)
+            os.kill(_workers(pool)[0], signal.SIGKILL)
+            assert [f.result(60).stdout for f in futures] == ['0\n', '1\n']
+
+
 def test_a_snippet_behind_thousands_of_cancelled_ones_waits_for_none_of_them():
     count = 16000
     with Pool(tiny(**SMALL | {'wall_s': 300.0})) as pool:
