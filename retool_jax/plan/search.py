@@ -26,6 +26,7 @@ from retool_jax.stages.config import Reinforcement
 MADE = 6  # plans in full, that of the configuration as given among them; of 32B one is up to 2.5 minutes on two cores
 TENSOR = 16  # chips of an engine at most; of GPUs those of a host
 TIMES = (1, 2, 4, 8)  # rows of a micro-batch for each device of data × fsdp
+FEEDS = (1, 2, 4, 8)  # sampler.feed_rows
 # 'offload' moves results over the link to the host, of which the plan knows no price.
 REMATS = ('full', 'attention', 'dots', 'none')
 TRAINING = ('score', 'update')
@@ -162,27 +163,40 @@ def _of_tensor(plans: Plans, stage: Reinforcement, given: int, tensor: int) -> l
 
 
 def _rollouts(plans: Plans, stage: Reinforcement, base: Keys, run: Run) -> list[Candidate]:
-    """By sampler.rows and sampler.decode_rows, the fewest rows first."""
+    """By sampler.rows and sampler.decode_rows, with sampler.feed_rows as given and with those that the best of these
+    gains most by; the fewest rows first."""
     episodes = math.ceil(stage.ppo.problems_per_step / run.engines) * stage.ppo.samples
-    found = []
+    given, found = stage.sampler.feed_rows, []
 
     def guess(ends: tuple[int, int] | None = None, **sampler: int) -> Candidate:
         keys = base | {f'sampler.{name}': value for name, value in sampler.items()}
-        found.append(_candidate(keys, plans.guess(changed(stage, keys), ends)))
-        return found[-1]
+        return _candidate(keys, plans.guess(changed(stage, keys), ends))
+
+    def over(rows: Sequence[int], **same: int) -> list[Candidate]:
+        few, *more = rows
+        made = [guess(rows=few, **same)]
+        # More rows need more memory: where these have none, no others have.
+        if made[0].shares['rollout'] > LIMIT or not more:
+            return made
+        made.append(guess(rows=more[-1], **same))
+        for n in more[:-1]:
+            made.append(guess((few, more[-1]), rows=n, **same))
+            if made[-1].shares['rollout'] > LIMIT:
+                break
+        return made
 
     for decode_rows in sorted({0, stage.sampler.decode_rows}):
-        rows = {*numbers(episodes), stage.sampler.rows}
-        few, *more = sorted(n for n in rows if n > decode_rows) or [0]
-        if not few:
+        rows = sorted(n for n in {*numbers(episodes), stage.sampler.rows} if n > decode_rows)
+        if not rows:
             continue
-        # More rows need more memory: where these have none, no others have.
-        if guess(rows=few, decode_rows=decode_rows).shares['rollout'] > LIMIT or not more:
-            continue
-        guess(rows=more[-1], decode_rows=decode_rows)
-        for n in more[:-1]:
-            if guess((few, more[-1]), rows=n, decode_rows=decode_rows).shares['rollout'] > LIMIT:
-                break
+        found += (made := over(rows, decode_rows=decode_rows, feed_rows=given))
+        fitting = [c for c in made if c.shares['rollout'] <= LIMIT]
+        if fitting:
+            best = min(fitting, key=lambda c: c.seconds['rollout'])
+            same = {'rows': best.keys['sampler.rows'], 'decode_rows': decode_rows}
+            took = {n: guess(**same, feed_rows=n).seconds['rollout'] for n in sorted({given, *FEEDS})}
+            if (least := min(took, key=took.get)) != given:
+                found += over(rows, decode_rows=decode_rows, feed_rows=least)
     return found
 
 

@@ -1,6 +1,7 @@
 """Rows of a sampler's state: taken out for a decode call, put back changed.
 
-A decode call works on copies of the slots it may read: slicing them inside its loop would copy them every step.
+A decode call works on copies of the slots it may read: slicing them inside its loop would copy them every step. Only
+where a kernel takes the cache whole, or all its slots are read, there is nothing to take.
 `take` and `put` see the rows of one engine; `choose` and `calls` those of all that run side by side.
 """
 

@@ -5,7 +5,8 @@ A row holds one episode. `extend` feeds it a prompt or a tool's output: the same
 `</answer>` or the end of its allowance; a frozen row keeps its cache and logits bit for bit. What
 a row writes may depend on that number (sums round by it), never on who the other rows are. Shapes
 follow from the settings, so nothing recompiles after warm-up; reads cover a power-of-two bound on
-the lengths. Several engines on a mesh do all of it at once, each with rows of its own (rollout/shards.py).
+the lengths, or each row's own length where a kernel attends. Several engines on a mesh do all of it
+at once, each with rows of its own (rollout/shards.py).
 """
 
 from __future__ import annotations

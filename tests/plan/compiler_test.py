@@ -165,14 +165,14 @@ def decode_program(sampler: Sampler, bound: int) -> Program:
     return Program('decode', 'rollout', sampler._decode, arguments, mesh.size, trips=s.quota, shortest=bound)
 
 
-@pytest.mark.parametrize('engines', [1, 2])
-def test_rows_are_read_by_their_lengths_where_they_lie(engines):
+@pytest.mark.parametrize(('topology', 'engines'), [('v5e:2x2', 1), ('v5e:2x2', 2), ('v5p:2x2x1', 1)])  # two cores
+def test_rows_are_read_by_their_lengths_where_they_lie(topology, engines):
     """By JAX's kernel, each chip its own heads, and without a copy of the cache, which is there all the time."""
     keys = ('sampler.dtype=bfloat16', 'sampler.cache_dtype=bfloat16', 'sampler.slots=1024')
     command = ['plan', '--config=configs/ppo.py:tiny', *(f'--config.{key}' for key in keys)]
     settled = settings.build(Reinforcement, cli.parse_config(command)).sampler
     mesh = sharding.make_mesh(
-        {'data': engines, 'fsdp': 1, 'tensor': 2}, chips.first(chips.open_slice('v5e:2x2'), 2 * engines)
+        {'data': engines, 'fsdp': 1, 'tensor': 2}, chips.first(chips.open_slice(topology), 2 * engines)
     )
     table, found = np.zeros((1, MODEL.vocab_size), np.int32), {}
     for fused, bound in ((True, 1024), (False, 512)):
@@ -182,7 +182,7 @@ def test_rows_are_read_by_their_lengths_where_they_lie(engines):
     kernel, plain = found[True], found[False]
     cache = 2 * MODEL.num_hidden_layers * settled.rows * 1024 * 128 * 2  # of a chip: one of two KV heads, in 16 bits
     assert (kernel.tile, plain.tile) == (512, 0)
-    assert kernel.temporaries < min(cache / 20, plain.temporaries)
+    assert kernel.temporaries < min(cache / 10, plain.temporaries)
     assert kernel.slot_moved == cache / 1024 * QUOTA
     assert 0 < kernel.at(0).moved < 0.05 * kernel.moved
     assert kernel.slot_flops == QUOTA * MODEL.num_hidden_layers * settled.rows * 4 * 128 * 128
