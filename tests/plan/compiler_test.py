@@ -184,5 +184,5 @@ def test_rows_are_read_by_their_lengths_where_they_lie(topology, engines):
     assert (kernel.tile, plain.tile) == (512, 0)
     assert kernel.temporaries < min(cache / 10, plain.temporaries)
     assert kernel.slot_moved == cache / 1024 * QUOTA
-    assert 0 < kernel.at(0).moved < 0.05 * kernel.moved
+    assert 0 < kernel.at(0).moved < 0.1 * kernel.moved
     assert kernel.slot_flops == QUOTA * MODEL.num_hidden_layers * settled.rows * 4 * 128 * 128
