@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ from retool_jax.core import mirror, processes
 from retool_jax.core.errors import UserError
 
 _TREE, _META = 'state', 'meta'
+
+
+def _clear(directory: Any) -> None:
+    """Removes what killed saves have left below a folder; in a thread, since a notebook's own has an event loop."""
+    with futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: asyncio.run(temporary_paths.cleanup_temporary_paths(directory))).result()
 
 
 class Checkpoints:
@@ -57,7 +64,7 @@ class Checkpoints:
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name=_META)
         # Orbax itself clears away what killed saves have left while all processes list the folder; and in a store a
         # folder that this empties is not there any more, of which the others' lists make an error.
-        processes.first(lambda: asyncio.run(temporary_paths.cleanup_temporary_paths(self.directory)))
+        processes.first(lambda: _clear(self.directory))
         self._orbax = ocp.training.Checkpointer(
             self.directory,
             context=context,

@@ -12,6 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from retool_jax.core.errors import UserError
 
+type AnyMesh = Mesh | jax.sharding.AbstractMesh
+
 AXES = ('data', 'fsdp', 'tensor')
 LOGICAL = ('batch', 'seq', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab', 'layers', 'rank')
 

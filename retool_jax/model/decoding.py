@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from retool_jax.core import sharding
 from retool_jax.model import kernels
 from retool_jax.model.kv_cache import KV
 
@@ -25,8 +26,6 @@ PAGES = (512, 256, 128)  # slots that a step of the TPU's takes, the most that d
 ENTRIES = 2**16  # of the TPU kernel's table of pages, 4 bytes each: it lies in a memory of 1 MiB
 # Names of the two as a traced program has them; the second is a function of JAX's.
 TRITON, PAGED = 'decode_attention', 'paged_attention'
-
-type AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Kernel:
     bounded: bool  # it is another program for another bound
 
 
-def choose(kv_BKSH: KV, dtype: str, mesh: AnyMesh | None) -> Kernel | None:
+def choose(kv_BKSH: KV, dtype: str, mesh: sharding.AnyMesh | None) -> Kernel | None:
     """The kernel for queries in `dtype` over such keys and values, None where there is none.
 
     On GPU from Hopper on, in 16 bits; on TPU in bfloat16 with heads of whole vectors, since JAX's kernel multiplies in
@@ -62,7 +61,7 @@ def choose(kv_BKSH: KV, dtype: str, mesh: AnyMesh | None) -> Kernel | None:
     return Kernel(on_each_device(functools.partial(paged_decode, cores=chip.num_cores), mesh), page, bounded=False)
 
 
-def on_each_device(attend: Callable[..., jax.Array], mesh: AnyMesh | None) -> Callable[..., jax.Array]:
+def on_each_device(attend: Callable[..., jax.Array], mesh: sharding.AnyMesh | None) -> Callable[..., jax.Array]:
     """A kernel, which the partitioner cannot look into, on each device's own heads.
 
     Inside of rollout/shards.spread the mesh is that of the context, whose other axes are taken already.

@@ -20,15 +20,13 @@ from retool_jax.model.config import ModelConfig
 AXES = ('data', 'fsdp')  # of a mesh: along which engines lie
 STATIC = ('bound', 'truncate')  # arguments that programs are compiled for
 
-type AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
-
-def count(mesh: AnyMesh | None) -> int:
+def count(mesh: sharding.AnyMesh | None) -> int:
     """Engines on a mesh; without one there is one, where its weights are."""
     return 1 if mesh is None else mesh.shape['data'] * mesh.shape['fsdp']
 
 
-def spread(function: Callable, mesh: AnyMesh | None, own: Collection[str]) -> Callable:
+def spread(function: Callable, mesh: sharding.AnyMesh | None, own: Collection[str]) -> Callable:
     """`function`, of keyword arguments, as every engine runs it on its part of those that `own` names.
 
     Their leading axis is split over the engines, as is that of all results; the other arguments each engine has whole.
@@ -52,7 +50,7 @@ def spread(function: Callable, mesh: AnyMesh | None, own: Collection[str]) -> Ca
     return everywhere
 
 
-def any_engine(flag: jax.Array, mesh: AnyMesh | None) -> jax.Array:
+def any_engine(flag: jax.Array, mesh: sharding.AnyMesh | None) -> jax.Array:
     """Whether `flag` is true in this engine or, where loops hold collectives and all engines leave them together, in
     any one of them; inside of `spread`."""
     if mesh is None or count(mesh) == 1 or mesh.shape['tensor'] == 1:
@@ -60,7 +58,7 @@ def any_engine(flag: jax.Array, mesh: AnyMesh | None) -> jax.Array:
     return jax.lax.psum(flag.astype('int32'), AXES) > 0
 
 
-def shardings(config: ModelConfig, cache_dtype: str, mesh: AnyMesh) -> tuple[SampleState, jax.NamedSharding]:
+def shardings(config: ModelConfig, cache_dtype: str, mesh: sharding.AnyMesh) -> tuple[SampleState, jax.NamedSharding]:
     """Shardings of the state of all engines on a mesh, and of what every device holds whole.
 
     Raises: UserError where a size of the model does not divide over the mesh.

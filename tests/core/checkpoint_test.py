@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import textwrap
@@ -217,5 +218,9 @@ def test_what_killed_saves_have_left_is_gone_before_anyone_lists_the_folder(tmp_
     (left / 'state').mkdir(parents=True)
     spy = lambda *given, **named: seen.append(left.exists()) or inner(*given, **named)
     monkeypatch.setattr(checkpoint.ocp.training, 'Checkpointer', spy)
-    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
-        assert checkpoints.steps() == [] and seen == [False]
+
+    async def in_a_notebook():  # whose thread has an event loop
+        with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+            assert checkpoints.steps() == [] and seen == [False]
+
+    asyncio.run(in_a_notebook())
