@@ -161,10 +161,10 @@ class Module:
         if i.kind in FREE or i.kind.endswith(('-done', '-update')) or _runs_apart(i):
             return 0.0
         if i.kind == 'fusion':
-            reads, write = self._fused(next(i.called()))
+            called = next(i.called())
             sizes = [memory_bytes(scope[o].shape) for o in i.operands if o in scope]
-            read = sum(min(size, reads.get(n, size)) for n, size in enumerate(sizes))
-            return read + (min(write, memory_bytes(i.shape)) if write is not None else memory_bytes(i.shape))
+            read = sum(min(size, self._reads(called, n, size)) for n, size in enumerate(sizes))
+            return read + self._writes(called, i.shape)
         result = memory_bytes(i.shape)
         if i.kind in SLICES:
             return 2 * result
@@ -179,29 +179,48 @@ class Module:
             return result
         return result + read
 
+    def _reads(self, name: str, number: int, whole: float) -> float:
+        """Bytes that a fusion, and those inside it, read of a parameter: what it slices of it, nothing where it only
+        updates it, else the `whole`."""
+        users, parameters = self._uses(name)
+        read = 0.0
+        for user, via in _through(parameters[number], users) if number in parameters else ():
+            if user.kind in SLICES and user.operands[0] == via:
+                read += array_bytes(user.shape)
+            elif user.kind == 'fusion':
+                read += sum(self._reads(next(user.called()), n, whole) for n, o in enumerate(user.operands) if o == via)
+            elif user.kind not in UPDATES or user.operands[0] != via:
+                return whole
+        return read
+
+    def _writes(self, name: str, shape: str) -> float:
+        """Bytes that a fusion writes of a result of this shape: of what it updates in place no more than the update."""
+        scope = self.computations.get(name, {})
+        root = next((i for i in scope.values() if i.root), None)
+        arrays = [match[0] for match in _ARRAY.finditer(shape)]
+        if root is not None and root.kind == 'tuple' and len(root.operands) == len(arrays):
+            return sum(self._written(scope, scope.get(o), array) for o, array in zip(root.operands, arrays))
+        return self._written(scope, root, shape)
+
+    def _written(self, scope: dict[str, Instruction], result: Instruction | None, shape: str) -> float:
+        """The same of one array, which is or comes out of `result`."""
+        while result is not None and result.kind in ('bitcast', 'reshape', 'copy', 'convert') and result.operands:
+            result = scope.get(result.operands[0])
+        if result is not None and result.kind == 'fusion':
+            return self._writes(next(result.called()), shape)
+        if result is not None and result.kind in UPDATES and result.operands[UPDATES[result.kind]] in scope:
+            return min(array_bytes(scope[result.operands[UPDATES[result.kind]]].shape), memory_bytes(shape))
+        return memory_bytes(shape)
+
     @functools.cache  # noqa: B019 — a module is short-lived
-    def _fused(self, name: str) -> tuple[dict[int, float], float | None]:
-        """What a fusion reads of each parameter that it only slices or updates, and what an update writes."""
+    def _uses(self, name: str) -> tuple[dict[str, list[Instruction]], dict[int, Instruction]]:
+        """Of a computation: who uses each value, and its parameters by their numbers."""
         scope = self.computations.get(name, {})
         users = collections.defaultdict(list)
         for i in scope.values():
             for operand in i.operands:
                 users[operand].append(i)
-        reads: dict[int, float] = {}
-        for i in scope.values():
-            if i.kind != 'parameter':
-                continue
-            ends = list(_through(i, users))
-            if ends and all(u.kind in SLICES and u.operands[0] == via for u, via in ends):
-                reads[int(re.match(r'(\d+)', i.rest)[1])] = sum(array_bytes(u.shape) for u, _ in ends)
-            elif ends and all(u.kind in UPDATES and u.operands[0] == via for u, via in ends):
-                reads[int(re.match(r'(\d+)', i.rest)[1])] = 0.0
-        root = next((i for i in scope.values() if i.root), None)
-        while root is not None and root.kind in ('bitcast', 'copy', 'convert') and root.operands:
-            root = scope.get(root.operands[0])
-        if root is not None and root.kind in UPDATES and root.operands[UPDATES[root.kind]] in scope:
-            return reads, array_bytes(scope[root.operands[UPDATES[root.kind]]].shape)
-        return reads, None
+        return users, {int(re.match(r'(\d+)', i.rest)[1]): i for i in scope.values() if i.kind == 'parameter'}
 
 
 def _runs_apart(i: Instruction) -> bool:

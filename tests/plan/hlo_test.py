@@ -109,6 +109,46 @@ ENTRY %main (c: f32[4,256]) -> f32[4,256] {{
     assert hlo.Module(text).bytes_moved() == moved
 
 
+def test_fusions_move_what_they_slice_and_update_however_deep():
+    """Per layer of five: one row of `kept` read by a fusion inside, one of each of two results written, `x` whole."""
+    text = """
+%inner (w: f32[5,1024], i: s32[]) -> f32[1,1024] {
+  %w = f32[5,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %one = f32[1,1024]{1,0} dynamic-slice(%w, %i), dynamic_slice_sizes={1,1024}
+}
+
+%outer (kept: f32[5,1024], x: f32[1,1024], i: s32[], a: f32[5,1024], b: bf16[5,1024]) -> (f32[5,1024], bf16[5,1024]) {
+  %kept = f32[5,1024]{1,0} parameter(0)
+  %x = f32[1,1024]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %a = f32[5,1024]{1,0} parameter(3)
+  %b = bf16[5,1024]{1,0} parameter(4)
+  %row = f32[1,1024]{1,0} fusion(%kept, %i), kind=kLoop, calls=%inner
+  %sum = f32[1,1024]{1,0} add(%row, %x)
+  %half = bf16[1,1024]{1,0} convert(%sum)
+  %first = f32[5,1024]{1,0} dynamic-update-slice(%a, %sum, %i)
+  %second = bf16[5,1024]{1,0} dynamic-update-slice(%b, %half, %i)
+  ROOT %both = (f32[5,1024]{1,0}, bf16[5,1024]{1,0}) tuple(%first, %second)
+}
+
+ENTRY %main (kept: f32[5,1024], x: f32[1,1024], i: s32[], a: f32[5,1024], b: bf16[5,1024]) -> f32[5,1024] {
+  %kept = f32[5,1024]{1,0} parameter(0)
+  %x = f32[1,1024]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %a = f32[5,1024]{1,0} parameter(3)
+  %b = bf16[5,1024]{1,0} parameter(4)
+  %f = (f32[5,1024]{1,0}, bf16[5,1024]{1,0}) fusion(%kept, %x, %i, %a, %b), kind=kOutput, calls=%outer
+  ROOT %end = f32[5,1024]{1,0} get-tuple-element(%f), index=0
+}
+"""
+    assert hlo.Module(text).bytes_moved() == 4096 + 4096 + 4 + 4096 + 2048  # and the index
+    whole = text.replace('add(%row, %x)', 'subtract(%row, %kept)')
+    assert (
+        hlo.Module(whole).bytes_moved() == 5 * 4096 + 4096 + 4 + 4096 + 2048 - 4096
+    )  # `kept` is read whole, `x` is not
+
+
 def test_a_loop_without_a_constant_limit_takes_the_callers():
     text = TEXT.replace('%limit = s32[] constant(5)', '%limit = s32[] get-tuple-element(%t), index=0')
     assert {c.times for c in hlo.Module(text, trips=3).collectives()} == {3}
