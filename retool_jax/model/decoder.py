@@ -20,15 +20,16 @@ from flax import nnx
 from retool_jax.core.errors import UserError
 from retool_jax.core.pytrees import Int8Weight, KVCache, Params
 from retool_jax.core.sharding import constrain
-from retool_jax.model import attention, int8, kv_cache
+from retool_jax.model import attention, int8, kernels, kv_cache
 from retool_jax.model.config import ModelConfig
 from retool_jax.model.layers import Block, Projection, RMSNorm, change_matrices, declare, merge, rope_table
 
 if TYPE_CHECKING:  # names of annotations only: accelerator machines need not have jaxtyping
     from jaxtyping import Array, Float, Int
 
-REMATS = ('none', 'full', 'attention', 'dots', 'offload')
-FUSED = ('pallas_call', 'dot_product_attention_fwd_wrapper')  # attention by splash, and by cuDNN
+REMATS = ('none', 'full', 'attention', 'dots_but_mlp', 'dots', 'offload')
+CUDNN = 'dot_product_attention_fwd_wrapper'  # the primitive of cuDNN's attention
+OUTSIDE_MLP = ('heads', 'kv_heads', 'embed')  # what a layer's projections give, by the words of layers.Projection
 
 
 class Embedding(nnx.Module):
@@ -161,8 +162,9 @@ def forward(
 ) -> Float[Array, 'B T D']:
     """Hidden states after the final norm, [B, T, D] in `dtype`, by a scan over layers.
 
-    `remat`: 'none' keeps activations, 'full' recomputes each layer in the backward pass, 'attention'
-    all of it but fused attention, 'dots' keeps matmul results too, 'offload' keeps those in the host's memory.
+    `remat`: 'none' keeps activations, 'full' recomputes each layer in the backward pass, 'attention' all of it but
+    fused attention, 'dots_but_mlp' keeps what the projections give too, but for the MLP's gate and up, 'dots' all
+    matmul results, 'offload' keeps those in the host's memory.
     `unroll`: layers per step of the scan (on CPU a fully unrolled tiny model trains a quarter faster and compiles
     four times slower).
     """
@@ -176,18 +178,28 @@ def forward(
         x_BTD = _bind(config, 'layers', layer_params)(x_BTD, rope, mix)
         return constrain(x_BTD, 'batch', 'seq', None), None
 
-    fused = lambda primitive, *_, **__: primitive.name in FUSED
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policies = {
-        'full': jax.checkpoint_policies.nothing_saveable,
-        'attention': fused,
-        'dots': jax.checkpoint_policies.save_from_both_policies(dots, fused),
-        'offload': jax.checkpoint_policies.offload_dot_with_no_batch_dims('device', 'pinned_host'),
-    }
     if remat != 'none':
-        layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+        layer = jax.checkpoint(layer, policy=_kept(remat), prevent_cse=False)
     x_BTD, _ = jax.lax.scan(layer, x_BTD, params['layers'], unroll=unroll)
     return _bind(config, 'norm', params['norm'])(x_BTD)
+
+
+def _kept(remat: str) -> Callable[..., object]:
+    """The results of a layer that wait for the backward pass, as a policy of `jax.checkpoint`."""
+    policies = jax.checkpoint_policies
+    dots, both = policies.dots_with_no_batch_dims_saveable, policies.save_from_both_policies
+    fused = both(policies.save_only_these_names(kernels.KEPT), lambda primitive, *_, **__: primitive.name == CUDNN)
+    match remat:
+        case 'full':
+            return policies.nothing_saveable
+        case 'attention':
+            return fused
+        case 'dots_but_mlp':
+            return both(policies.save_only_these_names(*OUTSIDE_MLP), fused)
+        case 'dots':
+            return both(dots, fused)
+        case 'offload':
+            return policies.offload_dot_with_no_batch_dims('device', 'pinned_host')
 
 
 def head_weight(params: Params) -> jax.Array:

@@ -25,6 +25,7 @@ LANES = 128  # of a TPU's vector unit: rows of scores come in such widths
 HOPPER = 9.0  # compute capability from which cuDNN takes packed rows
 MASKED = -1e30  # finite, so that a fully masked (padding) row stays free of NaN
 HALVES = (jnp.dtype('bfloat16'), jnp.dtype('float16'))  # dtypes of cuDNN's kernels
+KEPT = 'attention'  # names splash attention's results, and its logarithms of sums, for forward.remat
 BLOCKS = (1024, 512, 256, LANES)  # tiles tried for splash attention, the largest that divides
 
 
@@ -68,7 +69,15 @@ def splash(
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         mask = kernels.MultiHeadMask([kernels.CausalMask((length, length))] * q_BTNH.shape[2])
-        kernel = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        kernel = kernels.make_splash_mha(
+            mask,
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+            # The kernel itself gives a logarithm 128 times over: 5 GiB of a 32B policy, were that what is kept.
+            residual_checkpoint_name=KEPT,
+        )
         heads_first = lambda x: jnp.moveaxis(x, 2, 1)
         q, k, v = (heads_first(x) for x in (q_BTNH, k_BTKH, v_BTKH))
         out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, kernels.SegmentIds(s, s)))(q, k, v, segment_ids_BT)

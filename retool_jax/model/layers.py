@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from retool_jax.core.pytrees import Int8Weight, Params
 from retool_jax.core.sharding import constrain, gather
@@ -74,7 +75,8 @@ class Projection(nnx.Module):
             y = jax.lax.dot_general(x, gather(weight, x.dtype, *self.axes), (dims, ((), ())))
         if self.lora_A is not None:
             y = y + self.lora_B(self.lora_A(x))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return checkpoint_name(y, self.axes[self.contracted])  # the name is for forward.remat, which keeps some
 
 
 class Attention(nnx.Module):

@@ -34,9 +34,12 @@ def _temporaries(run: Run, name: str) -> int:
     logits = 3 * 4 * min(f.logprob_chunk, f.row_width) * min(f.vocab_chunk, model.vocab_size / tensor)
     if name.startswith('update'):
         heads = model.num_attention_heads * model.head_dim
-        kept = {'full': model.hidden_size / tensor, 'attention': (model.hidden_size + heads) / tensor}.get(
-            f.remat, layer
-        )
+        keys = model.num_key_value_heads * model.head_dim
+        kept = {
+            'full': model.hidden_size / tensor,
+            'attention': (model.hidden_size + heads) / tensor,
+            'dots_but_mlp': 2 * (model.hidden_size + heads + keys) / tensor,
+        }.get(f.remat, layer)
         kept *= tokens * width * model.num_hidden_layers
         # A micro-batch's gradients come out of the scan over layers whole, before they are added to the others; weights
         # of which they are taken in another dtype than f32 are a copy.

@@ -28,7 +28,7 @@ TENSOR = 16  # chips of an engine at most; of GPUs those of a host
 TIMES = (1, 2, 4, 8)  # rows of a micro-batch for each device of data × fsdp
 FEEDS = (1, 2, 4, 8)  # sampler.feed_rows
 # 'offload' moves results over the link to the host, of which the plan knows no price.
-REMATS = ('full', 'attention', 'dots', 'none')
+REMATS = ('full', 'attention', 'dots_but_mlp', 'dots', 'none')
 TRAINING = ('score', 'update')
 
 

@@ -22,8 +22,9 @@ class ForwardSettings:
     # 'dense', 'blocked', 'splash' (TPU) or 'cudnn' (GPU; before Hopper rows of one episode); 'auto' takes dense up to
     # 1,024 tokens, beyond them splash on a TPU, cudnn in 16 bits on a GPU from Hopper on, blocked elsewhere. H auto
     attention: str
-    # What the backward pass recomputes: 'none', 'full' layers, 'attention' all but fused attention's results, 'dots'
-    # all but those and matmul results, 'offload' all but matmul results, which wait in the host's memory. H full
+    # What the backward pass recomputes: 'none', 'full' layers, 'attention' all but fused attention's results,
+    # 'dots_but_mlp' all but those and the projections' outside the MLP, 'dots' all but those and all matmul results,
+    # 'offload' all but matmul results, which wait in the host's memory. H full
     remat: str
     unroll: int  # layers per step of the scan over layers; more compile slower, and run faster on CPUs. H 1
     # Positions that meet the vocabulary at a time, for each row of a device; divides row_width. Acted tokens alone are

@@ -154,6 +154,7 @@ def plain_gradients():
     [
         {'remat': 'full'},
         {'remat': 'attention'},
+        {'remat': 'dots_but_mlp'},
         {'remat': 'dots', 'unroll': 2},
         pytest.param({'remat': 'offload'}, marks=pytest.mark.slow),
     ],

@@ -143,12 +143,36 @@ def test_cudnns_attention_is_causal_and_moves_its_operands_and_results_alone():
     assert read + 2 * b * t * h * n < flops.traffic(forward) < 1.1 * (read + 2 * b * t * h * n)
 
 
-@pytest.mark.parametrize(('remat', 'passes'), [('full', 2), ('attention', 1), ('dots', 1)])
-def test_kept_attention_is_not_computed_again(remat, passes):
-    config = make_config(hidden_size=64, head_dim=64)
+def gradient_of(config, remat, attend='cudnn'):
+    """The gradient of two layers over a row of 256 tokens, traced."""
     ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
-    run = functools.partial(decoder.forward, config, dtype=jnp.bfloat16, attend='cudnn', segments=4, remat=remat)
+    run = functools.partial(decoder.forward, config, dtype=jnp.bfloat16, attend=attend, segments=4, remat=remat)
     with kernels.traced_anywhere():
         params = decoder.abstract_params(config)
-        jaxpr = jax.make_jaxpr(jax.grad(lambda p, *x: run(p, *x).astype(jnp.float32).sum()))(params, ids, ids, ids)
-    assert str(jaxpr).count(' dot_product_attention_fwd_wrapper[') == passes  # once for all layers of the scan
+        return jax.make_jaxpr(jax.grad(lambda p, *x: run(p, *x).astype(jnp.float32).sum()))(params, ids, ids, ids)
+
+
+def test_what_the_backward_pass_keeps_is_not_computed_again():
+    config = make_config(hidden_size=64, head_dim=64)
+    heads, keys = (n * 64 for n in (config.num_attention_heads, config.num_key_value_heads))
+    mlp = 2 * 256 * 64 * 2 * config.intermediate_size  # gate and up
+    rest = 2 * 256 * 64 * (2 * heads + 2 * keys)  # q, k, v and o; nothing asks for the MLP's result again
+    attention = 2 * 256 * 256 * heads  # the lower half of scores and mixed values
+    again = {'full': rest + mlp + attention, 'attention': rest + mlp, 'dots_but_mlp': mlp, 'dots': 0}
+    least = flops.count(gradient_of(config, 'none'))
+    for remat, more in again.items():
+        jaxpr = gradient_of(config, remat)
+        assert flops.count(jaxpr) - least == config.num_hidden_layers * more, remat
+        passes = 2 if remat == 'full' else 1
+        assert str(jaxpr).count(' dot_product_attention_fwd_wrapper[') == passes, (
+            remat
+        )  # once for all layers of the scan
+
+
+@pytest.mark.parametrize('remat, runs', [('full', 4), ('attention', 3), ('dots_but_mlp', 3), ('dots', 3)])
+def test_splash_attention_is_kept_with_one_logarithm_a_query(remat, runs):
+    config = make_config(hidden_size=128, head_dim=128)
+    text = str(gradient_of(config, remat, 'splash'))
+    assert text.count(' pallas_call[') == runs  # forwards, and two backwards
+    stacked = f'f32[{config.num_hidden_layers},1,{config.num_attention_heads},256'
+    assert (f'{stacked}]' in text) == (remat != 'full') and f'{stacked},128]' not in text
