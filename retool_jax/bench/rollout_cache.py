@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +74,10 @@ class Rows:
         size = self.sampler.settings.feed_rows
         return [np.arange(i, i + size, dtype=np.int32) for i in range(0, self.count, size)]
 
-    def _extend(self, count: int, end: int) -> jax.Array:
+    def _extend(self, count: int, end: int, own: Sequence[np.ndarray] | None = None) -> jax.Array:
+        """own: row numbers of the calls; None: all rows."""
         s = self.sampler.settings
-        for rows in self._calls():
+        for rows in self._calls() if own is None else own:
             chunks = Chunks(
                 row_R=rows,
                 tokens_RC=np.full((s.feed_rows, s.chunk), 7, np.int32),
@@ -94,39 +95,51 @@ class Rows:
         jax.block_until_ready(self.state.logits_BV)
         return clock(lambda: self._extend(self.shape.chunk, length))
 
-    def decode(self, length: int) -> float:
-        """Seconds per token of one quantum that ends at `length`."""
-        before = length - self.shape.quota
+    def decode(self, length: int, first: int = 0) -> float:
+        """Seconds per token of one quantum that ends at `length`, in the first row at `first` where that is more."""
+        s, before = self.sampler.settings, length - self.shape.quota
+        longest = max(before, first - self.shape.quota)
         self._fill(before)
+        alone = np.full(s.feed_rows, self.count, np.int32)
+        alone[0] = 0
+        for start in range(before, longest, s.chunk):
+            count = min(s.chunk, longest - start)
+            self._extend(count, start + count, [alone])
         jax.block_until_ready(self.state.logits_BV)
 
         def work() -> jax.Array:
             rows = self.sampler.choose(range(self.count))
-            self.state, out = self.sampler.decode(self.weights, self.state, rows, before, False)
+            self.state, out = self.sampler.decode(self.weights, self.state, rows, longest, False)
             return out.tokens_BQ
 
         return clock(work) / self.shape.quota
 
 
 def measure(config: ModelConfig, weights: Params, shape, repeats: int, say: Callable[[str], None]) -> dict:
-    """Seconds of chunks and steps at the same length in a long and a short cache, and of a tool's return."""
+    """Seconds of chunks and steps at the same length in a long and a short cache, of steps where one row of `ROWS` is
+    long, and of a tool's return."""
     say('long and short cache')
     caches = {
         name: Rows(config, weights, shape, ROWS, slots)
-        for name, slots in (('long', shape.slots), ('short', shape.short_slots))
+        for name, slots in (('long', shape.slots), ('short', shape.short_slots), ('bounded', shape.slots))
     }
+    caches['bounded'].sampler.fused = False  # reads every row up to the bound of the longest
     seconds = in_turns(
         {
             'decode_long': lambda i: caches['long'].decode(LIVE),
             'decode_short': lambda i: caches['short'].decode(LIVE),
             'extend_long': lambda i: caches['long'].extend(LIVE),
             'extend_short': lambda i: caches['short'].extend(LIVE),
+            'decode_one_long': lambda i: caches['long'].decode(LIVE, shape.slots),
+            'decode_one_long_bounded': lambda i: caches['bounded'].decode(LIVE, shape.slots),
         },
         repeats,
     )
     figures = {f'{name}_s': value for name, value in seconds.items()}
     for name in ('decode', 'extend'):
         figures[f'{name}_long_over_short'] = seconds[f'{name}_long'] / seconds[f'{name}_short']
+    for name in ('decode_one_long', 'decode_one_long_bounded'):
+        figures[f'{name}_over_none'] = seconds[name] / seconds['decode_long']
     caches.clear()
 
     say('a tool returns late')

@@ -1,7 +1,8 @@
 """Fused attention of decode steps: one query a row over the slots that hold the row's tokens, and no others.
 
-On GPU by a Triton kernel of our own, on TPU by JAX's paged attention over the cache as it lies. Both take the cache
-whole, as a slice of it would be copied. Queries come scaled, q·H^-½ (layers.rotate).
+On GPU by a Triton kernel of our own, on TPU by JAX's paged attention over the cache as it lies, on CPU, for long rows,
+by a loop over blocks of slots. All take the cache whole, as a slice of it would be copied. Queries come scaled, q·H^-½
+(layers.rotate).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ if TYPE_CHECKING:  # names of annotations only: accelerator machines need not ha
 TILE = 64  # slots that a step of the GPU's kernel takes
 PAGES = (512, 256, 128)  # slots that a step of the TPU's takes, the most that divide a row
 ENTRIES = 2**16  # of the TPU kernel's table of pages, 4 bytes each: it lies in a memory of 1 MiB
-# Names of the two as a traced program has them; the second is a function of JAX's.
+HEAD = 512  # slots of all rows that a CPU reads at once: of these a loop would take twice the time
+BLOCK = 128  # slots of a row beyond them that a step of its loop takes
+# Names of the first two as a traced program has them; the second is a function of JAX's.
 TRITON, PAGED = 'decode_attention', 'paged_attention'
 
 
@@ -37,13 +40,15 @@ class Kernel:
     attend: Callable[..., jax.Array]
     tile: int  # slots that are read together
     bounded: bool  # it is another program for another bound
+    head: int = 0  # slots of all rows that it reads at once, so that a call which needs no more may take those out
 
 
-def choose(kv_BKSH: KV, dtype: str, mesh: sharding.AnyMesh | None) -> Kernel | None:
+def choose(kv_BKSH: KV, dtype: str, mesh: sharding.AnyMesh | None, longest: int) -> Kernel | None:
     """The kernel for queries in `dtype` over such keys and values, None where there is none.
 
     On GPU from Hopper on, in 16 bits; on TPU in bfloat16 with heads of whole vectors, since JAX's kernel multiplies in
-    bfloat16 and takes no others. mesh: over whose tensor axis heads are split; None: one device.
+    bfloat16 and takes no others; on CPU where rows may be longer than `HEAD`. mesh: over whose tensor axis heads are
+    split; None: one device. longest: slots of a row, of which those given may be a part.
     """
     ways = 1 if mesh is None else mesh.shape['tensor']
     if not hasattr(kv_BKSH, 'shape') or kv_BKSH.dtype != jnp.dtype(dtype) or kv_BKSH.shape[1] % ways:
@@ -54,6 +59,9 @@ def choose(kv_BKSH: KV, dtype: str, mesh: sharding.AnyMesh | None) -> Kernel | N
     if capability >= kernels.HOPPER:
         fits = kv_BKSH.dtype in kernels.HALVES and slots % TILE == 0 and head_dim in (16, 32, 64, 128, 256)
         return Kernel(on_each_device(triton_decode, mesh), TILE, bounded=True) if fits else None
+    if capability == 0 and chip.platform == 'cpu':
+        by_blocks = Kernel(on_each_device(block_decode, mesh), BLOCK, bounded=False, head=HEAD)
+        return by_blocks if longest > HEAD else None
     page = page_of(slots)
     fits = capability == 0 and chip.platform == 'tpu' and dtype == 'bfloat16' and head_dim % kernels.LANES == 0
     if not fits or not page or rows * kv_heads // ways * slots // page > ENTRIES:
@@ -200,3 +208,59 @@ def paged_decode(
         megacore_mode='batch' if cores == 2 and own % 2 == 0 else None,
     )
     return out.reshape(q_BNH.shape)
+
+
+def block_decode(
+    q_BNH: Float[Array, 'B N H'],
+    k_BKSH: Float[Array, 'B K S H'],
+    v_BKSH: Float[Array, 'B K S H'],
+    length_B: Int[Array, ' B'],
+    bound: int,
+) -> Float[Array, 'B N H']:
+    """Kernel.attend on a CPU: the first `HEAD` slots of all rows at once, then of each row that is longer its blocks,
+    one after the other. A row's softmax is joined from its own blocks in their order, whatever the other rows are."""
+    rows, heads, head_dim = q_BNH.shape
+    kv_heads, slots = k_BKSH.shape[1:3]
+    q_BKGH = q_BNH.reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    first = min(bound, HEAD)
+    head = _partial(q_BKGH, k_BKSH[:, :, :first], v_BKSH[:, :, :first], jnp.arange(first) < length_B[:, None])
+    blocks_B = -(-jnp.maximum(length_B - HEAD, 0) // BLOCK)
+    ends_B = jnp.cumsum(blocks_B)
+
+    def step(carry):
+        i, found = carry
+        row = jnp.searchsorted(ends_B, i, side='right')
+        start = HEAD + (i - ends_B[row] + blocks_B[row]) * BLOCK
+        at = jnp.minimum(start, slots - BLOCK)  # the last block of a row whose slots are no multiple
+        slot_S = at + jnp.arange(BLOCK)
+        take = lambda x: jax.lax.dynamic_slice(x, (row, 0, at, 0), (1, kv_heads, BLOCK, head_dim))
+        inside_S = (slot_S >= start) & (slot_S < length_B[row])
+        block = _partial(q_BKGH[row][None], take(k_BKSH), take(v_BKSH), inside_S[None])
+        joined = _join(jax.tree.map(lambda x: x[row][None], found), block)
+        return i + 1, jax.tree.map(lambda x, y: x.at[row].set(y[0]), found, joined)
+
+    more = lambda carry: carry[0] < ends_B[-1]
+    found = jax.lax.while_loop(more, step, (jnp.int32(0), head))[1] if bound > HEAD else head
+    out_BKGH, _, total_BKG = found
+    return (out_BKGH / total_BKG[..., None]).reshape(q_BNH.shape).astype(q_BNH.dtype)
+
+
+def _partial(q_BKGH, k_BKSH, v_BKSH, inside_BS) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of some slots: weighted values [B, K, G, H], not yet divided, largest score and sum of weights [B, K, G]."""
+    score_BKGS = jnp.einsum('BKGH,BKSH->BKGS', q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
+    score_BKGS = jnp.where(inside_BS[:, None, None], score_BKGS, kernels.MASKED)
+    top_BKG = score_BKGS.max(axis=-1)
+    weight_BKGS = jnp.exp(score_BKGS - top_BKG[..., None])
+    out_BKGH = jnp.einsum(
+        'BKGS,BKSH->BKGH', weight_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32
+    )
+    return out_BKGH, top_BKG, weight_BKGS.sum(axis=-1)
+
+
+def _join(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The same of the slots of both."""
+    top_BKG = jnp.maximum(a[1], b[1])
+    (out_a, total_a), (out_b, total_b) = (
+        (out * jnp.exp(top - top_BKG)[..., None], total * jnp.exp(top - top_BKG)) for out, top, total in (a, b)
+    )
+    return out_a + out_b, top_BKG, total_a + total_b

@@ -1,12 +1,11 @@
 """The jitted half of rollout: extend rows by given tokens, decode rows until they stop.
 
-A row holds one episode. `extend` feeds it a prompt or a tool's output: the same call.
-`decode` samples for a fixed number of rows, all or some, and freezes each at EOS, `</code>`,
-`</answer>` or the end of its allowance; a frozen row keeps its cache and logits bit for bit. What
-a row writes may depend on that number (sums round by it), never on who the other rows are. Shapes
-follow from the settings, so nothing recompiles after warm-up; reads cover a power-of-two bound on
-the lengths, or each row's own length where a kernel attends. Several engines on a mesh do all of it
-at once, each with rows of its own (rollout/shards.py).
+A row holds one episode. `extend` feeds it a prompt or a tool's output: the same call. `decode` samples for a fixed
+number of rows, all or some, and freezes each at EOS, `</code>`, `</answer>` or the end of its allowance; a frozen row
+keeps its cache and logits bit for bit. What a row writes may depend on that number (sums round by it), never on who the
+other rows are. Shapes follow from the settings, so nothing recompiles after warm-up; reads cover a power-of-two bound
+on the lengths, or each row's own length where a kernel attends. Several engines on a mesh do all of it at once, each
+with rows of its own (rollout/shards.py).
 """
 
 from __future__ import annotations
@@ -153,13 +152,14 @@ class Sampler:
 
     def kernel(self, cache: KVCache) -> decoding.Kernel | None:
         """By which rows of such a cache attend when they decode; None: by XLA, which reads up to a bound."""
-        return decoding.choose(cache.k[0], self.settings.dtype, self.mesh) if self.fused else None
+        return decoding.choose(cache.k[0], self.settings.dtype, self.mesh, self.settings.slots) if self.fused else None
 
     @functools.cached_property
-    def _bounded(self) -> bool:
-        """Whether a decode call for another bound is another program."""
+    def _programs(self) -> dict[int, int]:
+        """Bound → that of the program which decodes rows so long: any does where a kernel reads each by its length."""
         kernel = self.kernel(jax.eval_shape(self._empty).cache)
-        return self.chooses or kernel is None or kernel.bounded
+        any_does = lambda bound: kernel is not None and not (kernel.bounded or self.chooses) and bound > kernel.head
+        return {bound: self.settings.slots if any_does(bound) else bound for bound in self.bounds()}
 
     def bound(self, length: int) -> int:
         """The smallest compiled bound on reads that covers `length` slots."""
@@ -276,7 +276,7 @@ class Sampler:
             stops=self.stops,
             state=state,
             row_R=self._within(row_R) if self.chooses else None,
-            bound=self.bound(longest + self.settings.quota) if self._bounded else self.settings.slots,
+            bound=self._programs[self.bound(longest + self.settings.quota)],
             truncate=truncate,
             steps=np.int32(self.settings.quota if steps is None else steps),
         )
@@ -338,7 +338,8 @@ class Sampler:
 
     def _decode_rows(self, params, table, stops, state: SampleState, row_R, steps, bound: int, truncate: bool):
         quota, whole = self.settings.quota, state
-        state = rows.take(whole, row_R, self.settings.slots if row_R is None and self.kernel(whole.cache) else bound)
+        in_place = row_R is None and (kernel := self.kernel(whole.cache)) and bound > kernel.head
+        state = rows.take(whole, row_R, self.settings.slots if in_place else bound)
         kernel = self.kernel(state.cache)
         b, start_B = len(state.live_B), state.cache.length_B
         out = Decoded(

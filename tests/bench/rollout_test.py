@@ -122,7 +122,8 @@ def test_the_floor_multiplies_every_weight_and_reads_the_live_cache():
 def test_long_and_short_caches_and_a_late_tool_are_measured():
     shape, said = Shape(**SMALL), []
     found = rollout.measure(shape, 1, ['cache'], said.append)
-    assert all(found[name] > 0 for name in ('decode_long_over_short', 'extend_long_over_short', 'prefill_over_resume'))
+    ratios = ('decode_long_over_short', 'extend_long_over_short', 'decode_one_long_over_none', 'prefill_over_resume')
+    assert all(found[name] > 0 for name in ratios)
     assert json.loads(said[-1])['decode_long_over_short'] == pytest.approx(found['decode_long_over_short'], abs=1e-4)
 
 

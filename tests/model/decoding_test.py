@@ -70,11 +70,15 @@ def test_the_tpus_kernel_is_the_reference_and_reads_no_page_beyond(heads, kv_hea
     np.testing.assert_allclose(np.asarray(out, np.float64), decode_reference(q, k, v, length), atol=2e-2)
 
 
-@pytest.mark.parametrize('kernel, stale', [(triton, np.nan), (paged, 0.0)], ids=['triton', 'paged'])
-def test_what_a_row_reads_does_not_change_with_the_length_of_another(kernel, stale):
-    q, k, v, length = decode_inputs(4, 2, 128, 384, [70, 250, 3], jnp.bfloat16, stale)
-    out = np.asarray(kernel(q, k, v, length, 384).astype(jnp.float32))
-    other = np.asarray(kernel(q, k, v, length.at[1].set(3), 384).astype(jnp.float32))
+@pytest.mark.parametrize(
+    'kernel, stale, longest',
+    [(triton, np.nan, 250), (paged, 0.0, 250), (decoding.block_decode, 0.0, 700)],
+    ids=['triton', 'paged', 'blocks'],
+)
+def test_what_a_row_reads_does_not_change_with_the_length_of_another(kernel, stale, longest):
+    q, k, v, length = decode_inputs(4, 2, 128, 768, [70, longest, 3], jnp.bfloat16, stale)
+    out = np.asarray(kernel(q, k, v, length, 768).astype(jnp.float32))
+    other = np.asarray(kernel(q, k, v, length.at[1].set(3), 768).astype(jnp.float32))
     np.testing.assert_array_equal(out[::2], other[::2])
     assert (out[1] != other[1]).any()
 
@@ -126,6 +130,23 @@ def test_a_kernel_runs_on_each_devices_heads(sizes):
     np.testing.assert_allclose(np.asarray(out, np.float64), decode_reference(q, k, v, length), atol=2e-6)
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    'slots, lengths', [(1024, [1, 512, 513, 640, 1024]), (700, [700, 699, 650, 3]), (512, [9, 512])]
+)
+def test_blocks_on_a_cpu_are_the_reference(slots, lengths, dtype, tolerance):
+    q, k, v, length = decode_inputs(6, 2, 16, slots, lengths, dtype, stale=1e4)
+    out = jax.jit(decoding.block_decode, static_argnums=4)(q, k, v, length, slots)
+    np.testing.assert_allclose(np.asarray(out, np.float64), decode_reference(q, k, v, length), atol=tolerance)
+
+
+def test_blocks_beyond_a_rows_length_are_not_read():
+    q, k, v, length = decode_inputs(4, 2, 16, 1024, [600, 1000, 3], jnp.float32, stale=0.0)
+    there = np.arange(1024) < 512 + -(-(np.array([600, 1000, 3])[:, None] - 512) // decoding.BLOCK) * decoding.BLOCK
+    k, v = (jnp.where((there | (np.arange(1024) < 512))[:, None, :, None], x, jnp.nan) for x in (k, v))
+    assert np.isfinite(decoding.block_decode(q, k, v, length, 1024)).all()
+
+
 @pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated')
 def test_the_gpus_kernel_is_lowered_for_hopper():
     q, k, v, length = decode_inputs(14, 2, 128, 640, [1, 640], jnp.bfloat16)
@@ -141,6 +162,7 @@ def test_the_gpus_kernel_is_lowered_for_hopper():
 
 H100 = types.SimpleNamespace(platform='gpu', compute_capability='9.0')
 TPU = types.SimpleNamespace(platform='tpu', num_cores=2)
+CPU = types.SimpleNamespace(platform='cpu')
 
 
 @pytest.mark.parametrize(
@@ -149,7 +171,8 @@ TPU = types.SimpleNamespace(platform='tpu', num_cores=2)
         (64, H100, 'bfloat16', 128, 64),
         (64, types.SimpleNamespace(platform='gpu', compute_capability='10.0'), 'float16', 64, 128),
         (None, types.SimpleNamespace(platform='gpu', compute_capability='8.0'), 'bfloat16', 128, 64),
-        (None, types.SimpleNamespace(platform='cpu'), 'bfloat16', 128, 128),
+        (None, CPU, 'bfloat16', 512, 128),
+        (128, CPU, 'float32', 513, 40),
         (None, H100, 'float32', 128, 64),
         (None, H100, 'bfloat16', 100, 64),
         (None, H100, 'bfloat16', 128, 80),
@@ -165,14 +188,14 @@ TPU = types.SimpleNamespace(platform='tpu', num_cores=2)
 def test_each_chip_has_the_kernels_that_it_can_run(monkeypatch, tile, chip, dtype, slots, head_dim):
     monkeypatch.setattr(jax, 'devices', lambda: [chip])
     cache = jax.ShapeDtypeStruct((2, 2, slots, head_dim), jnp.dtype(dtype))
-    found = decoding.choose(cache, dtype, None)
-    assert (found and found.tile) == tile and (found is None or found.bounded == (chip is not TPU))
+    found = decoding.choose(cache, dtype, None, slots)
+    assert (found and found.tile) == tile and (found is None or found.bounded == (chip not in (TPU, CPU)))
     narrow = jax.eval_shape(kv_cache.quantise, cache)
-    assert decoding.choose(narrow, dtype, None) is None
+    assert decoding.choose(narrow, dtype, None, slots) is None
     other = jax.ShapeDtypeStruct(cache.shape, jnp.dtype('float32' if dtype != 'float32' else 'bfloat16'))
-    assert decoding.choose(other, dtype, None) is None
+    assert decoding.choose(other, dtype, None, slots) is None
     whole = jax.sharding.AbstractMesh((1, 1, 4), sharding.AXES)  # two KV heads do not divide over four devices
-    assert decoding.choose(cache, dtype, whole) is None
+    assert decoding.choose(cache, dtype, whole, slots) is None
 
 
 def test_a_kernels_heads_take_the_time_of_whole_units():
