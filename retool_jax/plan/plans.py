@@ -35,7 +35,7 @@ def known_by(run: Run, program: Program) -> tuple:
         'score': (forward.micro_rows,),
         'update': (forward.micro_rows, forward.remat),
         'extend': (sampler.feed_rows, sampler.rows, sampler.decode_rows),
-        'decode': (sampler.rows, sampler.decode_rows),
+        'decode': (sampler.quota, sampler.rows, sampler.decode_rows),
     }
     return (program.name, *run.mesh.shape.values(), *follows.get(program.name.partition(' ')[0], ()))
 

@@ -21,12 +21,14 @@ from retool_jax.plan.chips import Slice
 from retool_jax.plan.memory import LIMIT
 from retool_jax.plan.plans import Keys, Plans, changed
 from retool_jax.plan.programs import Run
+from retool_jax.rollout.scheduler import QUANTUM_S
 from retool_jax.stages.config import Reinforcement
 
 MADE = 6  # plans in full, that of the configuration as given among them; of 32B one is up to 2.5 minutes on two cores
 TENSOR = 16  # chips of an engine at most; of GPUs those of a host
 TIMES = (1, 2, 4, 8)  # rows of a micro-batch for each device of data × fsdp
 FEEDS = (1, 2, 4, 8)  # sampler.feed_rows
+QUOTAS = (16, 32)  # sampler.quota where engines of several processes always decode so many steps at a time
 # 'offload' moves results over the link to the host, of which the plan knows no price.
 REMATS = ('full', 'attention', 'dots_but_mlp', 'dots', 'none')
 TRAINING = ('score', 'update')
@@ -40,6 +42,7 @@ class Candidate:
     tensor: int
     seconds: dict[str, float]  # of a step, by phase
     shares: dict[str, float]  # of a chip's memory that is filled, by phase
+    call_s: float  # of decoding
 
     @functools.cached_property
     def name(self) -> str:
@@ -157,16 +160,18 @@ def _of_tensor(plans: Plans, stage: Reinforcement, given: int, tensor: int) -> l
             tensor,
             {'rollout': a.seconds['rollout'], **{phase: b.seconds[phase] for phase in TRAINING}},
             {'rollout': a.shares['rollout'], **{phase: b.shares[phase] for phase in TRAINING}},
+            a.call_s,
         )
         for a, b in itertools.product(rollouts, trainings)
     ]
 
 
 def _rollouts(plans: Plans, stage: Reinforcement, base: Keys, run: Run) -> list[Candidate]:
-    """By sampler.rows and sampler.decode_rows, with sampler.feed_rows as given and with those that the best of these
-    gains most by; the fewest rows first."""
+    """By sampler.rows and sampler.decode_rows, with sampler.feed_rows and sampler.quota as given and with those that
+    the best of these gains most by; the fewest rows first. A call that were over sooner than `QUANTUM_S` is not tried:
+    the host's own work between calls has no price."""
     episodes = math.ceil(stage.ppo.problems_per_step / run.engines) * stage.ppo.samples
-    given, found = stage.sampler.feed_rows, []
+    given, found = {'feed_rows': stage.sampler.feed_rows, 'quota': stage.sampler.quota}, []
 
     def guess(ends: tuple[int, int] | None = None, **sampler: int) -> Candidate:
         keys = base | {f'sampler.{name}': value for name, value in sampler.items()}
@@ -189,14 +194,18 @@ def _rollouts(plans: Plans, stage: Reinforcement, base: Keys, run: Run) -> list[
         rows = sorted(n for n in {*numbers(episodes), stage.sampler.rows} if n > decode_rows)
         if not rows:
             continue
-        found += (made := over(rows, decode_rows=decode_rows, feed_rows=given))
+        found += (made := over(rows, decode_rows=decode_rows, **given))
         fitting = [c for c in made if c.shares['rollout'] <= LIMIT]
         if fitting:
             best = min(fitting, key=lambda c: c.seconds['rollout'])
             same = {'rows': best.keys['sampler.rows'], 'decode_rows': decode_rows}
-            took = {n: guess(**same, feed_rows=n).seconds['rollout'] for n in sorted({given, *FEEDS})}
-            if (least := min(took, key=took.get)) != given:
-                found += over(rows, decode_rows=decode_rows, feed_rows=least)
+            tried = [guess(**same, **given | {'feed_rows': n}) for n in sorted({given['feed_rows'], *FEEDS})]
+            fed = {'feed_rows': min(tried, key=lambda c: c.seconds['rollout']).keys['sampler.feed_rows']}
+            tried = [guess(**same, **given | fed | {'quota': n}) for n in QUOTAS if run.lockstep and n < given['quota']]
+            tried = [c for c in tried if c.call_s >= QUANTUM_S and c.seconds['rollout'] < best.seconds['rollout']]
+            quota = min(tried, key=lambda c: c.seconds['rollout']).keys['sampler.quota'] if tried else given['quota']
+            if (least := fed | {'quota': quota}) != given:
+                found += over(rows, decode_rows=decode_rows, **least)
     return found
 
 
@@ -222,6 +231,7 @@ def _candidate(keys: Keys, plan: dict) -> Candidate:
         plan['mesh']['tensor'],
         {phase['name']: phase['seconds'] for phase in plan['phases']},
         {phase['name']: phase['share'] for phase in plan['phases']},
+        plan['rollout']['decode']['total'] / plan['rollout']['decode']['runs'],
     )
 
 

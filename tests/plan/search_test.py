@@ -74,11 +74,21 @@ def test_the_same_search_finds_the_same(searched):
 @pytest.mark.slow
 def test_nothing_that_is_learned_changes(searched):
     _, _, found = searched
-    may = {'mesh.tensor', 'mesh.fsdp', 'sampler.rows', 'sampler.decode_rows', 'sampler.feed_rows', 'forward.micro_rows',
-           'forward.remat', 'ppo.offload'}  # fmt: skip
+    may = {'mesh.tensor', 'mesh.fsdp', 'sampler.rows', 'sampler.decode_rows', 'sampler.feed_rows', 'sampler.quota',
+           'forward.micro_rows', 'forward.remat', 'ppo.offload'}  # fmt: skip
     assert all(c.keys.keys() <= may for c in found.candidates)
     assert {c.tensor for c in found.candidates} == {1, 2}
     assert all(c.keys.get('forward.remat') != 'offload' for c in found.candidates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shortest, quotas', [(0.0, {64, 16}), (search.QUANTUM_S, {64})])
+def test_engines_of_several_processes_may_decode_fewer_steps_at_a_time(small, monkeypatch, shortest, quotas):
+    """The tiny model's steps take microseconds: no call of them is long enough."""
+    monkeypatch.setattr(search, 'QUANTUM_S', shortest)
+    stage = stage_of('--config.mesh.tensor=2', '--config.sampler.quota=64', '--config.ppo.problems_per_step=8')
+    found = search.search(Plans(models.sizes(None, 'tiny'), chips.open_slice('h100:2'), None, process_chips=1), stage)
+    assert {c.keys.get('sampler.quota', 64) for c in found.candidates} == quotas
 
 
 @pytest.mark.slow
@@ -166,6 +176,7 @@ def by_shapes(tensor: int, rows: int, seconds: float, share: float = 0.5) -> Can
         tensor,
         {'rollout': seconds},
         {'rollout': share},
+        1.0,
     )
 
 
