@@ -12,7 +12,7 @@ from retool_jax.plan.roofline import Assumptions, Sizes
 GIB = 2**30
 PUBLISHED_MFU = 0.715  # MaxText's table of v5p results: 32B pretraining on v5p-128
 REASONS = (
-    'full rematerialisation runs the forward pass twice: at most 3/4 of the work counts',
+    'with forward.remat={remat} {needed:.0%} of the operations count, the others are done a second time',
     "rows of {width:,} tokens: {attention:.0%} of the work is attention, whose kernels run below the matmuls' rate",
     'gradients are added in f32 and weights gathered once per micro-batch of {rows} rows',
     'the estimate takes {matmul:.0%} of the peak for matmuls; the published figure is measured after tuning',
@@ -107,6 +107,8 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
             'published': PUBLISHED_MFU,
             'reasons': [
                 reason.format(
+                    remat=forward.remat,
+                    needed=useful / (update['flops'] * count),
                     width=forward.row_width,
                     attention=1 - weights_only / useful,
                     rows=forward.micro_rows,

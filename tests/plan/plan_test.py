@@ -166,6 +166,17 @@ def test_the_page_says_the_same_in_numbers_and_in_words():
     assert 'does not fit' not in text
 
 
+def test_the_page_says_how_much_of_the_work_counts():
+    def share(remat: str) -> float:
+        run = make_run('--config.ppo.critic=backbone', '--config.mesh.tensor=2', f'--config.forward.remat={remat}')
+        plan = page.make(run, [guess.estimate(run, program) for program in run.programs()], A)
+        reason = plan['mfu']['reasons'][0]
+        assert reason.startswith(f'with forward.remat={remat} ')
+        return int(reason.split('%')[0].split()[-1]) / 100
+
+    assert share('full') < 0.8 < share('none') <= 1
+
+
 def test_what_does_not_fit_is_said_with_what_to_change():
     run, found = estimated()
     big = [dataclasses.replace(f, temporaries=2**37) if f.name == 'decode' else f for f in found]
