@@ -85,12 +85,26 @@ def search(plans: Plans, stage: Reinforcement) -> Found:
         (c for c in candidates if c.name in fitting), key=lambda c: _order(c, fitting[c.name]['step']['seconds'])
     )
     keys, plan = best.keys, fitting[best.name]
-    if plan['fits'] and changed(stage, keys).ppo.offload:
+    if plan['fits']:
+        keys, plan = _finish(plans, stage, keys, plan)
+    return Found(keys, plan, made, candidates, time.perf_counter() - began)
+
+
+def _finish(plans: Plans, stage: Reinforcement, keys: Keys, plan: dict) -> tuple[Keys, dict]:
+    """With as many rows as the memory holds, which `numbers` may have missed, and without ppo.offload where all fits."""
+    now = changed(stage, keys)
+    rows = min(plan['kv_rows_that_fit'], -(-now.ppo.problems_per_step // plan['engines']) * now.ppo.samples)
+    if rows > now.sampler.rows:
+        fuller = _differing(stage, {**keys, 'sampler.rows': rows})
+        trial = plans.make(changed(stage, fuller))
+        if trial['fits'] and trial['step']['seconds'] < plan['step']['seconds']:
+            keys, plan = fuller, trial
+    if now.ppo.offload:
         # No step is longer by the plan for what waits on the host, but its way there and back takes time.
         without = _differing(stage, {**keys, 'ppo.offload': False})
         trial = plans.make(changed(stage, without))
         keys, plan = (without, trial) if trial['fits'] else (keys, plan)
-    return Found(keys, plan, made, candidates, time.perf_counter() - began)
+    return keys, plan
 
 
 def settle(plans: Plans, stage: Reinforcement, candidates: Sequence[Candidate]) -> dict[str, dict]:
