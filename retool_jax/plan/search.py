@@ -91,7 +91,7 @@ def search(plans: Plans, stage: Reinforcement) -> Found:
 
 
 def _finish(plans: Plans, stage: Reinforcement, keys: Keys, plan: dict) -> tuple[Keys, dict]:
-    """With as many rows as the memory holds, which `numbers` may have missed, and without ppo.offload where all fits."""
+    """With as many rows as the memory holds, which `numbers` may miss, and without ppo.offload where all fits."""
     now = changed(stage, keys)
     rows = min(plan['kv_rows_that_fit'], -(-now.ppo.problems_per_step // plan['engines']) * now.ppo.samples)
     if rows > now.sampler.rows:

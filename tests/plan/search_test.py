@@ -211,6 +211,15 @@ def test_so_many_plans_are_made_at_most():
     assert len(settled(candidates, t1_64=(100.0, 0.5), **said)) == search.MADE
 
 
+@pytest.mark.parametrize('fit, seconds, rows', [(45, 9.0, 45), (45, 11.0, 40), (500, 9.0, 256), (40, 9.0, 40)])
+def test_at_last_come_all_rows_that_fit_where_the_step_takes_less(fit, seconds, rows):
+    stage = stage_of('--config.ppo.problems_per_step=64')  # of 4 samples
+    plan = {'kv_rows_that_fit': fit, 'engines': 1, 'step': {'seconds': 10.0}, 'fits': True}
+    plans = Scripted({(1, n): (seconds, 0.89) for n in (45, 256)})
+    keys, found = search._finish(plans, stage, {'sampler.rows': 40}, plan)
+    assert keys == {'sampler.rows': rows} and found['step']['seconds'] == (10.0 if rows == 40 else seconds)
+
+
 def launch(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, 'launch/plan.py', '--config=configs/ppo.py:tiny', *arguments]
     return subprocess.run(
