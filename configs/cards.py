@@ -1,11 +1,12 @@
-"""One GPU: `MODEL@CARD` is a model's configuration with what lets it learn on that card (H throughout).
+"""`MODEL@CARD` and `MODEL@SLICE`: a model's configuration with what lets it learn there (H throughout).
 
     python launch/plan.py --config=configs/grpo.py:qwen2_5_7b@1x80gb --topology=h100:1 --tokens=3072
     python launch/ppo.py --config=configs/grpo.py:qwen2_5_7b@1x80gb --config.model.path=runs/sft_qwen2_5_7b/final …
+    python launch/plan.py --config=configs/ppo.py:qwen2_5_32b@v5p:4x4x4 --topology=v5p:4x4x4
 
-CARD is a card's name, as launch/plan.py knows its figures, or its memory. A recipe is 256 episodes of at most 8,192
-tokens a step, 100 steps. SFT and evaluation of such a model take from it what they have as well: adapters, forward
-pass, sampler, turns.
+CARD is a GPU's name, as launch/plan.py knows its figures, or its memory. A recipe is 256 episodes of at most 8,192
+tokens a step, 100 steps. SLICE is written as for launch/plan.py, and says how a step is computed; what is learned
+stays. SFT and evaluation take from both what they have as well: adapters, mesh, forward pass, sampler, turns.
 """
 
 from __future__ import annotations
@@ -50,27 +51,39 @@ RECIPES = {
     ('ppo', 'qwen2_5_7b', 'h200'): ADAPTERS | {'sampler.rows': 128},
 }  # fmt: skip
 
+# What `launch/plan.py --search` found (docs/scaling.md), of PPO with a critic of the policy's size.
+SLICES = {
+    ('qwen2_5_32b', 'v5p:4x4x4'): {
+        'mesh.tensor': 8, 'sampler.rows': 128, 'sampler.feed_rows': 1, 'sampler.quota': 16, 'forward.remat': 'dots',
+        'ppo.offload': False,
+    },
+}  # fmt: skip
+
 
 def fitted(make: Callable[[str], ConfigDict], stage: str, arg: str) -> ConfigDict:
-    """The configuration that `make` gives of MODEL, of ARG = MODEL or MODEL@CARD, with the recipe of the card.
+    """The configuration that `make` gives of MODEL, of ARG = MODEL, MODEL@CARD or MODEL@SLICE, with the recipe of the
+    card or the sizes of the slice.
 
     stage: 'ppo' or 'grpo', or a stage that takes its part of either's recipe.
-    Raises: ValueError for a card that is unknown, or that has no recipe for this model.
+    Raises: ValueError for a card that is unknown, or for one or a slice that has nothing for this model.
     """
     model, at, word = arg.partition('@')
     config = make(model)
     if not at:
         return config
     trains = stage in ('ppo', 'grpo')
-    values = RL | {'max_tokens': TOKENS} | (GROUPS if stage == 'grpo' else {'ppo.problems_per_step': 256})
-    values |= _recipe(stage if trains else '', model, word)
+    if ':' in word:
+        values = _sizes(model, word)
+    else:
+        values = RL | {'max_tokens': TOKENS} | (GROUPS if stage == 'grpo' else {'ppo.problems_per_step': 256})
+        values |= _recipe(stage if trains else '', model, word)
     for key, value in values.items():
         *blocks, name = key.split('.')
         if trains or not blocks or blocks[0] in SHARED:
             _put(config, blocks, name, value)
     if 'lora.rank' in values and not trains and 'optimizer' in config:
         config.optimizer.lr *= 10
-    config.run.dir = f'{config.run.dir}_{word}'
+    config.run.dir = f'{config.run.dir}_{word.replace(":", "_")}'
     return config
 
 
@@ -80,6 +93,18 @@ def _put(config: ConfigDict, blocks: list[str], name: str, value: object) -> Non
         config = config.get(block, ConfigDict())
     if name in config:
         config[name] = value
+
+
+def _sizes(model: str, slice: str) -> dict[str, object]:
+    """The values of a model on a slice."""
+    if (model, slice) in SLICES:
+        return SLICES[model, slice]
+    known = ['@'.join(key) for key in SLICES]
+    near = difflib.get_close_matches(f'{model}@{slice}', known, n=1, cutoff=0)
+    raise ValueError(
+        f'no sizes for {model} on {slice} (did you mean {near[0]}?); there are {", ".join(known)}; '
+        f'launch/plan.py --topology={slice} --search finds others'
+    )
 
 
 def _recipe(algorithm: str, model: str, word: str) -> dict[str, object]:

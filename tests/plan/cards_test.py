@@ -1,4 +1,4 @@
-"""Recipes for one card: every one is planned, and what has none is refused with the nearest."""
+"""Recipes for one card and sizes for slices: every one is planned, and what has none is refused with the nearest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from configs import cards
 from retool_jax.core import cli, settings
-from retool_jax.plan import chips, guess, memory, models, page
+from retool_jax.plan import chips, guess, memory, models, page, plans
 from retool_jax.plan.memory import LIMIT
 from retool_jax.plan.programs import Run
 from retool_jax.plan.roofline import Assumptions
@@ -45,6 +45,30 @@ def test_a_recipe_fits_its_card_and_a_day_holds_100_steps_of_256_long_episodes(a
         assert (phase.total - run.copies + run.copied(2048)) / GIB == pytest.approx(64.1, rel=0.03)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('model, slice', cards.SLICES, ids='@'.join)
+def test_sizes_for_a_slice_fit_it_and_make_a_step_shorter_than_those_for_none(model, slice):
+    kind = slice.partition(':')[0]
+    if chips.CHIPS[kind].platform == 'tpu' and chips.compiler() is None:
+        pytest.skip('needs the TPU compiler: bash launch/baselines.sh plan')
+    made = plans.Plans(models.sizes(None, model), chips.open_slice(slice), None)
+    spec = f'configs/ppo.py:{model}'
+    given, found = (settings.build(Reinforcement, cli.load_config(s)) for s in (spec, f'{spec}@{slice}'))
+    assert plans.changed(given, cards.SLICES[model, slice]) == dataclasses.replace(found, run=given.run)
+    before, after = made.guess(given), made.guess(found)  # by shapes; compiled they are in docs/scaling.md
+    assert after['fits'] and after['step']['seconds'] < before['step']['seconds']
+
+
+def test_sizes_for_a_slice_go_to_every_stage_that_has_them():
+    plain, found = (cli.load_config(f'configs/sft.py:qwen2_5_32b{slice}') for slice in ('', '@v5p:4x4x4'))
+    values = cards.SLICES['qwen2_5_32b', 'v5p:4x4x4']
+    assert (found.mesh.tensor, found.forward.remat) == (values['mesh.tensor'], values['forward.remat'])
+    assert (found.optimizer, found.sft) == (plain.optimizer, plain.sft)
+    assert found.run.dir == f'{plain.run.dir}_v5p_4x4x4'
+    evaluate = cli.load_config('configs/evaluate.py:qwen2_5_32b@v5p:4x4x4')
+    assert (evaluate.sampler.rows, evaluate.turns.max_tokens) == (values['sampler.rows'], 16384)
+
+
 def test_every_card_has_published_figures():
     assert set(cards.CARDS.values()) <= chips.CHIPS.keys()
     assert {name for word, name in cards.CARDS.items() if word[0] != '1'} == set(cards.CARDS.values())
@@ -73,6 +97,8 @@ def test_sft_and_evaluation_take_their_part_of_a_recipe():
         ('grpo.py:qwen2_5_32b@h100', r'no recipe for qwen2_5_32b on h100 \(did you mean grpo:qwen2_5_7b@1x80gb\?\)'),
         ('ppo.py:qwen3_4b@1x80gb', r'no recipe for qwen3_4b on 1x80gb \(did you mean grpo:qwen3_4b@1x80gb\?\)'),
         ('evaluate.py:official_qwen2_5_7b@h100', r'no recipe for official_qwen2_5_7b on h100'),
+        ('ppo.py:qwen2_5_7b@v5p:4x4x4', r'no sizes for qwen2_5_7b on v5p:4x4x4 \(did you mean '),
+        ('ppo.py:qwen2_5_32b@v5p:4x4x8', r'no sizes for .* \(did you mean qwen2_5_32b@v5p:4x4x4\?\); there are '),
         ('grpo.py:qwen9@h100', r"ARG 'qwen9' is unknown"),
     ],
 )
