@@ -27,6 +27,7 @@ PAGES = (512, 256, 128)  # slots that a step of the TPU's takes, the most that d
 ENTRIES = 2**16  # of the TPU kernel's table of pages, 4 bytes each: it lies in a memory of 1 MiB
 HEAD = 512  # slots of all rows that a CPU reads at once: of these a loop would take twice the time
 BLOCK = 128  # slots of a row beyond them that a step of its loop takes
+LONG = 2048  # slots from which that pays: each step copies the head out of the cache, as long as reading 1,000 slots
 # Names of the first two as a traced program has them; the second is a function of JAX's.
 TRITON, PAGED = 'decode_attention', 'paged_attention'
 
@@ -47,8 +48,8 @@ def choose(kv_BKSH: KV, dtype: str, mesh: sharding.AnyMesh | None, longest: int)
     """The kernel for queries in `dtype` over such keys and values, None where there is none.
 
     On GPU from Hopper on, in 16 bits; on TPU in bfloat16 with heads of whole vectors, since JAX's kernel multiplies in
-    bfloat16 and takes no others; on CPU where rows may be longer than `HEAD`. mesh: over whose tensor axis heads are
-    split; None: one device. longest: slots of a row, of which those given may be a part.
+    bfloat16 and takes no others; on CPU where a row has `LONG` slots or more. mesh: over whose tensor axis heads
+    are split; None: one device. longest: slots of a row, of which those given may be a part.
     """
     ways = 1 if mesh is None else mesh.shape['tensor']
     if not hasattr(kv_BKSH, 'shape') or kv_BKSH.dtype != jnp.dtype(dtype) or kv_BKSH.shape[1] % ways:
@@ -61,7 +62,7 @@ def choose(kv_BKSH: KV, dtype: str, mesh: sharding.AnyMesh | None, longest: int)
         return Kernel(on_each_device(triton_decode, mesh), TILE, bounded=True) if fits else None
     if capability == 0 and chip.platform == 'cpu':
         by_blocks = Kernel(on_each_device(block_decode, mesh), BLOCK, bounded=False, head=HEAD)
-        return by_blocks if longest > HEAD else None
+        return by_blocks if longest >= LONG else None
     page = page_of(slots)
     fits = capability == 0 and chip.platform == 'tpu' and dtype == 'bfloat16' and head_dim % kernels.LANES == 0
     if not fits or not page or rows * kv_heads // ways * slots // page > ENTRIES:

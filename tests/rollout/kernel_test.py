@@ -69,6 +69,7 @@ def test_long_rows_attend_block_by_block_on_a_cpu(monkeypatch, decode_rows, prog
     """What fits the head is taken out of the cache; longer rows are read where they lie, by one program."""
     monkeypatch.setattr(decoding, 'HEAD', 64)
     monkeypatch.setattr(decoding, 'BLOCK', 32)
+    monkeypatch.setattr(decoding, 'LONG', 256)
     sampler = make_sampler(decode_rows, 32)
     compiled, bounds = runs_alike(sampler, monkeypatch)
     assert compiled <= programs and min(compiled) <= 64 < max(compiled) and bounds <= taken
