@@ -21,6 +21,7 @@ FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while
         'partition-id', 'replica-id', 'iota', 'optimization-barrier', 'opt-barrier', 'domain', 'add-dependency',
 }  # fmt: skip
 SLICES = {'slice', 'dynamic-slice', 'gather'}  # read only as much of a large operand as they return
+RENAMES = ('bitcast', 'reshape')  # of what is in a fusion
 UPDATES = {'dynamic-update-slice': 1, 'scatter': -1}  # write in place; the index of the operand that is written
 
 _ARRAY = re.compile(r'\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\](\{[^{}]*\})?')
@@ -184,14 +185,31 @@ class Module:
         updates it, else the `whole`."""
         users, parameters = self._uses(name)
         read = 0.0
-        for user, via in _through(parameters[number], users) if number in parameters else ():
-            if user.kind in SLICES and user.operands[0] == via:
+        for user, via in self._ends(parameters[number], users) if number in parameters else ():
+            if user is not None and user.kind in SLICES and user.operands[0] == via:
                 read += array_bytes(user.shape)
-            elif user.kind == 'fusion':
+            elif user is not None and user.kind == 'fusion':
                 read += sum(self._reads(next(user.called()), n, whole) for n, o in enumerate(user.operands) if o == via)
-            elif user.kind not in UPDATES or user.operands[0] != via:
+            elif user is None or user.kind not in UPDATES or user.operands[0] != via:
                 return whole
         return read
+
+    def _ends(self, i: Instruction, users) -> Iterator[tuple[Instruction | None, str]]:
+        """Who uses a value, seen through what only renames it: (user, the name it uses); no user where it is returned."""
+        if i.root:
+            yield None, i.name
+        for user in users[i.name]:
+            if self._renames(user):
+                yield from self._ends(user, users)
+            else:
+                yield user, i.name
+
+    def _renames(self, i: Instruction) -> bool:
+        """Whether it gives its operand another shape, and nothing else; a fusion may hold nothing but such."""
+        if i.kind != 'fusion':
+            return i.kind in RENAMES
+        inside = self.computations.get(next(i.called()), {}).values()
+        return len(i.operands) == 1 and all(i.kind in ('parameter', *RENAMES) for i in inside)
 
     def _writes(self, name: str, shape: str) -> float:
         """Bytes that a fusion writes of a result of this shape: of what it updates in place no more than the update."""
@@ -204,7 +222,7 @@ class Module:
 
     def _written(self, scope: dict[str, Instruction], result: Instruction | None, shape: str) -> float:
         """The same of one array, which is or comes out of `result`."""
-        while result is not None and result.kind in ('bitcast', 'reshape', 'copy', 'convert') and result.operands:
+        while result is not None and result.operands and (result.kind in ('copy', 'convert') or self._renames(result)):
             result = scope.get(result.operands[0])
         if result is not None and result.kind == 'fusion':
             return self._writes(next(result.called()), shape)
@@ -226,15 +244,6 @@ class Module:
 def _runs_apart(i: Instruction) -> bool:
     """Whether it starts a computation, whose instructions count for themselves."""
     return i.kind.endswith('-start') and 'calls=' in i.rest
-
-
-def _through(i: Instruction, users) -> Iterator[tuple[Instruction, str]]:
-    """Who uses a value, seen through what only renames it: (user, the name it uses)."""
-    for user in users[i.name]:
-        if user.kind in ('bitcast', 'reshape'):
-            yield from _through(user, users)
-        else:
-            yield user, i.name
 
 
 def _parse(match: re.Match) -> Instruction | None:

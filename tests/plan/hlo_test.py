@@ -149,6 +149,33 @@ ENTRY %main (kept: f32[5,1024], x: f32[1,1024], i: s32[], a: f32[5,1024], b: bf1
     )  # `kept` is read whole, `x` is not
 
 
+def test_a_weight_that_is_only_renamed_inside_a_fusion_is_read_whole():
+    """As the TPU compiler writes a matmul; what is sliced behind such a renaming counts as a slice."""
+    text = """
+%renamed (w: bf16[2,64,32]) -> bf16[128,32] {
+  %w = bf16[2,64,32]{2,1,0} parameter(0)
+  ROOT %flat = bf16[128,32]{1,0} bitcast(%w)
+}
+
+%matmul (w: bf16[2,64,32], x: bf16[8,128]) -> bf16[8,32] {
+  %w = bf16[2,64,32]{2,1,0} parameter(0)
+  %x = bf16[8,128]{1,0} parameter(1)
+  %flat = bf16[128,32]{1,0} fusion(%w), kind=kLoop, calls=%renamed
+  ROOT %y = bf16[8,32]{1,0} convolution(%x, %flat), dim_labels=bf_io->bf
+}
+
+ENTRY %main (w: bf16[2,64,32], x: bf16[8,128]) -> bf16[8,32] {
+  %w = bf16[2,64,32]{2,1,0} parameter(0)
+  %x = bf16[8,128]{1,0} parameter(1)
+  ROOT %f = bf16[8,32]{1,0} fusion(%w, %x), kind=kOutput, calls=%matmul
+}
+"""
+    assert hlo.Module(text).bytes_moved() == 2 * (128 * 32 + 8 * 128 + 8 * 32)
+    slice_of = 'dynamic-slice(%flat, %x), dynamic_slice_sizes={8,32}'
+    sliced = text.replace('convolution(%x, %flat), dim_labels=bf_io->bf', slice_of)
+    assert hlo.Module(sliced).bytes_moved() == 2 * (8 * 32 + 8 * 128 + 8 * 32)
+
+
 def test_a_loop_without_a_constant_limit_takes_the_callers():
     text = TEXT.replace('%limit = s32[] constant(5)', '%limit = s32[] get-tuple-element(%t), index=0')
     assert {c.times for c in hlo.Module(text, trips=3).collectives()} == {3}
