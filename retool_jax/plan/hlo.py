@@ -195,7 +195,7 @@ class Module:
         return read
 
     def _ends(self, i: Instruction, users) -> Iterator[tuple[Instruction | None, str]]:
-        """Who uses a value, seen through what only renames it: (user, the name it uses); no user where it is returned."""
+        """Who uses a value, seen through what only renames it: (user, the name it uses); None where it is returned."""
         if i.root:
             yield None, i.name
         for user in users[i.name]:
