@@ -27,7 +27,7 @@ PAGES = (512, 256, 128)  # slots that a step of the TPU's takes, the most that d
 ENTRIES = 2**16  # of the TPU kernel's table of pages, 4 bytes each: it lies in a memory of 1 MiB
 HEAD = 512  # slots of all rows that a CPU reads at once: of these a loop would take twice the time
 BLOCK = 128  # slots of a row beyond them that a step of its loop takes
-LONG = 2048  # slots from which that pays: each step copies the head out of the cache, as long as reading 1,000 slots
+LONG = 2048  # slots of a row from which that is done: the head is copied out of the cache in each step
 # Names of the first two as a traced program has them; the second is a function of JAX's.
 TRITON, PAGED = 'decode_attention', 'paged_attention'
 
