@@ -43,12 +43,14 @@ class Rollout:
 
     engines: int
     abreast: int  # engines of a program
-    episodes: int  # that these make
+    episodes: int  # that these work on
     rows: int  # of theirs that decode at a time
     mean: float  # tokens of an episode of the step
     longest: int  # of them
     budget: int  # at which they are cut
     calls: int  # of tools, by an episode
+    quanta: int  # decode calls that an episode gets in the step; 0: all that it takes
+    ended: float  # episodes of all engines that end in the step, and are trained on
     steps: int  # of decoding
     busy: float  # share of its row-steps in which a row writes
     live: float  # slots of a row that hold tokens at a step, averaged over rows with and without an episode
@@ -93,29 +95,33 @@ def simulate(run: Run, facts: Sequence[Facts], a: Assumptions) -> Rollout:
         samples=sizes.samples,
         chunk=s.chunk,
         feed_rows=s.feed_rows * run.abreast,
+        quanta=sizes.quanta,
     )
     tokens_E, programs = _draw(run, a), -(-run.engines // run.abreast)
-    ends = [sizes.problems_per_step * p // programs * sizes.samples for p in range(programs + 1)]
+    flight = lengths.in_flight(tokens_E, engine)
+    ends = [sizes.problems_per_step * p // programs for p in range(programs + 1)]
     found = []
     for first, last in itertools.pairwise(ends):
         if first == last:  # more programs than problems
             continue
-        own_E = tokens_E[first:last]
-        course = lengths.follow(own_E, engine, s.quota, prices.decode.tile or 1)
+        own = flight.part(first, last)
+        course = lengths.follow(own, engine, s.quota, prices.decode.tile or 1)
         decode, read = prices.decoding(course, engine.call)
         row_steps = course.steps * engine.rows
         found.append(
             Rollout(
                 engines=run.engines,
                 abreast=run.abreast,
-                episodes=len(own_E),
+                episodes=len(own.tokens_E),
                 rows=engine.rows,
                 mean=float(tokens_E.mean()),
                 longest=int(tokens_E.max()),
                 budget=run.turns.max_tokens,
                 calls=stretches - 1,
+                quanta=sizes.quanta,
+                ended=flight.ended * sizes.samples,
                 steps=course.steps,
-                busy=float(own_E.sum() / row_steps),
+                busy=course.tokens / row_steps,
                 live=float((course.live_P * course.steps_P).sum() / row_steps),
                 read=read,
                 decode=decode,

@@ -25,8 +25,8 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
     compile_s, cpu_s: what making the facts took of the clock and of this machine's processors.
     """
     chip, count = run.slice.chip, run.slice.count
-    sizes = _sizes(run)
     rollout = engines.simulate(run, facts, assumptions)
+    sizes = _sizes(run, rollout.ended)
     parts = {'decode': rollout.decode, 'extend': rollout.extend}
     programs, total = [], {phase: 0.0 for phase in memory.PHASES}
     for f in facts:
@@ -94,7 +94,9 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
         'step': {
             'seconds': step,
             'chip_hours': step * count / 3600,
-            'episodes': sizes.episodes,
+            'episodes': round(sizes.episodes),
+            'asked': (asked := run.sizes.problems_per_step * run.sizes.samples),
+            'seconds_asked': step * asked / sizes.episodes,  # of as many trained episodes, in steps of partial rollouts
             'micro_batches': sizes.micro_batches(assumptions),
         },
         'run': {
@@ -124,10 +126,10 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
     }
 
 
-def _sizes(run: Run) -> Sizes:
+def _sizes(run: Run, episodes: float) -> Sizes:
     f = run.learner.forward
     return Sizes(
-        episodes=run.sizes.problems_per_step * run.sizes.samples,
+        episodes=episodes,
         minibatches=run.sizes.minibatches,
         epochs=run.sizes.epochs,
         micro_rows=f.micro_rows,
@@ -170,7 +172,7 @@ def text(plan: dict) -> str:
         f'KV slots × context that fit: {plan["kv_tokens_that_fit"]:,} tokens an engine, '
         f'{plan["kv_rows_that_fit"]:,} whole rows',
         f'RL step: {plan["step"]["seconds"]:,.0f} s, {plan["step"]["chip_hours"]:,.1f} chip-hours '
-        f'({plan["step"]["episodes"]:,} episodes, {plan["step"]["micro_batches"]} micro-batches)',
+        f'({_episodes(plan)}, {plan["step"]["micro_batches"]} micro-batches)',
         f'{plan["run"]["steps"]} steps: {plan["run"]["hours"]:,.1f} hours, {plan["run"]["chip_hours"]:,.0f} chip-hours',
         f'Policy update: {plan["mfu"]["update_policy"]:.0%} model-FLOPs utilisation estimated; MaxText publishes '
         f'{plan["mfu"]["published"]:.1%} for pretraining 32B on v5p-128. Why less:',
@@ -187,11 +189,21 @@ def text(plan: dict) -> str:
     return '\n'.join(lines)
 
 
+def _episodes(plan: dict) -> str:
+    """What a step is trained on, and with partial rollouts how long as many take as it asks for."""
+    step = plan['step']
+    if not plan['rollout']['quanta']:
+        return f'{step["episodes"]:,} episodes'
+    asked = f'{step["asked"]:,}'
+    return f'{step["episodes"]:,} of {asked} episodes end in it, {asked} take {spell(step["seconds_asked"])} s'
+
+
 def _lengths(r: dict, sigma: float) -> str:
     """What was assumed of the episodes, and what came of it."""
+    works = f'for {r["quanta"]} decode calls each work on' if r['quanta'] else 'make'
     return (
         f'Lengths assumed: log-normal, sigma {sigma:g}, mean {r["mean"]:,.0f}, cut at {r["budget"]:,} tokens; '
-        f'of {r["engines"]} engines the slowest {r["abreast"]} side by side make {r["episodes"]:,} episodes of '
+        f'of {r["engines"]} engines the slowest {r["abreast"]} side by side {works} {r["episodes"]:,} episodes of '
         f'{r["calls"]} calls of tools on {r["rows"]} rows in {r["steps"]:,} decode steps, {r["busy"]:.0%} of their '
         'row-steps busy; '
         f'a step reads {r["read"]:,.0f} slots a row, of which {r["live"]:,.0f} hold tokens'

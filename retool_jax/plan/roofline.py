@@ -58,7 +58,7 @@ def seconds(facts: Facts, chip: Chip, a: Assumptions) -> Seconds:
 class Sizes:
     """How much work an RL step is, beside its rollout (plan/engines.py)."""
 
-    episodes: int
+    episodes: float  # that are trained on, in the mean
     minibatches: int
     epochs: int
     micro_rows: int

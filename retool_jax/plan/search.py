@@ -215,7 +215,8 @@ def _rollouts(plans: Plans, stage: Reinforcement, base: Keys, run: Run) -> list[
             same = {'rows': best.keys['sampler.rows'], 'decode_rows': decode_rows}
             tried = [guess(**same, **given | {'feed_rows': n}) for n in sorted({given['feed_rows'], *FEEDS})]
             fed = {'feed_rows': min(tried, key=lambda c: c.seconds['rollout']).keys['sampler.feed_rows']}
-            tried = [guess(**same, **given | fed | {'quota': n}) for n in QUOTAS if run.lockstep and n < given['quota']]
+            quotas = QUOTAS if run.lockstep and not stage.ppo.quanta else ()  # ppo.quanta counts calls of so many steps
+            tried = [guess(**same, **given | fed | {'quota': n}) for n in quotas if n < given['quota']]
             tried = [c for c in tried if c.call_s >= QUANTUM_S and c.seconds['rollout'] < best.seconds['rollout']]
             quota = min(tried, key=lambda c: c.seconds['rollout']).keys['sampler.quota'] if tried else given['quota']
             if (least := fed | {'quota': quota}) != given:

@@ -54,6 +54,7 @@ def course(longest, live=(), busy=(), extends=(1,), reach=(1,)) -> Course:
         busy_P=np.array(busy or [ROWS] * count),
         live_P=np.array(live or [0] * count),
         longest_P=np.array(longest),
+        tokens=0,
         extends_F=np.array(extends),
         reach_F=np.array(reach),
     )
@@ -284,6 +285,17 @@ def test_a_step_is_the_slowest_engines_and_always_the_same():
     assert engines.simulate(alone, found.values(), a).seconds > 2 * first.seconds  # one engine makes all 256
     none = make_run('--config.mesh.tensor=1', '--config.ppo.problems_per_step=4', process_chips=1)
     assert engines.simulate(none, found.values(), a).episodes == 4  # more engines than problems
+
+
+def test_a_step_of_partial_rollouts_is_shorter_and_ends_fewer_episodes():
+    keys = ('--config.loss.correction=token', '--config.sampler.rows=16')
+    run, found = rollout(*keys, topology='h100:8')
+    a = engines.assume(run, None)
+    whole, part = (engines.simulate(make_run(*keys, f'--config.ppo.quanta={n}'), found.values(), a) for n in (0, 4))
+    assert (whole.quanta, whole.episodes, whole.ended) == (0, 256, 256)
+    assert part.quanta == 4 and part.steps < whole.steps and part.busy > whole.busy
+    assert 64 < part.ended < part.episodes < 256  # samples that have ended wait for those of their group
+    assert part.steps * part.busy * part.rows == pytest.approx(part.ended * 75, rel=0.05)
 
 
 def test_a_mean_that_the_budget_does_not_allow_is_refused():

@@ -166,6 +166,17 @@ def test_the_page_says_the_same_in_numbers_and_in_words():
     assert 'does not fit' not in text
 
 
+def test_of_partial_rollouts_the_page_says_what_as_many_episodes_take():
+    keys = ('--config.ppo.quanta=1', '--config.loss.correction=token')
+    run = make_run('--config.ppo.critic=backbone', '--config.mesh.tensor=2', *keys)
+    plan = json.loads(json.dumps(page.make(run, [guess.estimate(run, program) for program in run.programs()], A)))
+    step, rollout = plan['step'], plan['rollout']
+    assert 0 < step['episodes'] < step['asked'] == 256 and step['episodes'] == round(rollout['ended'])
+    assert step['seconds_asked'] == pytest.approx(step['seconds'] * 256 / rollout['ended'])
+    text = page.text(plan)
+    assert f'({step["episodes"]} of 256 episodes end in it, 256 take ' in text and 'for 1 decode calls each' in text
+
+
 def test_the_page_says_how_much_of_the_work_counts():
     def share(remat: str) -> float:
         run = make_run('--config.ppo.critic=backbone', '--config.mesh.tensor=2', f'--config.forward.remat={remat}')

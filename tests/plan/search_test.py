@@ -82,11 +82,12 @@ def test_nothing_that_is_learned_changes(searched):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('shortest, quotas', [(0.0, {64, 16}), (search.QUANTUM_S, {64})])
-def test_engines_of_several_processes_may_decode_fewer_steps_at_a_time(small, monkeypatch, shortest, quotas):
-    """The tiny model's steps take microseconds: no call of them is long enough."""
+@pytest.mark.parametrize('shortest, quanta, quotas', [(0.0, 0, {64, 16}), (search.QUANTUM_S, 0, {64}), (0.0, 1, {64})])
+def test_engines_of_several_processes_may_decode_fewer_steps_at_a_time(small, monkeypatch, shortest, quanta, quotas):
+    """The tiny model's steps take microseconds: no call of them is long enough. ppo.quanta counts calls of as many."""
     monkeypatch.setattr(search, 'QUANTUM_S', shortest)
-    stage = stage_of('--config.mesh.tensor=2', '--config.sampler.quota=64', '--config.ppo.problems_per_step=8')
+    keys = ('--config.mesh.tensor=2', '--config.sampler.quota=64', '--config.ppo.problems_per_step=8')
+    stage = stage_of(*keys, f'--config.ppo.quanta={quanta}', '--config.loss.correction=token')
     found = search.search(Plans(models.sizes(None, 'tiny'), chips.open_slice('h100:2'), None, process_chips=1), stage)
     assert {c.keys.get('sampler.quota', 64) for c in found.candidates} == quotas
 
