@@ -60,6 +60,12 @@ SLICES = {
     ('qwen2_5_32b', 'v6e:8x8'): LOCKSTEP | {'sampler.rows': 37, 'forward.remat': 'dots_but_mlp'},
     ('qwen2_5_32b', 'v5e:16x16'): LOCKSTEP | {'sampler.rows': 11, 'forward.remat': 'dots_but_mlp'},
     ('qwen2_5_32b', 'h100:64'): ENGINE | {'sampler.rows': 120, 'forward.remat': 'dots_but_mlp'},
+    ('qwen2_5_7b', 'h100:8'): {
+        'mesh.tensor': 4,
+        'sampler.rows': 256,
+        'sampler.feed_rows': 2,
+        'forward.remat': 'dots',
+    },
 }
 
 
