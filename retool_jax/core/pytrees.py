@@ -66,18 +66,20 @@ class Batch:
     """Packed episodes: several episodes may share a row, told apart by `segment_ids_BT`.
 
     Every [B, T] array is aligned to the token itself: `logprob[b, t]` is that of `tokens[b, t]`
-    given what stands before it in the same segment.
+    given what stands before it in the same segment, and in the beginning that this goes on from.
     """
 
     tokens_BT: jax.Array  # int32
-    segment_ids_BT: jax.Array  # int32, 1…N within a row, 0 is padding
-    positions_BT: jax.Array  # int32, from 0 within each segment
+    segment_ids_BT: jax.Array  # int32, 1…N within a row, 0 is padding; beyond N a beginning that episodes share
+    positions_BT: jax.Array  # int32, from 0 within each episode
     acted_BT: jax.Array  # bool, True where the policy wrote the token
     sampler_logprob_BT: jax.Array  # f32, 0 where not acted
     reward_BN: jax.Array  # f32, entry n belongs to segment n + 1 of the row
     group_BN: jax.Array  # int32, episodes of one problem share a group; -1 is no episode
     baseline_BN: jax.Array  # bool, episodes that count in their group's baseline
     update_BN: jax.Array  # bool, episodes that are trained on
+    # int32, the shared beginning that a token's segment goes on from, else its own segment; None: none is shared.
+    prefix_ids_BT: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

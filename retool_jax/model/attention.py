@@ -39,15 +39,25 @@ def _mix(score_BKGTS: jax.Array, mask_BTS: jax.Array, v_BSKH: jax.Array) -> jax.
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 
+def _seen(own_BC: jax.Array, prefix_BC: jax.Array | None, segment_ids_BT: jax.Array) -> jax.Array:
+    """Which tokens lie in a query's segment, or in the one that this goes on from, [B, C, T]."""
+    lies_in = lambda ids_BC: ids_BC[:, :, None] == segment_ids_BT[:, None, :]
+    return lies_in(own_BC) if prefix_BC is None else lies_in(own_BC) | lies_in(prefix_BC)
+
+
 def dense(
     q_BTNH: Float[Array, 'B T N H'],
     k_BTKH: Float[Array, 'B T K H'],
     v_BTKH: Float[Array, 'B T K H'],
     segment_ids_BT: Int[Array, 'B T'],
+    prefix_ids_BT: Int[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T N H']:
-    """Causal attention within segments by a whole [T, T] score matrix: for short rows."""
+    """Causal attention within segments by a whole [T, T] score matrix: for short rows.
+
+    prefix_ids_BT: the segment that a token's own goes on from, whose tokens it sees as well, or its own; None: its own.
+    """
     t = q_BTNH.shape[1]
-    mask = jnp.tril(jnp.ones((t, t), bool)) & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    mask = jnp.tril(jnp.ones((t, t), bool)) & _seen(segment_ids_BT, prefix_ids_BT, segment_ids_BT)
     return _mix(_scores(q_BTNH, k_BTKH), mask, v_BTKH)
 
 
@@ -56,6 +66,8 @@ def blocked(
     k_BTKH: Float[Array, 'B T K H'],
     v_BTKH: Float[Array, 'B T K H'],
     segment_ids_BT: Int[Array, 'B T'],
+    prefix_ids_BT: Int[Array, 'B T'] | None = None,
+    *,
     block: int = 512,
 ) -> Float[Array, 'B T N H']:
     """The same, a block of queries at a time, recomputed in the backward pass: memory B·N·block·T."""
@@ -63,17 +75,16 @@ def blocked(
     block = math.gcd(t, block)
     blocks = t // block
     q_blocks = q_BTNH.reshape(b, blocks, block, n, h).swapaxes(0, 1)
-    segment_blocks = segment_ids_BT.reshape(b, blocks, block).swapaxes(0, 1)
+    cut = lambda ids_BT: ids_BT.reshape(b, blocks, block).swapaxes(0, 1)
 
     @jax.checkpoint
-    def one(start, q_BCNH, segment_BC):
+    def one(start, q_BCNH, segment_BC, prefix_BC=None):
         causal = (start + jnp.arange(block))[:, None] >= jnp.arange(t)[None, :]
-        mask = causal & (segment_BC[:, :, None] == segment_ids_BT[:, None, :])
+        mask = causal & _seen(segment_BC, prefix_BC, segment_ids_BT)
         return _mix(_scores(q_BCNH, k_BTKH), mask, v_BTKH)
 
-    _, out = jax.lax.scan(
-        lambda carry, x: (carry, one(*x)), None, (jnp.arange(blocks) * block, q_blocks, segment_blocks)
-    )
+    ids = [cut(ids_BT) for ids_BT in (segment_ids_BT, prefix_ids_BT) if ids_BT is not None]
+    _, out = jax.lax.scan(lambda carry, x: (carry, one(*x)), None, (jnp.arange(blocks) * block, q_blocks, *ids))
     return out.swapaxes(0, 1).reshape(b, t, n, h)
 
 
@@ -92,14 +103,23 @@ def resolve(implementation: str, length: int, platform: str, capability: float =
     return 'cudnn' if capability >= kernels.HOPPER and jnp.dtype(dtype) in kernels.HALVES else 'blocked'
 
 
+def _resolved(implementation: str, length: int, dtype) -> str:
+    chip = jax.devices()[0]
+    return resolve(implementation, length, chip.platform, kernels.capability(chip), dtype)
+
+
+def shares(implementation: str, length: int, dtype) -> bool:
+    """Whether episodes of a row may go on from a beginning that lies there once: fused kernels know segments alone."""
+    return _resolved(implementation, length, dtype) in ('dense', 'blocked')
+
+
 def choose(implementation: str, length: int, segments: int = 1, dtype=jnp.float32) -> Callable[..., jax.Array]:
     """The function that attends over whole sequences, by name.
 
     'dense' and 'blocked' run anywhere, 'splash' on TPU, 'cudnn' on GPU. segments: the most episodes of a row, which
     cudnn must know. dtype: of queries, keys and values.
     """
-    chip = jax.devices()[0]
-    implementation = resolve(implementation, length, chip.platform, kernels.capability(chip), dtype)
+    implementation = _resolved(implementation, length, dtype)
     table = {'dense': dense, 'blocked': blocked, 'splash': kernels.splash, 'cudnn': kernels.cudnn}
     if implementation == 'cudnn' and segments > 1:
         return functools.partial(kernels.cudnn, segments=segments)

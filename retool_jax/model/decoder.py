@@ -153,6 +153,7 @@ def forward(
     tokens_BT: Int[Array, 'B T'],
     positions_BT: Int[Array, 'B T'],
     segment_ids_BT: Int[Array, 'B T'],
+    prefix_ids_BT: Int[Array, 'B T'] | None = None,
     *,
     dtype=jnp.float32,
     attend: str = 'auto',
@@ -162,6 +163,7 @@ def forward(
 ) -> Float[Array, 'B T D']:
     """Hidden states after the final norm, [B, T, D] in `dtype`, by a scan over layers.
 
+    `prefix_ids_BT`: as in `Batch`; only where `attention.shares`.
     `remat`: 'none' keeps activations, 'full' recomputes each layer in the backward pass, 'attention' all of it but
     fused attention, 'dots_but_mlp' keeps what the projections give too, but for the MLP's gate and up, 'dots' all
     matmul results, 'offload' keeps those in the host's memory.
@@ -172,7 +174,8 @@ def forward(
     x_BTD = constrain(x_BTD, 'batch', 'seq', None)
     rope = rope_table(config, positions_BT)
     attend_full = attention.choose(attend, tokens_BT.shape[1], segments, dtype)
-    mix = lambda q, k, v: attend_full(q, k, v, segment_ids_BT)
+    ids = (segment_ids_BT,) if prefix_ids_BT is None else (segment_ids_BT, prefix_ids_BT)
+    mix = lambda q, k, v: attend_full(q, k, v, *ids)
 
     def layer(x_BTD, layer_params):
         x_BTD = _bind(config, 'layers', layer_params)(x_BTD, rope, mix)

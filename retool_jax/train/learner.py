@@ -231,12 +231,11 @@ class Learner:
         """logprob and entropy of every acted token, value of every token, [B, T] each; zeros where `params` lacks the
         part, and for the first two without `logprobs`."""
         f, whole = self.forward, lambda trained: lora.over(frozen, trained, self.adapter_scale)
+        rows = (micro.tokens_BT, micro.positions_BT, micro.segment_ids_BT, micro.prefix_ids_BT)
         run = lambda weights: decoder.forward(
             self.config,
             weights,
-            micro.tokens_BT,
-            micro.positions_BT,
-            micro.segment_ids_BT,
+            *rows,
             dtype=jnp.dtype(f.dtype),
             attend=f.attention,
             segments=f.row_segments,

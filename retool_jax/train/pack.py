@@ -1,9 +1,16 @@
-"""Episodes to arrays: several episodes share a row, told apart by segment ids."""
+"""Episodes to arrays: several episodes share a row, told apart by segment ids.
+
+Where attention allows it (`attention.shares`) a row holds a beginning that its episodes have in common once: the prompt
+of a group's samples, or the instruction of all prompts.
+"""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from retool_jax.core.errors import UserError
@@ -11,24 +18,55 @@ from retool_jax.core.pytrees import Batch
 from retool_jax.core.records import Episode
 
 
-def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Deals episodes out to rows, longest first: lists of episode indices whose lengths add up to at most `width`.
+@dataclasses.dataclass(frozen=True)
+class Beginnings:
+    """What episodes have in common: a family begins alike."""
+
+    family: Sequence[int]  # of each episode
+    length: Sequence[int]  # of each family, tokens; 0: nothing
+
+
+def beginnings(episodes: Sequence[Episode]) -> Beginnings:
+    """What episodes share: their whole prompts where they are samples of the same ones, else what all prompts begin
+    with, by which more tokens are saved.
+
+    Each keeps the last token of its prompt: its own first token is predicted from it.
+    """
+    prompts = [tuple(e.tokens[: max(e.prompt_length - 1, 0)]) for e in episodes]
+    counts = collections.Counter(prompts)
+    whole = sum(len(prompt) * (count - 1) for prompt, count in counts.items())
+    least, most = min(counts, default=()), max(counts, default=())  # what these begin with alike all others do
+    common = next((i for i, (a, b) in enumerate(zip(least, most)) if a != b), len(least))
+    if whole < common * (len(prompts) - 1):
+        return Beginnings([0] * len(prompts), [common])
+    several = {prompt: n for n, prompt in enumerate(p for p, count in counts.items() if count > 1)}
+    # The family behind all others has nothing in common: its episodes fill what these leave of their rows.
+    return Beginnings([several.get(p, len(several)) for p in prompts], [*map(len, several), 0])
+
+
+def first_fit(lengths: Sequence[int], width: int, shared: Beginnings | None = None) -> list[list[int]]:
+    """Deals episodes out to rows, family by family, longest first: lists of episode indices whose lengths, without the
+    beginnings that lie there already, add up to at most `width`.
 
     The same lengths give the same rows in every process. Raises: UserError for an episode that is
     longer than a row.
     """
+    family, length = (shared.family, shared.length) if shared else ([0] * len(lengths), [0])
     rows: list[list[int]] = []
     room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    held: list[set[int]] = []  # families
+    for i in sorted(range(len(lengths)), key=lambda i: (family[i], -lengths[i], i)):
         if lengths[i] > width:
             raise UserError(f'pack: an episode has {lengths[i]} tokens, a row holds {width}; raise the row width')
-        row = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
-        if row is None:
+        needed = lambda r, i=i: lengths[i] - length[family[i]] * (family[i] in held[r])
+        row = next((r for r, free in enumerate(room) if free >= needed(r)), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(width)
-            row = len(rows) - 1
+            held.append(set())
+        room[row] -= needed(row)
         rows[row].append(i)
-        room[row] -= lengths[i]
+        held[row].add(family[i])
     return rows
 
 
@@ -41,6 +79,7 @@ def pack(
     groups: Sequence[int] | None = None,
     baseline: Sequence[bool] | None = None,
     update: Sequence[bool] | None = None,
+    share: bool = False,
 ) -> Batch:
     """The batch of these episodes, numpy arrays of rows × `width`.
 
@@ -49,11 +88,13 @@ def pack(
     groups: one id per episode, equal for samples of one problem; default: each its own.
     baseline, update: which episodes count in their group's baseline, and which are trained on;
       default: all.
+    share: whether beginnings that episodes of a row have in common lie there once (`beginnings`).
     An episode without a reward counts as 0 (supervised traces have none).
     """
+    shared = beginnings(episodes) if share else Beginnings([0] * len(episodes), [0])
     dealt = [
         part[i : i + segments]
-        for part in first_fit([len(e.tokens) for e in episodes], width)
+        for part in first_fit([len(e.tokens) for e in episodes], width, shared)
         for i in range(0, len(part), segments)
     ]
     count = max(rows, -(-len(dealt) // rows) * rows)
@@ -68,21 +109,35 @@ def pack(
         group_BN=np.full((count, segments), -1, np.int32),
         baseline_BN=np.zeros((count, segments), bool),
         update_BN=np.zeros((count, segments), bool),
+        prefix_ids_BT=ints(count, width) if share else None,
     )
+
+    def lay(r: int, start: int, segment: int, prefix: int, episode: Episode, first: int, last: int) -> int:
+        """Lays tokens of an episode into a row; where they end."""
+        at = np.s_[r, start : start + last - first]
+        batch.tokens_BT[at] = episode.tokens[first:last]
+        batch.segment_ids_BT[at] = segment
+        batch.positions_BT[at] = np.arange(first, last)
+        batch.acted_BT[at] = episode.acted[first:last]
+        batch.sampler_logprob_BT[at] = episode.logprobs[first:last]
+        if share:
+            batch.prefix_ids_BT[at] = prefix
+        return at[1].stop
+
     for r, members in enumerate(dealt):
-        start = 0
+        start, there = 0, {}  # families whose beginning lies in the row once → its segment
+        held = collections.Counter(shared.family[i] for i in members)
         for n, i in enumerate(members):
-            episode, end = episodes[i], start + len(episodes[i].tokens)
-            batch.tokens_BT[r, start:end] = episode.tokens
-            batch.segment_ids_BT[r, start:end] = n + 1
-            batch.positions_BT[r, start:end] = np.arange(end - start)
-            batch.acted_BT[r, start:end] = episode.acted
-            batch.sampler_logprob_BT[r, start:end] = episode.logprobs
+            episode, family = episodes[i], shared.family[i]
+            first = shared.length[family] if held[family] > 1 else 0
+            if first and family not in there:
+                there[family] = segments + 1 + len(there)
+                start = lay(r, start, there[family], there[family], episode, 0, first)
+            start = lay(r, start, n + 1, there.get(family, n + 1), episode, first, len(episode.tokens))
             batch.reward_BN[r, n] = episode.reward.value if episode.reward else 0.0
             batch.group_BN[r, n] = groups[i] if groups is not None else i
             batch.baseline_BN[r, n] = baseline[i] if baseline is not None else True
             batch.update_BN[r, n] = update[i] if update is not None else True
-            start = end
     return batch
 
 
@@ -96,9 +151,7 @@ def join(batches: Sequence[Batch], rows: int = 1) -> tuple[Batch, list[tuple[int
     total = rows
     while total < ends[-1]:
         total *= 2
-    empty = pack(
-        [], width=batches[0].tokens_BT.shape[1], rows=total - ends[-1] or 1, segments=batches[0].reward_BN.shape[1]
-    )
+    width, segments, share = *batches[0].tokens_BT.shape[1:], batches[0].reward_BN.shape[1], batches[0].prefix_ids_BT
+    empty = pack([], width=width, rows=total - ends[-1] or 1, segments=segments, share=share is not None)
     parts = [*batches, empty] if total > ends[-1] else list(batches)
-    fields = {f: np.concatenate([getattr(b, f) for b in parts]) for f in batches[0].__dataclass_fields__}
-    return Batch(**fields), list(zip([0, *ends[:-1]], ends))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts), list(zip([0, *ends[:-1]], ends))

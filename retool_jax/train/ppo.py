@@ -343,6 +343,7 @@ def make_batch(
             groups=pick(groups),
             baseline=pick(baseline),
             update=pick(update),
+            share=forward.shares,
         )
 
     silent = [chosen[~speaks[chosen]] for chosen in dealt]

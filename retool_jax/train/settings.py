@@ -56,6 +56,11 @@ class ForwardSettings:
             )
         self._check_attention()
 
+    @property
+    def shares(self) -> bool:
+        """Whether a row holds once what its episodes begin with alike."""
+        return attention.shares(self.attention, self.row_width, self.dtype)
+
     def _check_attention(self):
         if self.attention == 'cudnn' and self.dtype == 'float32':
             raise UserError('attention=cudnn has no float32 kernel; set forward.dtype=bfloat16')

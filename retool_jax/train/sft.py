@@ -96,7 +96,8 @@ def batches(
 
 def packed(episodes: Sequence[Episode], forward: ForwardSettings) -> Batch:
     """Episodes packed into rows of the learner's shape."""
-    return pack(episodes, width=forward.row_width, rows=forward.micro_rows, segments=forward.row_segments)
+    size = {'width': forward.row_width, 'rows': forward.micro_rows, 'segments': forward.row_segments}
+    return pack(episodes, **size, share=forward.shares)
 
 
 def train(

@@ -65,6 +65,25 @@ def test_blocked_attention_has_the_gradients_of_dense(block):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.parametrize('form', ['dense', 'blocked'])
+def test_a_segment_sees_the_beginning_that_it_goes_on_from_and_no_other(form):
+    """Rows of a beginning of 5 and two of its ends, then one of 3 and an end: each end as a row of its own."""
+    own = np.repeat([4, 1, 2, 5, 3, 0], [5, 4, 6, 3, 4, 2])[None]
+    before = np.repeat([4, 4, 4, 5, 5, 0], [5, 4, 6, 3, 4, 2])[None]
+    function = attention.dense if form == 'dense' else functools.partial(attention.blocked, block=8)
+    q, k, v = (x[:1] for x in inputs(4, 2, length=24))
+    out = jax.jit(function)(q, k, v, own, before)
+    for places in ([*range(5), *range(5, 9)], [*range(5), *range(9, 15)], [*range(15, 18), *range(18, 22)]):
+        part = [x[:, places] for x in (q, k, v)]
+        alone = attention.dense(*part, np.ones((1, len(places)), np.int32))
+        np.testing.assert_allclose(out[:, places], alone, atol=2e-6)
+
+
+def test_fused_attention_shares_nothing():
+    assert attention.shares('dense', 512, 'float32') and attention.shares('auto', 16384, 'float32')  # on a CPU: blocked
+    assert not any(attention.shares(kind, 512, 'bfloat16') for kind in ('splash', 'cudnn'))
+
+
 def test_blocked_attention_holds_no_square_of_scores():
     shape = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
     loss = lambda q, k, v, s: attention.blocked(q, k, v, s, block=256).sum()

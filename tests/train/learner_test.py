@@ -90,6 +90,34 @@ def test_several_episodes_per_row_give_the_step_of_one_per_row():
     assert_same_step(run(packed, 3, 2), run(alone, 1, 4))
 
 
+def of_one_prompt(episodes, samples=2):
+    """The same with the prompt of each group's first sample for all of them."""
+    for first in range(0, len(episodes), samples):
+        prompt = episodes[first].tokens[: episodes[first].prompt_length]
+        for e in episodes[first : first + samples]:
+            rest = slice(e.prompt_length, None)
+            e.tokens, e.acted = prompt + e.tokens[rest], [False] * len(prompt) + e.acted[rest]
+            e.logprobs, e.prompt_length = [0.0] * len(prompt) + e.logprobs[rest], len(prompt)
+    return episodes
+
+
+@pytest.mark.parametrize('advantage, loss', [({}, {}), ({'kind': 'grpo'}, {'aggregation': 'seq-mean-token-mean'})])
+def test_a_prompt_that_lies_once_in_a_row_gives_the_step_of_one_for_each_sample(advantage, loss):
+    episodes = of_one_prompt(small.make_episodes(8))
+    shared, alone = (make_batch(episodes, rows=2, share=share) for share in (True, False))
+    assert (shared[0].segment_ids_BT > 3).any() and (shared[0].tokens_BT != alone[0].tokens_BT).any()
+    learner = small.make_learner(advantage=small.make_advantage(**advantage), loss=small.make_loss(**loss))
+    assert_same_step(step(learner, *shared), step(learner, *alone))
+
+
+def test_an_instruction_that_lies_once_in_a_row_gives_the_same_supervised_step():
+    episodes = of_one_prompt(small.make_episodes(8), samples=8)
+    shared, alone = (make_batch(episodes, rows=2, share=share)[0] for share in (True, False))
+    learner = small.make_learner(rl=False)
+    assert (shared.segment_ids_BT > 3).any()
+    assert_same_step(sft_step(learner, shared), sft_step(learner, alone))
+
+
 def test_the_first_mini_batch_has_ratio_one_and_the_second_has_not(learner):
     packed = [pack(part, width=48, rows=2, segments=3, groups=GROUPS[:4]) for part in (EPISODES[:4], EPISODES[4:])]
     batch, (first, second) = join(packed)

@@ -57,20 +57,10 @@ def deal(episodes, seed=0, step=0, **changes):
 def unpacked(batch, rows=None):
     """What the batch says of each episode: ids → (group, reward, baseline, update)."""
     found = []
-    for r in range(*(rows or (0, len(batch.tokens_BT)))):
-        for n in range(batch.segment_ids_BT[r].max()):
-            ids = tuple(batch.tokens_BT[r, batch.segment_ids_BT[r] == n + 1].tolist())
-            found.append(
-                (
-                    ids,
-                    (
-                        int(batch.group_BN[r, n]),
-                        float(batch.reward_BN[r, n]),
-                        bool(batch.baseline_BN[r, n]),
-                        bool(batch.update_BN[r, n]),
-                    ),
-                )
-            )
+    for r, n, place in small.places(batch, rows):
+        ids = tuple(batch.tokens_BT[r, place].tolist())
+        reward, flags = float(batch.reward_BN[r, n]), (bool(batch.baseline_BN[r, n]), bool(batch.update_BN[r, n]))
+        found.append((ids, (int(batch.group_BN[r, n]), reward, *flags)))
     assert len(dict(found)) == len(found)
     return dict(found)
 

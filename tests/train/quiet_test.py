@@ -104,11 +104,9 @@ def test_the_samplers_logprobs_serve_where_a_step_is_one_update():
     whole, expected = take(learner, made)
     batch, rows, _ = ppo.make_batch(made, GRPO, small.make_forward(), 0, 0, True)
     scores = learner.score(small.make_tree('none'), learner.put(batch), rows[-1][1], None, num_groups=4)
-    for r in range(rows[-1][1]):  # a sampler that computes what the trainer does
-        for n in range(batch.segment_ids_BT[r].max()):
-            place = batch.segment_ids_BT[r] == n + 1
-            episode = next(e for e in made if e.tokens == batch.tokens_BT[r, place].tolist())
-            episode.logprobs = np.asarray(scores.logprob_BT)[r, place].tolist()
+    for r, _, place in small.places(batch, (0, rows[-1][1])):  # a sampler that computes what the trainer does
+        episode = next(e for e in made if e.tokens == batch.tokens_BT[r, place].tolist())
+        episode.logprobs = np.asarray(scores.logprob_BT)[r, place].tolist()
     found, metrics = take(learner, made, rescore=False)
     assert small.distance(found, whole) < 1e-5
     np.testing.assert_allclose(metrics['actor/pg_loss'], expected['actor/pg_loss'], atol=1e-6)

@@ -25,8 +25,7 @@ def make(episodes, seed=0, start=0, **changes):
 
 def texts(batch):
     """The episodes of a batch, as tuples of ids."""
-    rows = zip(batch.tokens_BT, batch.segment_ids_BT)
-    return [tuple(row[ids == n].tolist()) for row, ids in rows for n in range(1, ids.max() + 1)]
+    return [tuple(batch.tokens_BT[r, place].tolist()) for r, _, place in small.places(batch)]
 
 
 def same(a, b):

@@ -142,6 +142,17 @@ def make_episodes(count: int = 8, seed: int = 0, samples: int = 2) -> list[Episo
     return [make_episode(rng, f'p{i // samples}', *lengths(i), sample=i % samples) for i in range(count)]
 
 
+def places(batch, rows: tuple[int, int] | None = None):
+    """(row, episode's number in it, where its tokens stand there) of each episode of a batch or of some of its rows."""
+    for r in range(*(rows or (0, len(batch.tokens_BT)))):
+        ids = batch.segment_ids_BT[r]
+        for n in range(batch.reward_BN.shape[1]):
+            own = np.flatnonzero(ids == n + 1)
+            if own.size:
+                before = ids == batch.prefix_ids_BT[r, own[0]] if batch.prefix_ids_BT is not None else ids == n + 1
+                yield r, n, np.union1d(np.flatnonzero(before), own)
+
+
 def distance(a, b) -> float:
     """‖a − b‖ / ‖b‖ over a tree."""
     size = lambda tree: np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(tree)))
