@@ -124,7 +124,7 @@ def set_pretrained(config: ConfigDict, arg: str) -> None:
     # One mini-batch: every update is of the weights that sampled, whose logprobs serve, and nothing is scored.
     config.loss.correction = 'none'
     config.ppo.update(
-        {'steps': 16, 'problems_per_step': 8, 'samples': 8, 'minibatches': 1, 'critic': 'none', 'rescore': False}
+        {'steps': 32, 'problems_per_step': 8, 'samples': 8, 'minibatches': 1, 'critic': 'none', 'rescore': False}
     )
     config.checkpoints.every = 2
     mental = {'mental': 1.0}
@@ -132,10 +132,10 @@ def set_pretrained(config: ConfigDict, arg: str) -> None:
     config.text.update({'optimizer': config.optimizer, 'advantage': config.advantage})
     config.recipe.update(
         {
-            'problems_seen': 1500,
-            'sft_steps': 60,  # 30 of 3,072 tokens left it right in one answer of thirty
+            'problems_seen': 2000,
+            'sft_steps': 200,  # 60 of 4,096 tokens left it right in one answer of twelve
             'lead_steps': 0,
-            'sft_batch_tokens': 4096,
+            'sft_batch_tokens': 2048,
             'evaluation_share': 0.03,
             'problems': 200,
             'apart_problems': 20,
