@@ -44,6 +44,10 @@ def beginnings(episodes: Sequence[Episode]) -> Beginnings:
     return Beginnings([several.get(p, len(several)) for p in prompts], [*map(len, several), 0])
 
 
+def _nothing(count: int) -> Beginnings:
+    return Beginnings([0] * count, [0])
+
+
 def first_fit(lengths: Sequence[int], width: int, shared: Beginnings | None = None) -> list[list[int]]:
     """Deals episodes out to rows, family by family, longest first: lists of episode indices whose lengths, without the
     beginnings that lie there already, add up to at most `width`.
@@ -51,7 +55,8 @@ def first_fit(lengths: Sequence[int], width: int, shared: Beginnings | None = No
     The same lengths give the same rows in every process. Raises: UserError for an episode that is
     longer than a row.
     """
-    family, length = (shared.family, shared.length) if shared else ([0] * len(lengths), [0])
+    shared = shared or _nothing(len(lengths))
+    family, length = shared.family, shared.length
     rows: list[list[int]] = []
     room: list[int] = []
     held: list[set[int]] = []  # families
@@ -91,7 +96,7 @@ def pack(
     share: whether beginnings that episodes of a row have in common lie there once (`beginnings`).
     An episode without a reward counts as 0 (supervised traces have none).
     """
-    shared = beginnings(episodes) if share else Beginnings([0] * len(episodes), [0])
+    shared = beginnings(episodes) if share else _nothing(len(episodes))
     dealt = [
         part[i : i + segments]
         for part in first_fit([len(e.tokens) for e in episodes], width, shared)
