@@ -21,4 +21,5 @@ def test_the_memory_of_the_process_that_started_this_one_does_not_count():
     text = subprocess.run([sys.executable, '-c', parent], check=True, capture_output=True, text=True, env=env).stdout
     before, peak = np.array(text.split(), float)
     assert 2**26 < before < 2**30
-    assert 2**28 <= peak - before < 2**29
+    # The first peak can lie a little above what was held when the block came: freed since, or counted late by Linux.
+    assert 2**28 - 2**23 < peak - before < 2**29
