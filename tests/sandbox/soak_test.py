@@ -79,7 +79,7 @@ def _idle(pool: Pool) -> dict[str, float]:
 
 def _soak(count: int) -> None:
     rng = random.Random(count)
-    settings = tiny(cpu_s=0.5, wall_s=5.0, memory_mb=128, processes=16, scratch_mb=8, scratch_inodes=256, recycle=500)
+    settings = tiny(cpu_s=1.0, wall_s=5.0, memory_mb=128, processes=16, scratch_mb=8, scratch_inodes=256, recycle=500)
     with Pool(settings) as pool:
 
         def go(n: int) -> None:
