@@ -119,6 +119,7 @@ def test_the_floor_multiplies_every_weight_and_reads_the_live_cache():
         assert (np.asarray(program(changed)) != before).any(), names
 
 
+@pytest.mark.slow
 def test_long_and_short_caches_and_a_late_tool_are_measured():
     shape, said = Shape(**SMALL), []
     found = rollout.measure(shape, 1, ['cache'], said.append)

@@ -15,7 +15,7 @@ def test_the_memory_of_the_process_that_started_this_one_does_not_count():
     child = 'from retool_jax.core import processes; before = processes.peaks()[1]; held = b"x" * 2**28; '
     child += 'print(before, processes.peaks()[1])'
     parent = (
-        f'import subprocess, sys; held = b"x" * 2**31; subprocess.run([sys.executable, "-c", {child!r}], check=True)'
+        f'import subprocess, sys; held = b"x" * 2**30; subprocess.run([sys.executable, "-c", {child!r}], check=True)'
     )
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
     text = subprocess.run([sys.executable, '-c', parent], check=True, capture_output=True, text=True, env=env).stdout

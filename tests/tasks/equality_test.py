@@ -26,12 +26,20 @@ def wrong(grader, rows):
     return [row for row in rows if grader.equal(row['answer'], row['gold']) != row['equal']]
 
 
-@pytest.mark.parametrize('swapped', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_every_pair_of_the_table_is_judged_right_either_way_round(swapped, grader):
-    assert len(TABLE) >= 300 and 0.45 < sum(row['equal'] for row in TABLE) / len(TABLE) < 0.55
-    turned = [row | {'answer': row['gold'], 'gold': row['answer']} for row in TABLE]
-    assert wrong(grader, turned if swapped else TABLE) == []
+def check_table(grader, rows):
+    turned = [row | {'answer': row['gold'], 'gold': row['answer']} for row in rows]
+    assert wrong(grader, rows) == wrong(grader, turned) == []
     assert grader.timeouts == grader.deaths == 0
+
+
+def test_every_sixth_pair_of_the_table_is_judged_right_either_way_round(grader):
+    assert len(TABLE) >= 300 and 0.45 < sum(row['equal'] for row in TABLE) / len(TABLE) < 0.55
+    check_table(grader, TABLE[::6])
+
+
+@pytest.mark.slow
+def test_every_pair_of_the_table_is_judged_right_either_way_round(grader):
+    check_table(grader, TABLE)
 
 
 @pytest.mark.skipif(not GRADING.is_file(), reason='no file of pairs')

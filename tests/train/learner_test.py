@@ -217,7 +217,8 @@ def test_only_a_head_on_the_trunk_turns_the_policy_by_the_value_loss(learner, cr
     assert moved > 1e-3 if critic == 'head' else moved < 1e-6
 
 
-@pytest.mark.parametrize('critic', ['head', pytest.param('backbone', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('critic', ['head', 'backbone'])
 def test_a_held_policy_takes_no_step_and_no_moments_and_its_first_step_is_that_of_a_fresh_one(critic):
     adam = OptimizerSettings(
         kind='adamw',

@@ -46,7 +46,7 @@ def take(learner, made, **changes):
     return small.gradient(progress.state), pending.metrics | jax.device_get(pending.found[-1])
 
 
-@pytest.mark.parametrize('minibatches', [1, 2])
+@pytest.mark.parametrize('minibatches', [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize('kind', ['grpo', 'dr_grpo', 'rloo'])
 @pytest.mark.parametrize('aggregation', ['token-mean', pytest.param('seq-mean-token-mean', marks=pytest.mark.slow)])
 def test_leaving_them_out_is_the_same_step(kind, aggregation, minibatches, monkeypatch):

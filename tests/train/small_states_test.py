@@ -113,7 +113,7 @@ def tuned(mesh, kind, **forward):
     return jax.device_get((state, metrics))
 
 
-@pytest.mark.parametrize('kind', ['adamw_bf16', 'adafactor'])
+@pytest.mark.parametrize('kind', [pytest.param('adamw_bf16', marks=pytest.mark.slow), 'adafactor'])
 def test_on_a_mesh_steps_and_states_are_those_of_one_device_and_lie_as_they_began(kind):
     found, expected = (
         tuned(mesh, kind) for mesh in (sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}), small.one_device())
