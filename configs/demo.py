@@ -124,7 +124,7 @@ def set_pretrained(config: ConfigDict, arg: str) -> None:
     # One mini-batch: every update is of the weights that sampled, whose logprobs serve, and nothing is scored.
     config.loss.correction = 'none'
     config.ppo.update(
-        {'steps': 32, 'problems_per_step': 8, 'samples': 8, 'minibatches': 1, 'critic': 'none', 'rescore': False}
+        {'steps': 24, 'problems_per_step': 8, 'samples': 8, 'minibatches': 1, 'critic': 'none', 'rescore': False}
     )
     config.checkpoints.every = 2
     mental = {'mental': 1.0}
