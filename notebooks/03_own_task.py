@@ -61,7 +61,7 @@ Nearness().grade(r'so \boxed{19}', '20')
 # ## Two steps
 #
 # `configs/ppo.py` holds every setting with its source; what differs is set here. `parts.build` makes model, optimizer
-# and learner of it, a `source` makes the episodes of a step, and `ppo.train` is the loop.
+# and learner of it, `sync` the weights that are sampled with, a `source` the episodes of a step, and `ppo.train` is the loop.
 
 # %%
 config = cli.load_config('configs/ppo.py:tiny')
@@ -80,8 +80,9 @@ def report(result):
 
 
 with open_sandbox(stage.sandbox) as pool:
-    source = parts.source(parts.sampler(), pool, problems, Nearness())
-    ppo.train(parts.learner, parts.progress, stage.ppo, collect=source, seed=0, report=report)
+    sampler = parts.sampler()
+    sync, source = parts.sync(sampler), parts.source(sampler, pool, problems, Nearness())
+    ppo.train(parts.learner, parts.progress, stage.ppo, sync=sync, collect=source, seed=0, report=report)
 
 # %%
 ink.paint(results[-1].episodes[0], parts.model.tokenizer)

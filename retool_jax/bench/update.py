@@ -21,10 +21,10 @@ import numpy as np
 
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import sharding
-from retool_jax.core.pytrees import Batch
+from retool_jax.core.pytrees import Batch, Scores
 from retool_jax.model import decoder
 from retool_jax.model.config import ModelConfig
-from retool_jax.train.learner import Learner, Scores
+from retool_jax.train.learner import Learner
 from retool_jax.train.settings import ForwardSettings
 from retool_jax.train.state import OptimizerSettings, init_state, make_optimizer
 

@@ -84,6 +84,19 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the update needs beside the batch, computed once before it. All f32 [B, T]."""
+
+    logprob_BT: jax.Array  # of the policy before the update; zeros where the update's own pass has it
+    entropy_BT: jax.Array  # of the policy's distribution at each token; zeros there, too
+    reference_logprob_BT: jax.Array  # zeros where there is no reference
+    value_BT: jax.Array  # of the critic before the update, zeros where there is none
+    advantage_BT: jax.Array
+    return_BT: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """Parameters with their optimizer: one for the policy, one for a separate critic."""
 

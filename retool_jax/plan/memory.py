@@ -11,7 +11,7 @@ from retool_jax.plan.programs import Run, name_of, per_device
 from retool_jax.train.residency import ON_DEVICE
 from retool_jax.train.state import backbones
 
-PHASES = ('rollout', 'score', 'update')
+PHASES = ('sync', 'rollout', 'score', 'update')
 LIMIT = 0.9  # share of a chip's memory that a run may fill: runtime and fragmentation take the rest
 
 
@@ -57,11 +57,12 @@ def buffers(run: Run) -> dict[str, int]:
 def phases(run: Run, facts: Sequence[Facts]) -> list[Phase]:
     """The table of train/residency.py with sizes."""
     sizes, offload = buffers(run), run.sizes.offload
-    waiting = {'critic', 'optimizer', 'reference'}
+    waiting = {'policy', 'critic', 'optimizer', 'reference'}
     phases = []
     for name in PHASES:
-        wanted = {'frozen weights', 'policy', *(ON_DEVICE[name] if offload else waiting)}
+        wanted = {'frozen weights', *(ON_DEVICE[name] if offload else waiting)}
         wanted |= {
+            'sync': {'sampling weights'},
             'rollout': {'sampling weights', 'KV cache', 'rows'},
             'score': {'batch'},
             'update': {'batch', 'gradients'},
@@ -95,7 +96,9 @@ def remedies(run: Run, phase: Phase, hbm: int) -> list[str]:
     """What to change where a phase does not fit, the cheapest first."""
     settings, remedies = run.sampler.settings, []
     if not run.sizes.offload and phase.name != 'update':
-        remedies.append('ppo.offload=True (critic and optimizer wait on the host)')
+        remedies.append('ppo.offload=True (what a phase does not need waits on the host)')
+    if phase.name == 'sync':
+        return [*remedies, f'mesh.tensor={2 * run.mesh.shape["tensor"]} (weights over more chips)']
     if phase.name == 'rollout':
         rows = tokens_that_fit(run, phase, hbm) // settings.slots
         if phase.refused:  # what such a program needs is the compiler's guess

@@ -8,6 +8,7 @@ from retool_jax.plan import engines, memory, roofline
 from retool_jax.plan.facts import Facts
 from retool_jax.plan.programs import Run
 from retool_jax.plan.roofline import Assumptions, Sizes
+from retool_jax.train.ppo import unscored
 
 GIB = 2**30
 PUBLISHED_MFU = 0.715  # MaxText's table of v5p results: 32B pretraining on v5p-128
@@ -127,16 +128,17 @@ def make(run: Run, facts: list[Facts], assumptions: Assumptions, compile_s: floa
 
 
 def _sizes(run: Run, episodes: float) -> Sizes:
-    f = run.learner.forward
+    f, sizes = run.learner.forward, run.sizes
+    own = sizes.minibatches - unscored(sizes, run.loss, sizes.critic_warmup_steps)
     return Sizes(
         episodes=episodes,
-        minibatches=run.sizes.minibatches,
-        epochs=run.sizes.epochs,
+        minibatches=sizes.minibatches,
+        epochs=sizes.epochs,
         micro_rows=f.micro_rows,
         row_width=f.row_width,
         row_segments=f.row_segments,
         layers=run.model.num_hidden_layers,
-        policy_scores=run.sizes.rescore + run.loss.needs_reference,
+        policy_scores=sizes.rescore * own / sizes.minibatches + run.loss.needs_reference,
     )
 
 

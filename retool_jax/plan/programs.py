@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 
 from retool_jax.core import sharding
 from retool_jax.core.errors import UserError
-from retool_jax.core.pytrees import Batch, TrainState
+from retool_jax.core.pytrees import Batch, Scores, TrainState
 from retool_jax.model import attention, decoder, kernels, lora
 from retool_jax.model.config import ModelConfig
 from retool_jax.plan import chips
@@ -26,7 +26,6 @@ from retool_jax.rollout.sync import Sync, shardings
 from retool_jax.stages import parts
 from retool_jax.stages.config import Reinforcement
 from retool_jax.text import tags
-from retool_jax.train.learner import Scores
 from retool_jax.train.state import add_critic, backbones, init_state, lowered
 
 Shapes = Any  # a tree of ShapeDtypeStructs with shardings
@@ -37,7 +36,7 @@ class Program:
     """A jitted function with the shapes it is called with."""
 
     name: str
-    phase: str  # of an RL step: 'rollout', 'score', 'update'
+    phase: str  # of an RL step (plan.memory.PHASES)
     function: Callable  # jax.jit's
     arguments: dict[str, Shapes]  # by keyword, static ones included
     devices: int  # that share its work
@@ -165,13 +164,13 @@ class Run:
             policy = lora.join(self.frozen, policy)
         yield Program(
             'sync layer',
-            'rollout',
+            'sync',
             self.sync.layer,
             {'layers': policy['layers'], 'i': jax.ShapeDtypeStruct((), jnp.int32, sharding=number.sharding)},
             size,
             held=True,
         )
-        yield Program('sync ends', 'rollout', self.sync.ends, {'params': policy}, size, held=True)
+        yield Program('sync ends', 'sync', self.sync.ends, {'params': policy}, size, held=True)
         applied = {'state': self.state, 'gradients': self.gradients}
         yield Program('apply', 'update', learner.applier(self.state), applied, size)
         for params in backbones(self.params):
@@ -187,6 +186,7 @@ class Run:
                     'gradients': {part: self.gradients[part] for part in params},
                     'scores': scores,
                     'denominators': (number, number),
+                    'fresh': jax.ShapeDtypeStruct((), bool, sharding=number.sharding),
                 },
                 size,
             )

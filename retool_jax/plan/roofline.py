@@ -65,7 +65,7 @@ class Sizes:
     row_width: int
     row_segments: int
     layers: int
-    policy_scores: int  # passes over a step's episodes for logprobs: of the policy, of its reference
+    policy_scores: float  # passes over a step's episodes for logprobs: of the policy, of its reference
 
     def micro_batches(self, a: Assumptions) -> int:
         """Micro-batches of a pass over the step's episodes."""

@@ -31,7 +31,7 @@ FEEDS = (1, 2, 4, 8)  # sampler.feed_rows
 QUOTAS = (16, 32)  # sampler.quota where engines of several processes always decode so many steps at a time
 # 'offload' moves results over the link to the host, of which the plan knows no price.
 REMATS = ('full', 'attention', 'dots_but_mlp', 'dots', 'none')
-TRAINING = ('score', 'update')
+SAMPLING, TRAINING = ('sync', 'rollout'), ('score', 'update')  # phases of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,12 +168,13 @@ def _of_tensor(plans: Plans, stage: Reinforcement, given: int, tensor: int) -> l
     rollouts = _rollouts(plans, stage, base, run)
     fits = min(c.shares['rollout'] for c in rollouts) <= LIMIT
     trainings = _trainings(plans, stage, rollouts[0].keys, rest) if fits else rollouts[:1]
+    joined = lambda a, b: {phase: a[phase] for phase in SAMPLING} | {phase: b[phase] for phase in TRAINING}
     return [
         Candidate(
             _differing(stage, base | _of(a.keys, 'sampler') | _of(b.keys, 'forward')),
             tensor,
-            {'rollout': a.seconds['rollout'], **{phase: b.seconds[phase] for phase in TRAINING}},
-            {'rollout': a.shares['rollout'], **{phase: b.shares[phase] for phase in TRAINING}},
+            joined(a.seconds, b.seconds),
+            joined(a.shares, b.shares),
             a.call_s,
         )
         for a, b in itertools.product(rollouts, trainings)

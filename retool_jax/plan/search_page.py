@@ -9,7 +9,7 @@ import shlex
 
 from retool_jax.core import cli
 from retool_jax.plan import page
-from retool_jax.plan.memory import LIMIT
+from retool_jax.plan.memory import LIMIT, PHASES
 from retool_jax.plan.plans import Keys, Plans, changed
 from retool_jax.plan.search import Found
 from retool_jax.stages.config import Reinforcement
@@ -119,7 +119,7 @@ def text(search: dict) -> str:
     return '\n'.join([
         f'Search: {search["candidates"]:,} configurations by shapes, {search["made"]} in full, the least RL step first',
         *page.table(
-            ['step s', 'rollout', 'score', 'update', 'memory', 'bound by', 'said by', 'keys'], rows), '',
+            ['step s', *PHASES, 'memory', 'bound by', 'said by', 'keys'], rows), '',
         f'Kept as given, since they change what is computed: {kept}; give others to search with them',
         'ppo.offload: the plan knows no price of the way to the host and back; False where all fits',
         *([NOTHING] if search['estimated'] else []),

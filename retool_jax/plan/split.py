@@ -40,7 +40,7 @@ def compare(plans: Plans, stage: Reinforcement) -> dict:
     except UserError as error:
         return {'refused': str(error)}
     whole = dataclasses.replace(plans.slice, devices=None)
-    rollout, score, update = apart['phases']
+    rollout, score, update = apart['phases'][-3:]
     training = score['seconds'] + update['seconds']
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.params['policy']))
     size = weights * jnp.dtype(stage.sampler.dtype).itemsize

@@ -62,6 +62,7 @@ def run(stage: Reinforcement) -> dict[str, float]:
             parts.learner,
             parts.progress,
             once,
+            sync=parts.sync(sampler),
             collect=source,
             seed=stage.run.seed,
             residency=parts.residency,

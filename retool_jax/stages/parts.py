@@ -290,12 +290,15 @@ class Parts:
         journal: Journal | None = None,
         aside: Path | None = None,
     ) -> sources.Source:
-        """Rollouts with the current weights; aside: of `sources.sampled`."""
+        """Rollouts; aside: of `sources.sampled`."""
         engine = self.engine(sampler, executor, self.stage.train_sampling, TRAINING)
-        source = sources.sampled(
+        return sources.sampled(
             engine, self.stage.ppo, stream, self.model.template, self.model.tokenizer, grader, journal, aside
         )
-        return lambda policy, *where: source(self.learner.whole(policy), *where)
+
+    def sync(self, sampler: Sampler) -> Callable[[Params], Params]:
+        """From what is trained of the policy to the weights of the whole in the sampling layout."""
+        return lambda policy: sampler.sync(self.learner.whole(policy))
 
     def export(self, directory: Path) -> None:
         """Writes the policy (`export`)."""

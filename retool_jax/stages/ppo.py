@@ -89,15 +89,16 @@ def go_on(
             if rolls
             else sources.dumped(given_episodes(halves), model.config.vocab_size, stage.forward.row_width)
         )
+        sync = parts.sync(sampler) if sampler else lambda policy: {}  # episodes that are read need no weights
         begin = stack.enter_context(profile.traced(directory / 'profile', stage.profile.steps))
         advance = stack.enter_context(console.progress('RL', sizes.steps - progress.done))
         validates = lambda done: bool(held_out) and (done == sizes.steps or done % validation.every == 0)
         saves = lambda done: done == sizes.steps or done % saving.every == 0
         saved, score, written = [progress.oldest], {}, [progress.done]
 
-        def collect(params: Params, step: int, *given) -> sources.Collected:
-            begin(step, params)
-            return source(params, step, *given)
+        def collect(weights: Params, step: int, *given) -> sources.Collected:
+            begin(step, weights)
+            return source(weights, step, *given)
 
         def keep(folder_name: str, name: str, episodes: Sequence[Episode], step: int | None = None) -> None:
             if processes.leads():
@@ -114,7 +115,7 @@ def go_on(
             engine = parts.engine(sampler, executor, stage.evaluate_sampling, EVALUATION)
             made = grading.run(
                 engine,
-                sampler.sync(parts.learner.whole(progress.state.params['policy'])),
+                sync(progress.state.params['policy']),
                 step,
                 held_out,
                 validation.samples,
@@ -175,6 +176,7 @@ def go_on(
                     parts.learner,
                     progress,
                     sizes,
+                    sync=sync,
                     collect=collect,
                     seed=stage.run.seed,
                     residency=parts.residency,
@@ -184,7 +186,7 @@ def go_on(
                     save_every_s=saving.every_s,
                 )
             else:
-                roll_out(collect, progress, sizes.steps, report, journal)
+                roll_out(collect, sync(progress.state.params['policy']), progress, sizes.steps, report, journal)
         except KeyboardInterrupt:
             if halves.train and progress.done and written[-1] == progress.done:
                 save(wait=True)
@@ -230,12 +232,17 @@ def carried_part(step: int) -> str:
 
 
 def roll_out(
-    source: sources.Source, progress: Progress, steps: int, report: Callable[[StepResult], None], journal: Journal
+    source: sources.Source,
+    weights: Params,
+    progress: Progress,
+    steps: int,
+    report: Callable[[StepResult], None],
+    journal: Journal,
 ) -> None:
     """Rollouts without training: the episodes and what they say of themselves."""
     for step in range(progress.done, steps):
         with uninterrupted():
-            made = source(progress.state.params['policy'], step, progress.cursor)
+            made = source(weights, step, progress.cursor)
             progress.done, progress.cursor = step + 1, made.cursor
             line = made.metrics | sources.describe(made.episodes) | {'data/cursor': float(made.cursor)}
             report(StepResult(step, line, made.episodes, hosts=made.hosts))

@@ -21,26 +21,13 @@ from retool_jax.algo import aggregation, losses, segments, tallies
 from retool_jax.algo.advantages import advantages, reward_on_last_acted
 from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core.errors import UserError
-from retool_jax.core.pytrees import Batch, Params, TrainState
+from retool_jax.core.pytrees import Batch, Params, Scores, TrainState
 from retool_jax.model import decoder, lora
 from retool_jax.model.config import ModelConfig
 from retool_jax.model.logprobs import token_logprobs
 from retool_jax.train.pack import join
 from retool_jax.train.settings import ForwardSettings
 from retool_jax.train.state import backbones, lowered
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """What the update needs beside the batch, computed once before it. All f32 [B, T]."""
-
-    logprob_BT: jax.Array  # ℓₒ
-    entropy_BT: jax.Array  # of the policy's distribution at each token
-    reference_logprob_BT: jax.Array  # ℓᵣ, zeros where there is no reference
-    value_BT: jax.Array  # V_old, zeros where there is no critic
-    advantage_BT: jax.Array
-    return_BT: jax.Array
 
 
 class Learner:
@@ -125,22 +112,33 @@ class Learner:
             count += float(micro.acted_BT.sum())
         return total / max(count, 1.0)
 
-    def score(self, params: Params, batch: Batch, rows: int, reference: Params | None, num_groups: int) -> Scores:
+    def score(
+        self, params: Params, batch: Batch, rows: int, reference: Params | None, num_groups: int, fresh: int = 0
+    ) -> Scores:
         """Old logprobs, values, advantages and returns of the first `rows` rows of the global batch, which
         `put` has moved to the devices. num_groups is static: give it the same number every step.
+
+        fresh: first rows of which the policy's own logprobs and entropies are left out (zeros), for `ppo_step` under
+        these same weights has them of its own pass; 0 where the critic is a head on the policy's trunk.
 
         Raises:
           ValueError: the loss needs a reference, and there is none.
         """
-        parts = [self._scored(params, micro) for micro in self._micro(batch, 0, rows)]
-        total = batch.tokens_BT.shape[0]
-        join_rows = lambda xs: jnp.pad(jnp.concatenate(xs), ((0, total - rows), (0, 0)))
-        logprob_BT, entropy_BT, value_BT = (join_rows(x) for x in zip(*parts))
-        reference_BT = jnp.zeros_like(logprob_BT)
+        zeros_BT, total = jnp.zeros_like(batch.sampler_logprob_BT), batch.tokens_BT.shape[0]
+
+        def scored(model: Params, first: int) -> list[jax.Array]:
+            """logprob, entropy and value of the rows from `first` on, zeros in all others."""
+            found = [self._score(params=model, micro=m, frozen=self.frozen) for m in self._micro(batch, first, rows)]
+            join_rows = lambda xs: jnp.pad(jnp.concatenate(xs), ((first, total - rows), (0, 0)))
+            return [join_rows(xs) for xs in zip(*found)] or [zeros_BT] * 3
+
+        parts = [scored(model, fresh if 'policy' in model else 0) for model in backbones(params)]
+        logprob_BT, entropy_BT, value_BT = (sum(xs[1:], xs[0]) for xs in zip(*parts))
+        reference_BT = zeros_BT
         if self.loss.needs_reference:
             if reference is None:
                 raise ValueError(f'loss.kl_coef is {self.loss.kl_coef} but there is no reference policy')
-            reference_BT = join_rows([self._scored({'policy': reference}, m)[0] for m in self._micro(batch, 0, rows)])
+            reference_BT = scored({'policy': reference}, 0)[0]
         advantage_BT, return_BT = self._advantages(batch, logprob_BT, reference_BT, value_BT, num_groups=num_groups)
         return Scores(logprob_BT, entropy_BT, reference_BT, value_BT, advantage_BT, return_BT)
 
@@ -175,9 +173,11 @@ class Learner:
         rows: tuple[int, int],
         held: bool = False,
         counted: tuple[int, int] | None = None,
+        fresh: bool = False,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step over one mini-batch: rows first … last + 1 of a scored batch.
 
+        fresh: these rows were left out by `score`, and the weights have not moved since: ℓₒ is the pass's own ℓ.
         counted: rows that belong to it and have no gradient: they are in its means, and no pass is made over them.
         held: the critic alone takes a step. Nothing is differentiated by the policy, and neither its weights nor its
         moments change; its metrics are those of the scored batch, with a ratio of 1.
@@ -190,6 +190,7 @@ class Learner:
         for params in models:
             added, found = self._zeros({'critic': params['critic']} if held else params), []
             given = {'params': params, 'denominators': denominators, 'frozen': self.frozen}
+            given |= {} if held else {'fresh': np.bool_(fresh)}
             for micro, scored in self._micro((batch, scores), *rows):
                 added, metrics = add(gradients=added, micro=micro, scores=scored, **given)
                 found.append(metrics)
@@ -215,11 +216,6 @@ class Learner:
                 out_shardings=jax.tree.map(lambda x: x.sharding, params),
             )
         return self._make_zeros[tuple(params)](params)
-
-    def _scored(self, params: Params, micro: Batch) -> tuple[jax.Array, ...]:
-        """logprob, entropy and value, each from the backbone that has it; the others' are zeros."""
-        scores = [self._score(params=model, micro=micro, frozen=self.frozen) for model in backbones(params)]
-        return tuple(sum(xs[1:], xs[0]) for xs in zip(*scores))
 
     def _micro(self, tree, start: int, stop: int) -> Iterator:
         for row in range(start, stop, self.forward.micro_rows):
@@ -307,12 +303,13 @@ class Learner:
         found, metrics = jax.grad(objective, has_aux=True)(self._lowered(params))
         return jax.tree.map(jnp.add, gradients, found), metrics
 
-    def _add_ppo(self, params, gradients, micro: Batch, scores: Scores, denominators, frozen=None):
+    def _add_ppo(self, params, gradients, micro: Batch, scores: Scores, denominators, fresh, frozen=None):
         def objective(params):
             logprob_BT, entropy_BT, value_BT = self._evaluate(params, micro, frozen)
             loss, metrics = jnp.float32(0), {}
             if 'policy' in params:
-                loss, metrics = self._actor_loss(logprob_BT, entropy_BT, micro, scores, denominators[0])
+                old_BT = jnp.where(fresh, jax.lax.stop_gradient(logprob_BT), scores.logprob_BT)
+                loss, metrics = self._actor_loss(logprob_BT, entropy_BT, old_BT, micro, scores, denominators[0])
             if 'critic' in params:
                 value_loss, more = self._critic_loss(value_BT, micro, scores, denominators[1])
                 loss, metrics = loss + value_loss, metrics | more
@@ -329,15 +326,16 @@ class Learner:
             return self._critic_loss(value_BT, micro, scores, denominators[1])
 
         found, metrics = jax.grad(objective, has_aux=True)(self._lowered(params['critic']))
-        _, more = self._actor_loss(scores.logprob_BT, scores.entropy_BT, micro, scores, denominators[0])
+        old_BT = scores.logprob_BT
+        _, more = self._actor_loss(old_BT, scores.entropy_BT, old_BT, micro, scores, denominators[0])
         return jax.tree.map(jnp.add, gradients, {'critic': found}), metrics | more
 
-    def _actor_loss(self, logprob_BT, entropy_BT, micro: Batch, scores: Scores, denominator):
+    def _actor_loss(self, logprob_BT, entropy_BT, old_logprob_BT, micro: Batch, scores: Scores, denominator):
         return losses.actor_loss(
             self.loss,
             logprob_BT=logprob_BT,
             entropy_BT=entropy_BT,
-            old_logprob_BT=scores.logprob_BT,
+            old_logprob_BT=old_logprob_BT,
             sampler_logprob_BT=micro.sampler_logprob_BT,
             advantage_BT=scores.advantage_BT,
             mask_BT=self._mask(micro),

@@ -20,16 +20,16 @@ from retool_jax.algo.settings import AdvantageSettings, LossSettings
 from retool_jax.core import checks, processes, signals
 from retool_jax.core.checks import MANY, one_of, within
 from retool_jax.core.errors import UserError
-from retool_jax.core.pytrees import Batch, TrainState
+from retool_jax.core.pytrees import Batch, Params, Scores, TrainState
 from retool_jax.core.records import Episode, Stop
 from retool_jax.core.signals import uninterrupted
 from retool_jax.rollout.settings import SamplingSettings
 from retool_jax.train import sources
-from retool_jax.train.learner import Learner, Scores, mean_metrics
+from retool_jax.train.learner import Learner, mean_metrics
 from retool_jax.train.pack import join, pack
 from retool_jax.train.residency import Residency
 from retool_jax.train.settings import ForwardSettings
-from retool_jax.train.sources import RolloutSettings, Source
+from retool_jax.train.sources import Collected, RolloutSettings, Source
 from retool_jax.train.state import CRITICS
 
 
@@ -41,8 +41,8 @@ class PPOSettings(RolloutSettings):
     minibatches: int  # optimizer steps per pass over a step's episodes. P 2, of 512 of R's 1,024; R 4
     epochs: int  # passes over a step's episodes. R 1
     critic: str  # 'none', a 'head' on the policy's trunk, or a 'backbone' of its own. P does not say; R backbone
-    # old logprobs come from the trainer's own forward pass; False: the sampler's serve, which saves that pass, where a
-    # step is one update. R True
+    # old logprobs come from the trainer's own forward pass, for a step's first mini-batch the one that is
+    # differentiated; False: the sampler's serve, where a step is one update. R True
     rescore: bool
     critic_warmup_steps: int  # first RL steps, in which the critic alone learns and the policy stands still. R 20
     mask_truncated: bool  # episodes that ran out of budget leave the update. R False
@@ -124,6 +124,13 @@ def check(
         )
 
 
+def unscored(sizes: PPOSettings, loss: LossSettings, step: int) -> bool:
+    """Whether the first mini-batch of a step goes without the policy's old logprobs: it is the policy's first change,
+    so the pass that differentiates computes them. Not where they are read before or after that pass."""
+    before = sizes.critic == 'head' or (loss.needs_reference and loss.kl_in == 'reward')
+    return sizes.epochs == 1 and step >= sizes.critic_warmup_steps and not before
+
+
 @dataclasses.dataclass
 class Progress:
     """Where a run stands, as a checkpoint holds it. Between two steps it is whole."""
@@ -193,6 +200,7 @@ def train(
     progress: Progress,
     settings: PPOSettings,
     *,
+    sync: Callable[[Params], Params],
     collect: Source,
     seed: int,
     residency: Residency | None = None,
@@ -202,6 +210,8 @@ def train(
     save_every_s: float = 0.0,
 ) -> TrainState:
     """Steps progress.done … settings.steps − 1; `progress` is moved on after each.
+
+    `sync(policy)` makes the weights that `collect` samples with. They live as long as a rollout.
 
     `report(result)` is called one step late, so that the host waits for the device only where it needs tokens. It is
     called at once for a step after which `due(steps done)` holds or `save_every_s` seconds (0: any number) have passed
@@ -230,8 +240,7 @@ def train(
         try:
             for step in range(progress.done, settings.steps):
                 began = time.perf_counter()
-                progress.state = residency.enter('rollout', progress.state)
-                collected = collect(progress.state.params['policy'], step, progress.cursor, progress.carried)
+                collected = _roll_out(progress, residency, sync, collect, step)
                 flush()
                 late = update(learner, progress, settings, collected.episodes, seed, step, residency)
                 late = dataclasses.replace(late, hosts=collected.hosts)
@@ -253,6 +262,16 @@ def train(
     flush()
     progress.state = residency.whole(progress.state)
     return progress.state
+
+
+def _roll_out(
+    progress: Progress, residency: Residency, sync: Callable[[Params], Params], collect: Source, step: int
+) -> Collected:
+    """The step's episodes; what is trained waits meanwhile where the residency says."""
+    progress.state = residency.enter('sync', progress.state)
+    weights = sync(progress.state.params['policy'])
+    progress.state = residency.enter('rollout', progress.state)
+    return collect(weights, step, progress.cursor, progress.carried)
 
 
 def update(
@@ -279,9 +298,15 @@ def update(
             f'ppo.problems_per_step={settings.problems_per_step}; set both as the episodes were made'
         )
     batch = learner.put(batch)
+    held, fresh = step < settings.critic_warmup_steps, settings.rescore and unscored(settings, learner.loss, step)
     if settings.rescore:
         scores = learner.score(
-            progress.state.params, batch, minibatches[-1][1], residency.reference, num_groups=settings.problems_per_step
+            progress.state.params,
+            batch,
+            minibatches[-1][1],
+            residency.reference,
+            num_groups=settings.problems_per_step,
+            fresh=minibatches[0][1] if fresh else 0,
         )
     else:
         scores = learner.trust(batch, num_groups=settings.problems_per_step)
@@ -289,7 +314,7 @@ def update(
     for _ in range(settings.epochs):
         for rows, counted in zip(minibatches, quiet):
             progress.state, metrics = learner.ppo_step(
-                progress.state, batch, scores, rows, held=step < settings.critic_warmup_steps, counted=counted
+                progress.state, batch, scores, rows, held=held, counted=counted, fresh=fresh and rows == minibatches[0]
             )
             found.append(metrics)
     explained = _explained(batch, scores) if settings.critic != 'none' else None

@@ -2,11 +2,13 @@
 
 | phase   | policy, f32 | critic | optimizer state | reference | sampling weights | KV cache |
 |---------|-------------|--------|-----------------|-----------|------------------|----------|
-| rollout | x           |        |                 |           | x                | x        |
+| sync    | x           |        |                 |           | x                |          |
+| rollout |             |        |                 |           | x                | x        |
 | score   | x           | x      |                 | x         |                  |          |
 | update  | x           | x      | x               |           |                  |          |
 
-The last two columns need no moving: the rollout makes both and drops them when it returns. Weights that are frozen
+The last two columns need no moving: sync makes the first, the rollout the other, and both are dropped when it returns.
+Without `ppo.offload` sync and rollout are one: everything is always on the device. Weights that are frozen
 under adapters stay on the device in every phase, and are the reference too.
 """
 
@@ -18,7 +20,12 @@ import jax
 
 from retool_jax.core.pytrees import Params, TrainState
 
-ON_DEVICE = {'rollout': (), 'score': ('critic', 'reference'), 'update': ('critic', 'optimizer')}
+ON_DEVICE = {
+    'sync': ('policy',),
+    'rollout': (),
+    'score': ('policy', 'critic', 'reference'),
+    'update': ('policy', 'critic', 'optimizer'),
+}
 
 
 @dataclasses.dataclass
@@ -38,9 +45,7 @@ class Residency:
         here = ON_DEVICE[phase]
         move = lambda tree, name: _move(tree, 'device' if name in here else 'pinned_host')
         self.reference = move(self.reference, 'reference')
-        params = dict(state.params)
-        if 'critic' in params:
-            params['critic'] = move(params['critic'], 'critic')
+        params = {part: move(tree, part) for part, tree in state.params.items()}
         return dataclasses.replace(state, params=params, opt_state=move(state.opt_state, 'optimizer'))
 
     def whole(self, state: TrainState) -> TrainState:

@@ -74,10 +74,10 @@ class Collected:
 class Source(Protocol):
     """Where a step's episodes come from.
 
-    `params` are in the training layout; `carried`, what the step before left unfinished, stays as it is.
+    `weights` are in the sampling layout; `carried`, what the step before left unfinished, stays as it is.
     """
 
-    def __call__(self, params: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected: ...
+    def __call__(self, weights: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected: ...
 
 
 class Problems(Protocol):
@@ -96,7 +96,7 @@ def sampled(
     journal: Journal | None = None,
     aside: Path | None = None,
 ) -> Source:
-    """The source that rolls out: current weights in the sampling layout, every token stamped with its step.
+    """The source that rolls out; every token is stamped with its step.
 
     With `dynamic_rounds` it asks for `problems_per_step` further problems of the stream until that many groups
     have unequal rewards, and takes them in the stream's order, so what is accepted depends on no latency. The
@@ -111,8 +111,8 @@ def sampled(
     """
     rounds = max(settings.dynamic_rounds, 1)
 
-    def collect(params: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected:
-        weights, tally = engine.sampler.sync(params), collections.Counter()
+    def collect(weights: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected:
+        tally: collections.Counter = collections.Counter()
         spent, own = RolloutStats(), RolloutStats()
         open_groups = split([dataclasses.replace(e) for e in carried], settings.samples)  # grading writes into them
         taken: list[list[Episode]] = []
@@ -308,7 +308,7 @@ def dumped(directory: str, vocab_size: int, width: int | None = None) -> Source:
     """
     names = part_names(directory)
 
-    def collect(params: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected:
+    def collect(weights: Params, step: int, cursor: int, carried: Sequence[Episode] = ()) -> Collected:
         name = names[step % len(names)]
         episodes, path = episode_files.read(directory, name), episode_files.text_file(directory, name)
         if any(e.reward is None for e in episodes):

@@ -87,20 +87,21 @@ def test_a_phase_holds_what_the_residency_table_says():
     run, found = estimated()
     phases = {p.name: p for p in memory.phases(run, found)}
     assert set(phases) == set(ON_DEVICE) == set(memory.PHASES)
-    assert set(phases['rollout'].resident) == {'policy', 'sampling weights', 'KV cache', 'rows'}
+    assert set(phases['sync'].resident) == {'policy', 'sampling weights'}
+    assert set(phases['rollout'].resident) == {'sampling weights', 'KV cache', 'rows'}
     assert set(phases['score'].resident) == {'policy', 'critic', 'batch'}
     assert set(phases['update'].resident) == {'policy', 'critic', 'optimizer', 'gradients', 'batch'}
     whole = dataclasses.replace(run.sizes, offload=False)
     run, held = make_run('--config.ppo.critic=backbone', '--config.mesh.tensor=2'), found
     assert run.sizes == whole
-    assert {'critic', 'optimizer'} <= set({p.name: p for p in memory.phases(run, held)}['rollout'].resident)
+    assert {'policy', 'critic', 'optimizer'} <= set({p.name: p for p in memory.phases(run, held)}['rollout'].resident)
     worst = max((f for f in found if f.phase == 'update'), key=lambda f: f.temporaries)
     assert phases['update'].worst == worst.name and phases['update'].temporaries == worst.temporaries
 
 
 def test_the_cache_that_fits_fills_the_memory_to_its_limit():
     run, found = estimated()
-    phase = memory.phases(run, found)[0]
+    phase = memory.phases(run, found)[1]
     hbm = int(phase.total * 3)
     tokens, now = memory.tokens_that_fit(run, phase, hbm), run.sampler.settings.rows * run.sampler.settings.slots
     # A call that reads less than all slots takes them out: here half of them at the most.
@@ -192,19 +193,22 @@ def test_what_does_not_fit_is_said_with_what_to_change():
     run, found = estimated()
     big = [dataclasses.replace(f, temporaries=2**37) if f.name == 'decode' else f for f in found]
     plan = page.make(run, big, A)
-    rollout, score, update = plan['phases']
-    assert not plan['fits'] and not rollout['fits'] and score['fits'] and update['fits']
+    sync, rollout, score, update = plan['phases']
+    assert sync['fits'] and not plan['fits'] and not rollout['fits'] and score['fits'] and update['fits']
     assert 'rollout does not fit' in page.text(plan) and 'mesh.tensor=4' in rollout['remedies'][0]
     big = [dataclasses.replace(f, temporaries=2**37) if f.name == 'update policy' else f for f in found]
-    assert 'forward.remat=full' in page.make(run, big, A)['phases'][2]['remedies']
+    assert 'forward.remat=full' in page.make(run, big, A)['phases'][-1]['remedies']
+    big = [dataclasses.replace(f, temporaries=2**37) if f.name == 'sync ends' else f for f in found]
+    assert page.make(run, big, A)['phases'][0]['remedies'] == ['mesh.tensor=4 (weights over more chips)']
 
 
 def test_a_program_that_the_compiler_refused_does_not_fit_whatever_it_seemed_to_need():
     run, found = estimated()
     small = [dataclasses.replace(f, refused='no room') if f.name == 'extend' else f for f in found]
     plan = page.make(run, small, A)
-    assert plan['phases'][0]['refused'] == ('extend',) and plan['phases'][0]['share'] < memory.LIMIT
-    assert not plan['phases'][0]['fits'] and plan['phases'][0]['remedies'] and not plan['fits']
+    rollout = plan['phases'][1]
+    assert rollout['refused'] == ('extend',) and rollout['share'] < memory.LIMIT
+    assert not rollout['fits'] and rollout['remedies'] and not plan['fits']
 
 
 def test_temporaries_are_what_is_allocated_beside_the_arguments():

@@ -131,6 +131,34 @@ def test_the_first_mini_batch_has_ratio_one_and_the_second_has_not(learner):
     assert abs(found['actor/ppo_kl']) > 1e-3 and found['actor/pg_clipfrac'] > 0
 
 
+@pytest.mark.parametrize(('critic', 'kind'), [('none', 'grpo'), ('backbone', 'gae')])
+def test_the_first_mini_batch_takes_the_same_step_by_the_logprobs_of_its_own_pass(critic, kind):
+    packed = [pack(part, width=48, rows=2, segments=3, groups=GROUPS[:4]) for part in (EPISODES[:4], EPISODES[4:])]
+    batch, (first, second) = join(packed)
+    learner = small.make_learner(advantage=small.make_advantage(kind=kind), loss=small.make_loss(correction='token'))
+    batch = learner.put(batch)
+
+    def steps(fresh):
+        state = small.make_state(learner.optimizer, critic)
+        scores = learner.score(state.params, batch, second[1], None, num_groups=4, fresh=first[1] if fresh else 0)
+        state, one = learner.ppo_step(state, batch, scores, first, fresh=fresh)
+        state, two = learner.ppo_step(state, batch, scores, second)
+        return scores, state.params, one, two
+
+    (left_out, params, *found), (scores, expected, *wanted) = steps(True), steps(False)
+    for name in ('logprob_BT', 'entropy_BT'):
+        some, all_of_them = np.array(getattr(left_out, name)), np.array(getattr(scores, name))
+        assert all_of_them[: first[1]].any() and not some[: first[1]].any()
+        np.testing.assert_array_equal(some[first[1] :], all_of_them[first[1] :])
+    for name in ('value_BT', 'advantage_BT', 'return_BT'):
+        np.testing.assert_array_equal(getattr(left_out, name), getattr(scores, name))
+    assert small.distance(params, expected) < 1e-5
+    assert found[0]['actor/ppo_kl'] == 0 and found[0]['actor/ratio_max'] == 1 and found[1]['actor/ppo_kl'] != 0
+    for some, other in zip(found, wanted):
+        for name in some:
+            np.testing.assert_allclose(some[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.slow
 def test_scores_are_those_of_each_episode_alone(learner):
     batch, stop = make_batch()
@@ -263,9 +291,11 @@ def test_a_held_policy_is_not_differentiated(learner):
     scores = learner.score(tree, batch, stop, None, num_groups=4)
     micro, scored = next(learner._micro((batch, scores), 0, stop))
     rest = dict(params=tree, micro=micro, scores=scored, denominators=learner._denominators(batch, 0, stop))
-    flops = lambda program, gradients: program.lower(gradients=gradients, **rest).compile().cost_analysis()['flops']
-    held = flops(learner._held, {'critic': tree['critic']})
-    assert held < 0.4 * flops(learner._ppo, tree)  # the trunk forwards, without the vocabulary
+    flops = lambda program, **more: program.lower(**rest, **more).compile().cost_analysis()['flops']
+    held = flops(learner._held, gradients={'critic': tree['critic']})
+    assert held < 0.4 * flops(
+        learner._ppo, gradients=tree, fresh=np.bool_(False)
+    )  # the trunk forwards, without the vocabulary
 
 
 def test_the_mean_loss_without_a_step_is_that_of_the_step():

@@ -35,8 +35,9 @@ class Run:
         self.log.append((what, step))
         self.during(what, step)
 
-    def collect(self, params, step, cursor, carried=()):
+    def collect(self, weights, step, cursor, carried=()):
         self.happen('collect', step)
+        assert weights == 'weights'
         assert [e.step for e in carried] == [step - 1] * (step > 0)
         if signals.told():  # as a rollout does
             raise signals.stop(signals.told())
@@ -58,6 +59,7 @@ class Run:
             None,
             self.progress,
             dataclasses.replace(SETTINGS, steps=steps),
+            sync=lambda policy: 'weights',
             collect=self.collect,
             seed=0,
             residency=Residency(False),

@@ -124,6 +124,7 @@ def test_a_ppo_update_gathers_no_logits_of_the_whole_vocabulary():
             micro=micro,
             scores=scored,
             denominators=learner._denominators(batch, 0, stop),
+            fresh=np.bool_(False),
         ).compile()
     )
     assert {'all-gather', 'all-reduce'} <= {kind for kind, _ in found}

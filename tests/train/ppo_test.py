@@ -125,6 +125,36 @@ def test_more_groups_than_a_step_has_are_refused():
         ppo.update(learner, progress, SETTINGS, small.make_episodes(11), 0, 7, Residency(False))
 
 
+@pytest.mark.parametrize(
+    ('passes', 'changes', 'loss', 'step'),
+    [
+        (0, {'minibatches': 1}, {}, 0),
+        (1, {'minibatches': 2}, {}, 0),  # the policy's of the second mini-batch
+        (3, {'minibatches': 2, 'critic': 'backbone'}, {}, 3),  # and the critic's of both
+        (4, {'minibatches': 2, 'critic': 'backbone', 'critic_warmup_steps': 4}, {}, 3),
+        (1, {'minibatches': 1, 'critic': 'head'}, {}, 0),
+        (1, {'minibatches': 1, 'epochs': 2}, {}, 0),
+        (2, {'minibatches': 1}, {'kl_coef': 0.1, 'kl_in': 'reward'}, 0),
+        (1, {'minibatches': 1}, {'kl_coef': 0.1, 'kl_in': 'loss'}, 0),
+    ],
+)
+def test_nothing_is_scored_that_the_differentiated_pass_computes(passes, changes, loss, step, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, **{'critic': 'none', 'epochs': 1} | changes)
+    kind = 'grpo' if settings.critic == 'none' else 'gae'
+    learner = small.make_learner(
+        loss=small.make_loss(**loss),
+        advantage=small.make_advantage(kind=kind),
+        forward=small.make_forward(row_width=192, micro_rows=1, row_segments=12),
+    )
+    count, score = [], learner._score
+    monkeypatch.setattr(learner, '_score', lambda **given: count.append(1) or score(**given))
+    monkeypatch.setattr(learner, 'ppo_step', lambda state, *given, **more: (state, {}))
+    state = small.make_state(learner.optimizer, settings.critic)
+    reference = state.params['policy'] if loss else None
+    ppo.update(learner, Progress(state), settings, small.make_episodes(6), 0, step, Residency(False, reference))
+    assert len(count) == passes  # a mini-batch is one row
+
+
 @pytest.mark.parametrize(('kind', 'critic'), [('gae', 'none'), ('grpo', 'head'), ('rloo', 'backbone')])
 def test_a_critic_that_nothing_reads_and_values_that_nobody_estimates_are_refused(kind, critic):
     sizes = dataclasses.replace(SETTINGS, critic=critic)
@@ -223,6 +253,7 @@ def runs():
                 learner,
                 progress,
                 dataclasses.replace(SETTINGS, offload=offload),
+                sync=sampler.sync,
                 collect=source,
                 seed=0,
                 report=report,

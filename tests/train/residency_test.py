@@ -11,7 +11,8 @@ from retool_jax.train.state import init_state
 
 HOST, DEVICE = 'pinned_host', 'device'
 TABLE = {  # policy, critic, optimizer, reference
-    'rollout': (DEVICE, HOST, HOST, HOST),
+    'sync': (DEVICE, HOST, HOST, HOST),
+    'rollout': (HOST, HOST, HOST, HOST),
     'score': (DEVICE, DEVICE, HOST, DEVICE),
     'update': (DEVICE, DEVICE, DEVICE, HOST),
 }
@@ -26,7 +27,7 @@ def kinds(tree):
     return {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
 
 
-@pytest.mark.parametrize('phases', [('rollout', 'score', 'update', 'rollout'), ('update', 'rollout', 'update')])
+@pytest.mark.parametrize('phases', [('sync', 'rollout', 'score', 'update', 'sync'), ('update', 'rollout', 'update')])
 def test_each_phase_holds_what_the_table_says_and_no_bit_changes(phases):
     state = expected = make_state()
     residency = Residency(True, reference={'weight': jnp.ones(3)})

@@ -35,7 +35,6 @@ class ScriptedEngine:
     link, stop_after = None, -1
 
     def __init__(self):
-        self.sampler = types.SimpleNamespace(sync=lambda params: params)
         self.rules = types.SimpleNamespace(settings=types.SimpleNamespace(max_tokens=100))
         self.stats = self.own = RolloutStats(sampled_tokens=10, total_s=2.0, live_steps=3, row_steps=4)
         self.asked = []
