@@ -115,7 +115,7 @@ def go_on(
             engine = parts.engine(sampler, executor, stage.evaluate_sampling, EVALUATION)
             made = grading.run(
                 engine,
-                sync(progress.state.params['policy']),
+                ppo.sampling_weights(progress, parts.residency, sync),
                 step,
                 held_out,
                 validation.samples,
@@ -186,7 +186,8 @@ def go_on(
                     save_every_s=saving.every_s,
                 )
             else:
-                roll_out(collect, sync(progress.state.params['policy']), progress, sizes.steps, report, journal)
+                weights = ppo.sampling_weights(progress, parts.residency, sync)
+                roll_out(collect, weights, progress, sizes.steps, report, journal)
         except KeyboardInterrupt:
             if halves.train and progress.done and written[-1] == progress.done:
                 save(wait=True)

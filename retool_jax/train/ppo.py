@@ -29,7 +29,7 @@ from retool_jax.train.learner import Learner, mean_metrics
 from retool_jax.train.pack import join, pack
 from retool_jax.train.residency import Residency
 from retool_jax.train.settings import ForwardSettings
-from retool_jax.train.sources import Collected, RolloutSettings, Source
+from retool_jax.train.sources import RolloutSettings, Source
 from retool_jax.train.state import CRITICS
 
 
@@ -240,7 +240,9 @@ def train(
         try:
             for step in range(progress.done, settings.steps):
                 began = time.perf_counter()
-                collected = _roll_out(progress, residency, sync, collect, step)
+                weights = sampling_weights(progress, residency, sync)
+                collected = collect(weights, step, progress.cursor, progress.carried)
+                del weights  # they have no place beside the update's buffers
                 flush()
                 late = update(learner, progress, settings, collected.episodes, seed, step, residency)
                 late = dataclasses.replace(late, hosts=collected.hosts)
@@ -264,14 +266,12 @@ def train(
     return progress.state
 
 
-def _roll_out(
-    progress: Progress, residency: Residency, sync: Callable[[Params], Params], collect: Source, step: int
-) -> Collected:
-    """The step's episodes; what is trained waits meanwhile where the residency says."""
+def sampling_weights(progress: Progress, residency: Residency, sync: Callable[[Params], Params]) -> Params:
+    """The policy's weights in the sampling layout; what is trained waits then as the residency of a rollout says."""
     progress.state = residency.enter('sync', progress.state)
     weights = sync(progress.state.params['policy'])
     progress.state = residency.enter('rollout', progress.state)
-    return collect(weights, step, progress.cursor, progress.carried)
+    return weights
 
 
 def update(

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from retool_jax.train.ppo import Progress, sampling_weights
 from retool_jax.train.residency import Residency
 from retool_jax.train.state import init_state
 
@@ -51,3 +52,10 @@ def test_without_a_critic_or_a_reference_there_is_less_to_move():
 def test_nothing_moves_unless_asked():
     state = make_state()
     assert Residency(False).enter('rollout', state) is state
+
+
+def test_sampling_weights_are_made_of_weights_on_the_device_which_then_wait_on_the_host():
+    progress, seen = Progress(make_state()), []
+    weights = sampling_weights(progress, Residency(True), lambda policy: seen.append(kinds(policy)) or policy['weight'])
+    assert seen == [{DEVICE}] and kinds(weights) == {DEVICE}
+    assert kinds(progress.state.params) == kinds(progress.state.opt_state) == {HOST}
