@@ -74,7 +74,7 @@ def test_rows_of_equal_groups_lie_behind_the_others_and_are_counted(monkeypatch)
     cut = learner._cut
     monkeypatch.setattr(learner, '_cut', lambda tree, row: calls.append(int(row)) or cut(tree, row))
     take(learner, made)
-    assert len(calls) == 2  # three episodes are two rows, one micro-batch: scored, and differentiated
+    assert len(calls) == 1  # three episodes are two rows, one micro-batch: differentiated, and not scored before
 
 
 def test_a_step_without_a_group_that_differs_moves_nothing():
